@@ -1,0 +1,59 @@
+"""The errors this project raises on purpose. Every one says what was found, what was expected and what fixes it."""
+
+from __future__ import annotations
+
+
+class FlexError(Exception):
+    """Base of all errors raised on purpose. `found` is required; `expected` and `fix` complete the message.
+
+    Catch `FlexError` to catch everything; catch a subclass to tell the causes apart.
+    """
+
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        lines = [found]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class CheckpointError(FlexError):
+    """A checkpoint folder cannot be read: missing file or key, wrong shape, truncated shard, unsafe pickle."""
+
+
+class ConfigError(FlexError):
+    """A `config.json` describes a model this project does not support, or contradicts itself."""
+
+
+class TokenizerError(FlexError):
+    """A tokenizer is missing, unreadable, or does not survive its conversion."""
+
+
+class ExportError(FlexError):
+    """A graph or its weights could not be written (value out of range for the precision, full disk, ...)."""
+
+
+class ParityError(FlexError):
+    """A fresh bundle does not reproduce the reference model; names the first stage that differs."""
+
+
+class BundleError(FlexError):
+    """A bundle is missing, changed, incomplete, or of a newer format than this code."""
+
+
+class BackendError(FlexError):
+    """The inference backend is not installed, lacks the requested device, or failed to run."""
+
+
+class ImageError(FlexError):
+    """An image is missing, corrupt, too small or large, or of a kind with no faithful 8-bit RGB reading."""
+
+
+class PromptError(FlexError):
+    """A prompt does not fit: too long, wrong number of image placeholders, token ids outside the vocabulary."""
+
+
+class OptionError(FlexError):
+    """A generation option is unknown or outside its range."""

@@ -1,0 +1,84 @@
+"""The numbers that define a FlexAttention model, shared by every stage from checkpoint to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The CLIP tower. `layers` counts the blocks that run; blocks after the selected one are never needed."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    patch: int
+    eps: float
+    activation: str  # "quick_gelu" or "gelu"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One FlexAttention vision-language model.
+
+    Terms: a *cell* is one of `cells` x `cells` regions of the image, a *page* the hi-res tokens under one cell.
+    Layers `start_layer` .. `layers - 1` produce a selection; layers after `start_layer` read pages.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rms_eps: float
+    rope_theta: float
+    attention_bias: bool
+    tied_embeddings: bool  # lm_head shares embed_tokens
+    projector_depth: int  # linear layers between tower and decoder, GELU between them
+    context: int  # longest embedded sequence, tokens
+    lowres: int  # pixels per side of the low-res image and of one hi-res tile
+    zoom: int  # hi-res side / low-res side
+    cells: int  # selection grid side
+    start_layer: int
+    threshold: int  # 0..255 scale, strict
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    vision: Vision
+
+    @property
+    def highres(self) -> int:
+        """Pixels per side of the hi-res image."""
+        return self.lowres * self.zoom
+
+    @property
+    def grid(self) -> int:
+        """Low-res image tokens per side (official: 24)."""
+        return self.lowres // self.vision.patch
+
+    @property
+    def image_tokens(self) -> int:
+        """Low-res image tokens in the sequence (official: 576)."""
+        return self.grid * self.grid
+
+    @property
+    def hires_side(self) -> int:
+        """Hi-res tokens per side (official: 72)."""
+        return self.grid * self.zoom
+
+    @property
+    def pages(self) -> int:
+        """Number of pages, selected or not (official: 81)."""
+        return self.cells * self.cells
+
+    @property
+    def selecting_layers(self) -> range:
+        """Layers that produce a selection (official: 8 .. 31)."""
+        return range(self.start_layer, self.layers)
+
+    @property
+    def reading_layers(self) -> range:
+        """Layers that read pages, each those its predecessor selected (official: 9 .. 31)."""
+        return range(self.start_layer + 1, self.layers)

@@ -1,0 +1,187 @@
+"""The FlexAttention decoder and its hi-res page projection in plain PyTorch: what is traced, and the parity oracle.
+
+Parameter names are the official state-dict names. B = batch, S = new tokens, T = grid*grid image tokens, L = cache
+capacity, M = selecting layers, R = reading layers, P = page size, hd = head_dim. Floats are in the model dtype unless
+the text says float32. The semantics of one step are in docs/model.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines import pages as layout
+from engines.geometry import Geometry
+from plugins.cached_attention.reference import cached_attention, rotary
+from plugins.hierarchical_attention.reference import hierarchical_attention
+from plugins.select_pages.reference import select_pages
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, g: Geometry) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(g.hidden, g.intermediate, bias=False)
+        self.up_proj = nn.Linear(g.hidden, g.intermediate, bias=False)
+        self.down_proj = nn.Linear(g.intermediate, g.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer; `reads` tells whether it attends to pages."""
+
+    def __init__(self, g: Geometry, reads: bool) -> None:
+        super().__init__()
+        self.grid, self.reads = g.grid, reads
+        self.input_layernorm = RMSNorm(g.hidden, g.rms_eps)
+        self.self_attn = nn.Module()
+        for name, width in (("q_proj", g.heads), ("k_proj", g.kv_heads), ("v_proj", g.kv_heads)):
+            self.self_attn.add_module(name, nn.Linear(g.hidden, width * g.head_dim, bias=g.attention_bias))
+        self.self_attn.o_proj = nn.Linear(g.heads * g.head_dim, g.hidden, bias=g.attention_bias)
+        self.post_attention_layernorm = RMSNorm(g.hidden, g.rms_eps)
+        self.mlp = MLP(g)
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]):
+        """Returns x, present_key, present_value, map. `cache`, `shared`, `pages`: inputs of the attention op, in order."""
+        attend, y = self.self_attn, self.input_layernorm(x)
+        projected = attend.q_proj(y), attend.k_proj(y), attend.v_proj(y)
+        op = hierarchical_attention if self.reads else cached_attention
+        context, key, value, map = op(*projected, *cache, *shared, *pages, self.grid)
+        x = x + attend.o_proj(context)
+        return x + self.mlp(self.post_attention_layernorm(x)), key, value, map
+
+
+class Decoder(nn.Module):
+    """Embedding, decoder layers, lm_head; serves the plain prefill (page_budget 0) and the decode step (S = 1)."""
+
+    def __init__(self, g: Geometry) -> None:
+        super().__init__()
+        self.geometry = g
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(g.vocab, g.hidden)
+        self.model.layers = nn.ModuleList(Layer(g, index in g.reading_layers) for index in range(g.layers))
+        self.model.norm = RMSNorm(g.hidden, g.rms_eps)
+        self.lm_head = None if g.tied_embeddings else nn.Linear(g.hidden, g.vocab, bias=False)
+        cos, sin = rotary_tables(g)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("page_lengths", torch.from_numpy(layout.page_lengths(g)), persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, S] int64; -1-j stands for image feature j
+        past_length: Tensor,  # [B] int64: tokens already in the cache
+        features: Tensor,  # [B, T, hidden]: projected low-res features; anything when no id is negative
+        image_begin: Tensor,  # [B] int64: position of image token 0
+        margins: Tensor,  # [B, 2] int64: rows, columns of the map zeroed at each end
+        page_budget: Tensor,  # [B] int64: 0 = the last token sees no pages
+        past_key: list[Tensor],  # layers x [B, kv_heads, L, hd]
+        past_value: list[Tensor],
+        page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]
+        page_value: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns, for the last token: logits [B, vocab] float32, pages [B, M, pages] int64, page_count [B, M] int64;
+        present_key, present_value (layers x the cache after the update); and for debugging map (M x [B, G, G] float32)
+        and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
+        """
+        g = self.geometry
+        image = features.gather(1, (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, g.hidden))
+        x = torch.where(input_ids[..., None] < 0, image, self.model.embed_tokens(input_ids.clamp(min=0)))
+        shared = (past_length, self.cos, self.sin, image_begin)
+        selected: list[tuple[Tensor, Tensor]] = []
+        present_key, present_value, maps, hidden = [], [], [], []
+        for index, layer in enumerate(self.model.layers):
+            pages: tuple[Tensor, ...] = ()
+            if layer.reads:
+                store = index - g.reading_layers.start
+                pages = (page_key[store], page_value[store], self.page_lengths, *selected[-1])
+            x, key, value, map = layer(x, (past_key[index], past_value[index]), shared, pages)
+            present_key.append(key)
+            present_value.append(value)
+            hidden.append(x[:, -1])
+            if index in g.selecting_layers:
+                maps.append(map)
+                selected.append(select_pages(map, margins, page_budget, g.cells, g.threshold))
+        hidden.append(self.model.norm(hidden[-1]))
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(hidden[-1], head).float()
+        chosen, count = (torch.stack(tensors, 1) for tensors in zip(*selected, strict=True))
+        return logits, chosen, count, present_key, present_value, maps, hidden
+
+
+class PageProjector(nn.Module):
+    """Hi-res features -> the K/V pages of every reading layer; run once per image (and image position)."""
+
+    def __init__(self, g: Geometry) -> None:
+        super().__init__()
+        self.geometry = g
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleDict()
+        for index in g.reading_layers:
+            layer = nn.Module()
+            layer.self_attn = nn.Module()
+            for name in ("k_proj_hd", "v_proj_hd"):
+                width = g.kv_heads * g.head_dim
+                layer.self_attn.add_module(name, nn.Linear(g.hidden, width, bias=g.attention_bias))
+            self.model.layers[str(index)] = layer
+        cos, sin = rotary_tables(g)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        order = layout.page_order(g)
+        self.register_buffer("page_order", torch.from_numpy(order), persistent=False)
+        self.register_buffer("tile_order", torch.from_numpy(layout.tile_order(g)[order]), persistent=False)
+
+    def hires_rotary(self, image_begin: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, hires_side**2, hd/2] float32, row-major; official: bicubic zoom of the low-res tables, cos and
+        sin apart (so cos^2 + sin^2 != 1)."""
+        g = self.geometry
+        position = image_begin[:, None] + torch.arange(g.image_tokens, device=image_begin.device)
+
+        def zoomed(table: Tensor) -> Tensor:
+            plane = table[position].transpose(1, 2).unflatten(2, (g.grid, g.grid))
+            plane = F.interpolate(plane, size=(g.hires_side, g.hires_side), mode="bicubic", align_corners=False)
+            return plane.flatten(2).transpose(1, 2)
+
+        return zoomed(self.cos), zoomed(self.sin)
+
+    def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """tiles [B * zoom*zoom, T, hidden]: projected features tile by tile; image_begin [B] int64.
+
+        Returns page_key, page_value: R x [B, kv_heads, pages, P, hd]. Features go in raw, without a norm (official).
+        """
+        g = self.geometry
+        batch = image_begin.shape[0]
+        features = tiles.reshape(batch, g.hires_side**2, g.hidden)[:, self.tile_order]
+        cos, sin = (table[:, None, self.page_order] for table in self.hires_rotary(image_begin))
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(batch, -1, g.kv_heads, g.head_dim).transpose(1, 2)
+
+        page_key, page_value = [], []
+        for layer in self.model.layers.values():
+            key = rotary(heads(layer.self_attn.k_proj_hd(features)), cos, sin).to(features.dtype)
+            page_key.append(key.unflatten(2, (g.pages, -1)))
+            page_value.append(heads(layer.self_attn.v_proj_hd(features)).unflatten(2, (g.pages, -1)))
+        return page_key, page_value
+
+
+def rotary_tables(g: Geometry) -> tuple[Tensor, Tensor]:
+    """cos, sin [context, hd/2] float32 by position (official: LlamaRotaryEmbedding, first half of its last axis)."""
+    frequency = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2).float() / g.head_dim))
+    angle = torch.outer(torch.arange(g.context).float(), frequency)
+    return angle.cos(), angle.sin()

@@ -1,0 +1,63 @@
+"""flex::hierarchical_attention in PyTorch. Inputs and outputs: see the package docstring."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plugins.cached_attention.reference import MASKED, low_attention
+
+
+@torch.library.custom_op("flex::hierarchical_attention", mutates_args=())
+def hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image_begin: Tensor,
+    page_key: Tensor,
+    page_value: Tensor,
+    page_lengths: Tensor,
+    pages: Tensor,
+    page_count: Tensor,
+    grid: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Joint softmax over low-res and selected hi-res tokens (paper: hierarchical self-attention)."""
+    context, present_key, present_value, map, turned, low = low_attention(
+        query, key, value, past_key, past_value, past_length, cos, sin, image_begin, grid
+    )
+    batch, kv_heads, _, size, head_dim = page_key.shape
+    heads = turned.shape[1]
+    most = int(page_count.max())
+    listed = pages[:, :most]  # [B, most]
+    row = torch.arange(batch, device=query.device)[:, None]
+
+    def gather(store: Tensor) -> Tensor:  # advanced indices apart from each other lead: [B, most, Hkv, P, hd]
+        return store[row, :, listed].transpose(1, 2).reshape(batch, kv_heads, most * size, head_dim)
+
+    last = turned[:, :, -1:].reshape(batch, kv_heads, -1, head_dim)
+    high = (last @ gather(page_key).transpose(2, 3)).float().view(batch, heads, 1, most * size)
+    used = (torch.arange(most, device=query.device) < page_count[:, None])[..., None] & (
+        torch.arange(size, device=query.device) < page_lengths[listed][..., None]
+    )  # [B, most, P]
+    high = high.where(used.view(batch, 1, 1, most * size), MASKED)
+    weights = torch.cat((low, high), dim=-1).softmax(-1)[..., low.shape[-1] :]
+    # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
+    share = 1.0 - weights.sum(-1, keepdim=True)
+    read = weights.to(query.dtype).view(batch, kv_heads, heads // kv_heads, most * size) @ gather(page_value)
+    joint = share * context[:, :, -1:].float() + read.view(batch, heads, 1, head_dim).float()
+    context = torch.cat((context[:, :, :-1], joint.to(context.dtype)), dim=2)
+    return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map
+
+
+@hierarchical_attention.register_fake
+def _(
+    query, key, value, past_key, past_value, past_length, cos, sin, image_begin,
+    page_key, page_value, page_lengths, pages, page_count, grid,
+):  # fmt: skip
+    map = cos.new_empty(query.shape[0], grid, grid)
+    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value), map
