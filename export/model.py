@@ -182,6 +182,6 @@ class PageProjector(nn.Module):
 
 def rotary_tables(g: Geometry) -> tuple[Tensor, Tensor]:
     """cos, sin [context, hd/2] float32 by position (official: LlamaRotaryEmbedding, first half of its last axis)."""
-    frequency = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2).float() / g.head_dim))
-    angle = torch.outer(torch.arange(g.context).float(), frequency)
+    frequency = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2, device="cpu").float() / g.head_dim))
+    angle = torch.outer(torch.arange(g.context, device="cpu").float(), frequency)
     return angle.cos(), angle.sin()

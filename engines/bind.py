@@ -1,0 +1,63 @@
+"""Traced graphs with bare flex:: nodes -> graphs a backend runs. Needs onnx-ir and onnxscript; never torch."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from plugins.cached_attention import onnx_body as cached_attention
+from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.select_pages import onnx_body as select_pages
+
+ORT_OPSET = 24  # TensorScatter
+# Operators of the traced graphs whose meaning is the same in opset 20 and 24: later versions only admit more types.
+STABLE_SINCE_20 = frozenset(
+    "Add Cast Clip Concat Constant ConstantOfShape Conv Cos Div Equal Expand Flatten Gather GatherElements GatherND Gelu "
+    "Gemm Greater Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Pow Range Reciprocal ReduceMean "
+    "ReduceSum Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where".split()
+)
+
+
+def for_onnxruntime(model: ir.Model) -> ir.Model:
+    """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
+
+    bfloat16 graphs become float32 graphs over bfloat16 weights: the CPU provider has no bfloat16 arithmetic.
+    """
+    unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
+    if unknown:
+        raise NotImplementedError(f"not checked between opset 20 and {ORT_OPSET}: {sorted(unknown)}")
+    model.opset_imports[""] = ORT_OPSET
+    used = {node.op_type for node in model.graph if node.domain == "flex"}
+    for body in (select_pages, cached_attention, hierarchical_attention):
+        names = [function.name for function in body.FUNCTIONS]
+        if used.intersection(names):
+            for function in body.FUNCTIONS:
+                bound = ir.serde.deserialize_function(function.to_function_proto())
+                model.functions[bound.identifier()] = bound
+    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs)):
+        _widen_bfloat16(model)
+    ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+def _widen_bfloat16(model: ir.Model) -> None:
+    wide, narrow = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+    graph = model.graph
+    first = graph[0]
+    for value in list(graph.initializers.values()):
+        if value.dtype == narrow:
+            cast = ir.node("Cast", [value], {"to": wide.value}, num_outputs=1)
+            cast.outputs[0].name = f"{value.name}.float32"
+            cast.outputs[0].dtype, cast.outputs[0].shape = wide, value.shape
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(first, cast)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow.value:
+            node.attributes["to"] = ir.AttrInt64("to", wide.value)
+        for value in node.outputs:
+            if value.dtype == narrow:
+                value.dtype = wide
+    for value in graph.inputs:
+        if value.dtype == narrow:
+            value.dtype = wide

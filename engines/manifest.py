@@ -1,0 +1,116 @@
+"""`bundle.json`: everything a runtime must know about a bundle before it opens a single graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.geometry import Geometry
+from engines.pages import page_size
+
+FORMAT = 1  # raised when an older reader would misread the bundle
+PARTS = ("vision", "pages", "decoder")
+PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph.
+
+    `shape` mixes sizes and symbols: batch, steps (new tokens), capacity (cache slots), tiles, batch_tiles (zoom*zoom
+    for each batch row). `dtype` is a numpy-style name, or "model": the precision the bundle was built with.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of the model. `graphs` maps "traced" (bare flex:: nodes) and backend names to .onnx files."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: str
+    graphs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a question becomes token ids. `template` holds "<image>" and "{prompt}"."""
+
+    template: str
+    tokenizer: str | None  # file in the bundle; None: the bundle takes raw token ids only
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `bundle.json`."""
+
+    format: int
+    name: str
+    precision: str  # key of PRECISIONS
+    page_budget: int  # pages each layer may read at most, unless a request asks for fewer
+    geometry: Geometry
+    prompt: Prompt
+    parts: dict[str, Part]
+    files: dict[str, File]
+    versions: dict[str, str]  # of this project and of what wrote the graphs
+    source: dict[str, object]  # identity of the checkpoint
+    options: dict[str, object]  # the build's knobs, as used
+
+
+def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Vision encoder + projector: tiles of pixels -> features."""
+    tiles = TensorSpec("tiles", "float32", ("tiles", 3, g.lowres, g.lowres))
+    return [tiles], [TensorSpec("features", "model", ("tiles", g.image_tokens, g.hidden))]
+
+
+def pages_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Hi-res page projection: features of the hi-res tiles -> K/V pages of every reading layer."""
+    inputs = [
+        TensorSpec("hires_features", "model", ("batch_tiles", g.image_tokens, g.hidden)),
+        TensorSpec("image_begin", "int64", ("batch",)),
+    ]
+    return inputs, _pages("page_key", g) + _pages("page_value", g)
+
+
+def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Decoder, for prefill and decode step alike; meaning of each tensor: export/model.py `Decoder.forward`."""
+    inputs = [
+        TensorSpec("input_ids", "int64", ("batch", "steps")),
+        TensorSpec("past_length", "int64", ("batch",)),
+        TensorSpec("features", "model", ("batch", g.image_tokens, g.hidden)),
+        TensorSpec("image_begin", "int64", ("batch",)),
+        TensorSpec("margins", "int64", ("batch", 2)),
+        TensorSpec("page_budget", "int64", ("batch",)),
+    ]
+    inputs += _cache("past_key", g) + _cache("past_value", g) + _pages("page_key", g) + _pages("page_value", g)
+    selecting = len(g.selecting_layers)
+    outputs = [
+        TensorSpec("logits", "float32", ("batch", g.vocab)),
+        TensorSpec("pages", "int64", ("batch", selecting, g.pages)),
+        TensorSpec("page_count", "int64", ("batch", selecting)),
+    ]
+    return inputs, outputs + _cache("present_key", g) + _cache("present_value", g)
+
+
+def _cache(name: str, g: Geometry) -> list[TensorSpec]:
+    shape = ("batch", g.kv_heads, "capacity", g.head_dim)
+    return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in range(g.layers)]
+
+
+def _pages(name: str, g: Geometry) -> list[TensorSpec]:
+    shape = ("batch", g.kv_heads, g.pages, page_size(g), g.head_dim)
+    return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in g.reading_layers]
+
+
+IO_OF_PART = {"vision": vision_io, "pages": pages_io, "decoder": decoder_io}

@@ -1,0 +1,205 @@
+"""The three parts of a bundle on ONNX Runtime. numpy and onnxruntime only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+BACKEND = "onnxruntime"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one decoder run says about the last token of each row. Arrays are copies."""
+
+    logits: np.ndarray  # [B, vocab] float32
+    pages: np.ndarray  # [B, M, pages] int64, best first
+    page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the decoder needs to know of B images (one per row), resident on the device."""
+
+    features: ort.OrtValue  # [B, T, hidden]
+    page_key: list[ort.OrtValue]  # reading layers x [B, kv_heads, pages, P, hd]
+    page_value: list[ort.OrtValue]
+    begin: np.ndarray  # [B] int64: position of image token 0
+    margins: np.ndarray  # [B, 2] int64
+
+
+class OrtModel:
+    """An opened bundle. Sessions are created once; nothing of a request is kept here."""
+
+    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+        """`device`: "cpu" or "cuda". `threads`: of one operator; None lets ONNX Runtime use every core.
+
+        Raises BackendError when onnxruntime or the device is missing, or a graph does not load.
+        """
+        self.geometry = bundle.manifest.geometry
+        self.device = device
+        self._ort = _import()
+        provider = _provider(self._ort, device)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._sessions = {}
+        for part in bundle.manifest.parts:
+            path = bundle.graph(part, BACKEND)
+            try:
+                session = self._ort.InferenceSession(path, options, providers=[provider])
+            except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
+                raise BackendError(f"ONNX Runtime cannot open {path}: {error}", fix="rebuild the bundle") from error
+            if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+                raise BackendError(
+                    f"ONNX Runtime did not start {provider}, only {session.get_providers()}",
+                    fix="check the CUDA and cuDNN installation, or pass device='cpu'",
+                )
+            self._sessions[part] = session
+        self._model_dtype = _numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
+
+    def vision(self, tiles: np.ndarray) -> ort.OrtValue:
+        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
+        return self._run("vision", {"tiles": self._value(tiles)})[0]
+
+    def project(self, hires: ort.OrtValue, begin: np.ndarray) -> tuple[list[ort.OrtValue], list[ort.OrtValue]]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> page_key, page_value."""
+        stores = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
+        half = len(stores) // 2
+        return stores[:half], stores[half:]
+
+    def no_image(self, batch: int) -> Image:
+        """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
+        g = self.geometry
+        shape = next(spec.shape for spec in self._sessions["decoder"].get_inputs() if spec.name.startswith("page_key."))
+        store = [self.zeros((batch, *shape[1:]))] * len(g.reading_layers)
+        row = np.zeros(batch, np.int64)
+        return Image(self.zeros((batch, g.image_tokens, g.hidden)), store, store, row, np.zeros((batch, 2), np.int64))
+
+    def decoder(self, image: Image, capacity: int) -> Decoder:
+        """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
+        return Decoder(self, self._sessions["decoder"], image, -(-capacity // ROUND) * ROUND)
+
+    def zeros(self, shape: tuple[int, ...]) -> ort.OrtValue:
+        """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""
+        return self._value(np.zeros(shape, self._model_dtype))
+
+    def _value(self, array: np.ndarray) -> ort.OrtValue:
+        # On the CPU the value is a view: it shares the array's memory and keeps it alive.
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+
+    def _run(self, part: str, inputs: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
+        session = self._sessions[part]
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, self.device)
+        _execute(session, binding, part)
+        return list(binding.get_outputs())
+
+
+class Decoder:
+    """One request: a key/value cache bound in place, and the number of valid tokens in each row."""
+
+    def __init__(self, model: OrtModel, session: ort.InferenceSession, image: Image, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = np.zeros(len(image.begin), np.int64)  # [B] valid tokens; lower it to forget the newest ones
+        self._model, self._session = model, session
+        g, batch = model.geometry, len(image.begin)
+        self._inputs = {
+            "features": image.features,
+            "image_begin": model._value(image.begin),
+            "margins": model._value(image.margins),
+        }
+        for index, layer in enumerate(g.reading_layers):
+            self._inputs[f"page_key.{layer}"] = image.page_key[index]
+            self._inputs[f"page_value.{layer}"] = image.page_value[index]
+        cache = (batch, g.kv_heads, capacity, g.head_dim)
+        self._cache = {f"{half}.{layer}": model.zeros(cache) for half in ("key", "value") for layer in range(g.layers)}
+        selecting = len(g.selecting_layers)
+        self._outputs = {
+            "logits": model._value(np.empty((batch, g.vocab), np.float32)),
+            "pages": model._value(np.empty((batch, selecting, g.pages), np.int64)),
+            "page_count": model._value(np.empty((batch, selecting), np.int64)),
+        }
+        self._ids = model._value(np.zeros((batch, 1), np.int64))
+        self._past_length = model._value(np.zeros(batch, np.int64))
+        self._budget = model._value(np.zeros(batch, np.int64))
+        self._step_binding = self._bind(self._ids)
+
+    def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
+        """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
+
+        `page_budget` [B] or one number: pages the last column may read; 0, for a prefill, leaves attention plain.
+        `lengths` [B]: valid ids of each row when rows are padded at their end (then `Step` means nothing).
+        """
+        batch, steps = ids.shape
+        if int(self.length.max()) + steps > self.capacity:
+            raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
+        self._past_length.update_inplace(self.length)
+        self._budget.update_inplace(np.broadcast_to(np.asarray(page_budget, np.int64), (batch,)).copy())
+        ids = np.ascontiguousarray(ids, np.int64)
+        if steps == 1:
+            self._ids.update_inplace(ids)
+            _execute(self._session, self._step_binding, "decoder")
+        else:
+            value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
+            _execute(self._session, self._bind(value), "decoder")
+        self.length = self.length + (steps if lengths is None else lengths)
+        return Step(**{name: value.numpy().copy() for name, value in self._outputs.items()})
+
+    def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        named = {"input_ids": ids, "past_length": self._past_length, "page_budget": self._budget, **self._inputs}
+        for name, value in named.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        for name, value in self._cache.items():  # one buffer on both sides: TensorScatter then writes in place
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        return binding
+
+
+def _import():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
+    return onnxruntime
+
+
+def _provider(ort_module, device: str) -> str:
+    if device not in PROVIDERS:
+        raise BackendError(f"device {device!r}", expected=f"one of {list(PROVIDERS)}")
+    provider, available = PROVIDERS[device], ort_module.get_available_providers()
+    if provider not in available:
+        fix = "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
+        raise BackendError(f"this ONNX Runtime has no {provider}, only {available}", fix=fix)
+    return provider
+
+
+def _numpy_dtype(onnx_type: str) -> type:
+    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]
+
+
+def _execute(session: ort.InferenceSession, binding: ort.IOBinding, part: str) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
+        raise BackendError(f"ONNX Runtime failed in the {part} part: {error}") from error
+    binding.synchronize_outputs()
