@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.backend import Image, Step
 from engines.bundle import Bundle
 from engines.errors import BackendError
 
@@ -16,26 +16,6 @@ if TYPE_CHECKING:
 BACKEND = "onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one decoder run says about the last token of each row. Arrays are copies."""
-
-    logits: np.ndarray  # [B, vocab] float32
-    pages: np.ndarray  # [B, M, pages] int64, best first
-    page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
-
-
-@dataclass(frozen=True)
-class Image:
-    """What the decoder needs to know of B images (one per row), resident on the device."""
-
-    features: ort.OrtValue  # [B, T, hidden]
-    page_key: list[ort.OrtValue]  # reading layers x [B, kv_heads, pages, P, hd]
-    page_value: list[ort.OrtValue]
-    begin: np.ndarray  # [B] int64: position of image token 0
-    margins: np.ndarray  # [B, 2] int64
 
 
 class OrtModel:
@@ -160,7 +140,7 @@ class Decoder:
             value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
             _execute(self._session, self._bind(value), "decoder")
         self.length = self.length + (steps if lengths is None else lengths)
-        return Step(**{name: value.numpy().copy() for name, value in self._outputs.items()})
+        return Step(*(self._outputs[name].numpy().copy() for name in ("logits", "pages", "page_count")))
 
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
         binding = self._session.io_binding()

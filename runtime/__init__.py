@@ -1,0 +1,30 @@
+"""Answers questions about images with a FlexAttention bundle. Needs numpy, Pillow, tokenizers, pydantic and a backend."""
+
+from engines.errors import (
+    BackendError,
+    BundleError,
+    FlexError,
+    ImageError,
+    OptionError,
+    PromptError,
+    TokenizerError,
+)
+from runtime.engine import Engine, ImageView, Stream
+from runtime.types import Answer, Options, Stats, Trace
+
+__all__ = [
+    "Answer",
+    "BackendError",
+    "BundleError",
+    "Engine",
+    "FlexError",
+    "ImageError",
+    "ImageView",
+    "OptionError",
+    "Options",
+    "PromptError",
+    "Stats",
+    "Stream",
+    "TokenizerError",
+    "Trace",
+]

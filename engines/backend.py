@@ -1,0 +1,37 @@
+"""What every backend takes and gives, whatever runs the graphs. `Array` is the backend's own resident tensor type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class Image(Generic[Array]):
+    """What the decoder needs to know of B images (one per row), resident on the device."""
+
+    features: Array  # [B, T, hidden]
+    page_key: list[Array]  # reading layers x [B, kv_heads, pages, P, hd]
+    page_value: list[Array]
+    begin: np.ndarray  # [B] int64: position of image token 0
+    margins: np.ndarray  # [B, 2] int64: rows, columns of the map zeroed at each end
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one decoder run says about the last token of each row. Arrays are copies."""
+
+    logits: np.ndarray  # [B, vocab] float32
+    pages: np.ndarray  # [B, M, pages] int64, best first
+    page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
+
+    def cells(self) -> np.ndarray:
+        """The selection as a mask: bool [B, M, pages]."""
+        mask = np.zeros(self.pages.shape, bool)
+        chosen = np.arange(self.pages.shape[-1]) < self.page_count[..., None]
+        np.put_along_axis(mask, self.pages, chosen, axis=-1)
+        return mask

@@ -1,0 +1,265 @@
+"""Checkpoint -> bundle: `python export/build.py --model CHECKPOINT --fp16`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+if __package__ in (None, ""):  # run as a script: the packages lie beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import onnx_ir as ir
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engines.bind import for_onnxruntime
+from engines.bundle import Bundle, BundleWriter, write_bundle
+from engines.errors import FlexError, OptionError
+from engines.manifest import FORMAT, IO_OF_PART, PARTS, PRECISIONS, Manifest, Part, Prompt, TensorSpec
+from export.check import Stage, parity, stored_weights
+from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
+from export.config import ModelConfig, read_config
+from export.memory import available_bytes, parity_bytes, peak_rss
+from export.tokenizer import convert_tokenizer
+from export.trace import trace
+from export.weights import stored_bytes, write_weights
+
+CHECKS = {
+    "parity": "run the bundle beside the PyTorch reference",
+    "weights": "compare the stored weights with the checkpoint, in little memory",
+    "none": "do not check",
+}
+BACKENDS = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The knobs of a build and their defaults; recorded in the manifest as used."""
+
+    model: Path = Path("checkpoints/default")
+    out: Path | None = None  # None: build/<model>-<precision>
+    precision: str = "fp16"
+    page_budget: int | None = None  # None: every page, the official behaviour
+    context: int | None = None  # None: the checkpoint's
+    backend: str = "onnxruntime"
+    check: str = "parity"
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle goes."""
+        return self.out or Path("build") / f"{self.model.resolve().name}-{self.precision}"
+
+
+def build(options: BuildOptions, console: Console | None = None) -> Bundle:
+    """Make a bundle and check it; nothing is left at `options.folder` unless the check passed.
+
+    Raises a FlexError: CheckpointError, ConfigError, TokenizerError, ExportError, ParityError or OptionError.
+    """
+    console = console or Console(quiet=True)
+    started = perf_counter()
+    config = read_config(options.model)
+    config = replace(config, geometry=_adjusted(config, options))
+    budget = config.geometry.pages if options.page_budget is None else options.page_budget
+    checkpoint = Checkpoint.open(options.model, config.tower_folder)
+    checkpoint.require(expected_tensors(config.geometry))
+    dtype = getattr(torch, PRECISIONS[options.precision])
+    _print_plan(console, options, config, checkpoint)
+    _require_memory(options, config)
+
+    with write_bundle(options.folder) as writer:
+        parts = {part: _write_part(part, config, checkpoint, dtype, writer, console) for part in PARTS}
+        tokenizer = convert_tokenizer(options.model, writer.folder)
+        if tokenizer is not None:
+            writer.add(tokenizer.file)
+        prompt = Prompt(
+            config.prompt_template,
+            tokenizer.file if tokenizer else None,
+            tokenizer.bos_id if tokenizer else config.bos_token_id,
+            config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()),
+        )
+        writer.finish(
+            Manifest(
+                format=FORMAT,
+                name=options.folder.name,
+                precision=options.precision,
+                page_budget=budget,
+                geometry=config.geometry,
+                prompt=prompt,
+                parts=parts,
+                files=writer.files,
+                versions=_versions(),
+                source=checkpoint.identity(),
+                options={key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+            )
+        )
+        _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
+    console.print(
+        f"[bold]{options.folder}[/] is ready after {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
+    )
+    return Bundle(options.folder, verify=False)
+
+
+def _adjusted(config: ModelConfig, options: BuildOptions):
+    g = config.geometry
+    if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
+        raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
+    if options.context is None:
+        return g
+    if not g.image_tokens < options.context <= g.context:
+        raise OptionError(f"--context {options.context}", expected=f"{g.image_tokens + 1} .. {g.context} for this model")
+    return replace(g, context=options.context)
+
+
+def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
+    needed, available = parity_bytes(config.geometry, options.precision), available_bytes()
+    if options.check == "parity" and needed > available:
+        raise OptionError(
+            f"the parity check needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB free",
+            fix="add --check weights: compares every stored tensor with the checkpoint instead, in under 1 GB",
+        )
+
+
+def _write_part(
+    part: str, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, writer: BundleWriter, console: Console
+) -> Part:
+    g, weights = config.geometry, f"{part}.weights"
+    with console.status(f"{part}: tracing"):
+        model = trace(part, g, dtype)
+    with _progress(part, stored_bytes(model, dtype), console) as advance:
+        write_weights(model, checkpoint, dtype, writer, weights, advance)
+    graphs = {"traced": f"{part}.onnx", "onnxruntime": f"{part}.onnxruntime.onnx"}
+    for kind, name in graphs.items():
+        ir.save(model if kind == "traced" else for_onnxruntime(model), writer.folder / name)
+        writer.add(name)
+    inputs, outputs = (_resolved(specs, dtype) for specs in IO_OF_PART[part](g))
+    return Part(inputs, outputs, weights, graphs)
+
+
+def _resolved(specs: list[TensorSpec], dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    name = str(dtype).removeprefix("torch.")
+    return tuple(replace(spec, dtype=name) if spec.dtype == "model" else spec for spec in specs)
+
+
+class _progress:
+    """A byte progress bar; the block gets the function that advances it."""
+
+    def __init__(self, part: str, total: int, console: Console) -> None:
+        columns = TextColumn(f"{part}: weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(part, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda size: self._bar.advance(self._task, size)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _check(options: BuildOptions, bundle: Bundle, checkpoint: Checkpoint, console: Console) -> None:
+    if options.check == "parity":
+        with console.status("parity check"):
+            stages = parity(bundle, checkpoint)
+        console.print(_report(stages, options.precision))
+    elif options.check == "weights":
+        with console.status("weight check"):
+            count = stored_weights(bundle, checkpoint)
+        console.print(f"weights: {count} tensors equal the checkpoint's; the graphs were not run")
+    else:
+        console.print("[yellow]not checked[/] (--check none)")
+
+
+def _report(stages: list[Stage], precision: str) -> Table:
+    table = Table("stage", "largest difference", "limit", title=f"parity with the float32 reference, {precision}")
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.error:.1e}", f"{stage.limit:.0e}")
+    return table
+
+
+def _print_plan(console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    g, itemsize = config.geometry, getattr(torch, PRECISIONS[options.precision]).itemsize
+    table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
+    for part, names in _tensors_of_parts(g).items():
+        size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
+        table.add_row(part, f"{part}.onnx, {part}.onnxruntime.onnx, {part}.weights", _size(size))
+    console.print(table)
+    dropped = dropped_tensors(checkpoint, g)
+    if dropped:
+        saved = sum(checkpoint.info(line.split(":")[0]).nbytes for line in dropped)
+        console.print(f"dropped {len(dropped)} tensors of {_size(saved)} that can never matter:")
+        for reason, names in _by_reason(dropped).items():
+            console.print(f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True)
+    per_token = 2 * g.layers * g.kv_heads * g.head_dim * itemsize
+    store = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2 * itemsize
+    console.print(
+        f"memory of a request: cache {_size(per_token * g.context)} at the full context of {g.context} tokens, "
+        f"hi-res pages {_size(store)}; of the parity check: {_size(parity_bytes(g, options.precision))}"
+    )
+    if options.precision == "bf16":
+        console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
+
+
+def _tensors_of_parts(g) -> dict[str, dict[str, tuple[int, ...]]]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
+    for name, shape in expected_tensors(g).items():
+        vision = name.startswith(("model.vision_tower.", "model.mm_projector."))
+        pages = "_proj_hd." in name
+        parts["vision" if vision else "pages" if pages else "decoder"][name] = shape
+    return parts
+
+
+def _by_reason(lines: list[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        name, reason = line.split(": ", 1)
+        groups.setdefault(reason, []).append(name)
+    return groups
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("flexattention-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
+    """Command line -> options; --help shows every default."""
+    default = BuildOptions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=default.model, help="checkpoint folder in the official layout")
+    add("--out", type=Path, help="bundle folder to write; build/<model>-<precision> when not given")
+    group = parser.add_mutually_exclusive_group()
+    for name in PRECISIONS:
+        text = f"{PRECISIONS[name]} weights and activations" + (" (the default)" if name == default.precision else "")
+        group.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision)
+    add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
+    add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
+    add("--backend", choices=BACKENDS, default=default.backend)
+    add("--check", choices=CHECKS, default=default.check, help="; ".join(f"{key}: {text}" for key, text in CHECKS.items()))
+    return BuildOptions(**vars(parser.parse_args(arguments)))
+
+
+def main() -> int:
+    """Entry of the command line; returns the exit status."""
+    try:
+        build(parse_arguments(), Console())
+    except FlexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

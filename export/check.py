@@ -1,0 +1,153 @@
+"""Is the fresh bundle the model? Compares it with the PyTorch reference, stage by stage, on a generated request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engines.backend import Image
+from engines.bundle import Bundle
+from engines.errors import ParityError
+from engines.geometry import Geometry
+from engines.manifest import PRECISIONS
+from engines.ort import Decoder, OrtModel
+from export.checkpoint import Checkpoint
+from export.reference import Reference, ReferenceDecoder
+from export.weights import converted
+
+STEPS = 4  # decode steps compared, tokens forced to the reference's
+TAIL = 12  # prompt tokens around the image
+SEEDS = 3  # requests tried when the first one's selection hangs on rounding
+ON_THE_EDGE = 0.01  # distance from the threshold, on the 0..255 scale, within which float32 rounding may decide
+# Largest error allowed, as a share of the reference's largest value. float32 leaves room for the order of summation
+# alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value on the way through all layers.
+ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1}
+# The same once pages are read: a cell that crosses the threshold changes what the next layers see.
+DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1}
+# Share of cells that may differ: none in float32; reduced precision moves scores across the threshold.
+CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the report: the largest error of a stage and its limit, both as a share (of values, or of cells)."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # False for NaN
+
+
+def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
+    """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
+
+    Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
+    """
+    manifest = bundle.manifest
+    stages: list[Stage] = []
+    reference = Reference(manifest.geometry, checkpoint)
+    for stage in _stages(reference, OrtModel(bundle, threads=threads), manifest.geometry, manifest.precision):
+        stages.append(stage)
+        if not stage.passed:
+            done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
+            raise ParityError(
+                f"{stage.name} differs from the reference by {stage.error:.2e} (passed before: {done})",
+                expected=f"at most {stage.limit:.0e} for {manifest.precision}",
+                fix="--fp32 tells rounding from a wrong graph; please report a miss in fp32",
+            )
+    return stages
+
+
+def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) -> Iterator[Stage]:
+    limit = ERROR[precision]
+    rng = np.random.default_rng(0)
+    tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
+    low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
+    expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
+    errors = (_error(a.numpy(), b.numpy()) for a, b in ((expected_low, low), (expected_high, high)))
+    yield Stage("vision features", max(errors), limit)
+
+    around = min(TAIL, (g.context - g.image_tokens - STEPS) // 2)  # a small context leaves little room for text
+    begin = np.array([around], np.int64)
+    expected, found = reference.project(expected_high, begin), model.project(high, begin)
+    for name, theirs, ours in zip(("page keys", "page values"), expected, found, strict=True):
+        errors = (_error(a.numpy(), b.numpy()) for a, b in zip(theirs, ours, strict=True))
+        yield Stage(name, max(errors), limit)
+
+    wide = np.array([[g.grid // 6, 0]], np.int64)  # the padding of a 3:2 image
+    for _ in range(SEEDS):
+        text = rng.integers(0, g.vocab, (1, 2 * around))
+        image = -1 - np.arange(g.image_tokens)[None]
+        ids = np.concatenate((text[:, :around], image, text[:, around:]), axis=1)
+        slow = reference.decoder(Image(expected_low, *expected, begin, wide), ids.shape[1] + STEPS)
+        fast = model.decoder(Image(low, *found, begin, wide), ids.shape[1] + STEPS)
+        stages = _decode(slow, fast, ids, g, precision)
+        if stages is not None:
+            yield from stages
+            return
+    yield Stage("selection (undecidable in every request tried)", float("nan"), limit)
+
+
+def _decode(slow: ReferenceDecoder, fast: Decoder, ids: np.ndarray, g: Geometry, precision: str) -> list[Stage] | None:
+    """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
+    theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])
+    prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), ERROR[precision])
+    token, flips, errors = ids[:, -1:], [], []
+    for _ in range(STEPS):
+        theirs, ours = slow.run(token, g.pages), fast.run(token, g.pages)
+        differ = theirs.cells() != ours.cells()
+        if differ.any() and not (differ & ~_on_the_edge(slow, g)).any():
+            break  # both are right, and have gone different ways
+        flips.append(float(differ.mean()))
+        errors.append(_error(theirs.logits, ours.logits))
+        token = theirs.logits.argmax(-1, keepdims=True)
+    if not errors:
+        return None
+    cells = Stage("selected cells", max(flips), CELLS[precision])
+    return [prefill, cells, Stage("decode logits", max(errors), DECODE_ERROR[precision])]
+
+
+def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:
+    """bool [1, M, pages]: cells whose pooled score lies so close to the threshold that rounding may decide."""
+    map = torch.from_numpy(np.stack(decoder.maps, 1)[0])  # [M, G, G]
+    rows = int(decoder.image.margins[0, 0])
+    map[:, :rows] = 0
+    map[:, g.grid - rows :] = 0
+    low, high = map.amin((1, 2), keepdim=True), map.amax((1, 2), keepdim=True)
+    score = torch.nn.functional.adaptive_max_pool2d(255 * (map - low) / (high - low), g.cells).flatten(1)
+    return ((score - g.threshold).abs() < ON_THE_EDGE).numpy()[None]
+
+
+def _error(expected: np.ndarray, found: np.ndarray) -> float:
+    if not np.isfinite(found).all():
+        return float("nan")
+    return float(np.abs(expected - found.astype(np.float32)).max() / np.abs(expected).max())
+
+
+def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
+    """Compare every tensor stored in the bundle with the checkpoint, byte for byte after conversion, in bounded memory.
+
+    Returns the number of tensors compared; raises ParityError at the first difference.
+    """
+    import onnx_ir as ir
+
+    dtype = getattr(torch, PRECISIONS[bundle.manifest.precision])
+    compared = 0
+    for part, description in bundle.manifest.parts.items():
+        model = ir.load(bundle.graph(part, "traced"))
+        with open(bundle.file(description.weights), "rb") as file:
+            for value in model.graph.initializers.values():
+                stored = value.const_value
+                if isinstance(stored, ir.ExternalTensor):
+                    file.seek(stored.offset)
+                    for chunk in converted(checkpoint, value.name, dtype):
+                        if file.read(len(chunk)) != chunk:
+                            raise ParityError(f"{value.name} in {description.weights} is not the checkpoint's")
+                    compared += 1
+    return compared

@@ -1,0 +1,47 @@
+"""How much memory there is, was used, and will be needed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+from engines.geometry import Geometry
+from engines.manifest import PRECISIONS
+from export.checkpoint import expected_tensors
+
+OVERHEAD = 1_000_000_000  # Python, torch, ONNX Runtime and their work space, bytes
+
+
+def parity_bytes(g: Geometry, precision: str) -> int:
+    """Bytes the parity check needs: the float32 reference, and the bundle in ONNX Runtime on the CPU, which keeps the
+    stored weights and, for reduced precisions, float32 copies of them; caches and hi-res pages of both."""
+    weights = sum(_product(shape) for shape in expected_tensors(g).values())
+    stored = {"float32": 4, "float16": 2, "bfloat16": 2}[PRECISIONS[precision]]
+    copies = 4 if precision == "fp32" else 4 + stored
+    pages = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2
+    cache = 2 * g.layers * g.kv_heads * g.head_dim * (g.image_tokens + 64)
+    return weights * (4 + copies) + (pages + cache) * 8 + OVERHEAD
+
+
+def available_bytes() -> int:
+    """Bytes of memory a new allocation can take without swapping."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        lines = dict(line.split(":") for line in info.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,13 @@
+"""Where the small official-layout checkpoint of the parity data is."""
+
+from pathlib import Path
+
+import pytest
+
+WEIGHTS = Path(__file__).parents[1] / "parity" / "data" / "weights"
+
+
+@pytest.fixture
+def weights() -> Path:
+    """Folder of a tiny FlexAttention checkpoint: config.json, model.safetensors (tower included), clip/."""
+    return WEIGHTS
