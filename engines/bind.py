@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
@@ -26,6 +26,7 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
         raise NotImplementedError(f"not checked between opset 20 and {ORT_OPSET}: {sorted(unknown)}")
+    RemoveUnusedNodesPass()(model)  # what only debugging outputs needed
     model.opset_imports[""] = ORT_OPSET
     used = {node.op_type for node in model.graph if node.domain == "flex"}
     for body in (select_pages, cached_attention, hierarchical_attention):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-import onnxruntime as ort
-from polygraphy.backend.onnx import ModifyOutputs, OnnxFromPath, SaveOnnx
+from uuid import uuid4
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from engines.bind import for_onnxruntime
 from engines.bundle import Bundle
 from engines.ort import Decoder, OrtModel
 
@@ -13,19 +16,20 @@ from engines.ort import Decoder, OrtModel
 class InspectedModel(OrtModel):
     """An OrtModel whose decoders have `maps` and `hidden`, like those of export.reference."""
 
-    def __init__(self, bundle: Bundle, folder) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
         g = self.geometry
         self.map_names = [f"map.{layer}" for layer in g.selecting_layers]
         self.hidden_names = [f"hidden.{layer}" for layer in range(g.layers + 1)]
-        session = self._sessions["decoder"]
-        outputs = [output.name for output in session.get_outputs()] + self.map_names + self.hidden_names
-        marked = ModifyOutputs(OnnxFromPath(str(bundle.graph("decoder", "onnxruntime"))), outputs=outputs)
-        path = folder / "decoder.inspected.onnx"
-        SaveOnnx(marked, str(path), external_data_path="decoder.inspected.weights", all_tensors_to_one_file=True)()
+        model = ir.load(bundle.graph("decoder", "traced"))
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
+        path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
+        ir.save(for_onnxruntime(model), path)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self._sessions["decoder"] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        path.unlink()
 
     def decoder(self, image, capacity):
         return InspectedDecoder(self, self._sessions["decoder"], image, capacity)

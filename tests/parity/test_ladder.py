@@ -26,11 +26,11 @@ def worst(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.fixture(params=["reference", "graph"])
-def model(request, case, reference, bundle, tmp_path):
+def model(request, case, reference, bundle):
     """The PyTorch reference, then the exported float32 graphs, with inner values visible."""
     if request.param == "reference":
         return reference(case.weights)
-    return InspectedModel(Bundle(bundle("fp32", case.weights)), tmp_path)
+    return InspectedModel(Bundle(bundle("fp32", case.weights)))
 
 
 def test_preprocess(case, reference):

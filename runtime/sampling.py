@@ -1,0 +1,73 @@
+"""From logits to a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.errors import BackendError, OptionError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 = greedy; otherwise sample, from the top_k likeliest (0 = all) and the smallest set of the
+    likeliest that holds top_p of the probability (1 = all). The same seed gives the same tokens; None = random."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _number(self.temperature) or not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise OptionError(f"temperature={self.temperature!r}", expected="a number of at least 0")
+        if not _integer(self.top_k) or self.top_k < 0:
+            raise OptionError(f"top_k={self.top_k!r}", expected="an integer of at least 0 (0 = all tokens)")
+        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p={self.top_p!r}", expected="a number above 0, at most 1")
+        if self.seed is not None and (not _integer(self.seed) or self.seed < 0):
+            raise OptionError(f"seed={self.seed!r}", expected="an integer of at least 0, or None")
+        given = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("seed", None)) if getattr(self, name) != off]
+        if self.temperature == 0 and given:
+            raise OptionError(
+                f"{', '.join(given)} with temperature=0, where decoding is greedy and would ignore it",
+                fix="pass a temperature above 0 too, for instance temperature=0.7",
+            )
+
+
+class Sampler:
+    """Draws the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def pick(self, logits: np.ndarray) -> int:
+        """One token id from logits [V] float32; greedy takes the first of equal ones.
+
+        Raises BackendError when a logit is not finite: the engine is broken, and any token would be a lie.
+        """
+        if not np.isfinite(logits).all():
+            raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
+        options = self._sampling
+        if options.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / options.temperature
+        order = np.argsort(-scaled, kind="stable")
+        if options.top_k:
+            order = order[: options.top_k]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        cumulative = np.cumsum(weights) / weights.sum()
+        kept = int(np.searchsorted(cumulative, options.top_p)) + 1 if options.top_p < 1 else len(order)
+        weights = weights[:kept] / weights[:kept].sum()
+        return int(order[self._random.choice(len(weights), p=weights)])
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
