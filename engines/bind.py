@@ -14,7 +14,7 @@ ORT_OPSET = 24  # TensorScatter
 STABLE_SINCE_20 = frozenset(
     "Add Cast Clip Concat Constant ConstantOfShape Conv Cos Div Equal Expand Flatten Gather GatherElements GatherND Gelu "
     "Gemm Greater Identity LayerNormalization Less LessOrEqual MatMul Max Min Mul Neg Pow Range Reciprocal ReduceMean "
-    "ReduceSum Reshape Resize Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where".split()
+    "ReduceSum Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where".split()
 )
 
 

@@ -142,6 +142,10 @@ class PageProjector(nn.Module):
         cos, sin = rotary_tables(g)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # The official resize of the identity gives its weights; as a matrix it is the same in every backend.
+        identity = torch.eye(g.grid, dtype=torch.float32, device="cpu")[None, None]
+        bicubic = F.interpolate(identity, size=(g.hires_side, g.grid), mode="bicubic", align_corners=False)
+        self.register_buffer("bicubic", bicubic[0, 0], persistent=False)  # [hires_side, grid]
         order = layout.page_order(g)
         self.register_buffer("page_order", torch.from_numpy(order), persistent=False)
         self.register_buffer("tile_order", torch.from_numpy(layout.tile_order(g)[order]), persistent=False)
@@ -154,8 +158,7 @@ class PageProjector(nn.Module):
 
         def zoomed(table: Tensor) -> Tensor:
             plane = table[position].transpose(1, 2).unflatten(2, (g.grid, g.grid))
-            plane = F.interpolate(plane, size=(g.hires_side, g.hires_side), mode="bicubic", align_corners=False)
-            return plane.flatten(2).transpose(1, 2)
+            return (self.bicubic @ plane @ self.bicubic.T).flatten(2).transpose(1, 2)
 
         return zoomed(self.cos), zoomed(self.sin)
 
