@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -155,7 +156,7 @@ class Decoder:
         return binding
 
 
-def _import():
+def _import() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
@@ -163,12 +164,14 @@ def _import():
     return onnxruntime
 
 
-def _provider(ort_module, device: str) -> str:
+def _provider(ort_module: ModuleType, device: str) -> str:
     if device not in PROVIDERS:
         raise BackendError(f"device {device!r}", expected=f"one of {list(PROVIDERS)}")
     provider, available = PROVIDERS[device], ort_module.get_available_providers()
     if provider not in available:
-        fix = "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
+        fix = (
+            "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
+        )
         raise BackendError(f"this ONNX Runtime has no {provider}, only {available}", fix=fix)
     return provider
 

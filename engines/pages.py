@@ -35,7 +35,7 @@ def page_size(geometry: Geometry) -> int:
 
 
 def page_order(geometry: Geometry) -> np.ndarray:
-    """Row-major hi-res token index of every slot of every page: int64 [pages * page_size]; padding points at token 0."""
+    """Row-major hi-res token index of every page slot: int64 [pages * page_size]; padding points at token 0."""
     order = np.zeros((geometry.pages, page_size(geometry)), dtype=np.int64)
     for row, tokens in zip(order, page_tokens(geometry), strict=True):
         row[: len(tokens)] = tokens

@@ -23,6 +23,7 @@ from rich.table import Table
 from engines.bind import for_onnxruntime
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import FlexError, OptionError
+from engines.geometry import Geometry
 from engines.manifest import FORMAT, IO_OF_PART, PARTS, PRECISIONS, Manifest, Part, Prompt, TensorSpec
 from export.check import Stage, parity, stored_weights
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
@@ -97,24 +98,28 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
                 files=writer.files,
                 versions=_versions(),
                 source=checkpoint.identity(),
-                options={key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+                options={
+                    key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()
+                },
             )
         )
         _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
     console.print(
-        f"[bold]{options.folder}[/] is ready after {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
+        f"[bold]{options.folder}[/] is ready: {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
     )
     return Bundle(options.folder, verify=False)
 
 
-def _adjusted(config: ModelConfig, options: BuildOptions):
+def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     g = config.geometry
     if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
         raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
     if options.context is None:
         return g
     if not g.image_tokens < options.context <= g.context:
-        raise OptionError(f"--context {options.context}", expected=f"{g.image_tokens + 1} .. {g.context} for this model")
+        raise OptionError(
+            f"--context {options.context}", expected=f"{g.image_tokens + 1} .. {g.context} for this model"
+        )
     return replace(g, context=options.context)
 
 
@@ -196,7 +201,9 @@ def _print_plan(console: Console, options: BuildOptions, config: ModelConfig, ch
         saved = sum(checkpoint.info(line.split(":")[0]).nbytes for line in dropped)
         console.print(f"dropped {len(dropped)} tensors of {_size(saved)} that can never matter:")
         for reason, names in _by_reason(dropped).items():
-            console.print(f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True)
+            console.print(
+                f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True
+            )
     per_token = 2 * g.layers * g.kv_heads * g.head_dim * itemsize
     store = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2 * itemsize
     console.print(
@@ -207,7 +214,7 @@ def _print_plan(console: Console, options: BuildOptions, config: ModelConfig, ch
         console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
 
 
-def _tensors_of_parts(g) -> dict[str, dict[str, tuple[int, ...]]]:
+def _tensors_of_parts(g: Geometry) -> dict[str, dict[str, tuple[int, ...]]]:
     parts: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
     for name, shape in expected_tensors(g).items():
         vision = name.startswith(("model.vision_tower.", "model.mm_projector."))
@@ -243,11 +250,18 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
     group = parser.add_mutually_exclusive_group()
     for name in PRECISIONS:
         text = f"{PRECISIONS[name]} weights and activations" + (" (the default)" if name == default.precision else "")
-        group.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision)
+        group.add_argument(
+            f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision
+        )
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
     add("--backend", choices=BACKENDS, default=default.backend)
-    add("--check", choices=CHECKS, default=default.check, help="; ".join(f"{key}: {text}" for key, text in CHECKS.items()))
+    add(
+        "--check",
+        choices=CHECKS,
+        default=default.check,
+        help="; ".join(f"{key}: {text}" for key, text in CHECKS.items()),
+    )
     return BuildOptions(**vars(parser.parse_args(arguments)))
 
 

@@ -56,8 +56,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(g.hidden, g.rms_eps)
         self.mlp = MLP(g)
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]):
-        """Returns x, present_key, present_value, map. `cache`, `shared`, `pages`: inputs of the attention op, in order."""
+    def forward(
+        self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns x, present_key, present_value, map; `cache`, `shared`, `pages` are inputs of the attention op."""
         attend, y = self.self_attn, self.input_layernorm(x)
         projected = attend.q_proj(y), attend.k_proj(y), attend.v_proj(y)
         op = hierarchical_attention if self.reads else cached_attention

@@ -195,4 +195,3 @@ def _op_schema(name: str, tensors: list[str], attributes: list[str], outputs: in
         ],
         attributes=[schema.Attribute(key, schema.AttrType.INT) for key in attributes],
     )
-

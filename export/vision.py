@@ -78,7 +78,7 @@ class Embeddings(nn.Module):
 class Encoder(nn.Module):
     """tiles [N, 3, lowres, lowres] float32 -> features [N, grid*grid, hidden], model dtype: tower, then projector.
 
-    Official: `hidden_states[mm_vision_select_layer]` without the class token, no post norm; every tile is encoded alone.
+    Official: `hidden_states[mm_vision_select_layer]` without the class token, no post norm, each tile encoded alone.
     """
 
     def __init__(self, geometry: Geometry) -> None:

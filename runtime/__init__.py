@@ -1,4 +1,4 @@
-"""Answers questions about images with a FlexAttention bundle. Needs numpy, Pillow, tokenizers, pydantic and a backend."""
+"""Answers questions about images with a FlexAttention bundle; needs numpy, Pillow, tokenizers, pydantic, a backend."""
 
 from engines.errors import (
     BackendError,

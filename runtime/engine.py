@@ -115,7 +115,9 @@ class ImageView:
             raise OptionError("this image view is closed", fix="ask inside the `with` block")
         parsed = Options.parse(options)
         if (prompt is None) == (input_ids is None):
-            raise PromptError("both prompt and input_ids" if prompt is not None else "no prompt", expected="one of them")
+            raise PromptError(
+                "both prompt and input_ids" if prompt is not None else "no prompt", expected="one of them"
+            )
         raw = engine.prompter.encode(prompt, self._has_image) if prompt is not None else input_ids
         ids, begin = engine.prompter.expand(raw, self._has_image)
         budget = self._budget(parsed)
@@ -153,7 +155,9 @@ class ImageView:
                 self._encoded = Image(self._features, keys, values, position, sides)
         return self._encoded
 
-    def _start(self, ids: np.ndarray, begin: int, room: int, clock: dict[str, float]) -> tuple[Decoder, np.ndarray, int]:
+    def _start(
+        self, ids: np.ndarray, begin: int, room: int, clock: dict[str, float]
+    ) -> tuple[Decoder, np.ndarray, int]:
         """A decoder whose cache holds `ids` but the last, with room for `room` more; the part of `ids` worth keeping
         for the next question; and how many ids the cache had already. The caller gives the decoder back."""
         image = self._prepare(begin, clock)

@@ -48,7 +48,9 @@ def load_image(source: Source) -> PIL.Image.Image:
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
     if array.ndim != 3 or array.shape[2] != 3:
-        fix = "array[..., :3]" if array.ndim == 3 and array.shape[2] == 4 else "np.stack([grey] * 3, -1) for a grey image"
+        fix = (
+            "array[..., :3]" if array.ndim == 3 and array.shape[2] == 4 else "np.stack([grey] * 3, -1) for a grey image"
+        )
         raise ImageError(f"an array of shape {list(array.shape)}", expected="[height, width, 3], RGB", fix=fix)
     if array.dtype != np.uint8:
         fix = "(255 * array).astype(np.uint8) for values 0..1" if array.dtype.kind == "f" else None
@@ -70,7 +72,9 @@ def _decode(file: io.BufferedIOBase, name: str) -> PIL.Image.Image:
     except PIL.UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image Pillow knows", expected="PNG, JPEG, WebP, BMP, TIFF, ...") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged data
-        raise ImageError(f"{name} is damaged: {error}", expected="a complete image", fix="save or download it again") from error
+        raise ImageError(
+            f"{name} is damaged: {error}", expected="a complete image", fix="save or download it again"
+        ) from error
 
 
 def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

@@ -39,7 +39,9 @@ class Prompter:
             raise PromptError(f"a prompt of type {type(prompt).__name__}", expected="str")
         placed = prompt.count(PLACEHOLDER)
         if placed > 1:
-            raise PromptError(f"{placed} images in the prompt", expected="one image per request", fix="ask once per image")
+            raise PromptError(
+                f"{placed} images in the prompt", expected="one image per request", fix="ask once per image"
+            )
         if placed and not has_image:
             raise PromptError(f"{PLACEHOLDER} in the prompt but no image", fix="pass an image")
         template = self._template
@@ -66,7 +68,9 @@ class Prompter:
             )
         at = np.flatnonzero(given == IMAGE_TOKEN)
         if at.size > 1:
-            raise PromptError(f"{at.size} images in input_ids", expected="one image per request", fix="ask once per image")
+            raise PromptError(
+                f"{at.size} images in input_ids", expected="one image per request", fix="ask once per image"
+            )
         if at.size != has_image:
             found = "an image" if has_image else f"{IMAGE_TOKEN} in input_ids"
             missing = f"no {IMAGE_TOKEN} in input_ids" if has_image else "no image"

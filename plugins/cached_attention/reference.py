@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,12 @@ def cached_attention(
     return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map
 
 
-@cached_attention.register_fake
-def _(query, key, value, past_key, past_value, past_length, cos, sin, image_begin, grid):
-    map = cos.new_empty(query.shape[0], grid, grid)
+def fake(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of both attention ops' results, for tracing; `grid` is their last argument."""
+    map = torch.empty(query.shape[0], rest[-1], rest[-1], dtype=torch.float32, device=query.device)
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value), map
+
+
+cached_attention.register_fake(fake)

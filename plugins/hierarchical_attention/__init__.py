@@ -5,13 +5,13 @@ Used by the layers after the start layer. Takes the inputs of flex::CachedAttent
 | input | shape | dtype | meaning |
 |---|---|---|---|
 | page_key, page_value | [B, Hkv, C*C, P, hd] | T | projected pages of this layer, hi-res rotary applied to the keys |
-| page_lengths | [C*C] | int64 | valid tokens of each page, first in the page; P everywhere when C divides the hi-res side |
+| page_lengths | [C*C] | int64 | valid tokens of each page, at its beginning |
 | pages | [B, C*C] | int64 | page indices; the first page_count[b] are read (flex::SelectPages of the layer before) |
 | page_count | [B] | int64 | 0 = plain causal attention |
 
 Outputs and attribute `grid`: those of flex::CachedAttention. The last query's context comes from one softmax over the
-ordinary keys and the keys of the selected pages; all other queries, and the map, from the ordinary keys alone (official:
-attn_output[:, :, -1:] = attn_output_select).
+ordinary keys and the keys of the selected pages; all other queries, and the map, from the ordinary keys alone
+(official: attn_output[:, :, -1:] = attn_output_select).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.

@@ -35,20 +35,30 @@ def HierarchicalAttention(
     most = op.ReduceMax(page_count, keepdims=1)
     slots = op.Mul(most, size)
     listed = op.Slice(pages, keep, most, one)  # [B, most]
-    every_head = op.Expand(op.Unsqueeze(listed, op.Constant(value_ints=[1, 3])), op.Concat(one, kv_heads, one, one, axis=0))
+    every_head = op.Expand(
+        op.Unsqueeze(listed, op.Constant(value_ints=[1, 3])), op.Concat(one, kv_heads, one, one, axis=0)
+    )
     to_slots = op.Concat(keep, kv_heads, slots, head_dim, axis=0)
     keys = op.Reshape(op.GatherND(page_key, every_head, batch_dims=2), to_slots)
     values = op.Reshape(op.GatherND(page_value, every_head, batch_dims=2), to_slots)
 
     # Slots of another row's pages, or past the end of a short page, are masked.
     own = op.Less(op.Range(zero, op.Squeeze(most), step), op.Unsqueeze(page_count, one))  # [B, most]
-    inside = op.Less(op.Range(zero, op.Squeeze(size), step), op.Unsqueeze(op.Gather(page_lengths, listed), op.Constant(value_ints=[2])))
-    used = op.Unsqueeze(op.Reshape(op.And(op.Unsqueeze(own, op.Constant(value_ints=[2])), inside), op.Concat(keep, slots, axis=0)), op.Constant(value_ints=[1, 2]))
+    inside = op.Less(
+        op.Range(zero, op.Squeeze(size), step),
+        op.Unsqueeze(op.Gather(page_lengths, listed), op.Constant(value_ints=[2])),
+    )
+    used = op.Unsqueeze(
+        op.Reshape(op.And(op.Unsqueeze(own, op.Constant(value_ints=[2])), inside), op.Concat(keep, slots, axis=0)),
+        op.Constant(value_ints=[1, 2]),
+    )
 
     # One softmax over [ordinary keys | page keys] for the last query.
     to_groups = op.Concat(keep, kv_heads, group, head_dim, axis=0)
     scores = op.Cast(op.MatMul(op.Reshape(last_query, to_groups), op.Transpose(keys, perm=[0, 1, 3, 2])), to=1)
-    page_scores = op.Where(used, op.Reshape(scores, op.Concat(keep, heads, one, slots, axis=0)), op.Constant(value_float=-60000.0))
+    page_scores = op.Where(
+        used, op.Reshape(scores, op.Concat(keep, heads, one, slots, axis=0)), op.Constant(value_float=-60000.0)
+    )
     joint = op.Softmax(op.Concat(last_scores, page_scores, axis=3), axis=-1)
     weights = op.Slice(joint, op.Shape(last_scores, start=3, end=4), end, three)
     grouped = op.Reshape(op.CastLike(weights, query), op.Concat(keep, kv_heads, group, slots, axis=0))

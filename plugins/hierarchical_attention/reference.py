@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plugins.cached_attention.reference import MASKED, low_attention
+from plugins.cached_attention.reference import MASKED, fake, low_attention
 
 
 @torch.library.custom_op("flex::hierarchical_attention", mutates_args=())
@@ -54,10 +54,4 @@ def hierarchical_attention(
     return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map
 
 
-@hierarchical_attention.register_fake
-def _(
-    query, key, value, past_key, past_value, past_length, cos, sin, image_begin,
-    page_key, page_value, page_lengths, pages, page_count, grid,
-):  # fmt: skip
-    map = cos.new_empty(query.shape[0], grid, grid)
-    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value), map
+hierarchical_attention.register_fake(fake)

@@ -31,7 +31,7 @@ def SelectPages(map, margins, page_budget, cells: int, threshold: int):
     span = op.Where(flat, op.Constant(value_float=1.0), op.Sub(high, low))
     scaled = op.Div(op.Sub(clean, low), span)
 
-    # Adaptive max-pool: cell i covers rows floor(G*i/C) .. ceil(G*(i+1)/C)-1; windows are padded by repeating their end.
+    # Adaptive max-pool: cell i covers rows floor(G*i/C) .. ceil(G*(i+1)/C)-1; shorter windows repeat their end.
     cell = op.Range(zero, count, step)
     begin = op.Div(op.Mul(cell, grid), count)
     last = op.Div(op.Sub(op.Mul(op.Add(cell, step), grid), step), count)
@@ -44,7 +44,7 @@ def SelectPages(map, margins, page_budget, cells: int, threshold: int):
 
     # Every page, best first; equal scores keep the lower index first.
     every = op.Reshape(op.Mul(count, count), op.Constant(value_ints=[1]))
-    ordered, pages = op.TopK(score, every, axis=1, largest=1, sorted=1)
+    _, pages = op.TopK(score, every, axis=1, largest=1, sorted=1)
     limit = op.Cast(op.Constant(value_int=threshold), to=1)
     passes = op.Greater(op.Mul(score, op.Constant(value_float=255.0)), limit)
     eligible = op.And(passes, op.Not(op.Squeeze(flat, op.Constant(value_ints=[2]))))

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 @torch.library.custom_op("flex::select_pages", mutates_args=())
-def select_pages(map: Tensor, margins: Tensor, page_budget: Tensor, cells: int, threshold: int) -> tuple[Tensor, Tensor]:
+def select_pages(
+    map: Tensor, margins: Tensor, page_budget: Tensor, cells: int, threshold: int
+) -> tuple[Tensor, Tensor]:
     """The official selection, with a page budget on top (official: modeling_llama.py, `need_to_get_hd_feature_mask`).
 
     The pooled score decides twice: a cell is eligible when any token under its window passes the threshold, which is

@@ -137,7 +137,9 @@ def reference(checkpoint):
     def get(name: str, dtype: torch.dtype = torch.float32) -> Reference:
         if (name, dtype) not in cache:
             config = read_config(checkpoint(name))
-            cache[name, dtype] = Reference(config.geometry, Checkpoint.open(checkpoint(name), config.tower_folder), dtype)
+            cache[name, dtype] = Reference(
+                config.geometry, Checkpoint.open(checkpoint(name), config.tower_folder), dtype
+            )
         return cache[name, dtype]
 
     return get

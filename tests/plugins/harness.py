@@ -18,7 +18,9 @@ def run_body(functions, inputs: list[np.ndarray], outputs: list[type], **attribu
         [node],
         "op",
         [
-            helper.make_tensor_value_info(name, TYPES[array.dtype.type], [f"{name}_{axis}" for axis in range(array.ndim)])
+            helper.make_tensor_value_info(
+                name, TYPES[array.dtype.type], [f"{name}_{axis}" for axis in range(array.ndim)]
+            )
             for name, array in zip(names, inputs, strict=True)
         ],
         [helper.make_tensor_value_info(name, TYPES[kind], None) for name, kind in zip(results, outputs, strict=True)],

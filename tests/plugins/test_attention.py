@@ -1,4 +1,4 @@
-"""The ONNX bodies of the attention ops against their PyTorch references, and the references against first principles."""
+"""The ONNX bodies of the attention ops against their PyTorch references, and those against first principles."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ BOUND = {np.float32: 2e-6, np.float16: 4e-3}
 
 
 def inputs(rng, dtype, *, batch=1, steps=1, heads=4, kv_heads=4, past=None, counts=None, short_pages=False):
-    """Inputs of flex::HierarchicalAttention in order; unused cache slots and unlisted pages hold large junk."""
+    """Inputs of flex::HierarchicalAttention in order; unused cache slots and unlisted pages hold junk."""
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
@@ -85,7 +85,7 @@ def test_onnx_bodies_equal_reference(case, dtype):
 
 def test_reference_is_one_softmax_over_tokens_and_pages():
     arrays = inputs(np.random.default_rng(1), np.float32, counts=[4])
-    query, key, value, past_key, past_value, past, cos, sin, begin, page_key, page_value, _, pages, count = arrays
+    query, key, value, past_key, past_value, past, cos, sin, _, page_key, page_value, _, pages, count = arrays
     context, _, _, map = hierarchical_attention(*(torch.from_numpy(array) for array in arrays), GRID)
 
     def turn(x):

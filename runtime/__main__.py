@@ -1,0 +1,73 @@
+"""Ask a bundle about an image: `python -m runtime build/NAME photo.jpg "What does the sign say?"`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from engines.errors import FlexError, OptionError
+from engines.ort import PROVIDERS
+from runtime.engine import Engine
+from runtime.image import load_image
+from runtime.show import draw_selection
+from runtime.types import Options
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; --help shows every default."""
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, help="folder written by export/build.py")
+    add("image", help='image file, or "none" for a question without one')
+    add("question")
+    add("--max-new-tokens", type=int, default=default.max_new_tokens, help="answer tokens at most")
+    add("--temperature", type=float, default=default.temperature, help="0 = greedy")
+    add("--top-k", type=int, default=default.top_k, help="sample from so many of the likeliest tokens; 0 = all")
+    add("--top-p", type=float, default=default.top_p, help="sample from the likeliest tokens up to this probability")
+    add("--seed", type=int, default=default.seed, help="of the sampling")
+    add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    add("--page-budget", type=int, default=default.page_budget, help="pages each layer reads at most; None = bundle's")
+    add("--show", type=Path, metavar="PNG", help="write the image with the pages each answer token looked at")
+    add("--device", choices=PROVIDERS, default="cpu")
+    add("--threads", type=int, help="of one operator; None = every core")
+    return parser.parse_args(arguments)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Stream the answer to stdout, then its cost to stderr. Raises a FlexError."""
+    image = None if given.image == "none" else load_image(given.image)
+    if given.show is not None and image is None:
+        raise OptionError("--show without an image", fix="name an image, or leave --show out")
+    if given.show is not None and not given.show.absolute().parent.is_dir():
+        raise OptionError(f"--show {given.show}: no such folder", fix=f"mkdir -p {given.show.parent}")
+    engine = Engine(given.bundle, device=given.device, threads=given.threads)
+    options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
+    stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    answer = stream.answer()
+    print(answer.stats, file=sys.stderr)
+    if given.show is not None:
+        captions = [engine.prompter.decode([token]) for token in answer.token_ids]
+        draw_selection(image, answer.trace.cells, captions).save(given.show)
+        print(f"wrote {given.show}", file=sys.stderr)
+
+
+def main() -> int:
+    """Entry of the command line; returns the exit status."""
+    try:
+        run(parse_arguments())
+    except FlexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

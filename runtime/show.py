@@ -1,0 +1,59 @@
+"""A picture of where the model looked: for each answer token, the pages its layers read."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import PIL.Image
+from PIL import ImageDraw, ImageFont
+
+PANEL = 320  # pixels of a panel's long side
+MOST = 24  # answer tokens shown
+GAP, CAPTION = 10, 24  # pixels
+PAGE = np.array([255, 96, 0], np.float32)  # colour laid over a page
+DIM = 0.45  # brightness of what no layer read
+
+
+def draw_selection(image: PIL.Image.Image, cells: np.ndarray, captions: list[str]) -> PIL.Image.Image:
+    """One panel per answer token beside the original.
+
+    image: RGB, as given to the engine. cells: bool [T, M, C, C], `answer.trace.cells`. captions: T texts, one for each
+    token. A page's opacity is the share of reading layers that read it; the last layer's selection is never read.
+    """
+    width, height = image.size
+    scale = PANEL / max(width, height)
+    small = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), PIL.Image.Resampling.LANCZOS)
+    read = cells[:MOST, :-1] if cells.shape[1] > 1 else cells[:MOST]
+    panels = [small] + [_overlay(small, step.mean(0)) for step in read]
+    titles = ["image"] + [f"{index + 1}: {text}" for index, text in enumerate(captions[:MOST])]
+
+    columns = min(len(panels), max(1, math.ceil(math.sqrt(len(panels) * small.height / small.width))))
+    rows = math.ceil(len(panels) / columns)
+    step_x, step_y = small.width + GAP, small.height + CAPTION + GAP
+    sheet = PIL.Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for index, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        x, y = GAP + index % columns * step_x, GAP + index // columns * step_y
+        draw.text((x, y), _fitting(title, font, small.width), "black", font)
+        sheet.paste(panel, (x, y + CAPTION))
+    return sheet
+
+
+def _overlay(image: PIL.Image.Image, share: np.ndarray) -> PIL.Image.Image:
+    """`share` [C, C] 0..1 of the padded square laid over the image inside it."""
+    pixels = np.asarray(image, np.float32)
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    cell = lambda count, offset: (np.arange(count) + offset) * len(share) // side  # noqa: E731
+    alpha = share[cell(image.height, top)[:, None], cell(image.width, left)][..., None]
+    lit = pixels * (DIM + (1 - DIM) * (alpha > 0))
+    opacity = 0.6 * alpha
+    return PIL.Image.fromarray((lit * (1 - opacity) + PAGE * opacity).astype(np.uint8))
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    text = "".join(character if character.isprintable() else "·" for character in text)
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text
