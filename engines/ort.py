@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BACKEND = "onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # a float32 bundle means float32, not TF32's 10-bit mantissa
 ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
 
 
@@ -41,7 +42,7 @@ class OrtModel:
         for part in bundle.manifest.parts:
             path = bundle.graph(part, BACKEND)
             try:
-                session = self._ort.InferenceSession(path, options, providers=[provider])
+                session = self._ort.InferenceSession(path, options, providers=[(provider, PROVIDER_OPTIONS[device])])
             except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
                 raise BackendError(f"ONNX Runtime cannot open {path}: {error}", fix="rebuild the bundle") from error
             if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
@@ -173,6 +174,8 @@ def _provider(ort_module: ModuleType, device: str) -> str:
             "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
         )
         raise BackendError(f"this ONNX Runtime has no {provider}, only {available}", fix=fix)
+    if device == "cuda":
+        ort_module.preload_dlls()  # finds CUDA and cuDNN where pip installed them
     return provider
 
 
