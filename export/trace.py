@@ -88,7 +88,8 @@ def _vision(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
 
 def _pages(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
     tiles = torch.zeros(2 * g.zoom**2, g.image_tokens, g.hidden, dtype=dtype)
-    return (tiles, torch.zeros(2, dtype=torch.int64)), ({0: g.zoom**2 * BATCH}, {0: BATCH})
+    by_tile = BATCH if g.zoom == 1 else g.zoom**2 * BATCH  # the tracer takes no factor of 1
+    return (tiles, torch.zeros(2, dtype=torch.int64)), ({0: by_tile}, {0: BATCH})
 
 
 def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from engines.backend import Image
@@ -20,6 +19,7 @@ from export.checkpoint import Checkpoint
 from export.config import read_config
 from export.reference import Reference
 from runtime.preprocess import margins
+from tests.conftest import once
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.stem for path in (DATA / "cases").glob("*.json"))
@@ -83,23 +83,6 @@ def case(request) -> Case:
     meta = json.loads((DATA / "cases" / f"{request.param}.json").read_text())
     with np.load(DATA / "cases" / f"{request.param}.npz") as arrays:
         return Case(request.param, dict(arrays), meta.get("overrides", {}))
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """A folder all test workers of this run share."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def once(folder: Path, make) -> Path:
-    """`folder`, made by the first worker that needs it."""
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            make(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
