@@ -51,6 +51,8 @@ class Bundle:
         return self.file(graphs[kind])
 
     def _check(self, name: str, file: File, verify: bool) -> None:
+        if Path(name).name != name:
+            raise BundleError(f"{self.path} lists {name!r}", expected="names of files inside the bundle")
         path, fix = self.file(name), f"copy the bundle again, or rebuild it: {REBUILD.format(path=self.path)}"
         if not path.is_file():
             raise BundleError(f"{path} is missing", expected=f"a file of {file.bytes} bytes", fix=fix)

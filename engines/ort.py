@@ -81,7 +81,7 @@ class OrtModel:
 
     def _value(self, array: np.ndarray) -> ort.OrtValue:
         # On the CPU the value is a view: it shares the array's memory and keeps it alive.
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def _run(self, part: str, inputs: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
         session = self._sessions[part]
@@ -100,7 +100,7 @@ class Decoder:
     def __init__(self, model: OrtModel, session: ort.InferenceSession, image: Image, capacity: int) -> None:
         self.capacity = capacity
         self.length = np.zeros(len(image.begin), np.int64)  # [B] valid tokens; lower it to forget the newest ones
-        self._model, self._session = model, session
+        self._model, self._session, self._image = model, session, image
         g, batch = model.geometry, len(image.begin)
         self._inputs = {
             "features": image.features,
@@ -143,6 +143,16 @@ class Decoder:
             _execute(self._session, self._bind(value), "decoder")
         self.length = self.length + (steps if lengths is None else lengths)
         return Step(*(self._outputs[name].numpy().copy() for name in ("logits", "pages", "page_count")))
+
+    def enlarged(self, capacity: int) -> Decoder:
+        """A decoder with room for `capacity` tokens that has seen what this one has, which then has had its day."""
+        other, used = self._model.decoder(self._image, capacity), int(self.length.max())
+        for name, value in self._cache.items():
+            cache = np.zeros(other._cache[name].shape(), self._model._model_dtype)
+            cache[:, :, :used] = value.numpy()[:, :, :used]
+            other._cache[name].update_inplace(cache)
+        other.length = self.length
+        return other
 
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
         binding = self._session.io_binding()

@@ -127,7 +127,8 @@ def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:
 def _error(expected: np.ndarray, found: np.ndarray) -> float:
     if not np.isfinite(found).all():
         return float("nan")
-    return float(np.abs(expected - found.astype(np.float32)).max() / np.abs(expected).max())
+    scale = np.abs(expected).max() or 1.0  # a stage that is all zeros has no scale of its own
+    return float(np.abs(expected - found.astype(np.float32)).max() / scale)
 
 
 def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:

@@ -164,10 +164,12 @@ class ImageView:
         end = begin + self._engine.geometry.image_tokens if self._has_image else 0
         prefix = ids[: min(end, len(ids) - 1)]
         (decoder, kept), self._idle = self._idle or (None, None), None
-        reusable = decoder and decoder.capacity >= len(ids) + room and np.array_equal(prefix, kept)
+        reusable = decoder is not None and np.array_equal(prefix, kept)
         with _timed(clock, "prefill_ms"):
             if reusable:
                 decoder.length[:] = len(prefix)
+                if decoder.capacity < len(ids) + room:
+                    decoder = decoder.enlarged(len(ids) + room)
             else:
                 decoder = self._engine.model.decoder(image, len(ids) + room)
                 if len(prefix):

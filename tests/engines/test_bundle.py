@@ -1,0 +1,124 @@
+"""Bundles that were damaged, and bundles that could not be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import MANIFEST, Bundle, write_bundle
+from engines.errors import BundleError, ExportError
+from engines.manifest import FORMAT
+from tests.geometries import tiny
+
+
+@pytest.fixture
+def copy(random_model, tmp_path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(random_model("tiny", tiny())[1], tmp_path / "bundle"))
+
+
+def edit(folder: Path, change) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_opens_and_describes_itself(copy):
+    bundle = Bundle(copy)
+    assert bundle.manifest.geometry == tiny()
+    assert bundle.manifest.page_budget == tiny().pages
+    assert set(bundle.manifest.files) == {path.name for path in copy.iterdir()} - {MANIFEST}
+    assert bundle.manifest.options["check"] == "parity"
+    assert len(bundle.manifest.source["sha256"]) == 64
+
+
+DAMAGE = {
+    "no folder": (lambda folder: shutil.rmtree(folder), "no bundle folder"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no bundle.json"),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "no manifest"),
+    "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "no manifest"),
+    "newer format": (lambda folder: edit(folder, lambda m: m.update(format=FORMAT + 1)), "upgrade"),
+    "older format": (lambda folder: edit(folder, lambda m: m.update(format=0)), "rebuild"),
+    "missing field": (lambda folder: edit(folder, lambda m: m.pop("geometry")), "geometry"),
+    "wrong type": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers="many")), "geometry.layers"),
+    "missing file": (lambda folder: (folder / "decoder.weights").unlink(), "decoder.weights is missing"),
+    "shorter file": (lambda folder: (folder / "pages.onnx").write_bytes(b"x"), "pages.onnx has 1 bytes"),
+    "changed file": (lambda folder: flip(folder / "decoder.weights"), "decoder.weights was changed"),
+    "changed graph": (lambda folder: flip(folder / "vision.onnxruntime.onnx"), "vision.onnxruntime.onnx was changed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_the_fix_named(damage, copy):
+    harm, text = DAMAGE[damage]
+    harm(copy)
+    with pytest.raises(BundleError, match=text) as caught:
+        Bundle(copy)
+    assert "export/build.py" in caught.value.fix or "upgrade" in caught.value.fix
+
+
+def test_without_verification_only_sizes_count(copy):
+    flip(copy / "decoder.weights")
+    Bundle(copy, verify=False)
+    (copy / "decoder.weights").write_bytes(b"")
+    with pytest.raises(BundleError, match="0 bytes"):
+        Bundle(copy, verify=False)
+
+
+def test_a_file_outside_the_bundle_is_refused(copy):
+    (copy / "pages.onnx").rename(copy.parent / "secret")
+
+    def point_outside(manifest):
+        manifest["files"]["../secret"] = manifest["files"].pop("pages.onnx")
+
+    edit(copy, point_outside)
+    with pytest.raises(BundleError, match="inside the bundle"):
+        Bundle(copy)
+
+
+def test_missing_backend_names_the_command(copy):
+    with pytest.raises(BundleError, match="tensorrt") as caught:
+        Bundle(copy).graph("decoder", "tensorrt")
+    assert "--backend tensorrt" in caught.value.fix
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), write_bundle(tmp_path / "out") as writer:
+        writer.write("part", iter([b"half"]))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(tmp_path):
+    def chunks():
+        yield b"some"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ExportError, match="No space left") as caught, write_bundle(tmp_path / "out") as writer:
+        writer.write("part", chunks())
+    assert "free disk space" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_bundle_is_replaced(copy, tmp_path):
+    manifest = Bundle(copy).manifest
+    with write_bundle(copy) as writer:
+        writer.write("part", iter([b"ab", b"c"]))
+        writer.finish(manifest)
+    assert {path.name for path in copy.iterdir()} == {MANIFEST, "part"}
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(ExportError, match="no bundle"), write_bundle(precious):
+        pass
+    assert (precious / "thesis.tex").exists()
