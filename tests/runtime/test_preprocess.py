@@ -1,0 +1,55 @@
+"""Pixels against the official ones: hi-res bit for bit, low-res within 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from runtime.image import load_image
+from runtime.preprocess import hires_pixels, lowres_pixels, margins, preprocess
+from tests.geometries import official, tiny
+
+DATA = Path(__file__).parents[1] / "parity" / "data" / "preprocess"
+NAMES = ["pp_rgb", "pp_rgba", "pp_grey", "pp_palette", "pp_rgb_1500"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_pixels(name):
+    g = official()
+    hires = hires_pixels(load_image(DATA / f"{name}.png"), g)
+    with np.load(DATA / "preprocess.npz") as golden:
+        whole = f"{name}_1008"
+        if whole in golden:
+            assert np.array_equal(hires, golden[whole])
+        else:
+            assert np.array_equal(hires[:, 100:116], golden[f"{whole}_rows_100_116"])
+        assert np.abs(lowres_pixels(hires, g) - golden[f"{name}_336"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("g", [official(), official(zoom=2), official(zoom=1), tiny(), tiny(zoom=5)])
+def test_low_res_is_torchs_antialiased_bilinear(g):
+    hires = np.random.default_rng(0).standard_normal((3, g.highres, g.highres), dtype=np.float32)
+    size = (g.lowres, g.lowres)
+    expected = F.interpolate(torch.from_numpy(hires)[None], size, mode="bilinear", antialias=True)[0].numpy()
+    assert np.abs(lowres_pixels(hires, g) - expected).max() <= 1e-5
+
+
+def test_tiles_are_the_image_row_by_row():
+    g = tiny()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    tiles, hires = preprocess(image, g), hires_pixels(image, g)
+    assert tiles.shape == (10, 3, 112, 112) and tiles.dtype == np.float32
+    assert np.array_equal(tiles[0], lowres_pixels(hires, g))
+    assert np.array_equal(tiles[1 + 3 * 1 + 2], hires[:, 112:224, 224:336])
+
+
+def test_margins():
+    with np.load(DATA.parent / "selection.npz") as golden:
+        sizes, expected = golden["ori_sizes_wh"].tolist(), golden["margin_patches"].tolist()
+    for (width, height), patches in zip(sizes, expected, strict=True):
+        assert margins(width, height, 24) == ((patches, 0) if width > height else (0, patches))
