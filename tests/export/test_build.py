@@ -1,0 +1,153 @@
+"""`python export/build.py`: what it prints and makes, and that nothing half-made stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import export.build
+from engines.bundle import Bundle, BundleWriter
+from engines.errors import CheckpointError, ExportError, OptionError, ParityError
+from export.build import BuildOptions, build, parse_arguments
+from tests.checkpoints import write_checkpoint
+from tests.geometries import tiny
+
+ROOT = Path(__file__).parents[2]
+WEIGHT = "model.layers.2.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", tiny())
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, "export/build.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_command_line(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    result = command("--model", checkpoint, "--fp16", "--out", out, "--page-budget", 5)
+    assert result.returncode == 0, result.stderr
+    for text in ("decoder.weights", "memory of a request", "decode logits", "is ready"):
+        assert text in result.stdout
+    manifest = Bundle(out).manifest
+    assert manifest.precision == "fp16" and manifest.page_budget == 5
+    assert {spec.dtype for spec in manifest.parts["decoder"].inputs} == {"int64", "float16"}
+    assert manifest.options["precision"] == "fp16" and manifest.options["page_budget"] == 5
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert parse_arguments([]) == BuildOptions()
+    assert parse_arguments(["--bf16"]).precision == "bf16"
+    assert BuildOptions(model=Path("a/b")).folder == Path("build/b-fp16")
+    result = command("--help")
+    assert result.returncode == 0 and str(BuildOptions().model) in result.stdout and "(the default)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["--model", "nowhere"], "nowhere"), (["--fp16", "--fp32"], "not allowed"), (["--int3"], "--int3")],
+)
+def test_errors_are_messages(arguments, text):
+    result = command(*arguments)
+    assert result.returncode != 0 and text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_two_exports_are_the_same_bytes(checkpoint, tmp_path):
+    folders = [build(BuildOptions(checkpoint, tmp_path / name, check="none")).path for name in ("first", "second")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        left, right = ((folder / name).read_bytes() for folder in folders)
+        if name == "bundle.json":  # it names its own folder
+            left = left.replace(str(folders[0]).encode(), str(folders[1]).encode()).replace(b'"first"', b'"second"')
+        assert left == right, name
+
+
+def test_nothing_in_the_graphs_names_this_machine(random_model):
+    _, bundle = random_model("tiny", tiny())
+    for path in bundle.glob("*.onnx"):
+        assert str(ROOT).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(("options", "text"), [({"page_budget": 17}, "0 .. 16"), ({"context": 64}, "65 .. 160")])
+def test_bad_knobs(checkpoint, tmp_path, options, text):
+    with pytest.raises(OptionError, match=text):
+        build(BuildOptions(checkpoint, tmp_path / "bundle", **options))
+
+
+def test_context_is_taken(checkpoint, tmp_path):
+    assert build(BuildOptions(checkpoint, tmp_path / "bundle", context=80)).manifest.geometry.context == 80
+
+
+@pytest.mark.parametrize(
+    ("value", "precision", "fix"),
+    [(1e6, "fp16", "--bf16"), (float("nan"), "fp16", "repair"), (float("inf"), "fp32", "repair")],
+)
+def test_values_the_precision_cannot_hold(tmp_path, value, precision, fix):
+    weight = torch.zeros(32, 32)
+    weight[3, 5] = value
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny(), overrides={WEIGHT: weight})
+    with pytest.raises(ExportError, match=WEIGHT) as caught:
+        build(BuildOptions(checkpoint, tmp_path / "bundle", precision=precision))
+    assert fix in caught.value.fix
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_large_values_fit_bfloat16(tmp_path):
+    weight = torch.randn(32, 32)
+    weight[3, 5] = 1e6
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny(), overrides={WEIGHT: weight})
+    build(BuildOptions(checkpoint, tmp_path / "bundle", precision="bf16", check="weights"))
+
+
+def test_missing_key(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny(kv_heads=2))
+    config = (checkpoint / "config.json").read_text()
+    (checkpoint / "config.json").write_text(config.replace('"num_key_value_heads": 2', '"num_key_value_heads": 4'))
+    with pytest.raises(CheckpointError, match="k_proj"):
+        build(BuildOptions(checkpoint, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def damaged(monkeypatch):
+    """damaged(file): the next build writes this file with one weight changed, unnoticed."""
+
+    def harm(name: str) -> None:
+        original = BundleWriter.write
+
+        def write(self, file, chunks, progress=None):
+            original(self, file, chunks, progress)
+            if file == name:
+                data = bytearray((self.folder / file).read_bytes())
+                data[-1] ^= 0x42  # sign or exponent of the last weight
+                (self.folder / file).write_bytes(data)
+
+        monkeypatch.setattr(BundleWriter, "write", write)
+
+    return harm
+
+
+@pytest.mark.parametrize("check", ["parity", "weights"])
+@pytest.mark.parametrize("part", ["vision", "pages", "decoder"])
+def test_a_wrong_weight_fails_the_build(checkpoint, tmp_path, damaged, part, check):
+    damaged(f"{part}.weights")
+    with pytest.raises(ParityError) as caught:
+        build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32", check=check))
+    first = {"vision": "vision features", "pages": "page", "decoder": "logits"}[part]
+    assert (first if check == "parity" else f"{part}.weights") in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_too_little_memory_is_said_before_work_starts(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.build, "available_bytes", lambda: 10**6)
+    with pytest.raises(OptionError, match="free") as caught:
+        build(BuildOptions(checkpoint, tmp_path / "bundle"))
+    assert "--check weights" in caught.value.fix
+    build(BuildOptions(checkpoint, tmp_path / "bundle", check="weights"))

@@ -1,0 +1,67 @@
+"""The runtime runs without the export's packages, and imports go down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.geometries import tiny
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")
+OURS = {"export", "engines", "plugins", "runtime"}
+ALLOWED = {
+    "runtime": {"runtime", "engines"},
+    "engines": {"engines", "plugins"},
+    "plugins": {"plugins"},
+    "export": OURS,
+}
+
+
+def test_answers_without_the_export_packages(random_model):
+    _, bundle = random_model("tiny", tiny())
+    program = f"""
+import sys
+for name in {HEAVY!r}:
+    sys.modules[name] = None  # import raises ImportError
+import numpy as np
+from runtime import Engine
+answer = Engine({str(bundle)!r}).generate(
+    np.zeros((9, 9, 3), np.uint8), input_ids=[1, -200, 5], max_new_tokens=2, stop_at_eos=False)
+print(len(answer.token_ids))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "2", result.stderr
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_down_only(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imports(path) & OURS <= ALLOWED[package], path
+
+
+def test_torch_stays_in_export_and_the_references():
+    for package in ("runtime", "engines", "plugins"):
+        for path in (ROOT / package).rglob("*.py"):
+            heavy = imports(path) & set(HEAVY)
+            allowed = {"torch"} if path.name == "reference.py" else set()
+            allowed |= {"onnxscript"} if path.name == "onnx_body.py" else set()
+            allowed |= {"onnx_ir"} if path == ROOT / "engines" / "bind.py" else set()
+            assert heavy <= allowed, path
