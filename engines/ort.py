@@ -73,7 +73,11 @@ class OrtModel:
 
     def decoder(self, image: Image, capacity: int) -> Decoder:
         """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
-        return Decoder(self, self._sessions["decoder"], image, -(-capacity // ROUND) * ROUND)
+        return Decoder(self, self._sessions["decoder"], image, self.rounded(capacity))
+
+    def rounded(self, capacity: int) -> int:
+        """The capacity a cache really gets: a multiple of ROUND with room for the image tokens, which the map reads."""
+        return -(-max(capacity, self.geometry.image_tokens) // ROUND) * ROUND
 
     def zeros(self, shape: tuple[int, ...]) -> ort.OrtValue:
         """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""

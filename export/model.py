@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = y / torch.sqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # in this form ONNX Runtime fuses it
         return self.weight * y.to(x.dtype)
 
 
@@ -104,7 +104,8 @@ class Decoder(nn.Module):
         g = self.geometry
         image = features.gather(1, (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, g.hidden))
         x = torch.where(input_ids[..., None] < 0, image, self.model.embed_tokens(input_ids.clamp(min=0)))
-        shared = (past_length, self.cos, self.sin, image_begin)
+        positions = past_length[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
+        shared = (positions, self.cos, self.sin, image_begin)
         selected: list[tuple[Tensor, Tensor]] = []
         present_key, present_value, maps, hidden = [], [], [], []
         for index, layer in enumerate(self.model.layers):

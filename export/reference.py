@@ -47,8 +47,8 @@ class Reference:
         return Image(features, stores, stores, np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64))
 
     def decoder(self, image: Image[Tensor], capacity: int) -> ReferenceDecoder:
-        """A decoder with an empty cache of `capacity` tokens, one row per image."""
-        return ReferenceDecoder(self, image, capacity)
+        """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
+        return ReferenceDecoder(self, image, max(capacity, self.geometry.image_tokens))
 
 
 class ReferenceDecoder:

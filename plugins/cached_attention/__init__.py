@@ -7,10 +7,10 @@ hd = head_dim; L = cache capacity in tokens; T = model dtype (float32, float16 o
 |---|---|---|---|
 | query | [B, S, H*hd] | T | projected, before rotary, heads side by side |
 | key, value | [B, S, Hkv*hd] | T | the same for the new keys and values |
-| past_key, past_value | [B, Hkv, L, hd] | T | the cache; slots past_length .. past_length+S-1 are written |
-| past_length | [B] | int64 | tokens already in the cache = position of the first new token |
+| past_key, past_value | [B, Hkv, L, hd] | T | the cache; the slots at `positions` are written |
+| positions | [B, S] | int64 | of the new tokens, consecutive in each row; the first is the number of tokens cached |
 | cos, sin | [context, hd/2] | float32 | rotary tables by position (first half; the second half repeats it) |
-| image_begin | [B] | int64 | position of the first image token; any valid position when there is no image |
+| image_begin | [B] | int64 | position of the first of G*G image tokens, all within L; 0 when there is no image |
 
 | output | shape | dtype | meaning |
 |---|---|---|---|
@@ -18,8 +18,8 @@ hd = head_dim; L = cache capacity in tokens; T = model dtype (float32, float16 o
 | present_key, present_value | [B, Hkv, L, hd] | T | the cache after the update; bind it to the same buffer as past_* |
 | map | [B, G, G] | float32 | softmax weights of the LAST query on the G*G image tokens, summed over heads |
 
-Attribute: `grid` (G). New token s of row b sits at position past_length[b] + s and sees the cache slots up to it, so
-rows of different length may be padded at their end: what padding writes is overwritten before it is ever seen.
+Attribute: `grid` (G). A token sees the cache slots up to its own position, so rows of different length may be padded at
+their end: what padding writes is overwritten before it is ever seen.
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.

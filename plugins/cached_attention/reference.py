@@ -23,7 +23,7 @@ def low_attention(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    past_length: Tensor,
+    positions: Tensor,
     cos: Tensor,
     sin: Tensor,
     image_begin: Tensor,
@@ -40,23 +40,22 @@ def low_attention(
     def split_heads(x: Tensor) -> Tensor:
         return x.view(batch, steps, -1, head_dim).transpose(1, 2)
 
-    position = past_length[:, None] + torch.arange(steps, device=query.device)  # [B, S]
-    turn = cos[position][:, None], sin[position][:, None]
+    turn = cos[positions][:, None], sin[positions][:, None]
     query = (rotary(split_heads(query), *turn) / math.sqrt(head_dim)).to(key.dtype)
     key = rotary(split_heads(key), *turn).to(key.dtype)
-    slot = position[:, None, :, None].expand_as(key)
+    slot = positions[:, None, :, None].expand_as(key)
     present_key = past_key.scatter(2, slot, key)
     present_value = past_value.scatter(2, slot, split_heads(value))
 
     grouped = query.reshape(batch, kv_heads, -1, head_dim)  # the group's heads share one key/value head
     scores = (grouped @ present_key.transpose(2, 3)).float().view(batch, -1, steps, capacity)
-    visible = torch.arange(capacity, device=query.device) <= position[:, None, :, None]
+    visible = torch.arange(capacity, device=query.device) <= positions[:, None, :, None]
     scores = scores.where(visible, MASKED)
     weights = scores.softmax(-1)
     context = (weights.to(key.dtype).view(batch, kv_heads, -1, capacity) @ present_value).view_as(query)
 
     token = image_begin[:, None] + torch.arange(grid * grid, device=query.device)
-    map = weights[:, :, -1].sum(1).gather(1, token.clamp(max=capacity - 1)).view(batch, grid, grid)
+    map = weights[:, :, -1].sum(1).gather(1, token).view(batch, grid, grid)
     return context, present_key, present_value, map, query, scores[:, :, -1:]
 
 
@@ -67,7 +66,7 @@ def cached_attention(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    past_length: Tensor,
+    positions: Tensor,
     cos: Tensor,
     sin: Tensor,
     image_begin: Tensor,
@@ -75,7 +74,7 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ordinary causal attention over the cache, and its map (paper: low-resolution self-attention)."""
     context, present_key, present_value, map, _, _ = low_attention(
-        query, key, value, past_key, past_value, past_length, cos, sin, image_begin, grid
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid
     )
     return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map
 

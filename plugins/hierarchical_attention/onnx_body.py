@@ -13,11 +13,11 @@ from plugins.cached_attention.onnx_body import LowAttention, flex, op
 
 @script(flex, default_opset=op)
 def HierarchicalAttention(
-    query, key, value, past_key, past_value, past_length, cos, sin, image_begin,
+    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     page_key, page_value, page_lengths, pages, page_count, grid: int,
 ):  # fmt: skip
     context, present_key, present_value, map, last_query, last_scores = LowAttention(
-        query, key, value, past_key, past_value, past_length, cos, sin, image_begin, grid=grid
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid=grid
     )
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])

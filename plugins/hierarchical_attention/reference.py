@@ -15,7 +15,7 @@ def hierarchical_attention(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    past_length: Tensor,
+    positions: Tensor,
     cos: Tensor,
     sin: Tensor,
     image_begin: Tensor,
@@ -28,7 +28,7 @@ def hierarchical_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Joint softmax over low-res and selected hi-res tokens (paper: hierarchical self-attention)."""
     context, present_key, present_value, map, turned, low = low_attention(
-        query, key, value, past_key, past_value, past_length, cos, sin, image_begin, grid
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid
     )
     batch, kv_heads, _, size, head_dim = page_key.shape
     heads = turned.shape[1]

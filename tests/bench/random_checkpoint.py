@@ -36,8 +36,16 @@ SMALL_TOWER = {
 }  # fmt: skip
 
 
-def write(shape: str, out: Path, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """Write a checkpoint of `shape` ("small", "mid" or "7b") into `out` and return it."""
+def write(
+    shape: str,
+    out: Path,
+    dtype: torch.dtype = torch.float16,
+    *,
+    seed: int = 0,
+    threshold: int = 48,
+    context: int = 2048,
+) -> Path:
+    """Write a checkpoint of `shape` ("small", "mid" or "7b") into `out` and return it; threshold -1 selects all."""
     out.mkdir(parents=True, exist_ok=True)
     tower = "openai/clip-vit-large-patch14-336" if shape == "7b" else "clip"
     config = {
@@ -47,8 +55,8 @@ def write(shape: str, out: Path, dtype: torch.dtype = torch.float16, seed: int =
         "vocab_size": VOCABULARY[shape],
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048,
-        "tokenizer_model_max_length": 2048,
+        "max_position_embeddings": context,
+        "tokenizer_model_max_length": context,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "image_aspect_ratio": "pad",
@@ -56,7 +64,13 @@ def write(shape: str, out: Path, dtype: torch.dtype = torch.float16, seed: int =
         "mm_vision_select_layer": -2,
         "mm_projector_type": "mlp2x_gelu",
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "extra": {"highres_size": "1008", "lowres_size": "336", "threshold": "48", "warmup": "10", "zoom_ratio": "3"},
+        "extra": {
+            "highres_size": "1008",
+            "lowres_size": "336",
+            "threshold": str(threshold),
+            "warmup": "10",
+            "zoom_ratio": "3",
+        },
     }
     (out / "config.json").write_text(json.dumps(config, indent=1))
     if tower == "clip":
@@ -136,7 +150,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "float32", "bfloat16"], default="float16")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(write(arguments.shape, arguments.out, getattr(torch, arguments.dtype), arguments.seed))
+    print(write(arguments.shape, arguments.out, getattr(torch, arguments.dtype), seed=arguments.seed))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Measured over all seven cases (13 steps, 81 cells x 4 layers each), ONNX Runtime on the CPU, at worst: fp16 features
 0.0094, logits 0.011 before any flip and 0.12 in all, 0.07 % of the cells flipped; bf16 0.053, 0.039, 1.5, 1.3 %. The
-bounds are about twice that. Rounding moves a few pooled scores across the threshold; a flipped cell changes what later layers read, so
-logits are bounded twice: in steps where the cells so far are the official ones, and in all.
+bounds are about twice that. Rounding moves a few pooled scores across the threshold; a flipped cell changes what later
+layers read, so logits are bounded twice: in steps where the cells so far are the official ones, and in all.
 """
 
 from __future__ import annotations

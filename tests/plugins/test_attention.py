@@ -42,7 +42,7 @@ def inputs(rng, dtype, *, batch=1, steps=1, heads=4, kv_heads=4, past=None, coun
         normal(batch, steps, kv_heads * HEAD_DIM),
         normal(batch, steps, kv_heads * HEAD_DIM),
         *cache,
-        past,
+        past[:, None] + np.arange(steps),
         np.cos(angle).astype(np.float32),
         np.sin(angle).astype(np.float32),
         np.array([3, 1, 0][:batch], np.int64),
@@ -85,15 +85,15 @@ def test_onnx_bodies_equal_reference(case, dtype):
 
 def test_reference_is_one_softmax_over_tokens_and_pages():
     arrays = inputs(np.random.default_rng(1), np.float32, counts=[4])
-    query, key, value, past_key, past_value, past, cos, sin, _, page_key, page_value, _, pages, count = arrays
+    query, key, value, past_key, past_value, positions, cos, sin, _, page_key, page_value, _, pages, count = arrays
     context, _, _, map = hierarchical_attention(*(torch.from_numpy(array) for array in arrays), GRID)
 
     def turn(x):
         first, second = np.split(x.reshape(4, HEAD_DIM), 2, axis=-1)
-        c, s = cos[past[0]], sin[past[0]]
+        c, s = cos[positions[0, 0]], sin[positions[0, 0]]
         return np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
 
-    length = past[0]
+    length = positions[0, 0]
     for head in range(4):
         keys = np.concatenate([past_key[0, head, :length], turn(key)[head][None]])
         values = np.concatenate([past_value[0, head, :length], value.reshape(4, HEAD_DIM)[head][None]])

@@ -1,0 +1,76 @@
+"""The same decoder without FlexAttention: the exported graph with selection and pages taken out."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from engines.backend import Image
+from engines.bind import for_onnxruntime
+from engines.bundle import Bundle
+from engines.ort import Decoder, OrtModel
+
+LOW_INPUTS, PAGE_INPUTS = 9, 5  # of flex::CachedAttention, and what flex::HierarchicalAttention takes on top
+
+
+class PlainModel(OrtModel):
+    """An OrtModel whose decoder is a plain LLaMA: every layer a flex::CachedAttention."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        super().__init__(bundle, threads=threads)
+        model = ir.load(bundle.graph("decoder", "traced"))
+        for node in list(model.graph):
+            if node.op_type == "HierarchicalAttention":
+                assert len(node.inputs) == LOW_INPUTS + PAGE_INPUTS
+                node.op_type = "CachedAttention"
+                node.resize_inputs(LOW_INPUTS)
+        for values in (model.graph.inputs, model.graph.outputs):
+            for value in [value for value in values if value.name.startswith("page")]:
+                values.remove(value)
+        for_onnxruntime(model)
+        assert {node.op_type for node in model.graph if node.domain == "flex"} == {"CachedAttention"}
+        left = {value.name for node in model.graph for value in node.inputs if value is not None}
+        for value in [value for value in model.graph.inputs if value.name not in left]:
+            model.graph.inputs.remove(value)
+        path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
+        ir.save(model, path)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._plain = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        path.unlink()
+
+    def decoder(self, image: Image, capacity: int) -> Decoder:
+        """See OrtModel.decoder."""
+        return PlainDecoder(self, self._plain, image, capacity)
+
+    def fill(self, decoder: Decoder, length: int) -> None:
+        """Pretend that `length` tokens were prefilled: random keys and values, as costly as real ones."""
+        rng = np.random.default_rng(0)
+        for value in decoder._cache.values():
+            value.update_inplace(rng.standard_normal(value.shape(), np.float32))
+        decoder.length[:] = length
+
+
+class PlainDecoder(Decoder):
+    """A Decoder that binds only what the plain graph has."""
+
+    def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
+        inputs = {value.name for value in self._session.get_inputs()}
+        outputs = {value.name for value in self._session.get_outputs()}
+        binding = self._session.io_binding()
+        named = {"input_ids": ids, "past_length": self._past_length, **self._inputs}
+        named |= {f"past_{name}": value for name, value in self._cache.items()}
+        for name in inputs:
+            binding.bind_ortvalue_input(name, named[name])
+        results = self._outputs | {f"present_{name}": value for name, value in self._cache.items()}
+        for name in outputs:
+            binding.bind_ortvalue_output(name, results[name])
+        for name in ("pages", "page_count"):  # this graph has none
+            self._outputs[name].update_inplace(np.zeros(self._outputs[name].shape(), np.int64))
+        return binding
