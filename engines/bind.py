@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    InlinePass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants
 
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
@@ -28,7 +34,6 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
         raise NotImplementedError(f"not checked between opset 20 and {ORT_OPSET}: {sorted(unknown)}")
-    RemoveUnusedNodesPass()(model)  # what only debugging outputs needed
     model.opset_imports[""] = ORT_OPSET
     used = {node.op_type for node in model.graph if node.domain == "flex"}
     for body in (select_pages, cached_attention, hierarchical_attention):
@@ -37,10 +42,23 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
             for function in body.FUNCTIONS:
                 bound = ir.serde.deserialize_function(function.to_function_proto())
                 model.functions[bound.identifier()] = bound
+    # Inlined here, not by ONNX Runtime: it would keep what nobody reads (the maps of the first layers), and compute in
+    # every layer what is the same in all.
+    InlinePass()(model)
+    RemoveUnusedNodesPass()(model)
+    fold_constants(model, should_fold=_reads_no_weight)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
     if any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs)):
         _widen_bfloat16(model)
     ClearMetadataAndDocStringPass()(model)
     return model
+
+
+def _reads_no_weight(node: ir.Node) -> bool | None:
+    """False forbids folding, None leaves it to the folder: a folded weight would be a copy inside the .onnx file."""
+    tensors = (value.const_value for value in node.inputs if value is not None)
+    return False if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors) else None
 
 
 def _widen_bfloat16(model: ir.Model) -> None:

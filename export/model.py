@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
     def __init__(self, g: Geometry, reads: bool) -> None:
         super().__init__()
-        self.grid, self.reads = g.grid, reads
+        self.geometry, self.reads = g, reads
         self.input_layernorm = RMSNorm(g.hidden, g.rms_eps)
         self.self_attn = nn.Module()
         for name, width in (("q_proj", g.heads), ("k_proj", g.kv_heads), ("v_proj", g.kv_heads)):
@@ -62,8 +62,12 @@ class Layer(nn.Module):
         """Returns x, present_key, present_value, map; `cache`, `shared`, `pages` are inputs of the attention op."""
         attend, y = self.self_attn, self.input_layernorm(x)
         projected = attend.q_proj(y), attend.k_proj(y), attend.v_proj(y)
-        op = hierarchical_attention if self.reads else cached_attention
-        context, key, value, map = op(*projected, *cache, *shared, *pages, self.grid)
+        g, inputs = self.geometry, (*projected, *cache, *shared, *pages)
+        sizes = g.heads, g.kv_heads, g.head_dim
+        if self.reads:
+            context, key, value, map = hierarchical_attention(*inputs, *sizes, layout.page_size(g), g.grid)
+        else:
+            context, key, value, map = cached_attention(*inputs, *sizes, g.grid)
         x = x + attend.o_proj(context)
         return x + self.mlp(self.post_attention_layernorm(x)), key, value, map
 
@@ -119,7 +123,7 @@ class Decoder(nn.Module):
             hidden.append(x[:, -1])
             if index in g.selecting_layers:
                 maps.append(map)
-                selected.append(select_pages(map, margins, page_budget, g.cells, g.threshold))
+                selected.append(select_pages(map, margins, page_budget, g.grid, g.cells, g.threshold))
         hidden.append(self.model.norm(hidden[-1]))
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden[-1], head).float()

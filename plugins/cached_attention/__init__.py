@@ -18,8 +18,8 @@ hd = head_dim; L = cache capacity in tokens; T = model dtype (float32, float16 o
 | present_key, present_value | [B, Hkv, L, hd] | T | the cache after the update; bind it to the same buffer as past_* |
 | map | [B, G, G] | float32 | softmax weights of the LAST query on the G*G image tokens, summed over heads |
 
-Attribute: `grid` (G). A token sees the cache slots up to its own position, so rows of different length may be padded at
-their end: what padding writes is overwritten before it is ever seen.
+Attributes: `heads` (H), `kv_heads` (Hkv), `head_dim` (hd), `grid` (G). A token sees the cache slots up to its own
+position, so rows of different length may be padded at their end: what padding writes is overwritten before it is seen.
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.

@@ -14,7 +14,10 @@ flex = Opset("flex", 1)
 
 
 @script(flex, default_opset=op)
-def LowAttention(query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid: int):
+def LowAttention(
+    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+    heads: int, kv_heads: int, head_dim: int, grid: int,
+):  # fmt: skip
     """What both attention ops share: context [B, H, S, hd], the present cache and the map, and for the page part the
     last query, rotated and scaled [B, H, 1, hd], with its masked scores [B, H, 1, L] float32.
 
@@ -27,17 +30,18 @@ def LowAttention(query, key, value, past_key, past_value, positions, cos, sin, i
     end = op.Constant(value_ints=[9223372036854775807])
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    head_dim = op.Shape(past_key, start=3, end=4)
-    heads = op.Div(op.Shape(query, start=2, end=3), head_dim)
-    to_heads = op.Concat(keep, keep, rest, head_dim, axis=0)  # [B, S, heads, hd]
-    to_groups = op.Concat(keep, op.Shape(past_key, start=1, end=2), rest, keep, axis=0)  # [B, Hkv, group * S, ...]
-    from_groups = op.Concat(keep, heads, rest, keep, axis=0)  # [B, H, S, ...]
+    width = op.Constant(value_int=head_dim)
+    to_heads = op.Concat(keep, keep, rest, op.Unsqueeze(width, keep), axis=0)  # [B, S, heads, hd]
+    to_groups = op.Concat(
+        keep, op.Unsqueeze(op.Constant(value_int=kv_heads), keep), rest, keep, axis=0
+    )  # [B, Hkv, ...]
+    from_groups = op.Concat(keep, op.Unsqueeze(op.Constant(value_int=heads), keep), rest, keep, axis=0)  # [B, H, ...]
 
     # Rotary in float32; the query takes the softmax scale along.
     q = op.Transpose(op.Reshape(op.Cast(query, to=1), to_heads), perm=[0, 2, 1, 3])
     k = op.Transpose(op.Reshape(op.Cast(key, to=1), to_heads), perm=[0, 2, 1, 3])
     v = op.Transpose(op.Reshape(value, to_heads), perm=[0, 2, 1, 3])
-    scaled = op.Div(op.RotaryEmbedding(q, cos, sin, positions), op.Sqrt(op.Cast(head_dim, to=1)))
+    scaled = op.Div(op.RotaryEmbedding(q, cos, sin, positions), op.Sqrt(op.Cast(width, to=1)))
     turned = op.CastLike(scaled, query)
     turned_key = op.CastLike(op.RotaryEmbedding(k, cos, sin, positions), key)
     first = op.Gather(positions, zero, axis=1)
@@ -64,10 +68,14 @@ def LowAttention(query, key, value, past_key, past_value, positions, cos, sin, i
 
 
 @script(flex, default_opset=op)
-def CachedAttention(query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid: int):
+def CachedAttention(
+    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+    heads: int, kv_heads: int, head_dim: int, grid: int,
+):  # fmt: skip
     context, present_key, present_value, map, last_query, last_scores = LowAttention(
-        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid=grid
-    )
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
+    )  # fmt: skip
     joined = op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
     return joined, present_key, present_value, map
 

@@ -27,6 +27,9 @@ def low_attention(
     cos: Tensor,
     sin: Tensor,
     image_begin: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
     grid: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What both attention ops share. Arguments as in the package docstring.
@@ -35,7 +38,7 @@ def low_attention(
     masked scores of the last query [B, H, 1, L] float32.
     """
     batch, steps, _ = query.shape
-    kv_heads, capacity, head_dim = past_key.shape[1:]
+    capacity = past_key.shape[2]
 
     def split_heads(x: Tensor) -> Tensor:
         return x.view(batch, steps, -1, head_dim).transpose(1, 2)
@@ -48,7 +51,7 @@ def low_attention(
     present_value = past_value.scatter(2, slot, split_heads(value))
 
     grouped = query.reshape(batch, kv_heads, -1, head_dim)  # the group's heads share one key/value head
-    scores = (grouped @ present_key.transpose(2, 3)).float().view(batch, -1, steps, capacity)
+    scores = (grouped @ present_key.transpose(2, 3)).float().view(batch, heads, steps, capacity)
     visible = torch.arange(capacity, device=query.device) <= positions[:, None, :, None]
     scores = scores.where(visible, MASKED)
     weights = scores.softmax(-1)
@@ -70,11 +73,14 @@ def cached_attention(
     cos: Tensor,
     sin: Tensor,
     image_begin: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
     grid: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ordinary causal attention over the cache, and its map (paper: low-resolution self-attention)."""
     context, present_key, present_value, map, _, _ = low_attention(
-        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin, heads, kv_heads, head_dim, grid
     )
     return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map
 

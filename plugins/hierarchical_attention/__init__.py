@@ -9,9 +9,9 @@ Used by the layers after the start layer. Takes the inputs of flex::CachedAttent
 | pages | [B, C*C] | int64 | page indices; the first page_count[b] are read (flex::SelectPages of the layer before) |
 | page_count | [B] | int64 | 0 = plain causal attention |
 
-Outputs and attribute `grid`: those of flex::CachedAttention. The last query's context comes from one softmax over the
-ordinary keys and the keys of the selected pages; all other queries, and the map, from the ordinary keys alone
-(official: attn_output[:, :, -1:] = attn_output_select).
+Outputs and attributes: those of flex::CachedAttention, and the attribute `page_size` (P). The last query's context
+comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and the map, from
+the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.

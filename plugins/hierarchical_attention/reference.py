@@ -24,31 +24,34 @@ def hierarchical_attention(
     page_lengths: Tensor,
     pages: Tensor,
     page_count: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
     grid: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Joint softmax over low-res and selected hi-res tokens (paper: hierarchical self-attention)."""
     context, present_key, present_value, map, turned, low = low_attention(
-        query, key, value, past_key, past_value, positions, cos, sin, image_begin, grid
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin, heads, kv_heads, head_dim, grid
     )
-    batch, kv_heads, _, size, head_dim = page_key.shape
-    heads = turned.shape[1]
+    batch = page_key.shape[0]
     most = int(page_count.max())
     listed = pages[:, :most]  # [B, most]
     row = torch.arange(batch, device=query.device)[:, None]
 
     def gather(store: Tensor) -> Tensor:  # advanced indices apart from each other lead: [B, most, Hkv, P, hd]
-        return store[row, :, listed].transpose(1, 2).reshape(batch, kv_heads, most * size, head_dim)
+        return store[row, :, listed].transpose(1, 2).reshape(batch, kv_heads, most * page_size, head_dim)
 
     last = turned[:, :, -1:].reshape(batch, kv_heads, -1, head_dim)
-    high = (last @ gather(page_key).transpose(2, 3)).float().view(batch, heads, 1, most * size)
+    high = (last @ gather(page_key).transpose(2, 3)).float().view(batch, heads, 1, most * page_size)
     used = (torch.arange(most, device=query.device) < page_count[:, None])[..., None] & (
-        torch.arange(size, device=query.device) < page_lengths[listed][..., None]
+        torch.arange(page_size, device=query.device) < page_lengths[listed][..., None]
     )  # [B, most, P]
-    high = high.where(used.view(batch, 1, 1, most * size), MASKED)
+    high = high.where(used.view(batch, 1, 1, most * page_size), MASKED)
     weights = torch.cat((low, high), dim=-1).softmax(-1)[..., low.shape[-1] :]
     # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
     share = 1.0 - weights.sum(-1, keepdim=True)
-    read = weights.to(query.dtype).view(batch, kv_heads, heads // kv_heads, most * size) @ gather(page_value)
+    read = weights.to(query.dtype).view(batch, kv_heads, heads // kv_heads, most * page_size) @ gather(page_value)
     joint = share * context[:, :, -1:].float() + read.view(batch, heads, 1, head_dim).float()
     context = torch.cat((context[:, :, :-1], joint.to(context.dtype)), dim=2)
     return context.transpose(1, 2).reshape(query.shape), present_key, present_value, map

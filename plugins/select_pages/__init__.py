@@ -11,7 +11,7 @@
 | pages | [B, C*C] | int64 | every page, best score first (ties: lower index); the first `page_count` are selected |
 | page_count | [B] | int64 | number of selected pages, 0 .. min(C*C, page_budget) |
 
-Attributes: `cells` (C), `threshold` (0..255 scale, strict comparison).
+Attributes: `grid` (G), `cells` (C), `threshold` (0..255 scale, strict comparison).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.

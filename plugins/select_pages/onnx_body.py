@@ -10,17 +10,17 @@ flex = Opset("flex", 1)
 
 
 @script(flex, default_opset=op)
-def SelectPages(map, margins, page_budget, cells: int, threshold: int):
+def SelectPages(map, margins, page_budget, grid: int, cells: int, threshold: int):
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
     sides = op.Constant(value_ints=[1, 2])
-    grid = op.Squeeze(op.Shape(map, start=1, end=2))
+    side = op.Constant(value_int=grid)
     count = op.Constant(value_int=cells)
 
     # Zero the padding, then scale to 0..1; a constant map selects nothing (official: 0/0 = NaN).
-    index = op.Range(zero, grid, step)
+    index = op.Range(zero, side, step)
     margin = op.Unsqueeze(margins, op.Constant(value_ints=[2]))
-    inside = op.And(op.GreaterOrEqual(index, margin), op.Less(index, op.Sub(grid, margin)))  # [B, 2, G]
+    inside = op.And(op.GreaterOrEqual(index, margin), op.Less(index, op.Sub(side, margin)))  # [B, 2, G]
     rows = op.Unsqueeze(op.Gather(inside, zero, axis=1), op.Constant(value_ints=[2]))
     columns = op.Unsqueeze(op.Gather(inside, step, axis=1), op.Constant(value_ints=[1]))
     blank = op.Constant(value_float=0.0)
@@ -33,8 +33,8 @@ def SelectPages(map, margins, page_budget, cells: int, threshold: int):
 
     # Adaptive max-pool: cell i covers rows floor(G*i/C) .. ceil(G*(i+1)/C)-1; shorter windows repeat their end.
     cell = op.Range(zero, count, step)
-    begin = op.Div(op.Mul(cell, grid), count)
-    last = op.Div(op.Sub(op.Mul(op.Add(cell, step), grid), step), count)
+    begin = op.Div(op.Mul(cell, side), count)
+    last = op.Div(op.Sub(op.Mul(op.Add(cell, step), side), step), count)
     widest = op.Add(op.ReduceMax(op.Sub(last, begin), keepdims=0), step)
     reach = op.Add(op.Unsqueeze(begin, op.Constant(value_ints=[1])), op.Range(zero, widest, step))
     window = op.Min(reach, op.Unsqueeze(last, op.Constant(value_ints=[1])))  # [C, widest]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.library.custom_op("flex::select_pages", mutates_args=())
 def select_pages(
-    map: Tensor, margins: Tensor, page_budget: Tensor, cells: int, threshold: int
+    map: Tensor, margins: Tensor, page_budget: Tensor, grid: int, cells: int, threshold: int
 ) -> tuple[Tensor, Tensor]:
     """The official selection, with a page budget on top (official: modeling_llama.py, `need_to_get_hd_feature_mask`).
 
@@ -17,7 +17,6 @@ def select_pages(
     when the window's maximum passes; and of the eligible cells the best `page_budget` stay. Eligibility grows with the
     score, so the selected cells are always a prefix of the order by score.
     """
-    grid = map.shape[-1]
     index = torch.arange(grid, device=map.device)
     inside = (index >= margins[..., None]) & (index < grid - margins[..., None])  # [B, 2, G]
     map = torch.where(inside[:, 0, :, None] & inside[:, 1, None, :], map, 0.0)
@@ -30,5 +29,7 @@ def select_pages(
 
 
 @select_pages.register_fake
-def _(map: Tensor, margins: Tensor, page_budget: Tensor, cells: int, threshold: int) -> tuple[Tensor, Tensor]:
+def _(
+    map: Tensor, margins: Tensor, page_budget: Tensor, grid: int, cells: int, threshold: int
+) -> tuple[Tensor, Tensor]:
     return margins.new_empty(map.shape[0], cells * cells), margins.new_empty(map.shape[0])

@@ -73,6 +73,13 @@ class Runner:
         assert (result.page_count[:, :-1] == self.budget).all(), (self.name, result.page_count)
         return result.logits[0]
 
+    def settle(self) -> None:
+        """Steps that do not count, until the threads of the variant before have stopped waiting for work."""
+        kept = list(self.times)
+        for _ in range(3):
+            self.step(5)
+        self.times = kept
+
 
 def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int | None) -> tuple[Geometry, list[Row]]:
     """Run every variant on a checkpoint and its float32 bundle; first asserts that equal pages give equal logits."""
@@ -112,10 +119,10 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     _assert_agreement(runners)
     tokens = rng.integers(3, g.vocab, rounds * steps)
     for runner in runners:
-        runner.step(5)
         runner.times.clear()
     for start in range(0, len(tokens), steps):
         for runner in runners:
+            runner.settle()
             for token in tokens[start : start + steps]:
                 runner.step(int(token))
 

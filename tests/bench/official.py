@@ -62,7 +62,7 @@ class OfficialDecoder(ReferenceDecoder):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             if index in g.selecting_layers:
                 map = weights[:, 0, begin : begin + g.image_tokens].sum(0).view(1, g.grid, g.grid)
-                chosen.append(select_pages(map, margins, budget, g.cells, g.threshold))
+                chosen.append(select_pages(map, margins, budget, g.grid, g.cells, g.threshold))
         logits = module.lm_head(module.model.norm(x)).float()
         self.length = self.length + 1
         pages, count = (torch.stack(tensors, 1).numpy() for tensors in zip(*chosen, strict=True))

@@ -7,6 +7,7 @@ from uuid import uuid4
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from engines.backend import Image
 from engines.bind import for_onnxruntime
@@ -30,8 +31,9 @@ class PlainModel(OrtModel):
         for values in (model.graph.inputs, model.graph.outputs):
             for value in [value for value in values if value.name.startswith("page")]:
                 values.remove(value)
-        for_onnxruntime(model)
+        RemoveUnusedNodesPass()(model)
         assert {node.op_type for node in model.graph if node.domain == "flex"} == {"CachedAttention"}
+        for_onnxruntime(model)
         left = {value.name for node in model.graph for value in node.inputs if value is not None}
         for value in [value for value in model.graph.inputs if value.name not in left]:
             model.graph.inputs.remove(value)

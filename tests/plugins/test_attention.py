@@ -53,9 +53,20 @@ def inputs(rng, dtype, *, batch=1, steps=1, heads=4, kv_heads=4, past=None, coun
     ]
 
 
+def attributes(arrays) -> dict[str, int]:
+    """Those of the op that takes these inputs, in order."""
+    kv_heads = arrays[3].shape[1]
+    sizes = {"heads": arrays[0].shape[-1] // HEAD_DIM, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
+    return sizes | ({"page_size": SIZE} if len(arrays) > 9 else {}) | {"grid": GRID}
+
+
+def run_reference(op, arrays):
+    return op(*(torch.from_numpy(array) for array in arrays), *attributes(arrays).values())
+
+
 def compare(op, functions, arrays, dtype):
-    expected = op(*(torch.from_numpy(array) for array in arrays), GRID)
-    found = run_body(functions, arrays, [dtype, dtype, dtype, np.float32], grid=GRID)
+    expected = run_reference(op, arrays)
+    found = run_body(functions, arrays, [dtype, dtype, dtype, np.float32], **attributes(arrays))
     for name, left, right in zip(("context", "present_key", "present_value", "map"), expected, found, strict=True):
         assert np.isfinite(right).all(), name
         assert right.shape == tuple(left.shape), name
@@ -86,7 +97,7 @@ def test_onnx_bodies_equal_reference(case, dtype):
 def test_reference_is_one_softmax_over_tokens_and_pages():
     arrays = inputs(np.random.default_rng(1), np.float32, counts=[4])
     query, key, value, past_key, past_value, positions, cos, sin, _, page_key, page_value, _, pages, count = arrays
-    context, _, _, map = hierarchical_attention(*(torch.from_numpy(array) for array in arrays), GRID)
+    context, _, _, map = run_reference(hierarchical_attention, arrays)
 
     def turn(x):
         first, second = np.split(x.reshape(4, HEAD_DIM), 2, axis=-1)
@@ -111,8 +122,8 @@ def test_reference_is_one_softmax_over_tokens_and_pages():
 
 def test_only_the_last_query_sees_pages():
     arrays = inputs(np.random.default_rng(2), np.float32, steps=5, counts=[9])
-    with_pages = hierarchical_attention(*(torch.from_numpy(array) for array in arrays), GRID)
-    plain = cached_attention(*(torch.from_numpy(array) for array in arrays[:9]), GRID)
+    with_pages = run_reference(hierarchical_attention, arrays)
+    plain = run_reference(cached_attention, arrays[:9])
     assert torch.equal(with_pages[0][:, :-1], plain[0][:, :-1])
     assert not torch.allclose(with_pages[0][:, -1], plain[0][:, -1], atol=1e-3)
     assert torch.equal(with_pages[3], plain[3])

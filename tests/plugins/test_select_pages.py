@@ -18,13 +18,15 @@ GOLDEN = Path(__file__).parents[1] / "parity" / "data" / "selection.npz"
 
 def by_reference(maps, sides, budget, cells, threshold):
     pages, count = select_pages(
-        torch.from_numpy(maps), torch.from_numpy(sides), torch.from_numpy(budget), cells, threshold
+        torch.from_numpy(maps), torch.from_numpy(sides), torch.from_numpy(budget), maps.shape[1], cells, threshold
     )
     return pages.numpy(), count.numpy()
 
 
 def by_onnx(maps, sides, budget, cells, threshold):
-    return run_body(FUNCTIONS, [maps, sides, budget], [np.int64, np.int64], cells=cells, threshold=threshold)
+    return run_body(
+        FUNCTIONS, [maps, sides, budget], [np.int64, np.int64], grid=maps.shape[1], cells=cells, threshold=threshold
+    )
 
 
 def selected(pages, count):
