@@ -110,9 +110,7 @@ class ImageView:
 
     def stream(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: object) -> Stream:
         """Answer one question as an iterator of text pieces; arguments and errors of `Engine.generate`."""
-        engine = self._engine
-        if engine is None:
-            raise OptionError("this image view is closed", fix="ask inside the `with` block")
+        engine = self._opened()
         parsed = Options.parse(options)
         if (prompt is None) == (input_ids is None):
             raise PromptError(
@@ -130,6 +128,11 @@ class ImageView:
                 fix=f"max_new_tokens={room}" if room > 0 else "shorten the prompt, or build with a larger --context",
             )
         return Stream(self, ids, begin, parsed, budget)
+
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise OptionError("this image view is closed", fix="ask, and read the answer, inside the `with` block")
+        return self._engine
 
     def _budget(self, options: Options) -> int:
         most = self._engine.manifest.page_budget
@@ -205,7 +208,8 @@ class Stream:
         return self._answer
 
     def _run(self, view: ImageView, ids: np.ndarray, begin: int, options: Options, budget: int) -> Iterator[str]:
-        engine, clock = view._engine, dict.fromkeys(("preprocess_ms", "vision_ms", "projection_ms", "prefill_ms"), 0.0)
+        engine = view._opened()  # the view may have been closed since the question
+        clock = dict.fromkeys(("preprocess_ms", "vision_ms", "projection_ms", "prefill_ms"), 0.0)
         ends = set(engine.manifest.prompt.eos_token_ids) if options.stop_at_eos else set()
         sampler, text = Sampler(options.sampling()), engine.prompter.text_stream(options.stop)
         decoder, prefix, reused = view._start(ids, begin, options.max_new_tokens - 1, clock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import PIL.Image
 from engines.errors import ImageError
 
 MAX_PIXELS = 64_000_000  # as decoded; more than any phone's default, less than a decompression bomb
-MAX_SIDE = 16_384  # pixels: padding makes a square of the long side, 800 MB at this limit
+MAX_SIDE = 16_384  # pixels: padding makes a square of the long side
 EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 Source = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
@@ -28,19 +30,24 @@ def load_image(source: Source) -> PIL.Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, PIL.Image.Image):
-        return _checked(source, "the image").convert("RGB")
+        with _typed_errors("the image"):  # an image from Image.open is decoded only now
+            return _checked(source, "the image").convert("RGB")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source), "the image bytes")
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise ImageError(f"image {path} {what}", expected="an image file")
-        try:
+        try:  # looking is enough for an OSError: a name too long, a parent folder without permission
+            if not path.is_file():
+                what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+                raise ImageError(f"image {path} {what}", expected="an image file")
             with open(path, "rb") as file:
                 return _decode(file, str(path))
         except OSError as error:
-            raise ImageError(f"cannot read {path}: {error.strerror or error}", fix="check its permissions") from error
+            raise ImageError(
+                f"cannot read {path!s:.200}: {error.strerror or error}",
+                expected="a readable file",
+                fix="check the path and its permissions",
+            ) from error
     raise ImageError(
         f"an image of type {type(source).__name__}", expected="path, bytes, PIL.Image or uint8 array [H, W, 3]"
     )
@@ -60,12 +67,18 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 
 
 def _decode(file: io.BufferedIOBase, name: str) -> PIL.Image.Image:
+    with _typed_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
+        with PIL.Image.open(file) as image:
+            return _checked(image, name).convert("RGB")
+
+
+@contextmanager
+def _typed_errors(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into an ImageError; a lack of memory is not the image's fault and passes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
-            with PIL.Image.open(file) as image:
-                return _checked(image, name).convert("RGB")
-    except ImageError:
+        yield
+    except (ImageError, MemoryError):
         raise
     except PIL.Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
@@ -73,7 +86,9 @@ def _decode(file: io.BufferedIOBase, name: str) -> PIL.Image.Image:
         raise ImageError(f"{name} is not an image Pillow knows", expected="PNG, JPEG, WebP, BMP, TIFF, ...") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged data
         raise ImageError(
-            f"{name} is damaged: {error}", expected="a complete image", fix="save or download it again"
+            f"{name} cannot be decoded: {error}",
+            expected="a complete image, and an open file behind an image from Image.open",
+            fix="save or download it again",
         ) from error
 
 

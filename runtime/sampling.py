@@ -54,15 +54,33 @@ class Sampler:
         options = self._sampling
         if options.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / options.temperature
-        order = np.argsort(-scaled, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        weights = np.exp(scaled[order] - scaled[order[0]])
-        cumulative = np.cumsum(weights) / weights.sum()
-        kept = int(np.searchsorted(cumulative, options.top_p)) + 1 if options.top_p < 1 else len(order)
-        weights = weights[:kept] / weights[:kept].sum()
-        return int(order[self._random.choice(len(weights), p=weights)])
+        distance = logits.astype(np.float64) - logits.max()  # before dividing: the likeliest stays at exactly 0
+        with np.errstate(over="ignore"):  # -inf at a tiny temperature is right: probability 0
+            weights = np.exp(distance / options.temperature)
+        tokens = _likeliest(distance, options.top_k)
+        if options.top_p < 1:
+            tokens = _nucleus(tokens, weights[tokens], options.top_p)
+        kept = weights[tokens]
+        return int(tokens[self._random.choice(len(tokens), p=kept / kept.sum())])
+
+
+def _likeliest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` highest scores (0 = all), of equal ones the first. Sorting a vocabulary would take longer."""
+    if not 0 < count < len(scores):
+        return np.arange(len(scores))
+    last = np.partition(scores, -count)[-count]
+    above = np.flatnonzero(scores > last)
+    return np.concatenate((above, np.flatnonzero(scores == last)[: count - len(above)]))
+
+
+def _nucleus(tokens: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """The fewest `tokens`, likeliest first, whose `weights` hold `share` of the total."""
+    total = weights.sum()
+    # All tokens below this weight together hold less than 1 - share, so none is needed, and few are left to sort.
+    large = weights >= (1 - share) * total / len(weights)
+    tokens, weights = tokens[large], weights[large]
+    order = np.argsort(-weights, kind="stable")
+    return tokens[order[: int(np.searchsorted(np.cumsum(weights[order]), share * total)) + 1]]
 
 
 def _number(value: object) -> bool:

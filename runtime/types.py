@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -37,6 +38,8 @@ class Options:
         if unknown:
             raise OptionError(f"unknown option {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
         stop = given.get("stop", ())
+        if not isinstance(stop, Iterable):
+            raise OptionError(f"stop={stop!r}", expected="a string or several")
         options = cls(**{**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
         options._check()
         return options

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import astuple
+from itertools import pairwise, zip_longest
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,11 +109,33 @@ def test_streams_of_one_view_do_not_disturb_each_other(engine):
         view.ask(QUESTION)
 
 
-def test_engine_equals_reference_greedily(engine, reference):
+def test_streams_when_their_view_closes(engine):
+    expected = engine.generate(PHOTO, QUESTION, **OPTIONS)
+    with engine.image(PHOTO) as view:
+        running, waiting = (view.stream(QUESTION, **OPTIONS) for _ in range(2))
+        next(running)
+    assert same(running.answer(), expected)
+    with pytest.raises(OptionError, match="closed"):
+        waiting.answer()
+
+
+def test_streams_taken_in_turns(engine):
+    expected = [engine.generate(PHOTO, question, **OPTIONS) for question in (QUESTION, "and now?")]
+    with engine.image(PHOTO) as view:
+        streams = [view.stream(question, **OPTIONS) for question in (QUESTION, "and now?")]
+        texts = ["", ""]
+        for pieces in zip_longest(*streams, fillvalue=""):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        assert texts == [answer.text for answer in expected]
+        assert all(same(stream.answer(), answer) for stream, answer in zip(streams, expected, strict=True))
+
+
+@pytest.mark.parametrize("budget", [0, 2, GEOMETRY.pages])
+def test_engine_equals_reference_greedily(budget, engine, reference):
     from runtime.preprocess import margins, preprocess
     from tests.parity.test_variants import encode
 
-    answer = engine.generate(PHOTO, QUESTION, **OPTIONS)
+    answer = engine.generate(PHOTO, QUESTION, page_budget=budget, **OPTIONS)
     ids, begin = engine.prompter.expand(engine.prompter.encode(QUESTION, True), True)
     tiles = preprocess(Image.fromarray(PHOTO), GEOMETRY)
     image = encode(reference, tiles, np.array([begin]), margins(140, 90, GEOMETRY.grid))
@@ -117,7 +143,7 @@ def test_engine_equals_reference_greedily(engine, reference):
     decoder.run(ids[None, :-1])
     token = int(ids[-1])
     for step in range(6):
-        result = decoder.run(np.array([[token]]), GEOMETRY.pages)
+        result = decoder.run(np.array([[token]]), budget)
         assert np.abs(result.logits[0] - answer.trace.logits[step]).max() <= 2e-4
         assert np.array_equal(result.cells()[0].reshape(4, 4, 4), answer.trace.cells[step])
         token = int(result.logits.argmax())
@@ -143,6 +169,9 @@ def test_page_budget(engine):
         assert answer.stats.pages_read.shape == (6, 3) and answer.stats.pages_read.max() <= budget
     assert same(answers[-1], answers[-2])
     assert answers[-1].stats.pages_read.max() > 3
+    first = [answer.trace.cells[0, 0].ravel() for answer in answers]  # the start layer's map depends on no page
+    assert all((less <= more).all() for less, more in pairwise(first))
+    assert [int(cells.sum()) for cells in first] == [min(budget, first[-1].sum()) for budget in (0, 1, 3, 16, 16)]
     with pytest.raises(OptionError, match=r"page_budget=17.*\n.*16"):
         engine.generate(PHOTO, QUESTION, page_budget=17)
 
@@ -185,6 +214,8 @@ BAD = {
     "unknown option": (OptionError, "beams", PHOTO, QUESTION, {"beams": 4}),
     "no tokens": (OptionError, "max_new_tokens", PHOTO, QUESTION, {"max_new_tokens": 0}),
     "ignored option": (OptionError, "top_p", PHOTO, QUESTION, {"top_p": 0.9}),
+    "no stop": (OptionError, "stop=None", PHOTO, QUESTION, {"stop": None}),
+    "numbers as stop": (OptionError, "stop", PHOTO, QUESTION, {"stop": [5]}),
     "empty stop": (OptionError, "stop", PHOTO, QUESTION, {"stop": ""}),
     "negative budget": (OptionError, "page_budget", PHOTO, QUESTION, {"page_budget": -1}),
     "missing image": (ImageError, "does not exist", "nowhere.png", QUESTION, {}),
@@ -258,3 +289,10 @@ def test_stats(engine):
     assert stats.tokens_per_second == pytest.approx(6000 / sum(stats.decode_ms))
     assert stats.prefill_ms > 0 and stats.peak_rss_bytes > 10e6
     assert "pages read" in str(stats)
+    flat = np.concatenate([np.ravel(value) for value in astuple(stats)])
+    assert np.isfinite(flat).all() and (flat >= 0).all() and math.isfinite(stats.tokens_per_second)
+    ids, _ = engine.prompter.expand(engine.prompter.encode(QUESTION, True), True)
+    assert stats.prompt_tokens == len(ids) and stats.reused_tokens == 0
+    assert stats.pages_read.shape == (6, len(GEOMETRY.reading_layers))
+    alone = engine.generate(None, "hello", **OPTIONS).stats
+    assert alone.preprocess_ms == alone.vision_ms == alone.projection_ms == 0 and "pages read" in str(alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -52,13 +53,19 @@ def frames(kind: str) -> bytes:
     return encoded(first, kind, save_all=True, append_images=[second])
 
 
+def closed(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.close()
+    return image
+
+
 PNG = encoded(Image.fromarray(RGB))
 BAD = {
     "empty": (b"", "not an image"),
     "text": (b"hello", "not an image"),
-    "truncated png": (PNG[: len(PNG) // 2], "damaged"),
-    "truncated jpeg": (encoded(Image.fromarray(RGB).resize((300, 300)), "JPEG")[:2000], "damaged"),
-    "damaged png": (PNG[:60] + bytes(40) + PNG[100:], "damaged"),
+    "truncated png": (PNG[: len(PNG) // 2], "cannot be decoded"),
+    "truncated jpeg": (encoded(Image.fromarray(RGB).resize((300, 300)), "JPEG")[:2000], "cannot be decoded"),
+    "damaged png": (PNG[:60] + bytes(40) + PNG[100:], "cannot be decoded"),
     "animated gif": (frames("GIF"), "2 frames"),
     "animated png": (frames("PNG"), "2 frames"),
     "16-bit png": (encoded(Image.fromarray(np.zeros((4, 4), np.uint16))), "mode I;16"),
@@ -66,6 +73,11 @@ BAD = {
     "100 megapixels": (encoded(Image.new("1", (10_000, 10_000))), "too large"),
     "200 megapixels": (encoded(Image.new("1", (20_000, 10_000))), "too large"),
     "long side": (encoded(Image.new("1", (MAX_SIDE + 1, 2))), "too large"),
+    "truncated, opened by the caller": (Image.open(io.BytesIO(PNG[: len(PNG) // 2])), "cannot be decoded"),
+    "closed": (closed(PNG), "cannot be decoded"),
+    "closed gif": (closed(frames("GIF")), "cannot be decoded"),
+    "no conversion": (Image.new("La", (4, 4)), "cannot be decoded"),
+    "integer image": (Image.new("I", (4, 4)), "mode I"),
     "zero-size image": (Image.new("RGB", (0, 5)), "0 x 5"),
     "zero-size array": (np.zeros((0, 5, 3), np.uint8), "5 x 0"),
     "large array": (np.broadcast_to(np.uint8(0), (10_000, 10_000, 3)), "too large"),
@@ -90,3 +102,19 @@ def test_bad_paths(tmp_path):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="is a folder"):
         load_image(tmp_path)
+    with pytest.raises(ImageError, match="does not exist"):
+        load_image("null\0byte")
+    with pytest.raises(ImageError, match="cannot read"):
+        load_image("a" * 5000)  # a base64 string, for instance
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="is no file"):
+        load_image(tmp_path / "pipe")
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_image(monkeypatch):
+    def convert(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(MemoryError):
+        load_image(PNG)

@@ -31,6 +31,20 @@ def test_official_pixels(name):
         assert np.abs(lowres_pixels(hires, g) - golden[f"{name}_336"]).max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "size",
+    [(640, 427), (427, 640), (333, 1), (1, 333), (1200, 3), (1009, 1008), (1007, 1008), (1008, 700), (700, 1008)],
+)
+def test_padding_by_bands_is_padding_the_whole_image(size):
+    g = official()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    side = max(size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    whole = square.resize((g.highres, g.highres), Image.Resampling.BICUBIC)
+    assert np.array_equal(hires_pixels(image, g), hires_pixels(whole, g))
+
+
 @pytest.mark.parametrize("g", [official(), official(zoom=2), official(zoom=1), tiny(), tiny(zoom=5)])
 def test_low_res_is_torchs_antialiased_bilinear(g):
     hires = np.random.default_rng(0).standard_normal((3, g.highres, g.highres), dtype=np.float32)

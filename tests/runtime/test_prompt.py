@@ -10,8 +10,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.tokenizer import convert_tokenizer
-from runtime import PromptError, TokenizerError
-from runtime.prompt import IMAGE_TOKEN, Prompter
+from runtime import BundleError, PromptError, TokenizerError
+from runtime.prompt import IMAGE_TOKEN, Prompter, TextStream
 from tests.checkpoints import write_tokenizer
 
 TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
@@ -84,6 +84,7 @@ def test_expand(prompter):
     [
         ([], False), ([1, IMAGE_TOKEN], False), ([1], True), ([IMAGE_TOKEN, IMAGE_TOKEN], True), ([-1], False),
         ([10_000], False), ([1.5], False), (["a"], False), ([[1, 2]], False), (5, False), ([True], False),
+        ([1, [2]], False), ([2**64 - 200], True), ([2**70], False), (None, False),
     ],
 )  # fmt: skip
 def test_bad_ids(prompter, ids, has_image):
@@ -112,6 +113,45 @@ def test_an_unfinished_character_comes_at_the_end(prompter):
     stream = prompter.text_stream(())
     assert all(not stream.push(token).strip() for token in ids)
     assert "\ufffd" in stream.finish()
+
+
+@pytest.mark.parametrize("text", ["👍🏽", "日本語", "a 日本 é"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_cut_answer_keeps_its_whole_characters(prompter, text, cut):
+    ids = pieces(prompter, text)[:-cut]
+    stream = prompter.text_stream(())
+    shown = "".join([stream.push(token) for token in ids]) + stream.finish()
+    assert shown == prompter.decode(ids) == stream.text
+    assert text.startswith(shown.rstrip("\ufffd"))
+
+
+def test_any_tokens_stream_as_they_decode(prompter):
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        ids = random.integers(0, 300, 12).tolist()
+        stream = prompter.text_stream(())
+        assert "".join([stream.push(token) for token in ids]) + stream.finish() == prompter.decode(ids)
+
+
+def test_decode_refuses_what_is_no_token(prompter):
+    with pytest.raises(PromptError, match="-200"):
+        prompter.decode([5, IMAGE_TOKEN])
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "<image>", "<image>{prompt}{prompt}", "<image><image>{prompt}"])
+def test_a_template_has_each_slot_once(template):
+    with pytest.raises(BundleError, match="template"):
+        Prompter(None, template=template, bos_id=1, vocab=300, image_tokens=4)
+
+
+def test_a_lone_surrogate(prompter):
+    with pytest.raises(PromptError, match="half a character at position 1"):
+        prompter.encode("a\ud800", has_image=False)
+
+
+def test_the_text_is_cut_before_the_stop_string_that_begins_first():
+    stream = TextStream(lambda ids: "abXcdYef" if len(ids) > 1 else "ab", ("cdY", "XcdYe"))
+    assert stream.push(1) + stream.push(2) + stream.finish() == "ab" == stream.text
 
 
 @pytest.mark.parametrize("stop", ["red", "d sq", "the red square?"])

@@ -46,7 +46,32 @@ def test_filters():
 
 
 def test_extreme_logits_do_not_overflow():
-    assert draw(10, np.array([1e30, -1e30, 0], np.float32), temperature=1e-3, seed=0)[0] == 1
+    for temperature in (1e-3, 1e-300, 1e-320):
+        for logits in ([1e30, -1e30, 0], [3e38, -3e38, 0], [10, 9, 0]):
+            assert draw(10, np.array(logits, np.float32), temperature=temperature, seed=0)[0] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_k": 9999}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.5}])
+def test_kept_tokens_are_those_of_a_full_sort(options):
+    logits = np.random.default_rng(0).integers(-9, 9, 500).astype(np.float32)  # many equal ones
+    order = np.argsort(-logits, kind="stable")[: options.get("top_k") or None]
+    share = np.cumsum(np.exp(logits[order].astype(np.float64)))
+    expected = order[: int(np.searchsorted(share / share[-1], options.get("top_p", 1.0))) + 1]
+    allowed = Recorder()
+    sampler = Sampler(Sampling(temperature=1.0, **options))
+    sampler._random = allowed
+    sampler.pick(logits)
+    assert allowed.count == (len(expected) if "top_p" in options else len(order))
+    drawn = draw(3000, logits, temperature=1.0, seed=0, **options)
+    assert set(np.flatnonzero(drawn)) <= set(expected)
+
+
+class Recorder:
+    """In place of the random generator: how many tokens it may choose from."""
+
+    def choice(self, count: int, p: np.ndarray) -> int:
+        self.count = count
+        return 0
 
 
 @pytest.mark.parametrize(
