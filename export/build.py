@@ -22,7 +22,7 @@ from rich.table import Table
 
 from engines.bind import for_onnxruntime
 from engines.bundle import Bundle, BundleWriter, write_bundle
-from engines.errors import FlexError, OptionError
+from engines.errors import CheckpointError, FlexError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import FORMAT, IO_OF_PART, PARTS, PRECISIONS, Manifest, Part, Prompt, TensorSpec
 from export.check import Stage, parity, stored_weights
@@ -66,6 +66,12 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started = perf_counter()
+    if not options.model.is_dir():
+        raise CheckpointError(
+            f"no checkpoint folder {options.model}",
+            expected="a folder with config.json and weights in the official layout",
+            fix="name one with --model, or make the default with `bash scripts/quickstart.sh`",
+        )
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))
     budget = config.geometry.pages if options.page_budget is None else options.page_budget
@@ -232,7 +238,10 @@ def _by_reason(lines: list[str]) -> dict[str, list[str]]:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3
+    )
+    return f"{count / unit:.1f} {name}"
 
 
 def _versions() -> dict[str, str]:

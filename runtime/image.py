@@ -95,7 +95,8 @@ def _typed_errors(name: str) -> Iterator[None]:
 def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Judged by the header, before any pixel is decoded."""
     _check_size(*image.size, name)
-    if getattr(image, "n_frames", 1) > 1:
+    # A phone's MPO is one photo with previews behind it; anything else with several frames has no one image.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise ImageError(
             f"{name} has {image.n_frames} frames", expected="one", fix="pick one: image.seek(0); image.convert('RGB')"
         )

@@ -110,6 +110,26 @@ def test_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_keeps_the_old_bundle(copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(RuntimeError), write_bundle(copy) as writer:
+        writer.write("decoder.weights", iter([b"half"]))
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_the_manifest_survives_writing_and_reading(copy, tmp_path):
+    manifest = Bundle(copy).manifest
+    with write_bundle(tmp_path / "again") as writer:
+        for name in manifest.files:
+            writer.write(name, iter([(copy / name).read_bytes()]))
+        assert writer.files == manifest.files
+        writer.finish(manifest)
+    assert Bundle(tmp_path / "again").manifest == manifest
+    assert (tmp_path / "again" / MANIFEST).read_bytes() == (copy / MANIFEST).read_bytes()
+
+
 def test_only_a_bundle_is_replaced(copy, tmp_path):
     manifest = Bundle(copy).manifest
     with write_bundle(copy) as writer:

@@ -24,7 +24,7 @@ def test_bounds(case, bundle, precision, record_property):
     features, clean, always, share = BOUNDS[precision]
     low = model.vision(case.tiles(model.geometry)[:1]).numpy().astype(np.float32)
     vision = float(np.abs(low[0] - golden["lowres_features"]).max())
-    flips, errors, untouched = 0, [], []
+    flips, errors, untouched, other = 0, [], [], []
     for step, _, result in case.replay(model, model.geometry):
         assert np.isfinite(result.logits).all()
         expected = golden["select_mask"][step][:, ::8, ::8].reshape(4, 81)
@@ -33,9 +33,9 @@ def test_bounds(case, bundle, precision, record_property):
         errors.append(error)
         if not flips:
             untouched.append(error)
-        if golden["logit_gap"][step] > 2 * error:  # an error of half the gap cannot change the winner
-            assert result.logits[0].argmax() == golden["output_ids"][1 + step]
+        if result.logits[0].argmax() != golden["output_ids"][1 + step]:
+            other.append(float(golden["logit_gap"][step]))
     measured = (vision, max(untouched, default=0.0), max(errors), flips / golden["select_mask"][:, :, 0, 0].size / 81)
     record_property("measured", measured)
-    print(case.name, precision, *(f"{value:.2g}" for value in measured))
+    print(case.name, precision, *(f"{value:.2g}" for value in measured), "other tokens at gaps", other, "GAPS", np.sort(golden["logit_gap"])[:4])
     assert vision <= features and measured[1] <= clean and measured[2] <= always and measured[3] <= share, measured

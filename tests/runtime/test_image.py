@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import warnings
@@ -34,11 +36,21 @@ def test_eight_bit_images_are_converted_as_officially(mode):
 def test_sources(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(encoded(Image.fromarray(RGB)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a file left open is a ResourceWarning
-        for source in (path, str(path), path.read_bytes(), RGB, RGB[::-1][::-1], Image.fromarray(RGB)):
-            image = load_image(source)
-            assert image.mode == "RGB" and np.array_equal(np.asarray(image), RGB)
+    for source in (path, str(path), path.read_bytes(), RGB, RGB[::-1][::-1], Image.fromarray(RGB)):
+        image = load_image(source)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), RGB)
+
+
+def test_no_file_stays_open(tmp_path):
+    for name, data in (("good.png", PNG), ("short.png", PNG[: len(PNG) // 2]), ("text.png", b"hello")):
+        (tmp_path / name).write_bytes(data)
+    with warnings.catch_warnings(record=True) as caught:  # a file that is collected open is a ResourceWarning
+        warnings.simplefilter("always")
+        for path in sorted(tmp_path.iterdir()):
+            with contextlib.suppress(ImageError):
+                load_image(path)
+        gc.collect()
+    assert not [warning for warning in caught if warning.category is ResourceWarning]
 
 
 def test_exif_rotation_is_not_applied():
@@ -46,6 +58,12 @@ def test_exif_rotation_is_not_applied():
     exif = image.getexif()
     exif[0x0112] = 6
     assert load_image(encoded(image, "JPEG", exif=exif)).size == (30, 20)
+
+
+def test_a_phones_mpo_is_its_main_image():
+    photo = Image.fromarray(RGB)
+    data = encoded(photo, "MPO", save_all=True, append_images=[photo.resize((9, 6))])
+    assert load_image(data).size == (30, 20)
 
 
 def frames(kind: str) -> bytes:

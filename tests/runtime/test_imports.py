@@ -57,6 +57,14 @@ def test_imports_go_down_only(package):
         assert imports(path) & OURS <= ALLOWED[package], path
 
 
+def test_the_runtime_needs_what_it_says_it_needs():
+    known = {"runtime", "engines", "numpy", "PIL", "tokenizers", "pydantic", "onnxruntime"} | sys.stdlib_module_names
+    files = [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "engines").rglob("*.py")]
+    for path in files:
+        if path.name != "bind.py":
+            assert imports(path) <= known, path
+
+
 def test_torch_stays_in_export_and_the_references():
     for package in ("runtime", "engines", "plugins"):
         for path in (ROOT / package).rglob("*.py"):
