@@ -101,9 +101,8 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
     expected = Image(expected_low, *reference.project(expected_high, begin), begin, image.margins)
 
-    def official(budget: int) -> Runner:
-        decoder = OfficialDecoder(reference, expected, expected_high, length + 1)
-        return Runner("official way (projects pages again in each step), PyTorch", decoder, budget, prompt)
+    def official(name: str, budget: int) -> Runner:
+        return Runner(name, OfficialDecoder(reference, expected, expected_high, length + 1), budget, prompt)
 
     some, every = 22 * g.pages // 81, g.pages
     exhaustive = plain.decoder(image, length + hires + 1)
@@ -111,9 +110,9 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     runners = [
         Runner("plain low-res decode", plain.decoder(image, length + 1), 0, prompt),
         *(Runner("ours", flex.decoder(image, length + 1), budget, prompt) for budget in (0, some, every)),
+        official("plain low-res decode, PyTorch", 0),
         Runner("ours, PyTorch reference", reference.decoder(expected, length + 1), some, prompt),
-        official(some),
-        official(every),
+        *(official("official way (projects pages again in each step), PyTorch", budget) for budget in (some, every)),
         Runner("all hi-res tokens in the sequence", exhaustive, 0, prompt, prefill=False),
     ]
     _assert_agreement(runners)
@@ -131,7 +130,7 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     for runner in runners:
         seconds = float(np.median(runner.times))
         keys = length + (hires if runner is runners[-1] else 0)
-        again = isinstance(runner.decoder, OfficialDecoder)
+        again = runner.budget > 0 and isinstance(runner.decoder, OfficialDecoder)
         price = cost(g, keys, runner.budget * page_size(g), itemsize=4, project_again=again)
         rows.append(Row(runner.name, runner.budget, 1000 * seconds, seconds / base, price))
     return g, rows

@@ -48,10 +48,12 @@ class OfficialDecoder(ReferenceDecoder):
             query = rotary(query, *turn)
             scores = (query @ keys.transpose(1, 2)) / math.sqrt(g.head_dim)
             weights = scores.softmax(-1)
+            listed: list[int] = []
             if layer.reads:
                 pages, count = chosen[-1]
-                listed = [self._tokens[page] for page in pages[0, : int(count[0])].tolist()]
-                tokens = torch.cat(listed) if listed else torch.zeros(0, dtype=torch.int64)
+                listed = pages[0, : int(count[0])].tolist()
+            if listed:
+                tokens = torch.cat([self._tokens[page] for page in listed])
                 high_key, high_value = self._project(index, tokens)
                 high = (query @ high_key.transpose(1, 2)) / math.sqrt(g.head_dim)
                 joint = torch.cat((scores, high), -1).softmax(-1)

@@ -49,7 +49,7 @@ class PlainModel(OrtModel):
 
     def decoder(self, image: Image, capacity: int) -> Decoder:
         """See OrtModel.decoder."""
-        return PlainDecoder(self, self._plain, image, capacity)
+        return PlainDecoder(self, self._plain, image, self.rounded(capacity))
 
     def fill(self, decoder: Decoder, length: int) -> None:
         """Pretend that `length` tokens were prefilled: random keys and values, as costly as real ones."""

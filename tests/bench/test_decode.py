@@ -16,10 +16,10 @@ def test_small_run(tmp_path):
     model = write("small", tmp_path / "checkpoint", torch.float32, threshold=-1, context=8192)
     bundle = build(BuildOptions(model, tmp_path / "bundle", precision="fp32", check="none")).path
     _, rows = measure(model, bundle, rounds=1, steps=2, threads=None)
-    assert [row.pages for row in rows] == [0, 0, 22, 81, 22, 22, 81, 0]
+    assert [row.pages for row in rows] == [0, 0, 22, 81, 0, 22, 22, 81, 0]
     assert all(row.milliseconds > 0 for row in rows) and rows[0].ratio == 1
-    assert rows[2].cost == rows[4].cost and rows[5].cost.flops > rows[4].cost.flops
-    assert len(table(rows)) == 9
+    assert rows[0].cost == rows[4].cost and rows[2].cost == rows[5].cost and rows[6].cost.flops > rows[5].cost.flops
+    assert len(table(rows)) == 10
 
 
 def test_cost_of_the_official_7b():
