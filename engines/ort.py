@@ -37,6 +37,8 @@ class OrtModel:
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if threads is not None:
+            if not isinstance(threads, int) or threads < 1:
+                raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             options.intra_op_num_threads = threads
         self._sessions = {}
         for part in bundle.manifest.parts:

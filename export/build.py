@@ -25,7 +25,7 @@ from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, FlexError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import FORMAT, IO_OF_PART, PARTS, PRECISIONS, Manifest, Part, Prompt, TensorSpec
-from export.check import Stage, parity, stored_weights
+from export.check import STEPS, Stage, parity, stored_weights
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
 from export.memory import available_bytes, parity_bytes, peak_rss
@@ -120,13 +120,10 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     g = config.geometry
     if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
         raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
-    if options.context is None:
-        return g
-    if not g.image_tokens < options.context <= g.context:
-        raise OptionError(
-            f"--context {options.context}", expected=f"{g.image_tokens + 1} .. {g.context} for this model"
-        )
-    return replace(g, context=options.context)
+    context, least = options.context or g.context, g.image_tokens + 2 * STEPS  # room for a question and an answer
+    if not least <= context <= g.context:
+        raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
+    return replace(g, context=context)
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
@@ -205,7 +202,7 @@ def _print_plan(console: Console, options: BuildOptions, config: ModelConfig, ch
     dropped = dropped_tensors(checkpoint, g)
     if dropped:
         saved = sum(checkpoint.info(line.split(":")[0]).nbytes for line in dropped)
-        console.print(f"dropped {len(dropped)} tensors of {_size(saved)} that can never matter:")
+        console.print(f"left out, {len(dropped)} tensors of {_size(saved)}:")
         for reason, names in _by_reason(dropped).items():
             console.print(
                 f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True

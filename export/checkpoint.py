@@ -264,4 +264,4 @@ def _reason(name: str, g: Geometry) -> str:
         return "constant table, computed instead"
     if name == "lm_head.weight" and g.tied_embeddings:
         return "shared with model.embed_tokens.weight"
-    return "unknown"
+    return "unknown to this model"

@@ -28,6 +28,12 @@ def test_unknown_or_absent_devices(random_model):
         assert "onnxruntime-gpu" in caught.value.fix
 
 
+@pytest.mark.parametrize("threads", [0, -3, "2", 1.5])
+def test_bad_threads(threads, random_model):
+    with pytest.raises(BackendError, match="threads="):
+        OrtModel(Bundle(random_model("tiny", tiny())[1]), threads=threads)
+
+
 def test_the_cache_is_updated_in_place(random_model, capfd):
     """New rows land in the very buffers that are bound, and ONNX Runtime does not report copying the cache."""
     import onnxruntime as ort

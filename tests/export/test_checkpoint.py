@@ -175,7 +175,7 @@ def test_dropped_reasons(tmp_path: Path) -> None:
     reasons = dict(line.split(": ") for line in dropped_tensors(checkpoint, geometry))
     assert reasons == {
         "lm_head.weight": "shared with model.embed_tokens.weight",
-        "model.image_newline": "unknown",
+        "model.image_newline": "unknown to this model",
         "model.layers.0.self_attn.rotary_emb.inv_freq": "constant table, computed instead",
     }
 
