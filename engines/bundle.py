@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import BundleError, ExportError
-from engines.manifest import FORMAT, File, Manifest
+from engines.manifest import FORMAT, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
@@ -40,7 +41,7 @@ class Bundle:
         return self.path / name
 
     def graph(self, part: str, kind: str) -> Path:
-        """The .onnx file of a part ("vision", "pages", "decoder") for "traced" or a backend; BundleError if none."""
+        """The .onnx file of a part ("vision", "pages", "decoder") for TRACED or a backend; BundleError if none."""
         graphs = self.manifest.parts[part].graphs
         if kind not in graphs:
             raise BundleError(
@@ -48,11 +49,9 @@ class Bundle:
                 expected=f"one of {sorted(graphs)}",
                 fix=f"{REBUILD.format(path=self.path)} --backend {kind}",
             )
-        return self.file(graphs[kind])
+        return self.file(graphs[kind].file)
 
     def _check(self, name: str, file: File, verify: bool) -> None:
-        if Path(name).name != name:
-            raise BundleError(f"{self.path} lists {name!r}", expected="names of files inside the bundle")
         path, fix = self.file(name), f"copy the bundle again, or rebuild it: {REBUILD.format(path=self.path)}"
         if not path.is_file():
             raise BundleError(f"{path} is missing", expected=f"a file of {file.bytes} bytes", fix=fix)
@@ -65,25 +64,60 @@ class Bundle:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not path.is_file():
-        what = f"no {MANIFEST} in {folder}" if folder.is_dir() else f"no bundle folder {folder}"
-        raise BundleError(what, expected="a folder written by export/build.py", fix=REBUILD.format(path=folder))
     rebuild = f"rebuild it: {REBUILD.format(path=folder)}"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"no {MANIFEST} in {folder}" if folder.is_dir() else f"no bundle folder {folder}"
+        raise BundleError(
+            what, expected="a folder written by export/build.py", fix=REBUILD.format(path=folder)
+        ) from None
+    except OSError as error:  # no permission, a name too long
+        raise BundleError(f"{str(path)[:200]} cannot be read: {error.strerror}", expected="a bundle folder") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path} is no manifest: {error!r}", expected="JSON with a `format`", fix=rebuild) from error
-    if found != FORMAT:
+    if found is True or found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         fix = "upgrade this project, or rebuild the bundle with this version" if newer else rebuild
         raise BundleError(f"{path} has format {found!r}", expected=f"format {FORMAT}", fix=fix)
     try:
-        return TypeAdapter(Manifest).validate_python(content)
+        manifest = TypeAdapter(Manifest).validate_json(path.read_text(encoding="utf-8"), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{path}: {where}: {first['msg']}", expected="a manifest as written", fix=rebuild) from error
+    try:
+        problem = _contradiction(manifest)
+    except (ArithmeticError, ValueError, IndexError) as error:  # sizes no model has, such as a patch of 0
+        problem = f"impossible geometry ({error})"
+    if problem:
+        raise BundleError(f"{path}: {problem}", expected="a manifest as written", fix=rebuild)
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What in a well-formed manifest does not fit together, or None."""
+    g = manifest.geometry
+    if manifest.precision not in PRECISIONS:
+        return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
+    if not 0 <= manifest.page_budget <= g.pages:
+        return f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
+    if list(manifest.parts) != list(PARTS):
+        return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
+    if not is_template(manifest.prompt.template):
+        return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
+    named = [manifest.prompt.tokenizer] if manifest.prompt.tokenizer else []
+    for name, part in manifest.parts.items():
+        named += [part.weights, *(graph.file for graph in part.graphs.values())]
+        for kind, graph in part.graphs.items():
+            if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
+                return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"
+    outside = [name for name in manifest.files if Path(name).name != name]
+    if outside:
+        return f"lists {outside[0]!r}, expected names of files inside the bundle"
+    unlisted = [name for name in named if name not in manifest.files]
+    return f"{unlisted[0]!r} is used but not among the files" if unlisted else None
 
 
 class BundleWriter:
@@ -119,10 +153,11 @@ class BundleWriter:
 def write_bundle(out: Path) -> Iterator[BundleWriter]:
     """A writer into a temporary folder beside `out`, renamed to `out` when the block succeeds, deleted when it fails.
 
-    An existing bundle at `out` is replaced; anything else there is an ExportError, and so is a full disk.
+    A bundle at `out` is replaced, and stays as it is when anything fails. Whatever else is there is never touched: an
+    ExportError before the block begins. Errors of the file system in the block, a full disk say, are ExportErrors too.
     """
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists and is no bundle", expected="a bundle or nothing", fix="choose another --out")
+    out = out.resolve()  # a link to a bundle stays a link
+    _require_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -131,17 +166,54 @@ def write_bundle(out: Path) -> Iterator[BundleWriter]:
     try:
         folder.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the finished bundle
         yield BundleWriter(folder)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+        _put_in_place(folder, out)
     except OSError as error:
         free = shutil.disk_usage(out.parent).free
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ExportError(
             f"writing {out} failed: {error.strerror or error} ({free / 1e9:.1f} GB free)",
-            fix="free disk space or choose another --out",
+            fix="free disk space or choose another --out" if full else "choose another --out",
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_replaceable(out: Path) -> None:
+    """ExportError unless `out` is nothing, an empty folder, or a bundle and nothing but a bundle."""
+
+    def refuse(what: str, fix: str = "choose another --out") -> None:
+        raise ExportError(f"{out} {what}", expected="nothing there, an empty folder, or a bundle to replace", fix=fix)
+
+    if not out.exists():
+        return
+    if not out.is_dir():
+        refuse("is a file")
+    if out.is_mount() or out == Path.cwd() or out in Path.cwd().parents:
+        refuse("is the current folder or a mount point, which cannot be replaced", "choose a folder inside it")
+    entries = {path.name for path in out.iterdir()}
+    if not entries:
+        return
+    try:
+        listed = set(_read_manifest(out).files) | {MANIFEST}
+    except BundleError as error:
+        refuse(f"is not empty and no bundle of this version: {error.found}", "choose another --out, or remove it")
+    if entries - listed:
+        refuse(f"holds more than a bundle: {sorted(entries - listed)[0]}", "choose another --out, or move that away")
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an old bundle there is set aside first and comes back if that fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    aside = folder.with_name(f"{folder.name}-old")
+    out.rename(aside)
+    try:
+        folder.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engines.geometry import Geometry
 from engines.pages import page_size
 
-FORMAT = 1  # raised when an older reader would misread the bundle
+FORMAT = 2  # raised when an older reader would misread the bundle
 PARTS = ("vision", "pages", "decoder")
+TRACED, ONNXRUNTIME = "traced", "onnxruntime"  # kinds of graphs
 PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
 
 
@@ -26,18 +27,30 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One graph of the model. `graphs` maps "traced" (bare flex:: nodes) and backend names to .onnx files."""
+class Graph:
+    """An .onnx file and what it takes and gives."""
 
+    file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model. `graphs` maps TRACED (bare flex:: nodes) and backends to graphs over the same weights."""
+
     weights: str
-    graphs: dict[str, str]
+    graphs: dict[str, Graph]
+
+
+def is_template(text: str) -> bool:
+    """Whether a prompt template holds "<image>" and "{prompt}", each once."""
+    return text.count("<image>") == 1 and text.count("{prompt}") == 1
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a question becomes token ids. `template` holds "<image>" and "{prompt}"."""
+    """How a question becomes token ids. `template`: see is_template."""
 
     template: str
     tokenizer: str | None  # file in the bundle; None: the bundle takes raw token ids only
@@ -47,6 +60,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class File:
+    """Size and SHA-256 (hex) of a file of the bundle."""
+
     bytes: int
     sha256: str
 
@@ -66,6 +81,7 @@ class Manifest:
     versions: dict[str, str]  # of this project and of what wrote the graphs
     source: dict[str, object]  # identity of the checkpoint
     options: dict[str, object]  # the build's knobs, as used
+    dropped: dict[str, str]  # tensors of the checkpoint that are not in the bundle, and why
 
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -111,6 +127,21 @@ def _cache(name: str, g: Geometry) -> list[TensorSpec]:
 def _pages(name: str, g: Geometry) -> list[TensorSpec]:
     shape = ("batch", g.kv_heads, g.pages, page_size(g), g.head_dim)
     return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in g.reading_layers]
+
+
+def graph_io(
+    part: str, kind: str, g: Geometry, precision: str
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a graph, the "model" dtype resolved.
+
+    ONNX Runtime's CPU has no bfloat16 arithmetic: its graphs of a bf16 bundle take and give float32 (engines/bind.py).
+    """
+    dtype = "float32" if (kind, precision) == (ONNXRUNTIME, "bf16") else PRECISIONS[precision]
+    inputs, outputs = (
+        tuple(replace(spec, dtype=dtype) if spec.dtype == "model" else spec for spec in specs)
+        for specs in IO_OF_PART[part](g)
+    )
+    return inputs, outputs
 
 
 IO_OF_PART = {"vision": vision_io, "pages": pages_io, "decoder": decoder_io}

@@ -51,6 +51,17 @@ DAMAGE = {
     "older format": (lambda folder: edit(folder, lambda m: m.update(format=0)), "rebuild"),
     "missing field": (lambda folder: edit(folder, lambda m: m.pop("geometry")), "geometry"),
     "wrong type": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers="many")), "geometry.layers"),
+    "true for a format": (lambda folder: edit(folder, lambda m: m.update(format=True)), "format True"),
+    "endless nesting": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "no manifest"),
+    "text for a number": (lambda folder: edit(folder, lambda m: m["geometry"].update(threshold="48")), "threshold"),
+    "impossible number": (lambda folder: edit(folder, lambda m: m["geometry"]["vision"].update(patch=0)), "impossible"),
+    "other geometry": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers=6)), "not those of its"),
+    "no parts": (lambda folder: edit(folder, lambda m: m.update(parts={})), "parts"),
+    "no files": (lambda folder: edit(folder, lambda m: m.update(files={})), "not among the files"),
+    "negative budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=-3)), "page_budget -3"),
+    "large budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=17)), "page_budget 17"),
+    "precision": (lambda folder: edit(folder, lambda m: m.update(precision="fp99")), "fp99"),
+    "template": (lambda folder: edit(folder, lambda m: m["prompt"].update(template="<image>")), "template"),
     "missing file": (lambda folder: (folder / "decoder.weights").unlink(), "decoder.weights is missing"),
     "shorter file": (lambda folder: (folder / "pages.onnx").write_bytes(b"x"), "pages.onnx has 1 bytes"),
     "changed file": (lambda folder: flip(folder / "decoder.weights"), "decoder.weights was changed"),
@@ -84,6 +95,17 @@ def test_a_file_outside_the_bundle_is_refused(copy):
     edit(copy, point_outside)
     with pytest.raises(BundleError, match="inside the bundle"):
         Bundle(copy)
+
+
+def test_a_graph_outside_the_bundle_is_refused(copy):
+    edit(copy, lambda manifest: manifest["parts"]["pages"]["graphs"]["traced"].update(file="../secret"))
+    with pytest.raises(BundleError, match="not among the files"):
+        Bundle(copy)
+
+
+def test_names_the_system_refuses():
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle("a" * 5000)
 
 
 def test_missing_backend_names_the_command(copy):
@@ -136,9 +158,53 @@ def test_only_a_bundle_is_replaced(copy, tmp_path):
         writer.write("part", iter([b"ab", b"c"]))
         writer.finish(manifest)
     assert {path.name for path in copy.iterdir()} == {MANIFEST, "part"}
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("x")
-    with pytest.raises(ExportError, match="no bundle"), write_bundle(precious):
+    for stranger in ("thesis.tex", MANIFEST):
+        precious = tmp_path / f"precious-{stranger}"
+        precious.mkdir()
+        (precious / stranger).write_text('{"name": "of another kind"}')
+        with pytest.raises(ExportError, match="no bundle of this version"), write_bundle(precious):
+            pass
+        assert (precious / stranger).exists()
+
+
+def test_a_bundle_with_something_beside_it_stays(copy):
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"notes\.txt"), write_bundle(copy):
+        pytest.fail("the work must not begin")
+    Bundle(copy)
+
+
+def test_folders_that_cannot_be_replaced(copy, monkeypatch, tmp_path):
+    monkeypatch.chdir(copy)
+    with pytest.raises(ExportError, match="current folder"), write_bundle(Path()):
         pass
-    assert (precious / "thesis.tex").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="is a file"), write_bundle(tmp_path / "file"):
+        pass
+    with pytest.raises(ExportError, match="mount point"), write_bundle(Path("/proc")):
+        pass
+
+
+def test_a_link_to_a_bundle_stays_a_link(copy, tmp_path):
+    manifest = Bundle(copy).manifest
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    with write_bundle(link) as writer:
+        writer.finish(manifest)
+    assert link.is_symlink() and {path.name for path in copy.iterdir()} == {MANIFEST}
+
+
+def test_the_old_bundle_comes_back_when_the_new_one_cannot_take_its_place(copy, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    manifest, original = Bundle(copy).manifest, Path.rename
+
+    def rename(self, target):
+        if target == copy.resolve() and not self.name.endswith("-old"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ExportError, match="busy"), write_bundle(copy) as writer:
+        writer.finish(manifest)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
