@@ -24,3 +24,5 @@ position, so rows of different length may be padded at their end: what padding w
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
 beside them.
 """
+
+MASKED = -60000.0  # finite, within float16: its softmax weight is exactly 0, and a fully masked row stays finite

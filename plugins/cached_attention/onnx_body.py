@@ -9,6 +9,8 @@ from __future__ import annotations
 from onnxscript import script
 from onnxscript.values import Opset
 
+from plugins.cached_attention import MASKED
+
 op = Opset("", 24)
 flex = Opset("flex", 1)
 
@@ -53,7 +55,7 @@ def LowAttention(
     slot = op.Range(zero, op.Squeeze(op.Shape(past_key, start=2, end=3)), step)
     visible = op.LessOrEqual(slot, op.Unsqueeze(positions, op.Constant(value_ints=[1, 3])))  # [B, 1, S, L]
     all_scores = op.Cast(op.Reshape(grouped, from_groups), to=1)
-    scores = op.Where(visible, all_scores, op.Constant(value_float=-60000.0))
+    scores = op.Where(visible, all_scores, op.Constant(value_float=MASKED))
     weights = op.Softmax(scores, axis=-1)
     read = op.MatMul(op.Reshape(op.CastLike(weights, query), to_groups), present_value)
     context = op.Reshape(read, from_groups)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MASKED = -60000.0  # finite, within float16: its softmax weight is exactly 0, and a fully masked row stays finite
+from plugins.cached_attention import MASKED
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

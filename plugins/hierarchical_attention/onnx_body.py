@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from onnxscript import script
 
+from plugins.cached_attention import MASKED
 from plugins.cached_attention.onnx_body import LowAttention, flex, op
 
 
 @script(flex, default_opset=op)
 def PageAttention(
-    last_query, last_scores, page_key, page_value, lengths,
+    last_query, last_scores, last_context, page_key, page_value, lengths,
     heads: int, kv_heads: int, head_dim: int, page_size: int,
 ):  # fmt: skip
-    """The pages' part in the last query's joint softmax: what it reads there [B, H, 1, hd], and the share [B, H, 1, 1]
-    float32 left to the ordinary keys. Of page n of [B, Hkv, n, P, hd] the first lengths[b, n] tokens are visible.
+    """The last query's context [B, H, 1, hd] float32 from one softmax over its ordinary keys, whose own context is
+    `last_context`, and the pages. Of page n of [B, Hkv, n, P, hd] the first lengths[b, n] tokens are visible.
     """
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
@@ -41,12 +42,14 @@ def PageAttention(
     last = op.Reshape(last_query, op.Concat(keep, key_heads, group, rest, axis=0))
     grouped = op.MatMul(last, op.Transpose(keys, perm=[0, 1, 3, 2]))
     scores = op.Cast(op.Reshape(grouped, op.Concat(keep, all_heads, one, slots, axis=0)), to=1)
-    page_scores = op.Where(used, scores, op.Constant(value_float=-60000.0))
+    page_scores = op.Where(used, scores, op.Constant(value_float=MASKED))
     joint = op.Softmax(op.Concat(last_scores, page_scores, axis=3), axis=-1)
     weights = op.Slice(joint, op.Shape(last_scores, start=3, end=4), end, three)
     by_group = op.Reshape(op.CastLike(weights, last_query), op.Concat(keep, key_heads, group, slots, axis=0))
     read = op.Reshape(op.MatMul(by_group, values), op.Concat(keep, all_heads, one, rest, axis=0))
-    return read, op.Sub(op.Constant(value_float=1.0), op.ReduceSum(weights, three, keepdims=1))
+    # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
+    share = op.Sub(op.Constant(value_float=1.0), op.ReduceSum(weights, three, keepdims=1))
+    return op.Add(op.Mul(share, op.Cast(last_context, to=1)), op.Cast(read, to=1))
 
 
 @script(flex, default_opset=op)
@@ -73,13 +76,15 @@ def HierarchicalAttention(
     own = op.Less(op.Range(zero, op.Squeeze(every), step), op.Unsqueeze(page_count, one))
     lengths = op.Where(own, op.Gather(page_lengths, pages), zero)  # [B, pages], in the order of the list
 
+    last_context = op.Slice(context, rest, end, two)
+
     # A gather copies a page before it is read: as slow as reading two in place (measured on the CPU). All unlisted
-    # pages have length 0 in `by_page`.
+    # pages have length 0 in `by_page`. The branches assign one value: onnxscript puts several in no certain order.
     most = op.ReduceMax(page_count, keepdims=1)  # of the fullest row of the batch
     if op.Squeeze(op.Greater(op.Mul(most, op.Constant(value_int=2)), every)):
         by_page = op.ScatterElements(pages, pages, lengths, axis=1)
-        read, share = PageAttention(
-            last_query, last_scores, page_key, page_value, by_page,
+        joint = PageAttention(
+            last_query, last_scores, last_context, page_key, page_value, by_page,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         )  # fmt: skip
     else:
@@ -87,15 +92,12 @@ def HierarchicalAttention(
         every_head = op.Expand(per_head, op.Concat(one, key_heads, one, one, axis=0))
         some_keys = op.GatherND(page_key, every_head, batch_dims=2)
         some_values = op.GatherND(page_value, every_head, batch_dims=2)
-        read, share = PageAttention(
-            last_query, last_scores, some_keys, some_values, op.Slice(lengths, keep, most, one),
+        joint = PageAttention(
+            last_query, last_scores, last_context, some_keys, some_values, op.Slice(lengths, keep, most, one),
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         )  # fmt: skip
 
-    # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
-    plain = op.Cast(op.Slice(context, rest, end, two), to=1)
-    merged = op.CastLike(op.Add(op.Mul(share, plain), op.Cast(read, to=1)), query)
-    joined = op.Concat(op.Slice(context, keep, rest, two), merged, axis=2)
+    joined = op.Concat(op.Slice(context, keep, rest, two), op.CastLike(joint, query), axis=2)
     by_token = op.Reshape(op.Transpose(joined, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
     return by_token, present_key, present_value, map
 

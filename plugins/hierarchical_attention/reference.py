@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plugins.cached_attention.reference import MASKED, fake, low_attention
+from plugins.cached_attention import MASKED
+from plugins.cached_attention.reference import fake, low_attention
 
 
 @torch.library.custom_op("flex::hierarchical_attention", mutates_args=())
