@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from engines.backend import Image
 from engines.bundle import Bundle
 from engines.errors import ParityError
 from engines.geometry import Geometry
-from engines.manifest import PRECISIONS
+from engines.manifest import PRECISIONS, TRACED
 from engines.ort import Decoder, OrtModel
 from export.checkpoint import Checkpoint
 from export.reference import Reference, ReferenceDecoder
@@ -71,14 +71,14 @@ def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) 
     low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
     errors = (_error(a.numpy(), b.numpy()) for a, b in ((expected_low, low), (expected_high, high)))
-    yield Stage("vision features", max(errors), limit)
+    yield Stage("vision features", _worst(errors), limit)
 
     around = min(TAIL, (g.context - g.image_tokens - STEPS) // 2)  # a small context leaves little room for text
     begin = np.array([around], np.int64)
     expected, found = reference.project(expected_high, begin), model.project(high, begin)
     for name, theirs, ours in zip(("page keys", "page values"), expected, found, strict=True):
         errors = (_error(a.numpy(), b.numpy()) for a, b in zip(theirs, ours, strict=True))
-        yield Stage(name, max(errors), limit)
+        yield Stage(name, _worst(errors), limit)
 
     wide = np.array([[g.grid // 6, 0]], np.int64)  # the padding of a 3:2 image
     for _ in range(SEEDS):
@@ -109,8 +109,8 @@ def _decode(slow: ReferenceDecoder, fast: Decoder, ids: np.ndarray, g: Geometry,
         token = theirs.logits.argmax(-1, keepdims=True)
     if not errors:
         return None
-    cells = Stage("selected cells", max(flips), CELLS[precision])
-    return [prefill, cells, Stage("decode logits", max(errors), DECODE_ERROR[precision])]
+    cells = Stage("selected cells", _worst(flips), CELLS[precision])
+    return [prefill, cells, Stage("decode logits", _worst(errors), DECODE_ERROR[precision])]
 
 
 def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:
@@ -122,6 +122,11 @@ def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:
     low, high = map.amin((1, 2), keepdim=True), map.amax((1, 2), keepdim=True)
     score = torch.nn.functional.adaptive_max_pool2d(255 * (map - low) / (high - low), g.cells).flatten(1)
     return ((score - g.threshold).abs() < ON_THE_EDGE).numpy()[None]
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest error, NaN if any is NaN: Python's max() would return a number that came before it."""
+    return float(np.max(list(errors)))
 
 
 def _error(expected: np.ndarray, found: np.ndarray) -> float:
@@ -141,7 +146,7 @@ def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
     dtype = getattr(torch, PRECISIONS[bundle.manifest.precision])
     compared = 0
     for part, description in bundle.manifest.parts.items():
-        model = ir.load(bundle.graph(part, "traced"))
+        model = ir.load(bundle.graph(part, TRACED))
         with open(bundle.file(description.weights), "rb") as file:
             for value in model.graph.initializers.values():
                 stored = value.const_value

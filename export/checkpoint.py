@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,7 @@ class Checkpoint:
         Raises CheckpointError if there is no such tensor or the file has become shorter than when it was opened.
         """
         info = self.info(name)
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
+        with _opened(info) as file:
             for start in range(0, info.nbytes, max_bytes):
                 size = min(max_bytes, info.nbytes - start)
                 piece = file.read(size)
@@ -104,8 +105,7 @@ class Checkpoint:
         info = self.info(name)
         data = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = data.numpy().data, 0
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
+        with _opened(info) as file:
             while done < info.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
@@ -174,6 +174,20 @@ class Checkpoint:
     def _relative(self, file: Path) -> str:
         inside = file.is_relative_to(self.folder)
         return file.relative_to(self.folder).as_posix() if inside else f"{file.parent.name}/{file.name}"
+
+
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[io.RawIOBase]:
+    """The file of a tensor, at its beginning. What goes wrong with reading it is the checkpoint's error."""
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"{info.file}: {info.name} cannot be read: {error.strerror}",
+            fix="the file has gone or its disk fails; start again when it is back",
+        ) from error
 
 
 def _ended(info: TensorInfo) -> CheckpointError:
@@ -246,10 +260,10 @@ def _decoder_tensors(g: Geometry) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def dropped_tensors(checkpoint: Checkpoint, geometry: Geometry) -> list[str]:
-    """One line `name: reason` for every tensor of the checkpoint that the export does not need."""
+def dropped_tensors(checkpoint: Checkpoint, geometry: Geometry) -> dict[str, str]:
+    """The name of every tensor of the checkpoint that the export does not need, and why."""
     needed = expected_tensors(geometry)
-    return [f"{name}: {_reason(name, geometry)}" for name in checkpoint.names if name not in needed]
+    return {name: _reason(name, geometry) for name in checkpoint.names if name not in needed}
 
 
 def _reason(name: str, g: Geometry) -> str:

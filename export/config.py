@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import ConfigError
 from engines.geometry import Geometry, Vision
+from engines.manifest import is_template
 from export.settings import parse, read_object
 from export.tower import Count, Positive, Tower, read_tower
 
@@ -40,7 +41,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]  # generation ends at any of these
     prompt_template: str  # one `<image>`, one `{prompt}`
     tower_folder: Path | None  # where the vision tower's own files are, if anywhere
-    torch_dtype: str | None  # of the stored weights, as the config says
 
 
 class Decoder(BaseModel):
@@ -65,14 +65,13 @@ class Decoder(BaseModel):
     tokenizer_model_max_length: Count | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    torch_dtype: str | None = None
     mm_vision_tower: Annotated[str, Field(min_length=1)]
     mm_vision_select_layer: int
     mm_vision_select_feature: str = "patch"
     mm_projector_type: str = "linear"
     mm_hidden_size: Count | None = None
     mm_use_im_start_end: bool = False
-    image_aspect_ratio: str | None = "pad"  # the official evaluation scripts always pad
+    image_aspect_ratio: str = "pad"  # the official evaluation scripts always pad
     extra: Any = None
 
 
@@ -85,7 +84,9 @@ def read_config(folder: Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     raw = read_object(path)
     extra = parse_extra(raw.get("extra"), path)  # first: most wrong folders are models of another kind
-    config = parse(Decoder, raw, path)
+    # null means the default, as in transformers; only the token ids have a meaning for it.
+    given = {key: value for key, value in raw.items() if value is not None or key.endswith("token_id")}
+    config = parse(Decoder, given, path)
     _check_supported(config, extra, path)
     tower = read_tower(Path(folder), config.mm_vision_tower)
     geometry = _geometry(config, extra, tower, path)
@@ -97,7 +98,6 @@ def read_config(folder: Path) -> ModelConfig:
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         prompt_template=_prompt_template(extra, path),
         tower_folder=tower.folder,
-        torch_dtype=config.torch_dtype,
     )
 
 
@@ -123,20 +123,20 @@ def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
     return dict(raw)
 
 
-def _integer(extra: Mapping[str, Any], key: str, default: int, low: int, path: Path, high: int | None = None) -> int:
+def _integer(extra: Mapping[str, Any], key: str, default: int, low: int | None, path: Path) -> int:
     value = extra.get(key, default)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
         value = int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{path}: extra.{key} is {value!r}", expected=f"an integer {bounds}")
+    if not whole or (low is not None and value < low):
+        bound = "" if low is None else f" of at least {low}"
+        raise ConfigError(f"{path}: extra.{key} is {value!r}", expected=f"an integer{bound}")
     return value
 
 
 def _prompt_template(extra: Mapping[str, Any], path: Path) -> str:
     text = extra.get("prompt_template", PROMPT_TEMPLATE)
-    if not isinstance(text, str) or text.count("<image>") != 1 or text.count("{prompt}") != 1:
+    if not isinstance(text, str) or not is_template(text):
         raise ConfigError(
             f"{path}: extra.prompt_template is {text!r}", expected="text with exactly one <image> and one {prompt}"
         )
@@ -187,8 +187,8 @@ def _geometry(config: Decoder, extra: Mapping[str, Any], tower: Tower, path: Pat
         zoom=_integer(extra, "zoom_ratio", 0, 1, path),
         cells=_integer(extra, "cells", 9, 1, path),
         start_layer=_integer(extra, "start_layer", 8, 0, path),
-        # The map is scaled to 0..255 and compared strictly: -1 selects everything, 255 nothing.
-        threshold=_integer(extra, "threshold", 64, -1, path, high=255),
+        # The map is scaled to 0..255 and compared strictly: -1 and less select everything, 255 and more nothing.
+        threshold=_integer(extra, "threshold", 64, None, path),
         image_mean=tower.pixels.image_mean,
         image_std=tower.pixels.image_std,
         vision=Vision(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -36,6 +37,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
 }
 _HEADER_LIMIT = 100 << 20  # bytes; the safetensors format itself allows no more
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 _DAMAGED = "the file is incomplete or damaged: download or save it again"
 
 
@@ -54,8 +56,9 @@ class TensorInfo:
 def read_folder(folder: Path) -> dict[str, TensorInfo] | None:
     """The tensors of all weight files of a Hugging Face model folder by name, or None if it has no weight files.
 
-    Looks for, in this order: model.safetensors, its index, pytorch_model.bin, its index.
-    Raises CheckpointError for a missing, truncated, damaged or unsafe file and for an index that does not match.
+    Looks for, in this order: model.safetensors, its index, pytorch_model.bin, its index; then, without an index, every
+    *.safetensors, every pytorch_model*.bin. Raises CheckpointError for a missing, truncated, damaged or unsafe file, an
+    index that does not match, and shards without an index that are incomplete or hold a key twice.
     """
     kinds: tuple[tuple[str, Callable[[Path], dict[str, TensorInfo]]], ...]
     kinds = (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch))
@@ -65,7 +68,35 @@ def read_folder(folder: Path) -> dict[str, TensorInfo] | None:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_indexed(index, reader)
+    for pattern, reader in (("*.safetensors", read_safetensors), ("pytorch_model*.bin", read_torch)):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return _read_all(files, reader)
     return None
+
+
+def _read_all(files: list[Path], reader: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    for file in files:
+        numbers = _SHARD.search(file.stem)
+        present = numbers and len([other for other in files if other.stem.endswith(f"-of-{numbers[2]}")])
+        if numbers and present != int(numbers[2]):
+            raise CheckpointError(
+                f"{file.parent}: {present} of {int(numbers[2])} shards like {file.name}, and no index",
+                expected="every shard",
+                fix="download the missing shards",
+            )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        found = reader(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(
+                f"{twice[0]} is in {tensors[twice[0]].file.name} and in {file.name}",
+                expected="every key once, or an index that says which file counts",
+                fix="keep the files of one checkpoint in the folder",
+            )
+        tensors.update(found)
+    return tensors
 
 
 def _read_indexed(index: Path, reader: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:

@@ -77,7 +77,8 @@ def convert_tokenizer(folder: Path, out: Path) -> TokenizerInfo | None:
     _check_vocabulary(tokenizer, source)
     bos = _token_id(tokenizer, Path(folder), "bos_token", "<s>")
     eos = _token_id(tokenizer, Path(folder), "eos_token", "</s>")
-    tokenizer.save(str(Path(out) / "tokenizer.json"))
+    # The library's own save() raises a bare Exception on a full disk.
+    (Path(out) / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     eos_ids = () if eos is None else (eos,)
     return TokenizerInfo("tokenizer.json", bos, eos_ids, tokenizer.get_vocab_size(), source.name)
 

@@ -68,7 +68,7 @@ def test_official_layout(weights: Path) -> None:
     v = g.vision
     assert (v.hidden, v.intermediate, v.layers, v.heads, v.patch) == (32, 64, 3, 4, 14)
     assert (v.eps, v.activation) == (1e-5, "quick_gelu")
-    assert (config.bos_token_id, config.eos_token_ids, config.torch_dtype) == (1, (), "float32")
+    assert (config.bos_token_id, config.eos_token_ids) == (1, ())
     assert config.prompt_template == PROMPT_TEMPLATE
     assert config.tower_folder == weights / "clip"
 
@@ -85,6 +85,19 @@ def test_defaults(folder: Path) -> None:
 def test_extra_as_training_flag(folder: Path) -> None:
     make(folder, "zoom_ratio:3#warmup:10#lowres_size:336#highres_size:1008#threshold:48")
     assert read_config(folder).geometry.threshold == 48
+
+
+@pytest.mark.parametrize("threshold", ["-7", "256", 1000])
+def test_any_threshold(folder: Path, threshold: object) -> None:
+    make(folder, {"threshold": threshold})
+    assert read_config(folder).geometry.threshold == int(threshold)
+
+
+def test_null_is_the_default(folder: Path) -> None:
+    make(folder)
+    plain = read_config(folder)
+    make(folder, attention_bias=None, mm_use_im_start_end=None, image_aspect_ratio=None, head_dim=None, hidden_act=None)
+    assert read_config(folder) == plain
 
 
 def test_own_extra_keys(folder: Path) -> None:
@@ -179,7 +192,6 @@ EXTRA_ERRORS = [
     ({"zoom_ratio": "0"}, "extra.zoom_ratio is 0"),
     ({"zoom_ratio": True}, "extra.zoom_ratio is True"),
     ({"threshold": "4.5"}, "extra.threshold is '4.5'"),
-    ({"threshold": "256"}, "from -1 to 255"),
     ({"highres_size": "1000"}, "extra.highres_size is 1000"),
     ({"lowres_size": "224", "highres_size": ABSENT}, "image_size 336"),
     ({"start_layer": "11"}, "at most 10"),
