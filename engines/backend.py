@@ -11,6 +11,18 @@ Array = TypeVar("Array")
 
 
 @dataclass(frozen=True)
+class Opening:
+    """How a bundle is opened, and the defaults.
+
+    device: "cpu" or "cuda". threads: of one operator, None = every core. verify: check the SHA-256 of every file.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
 class Image(Generic[Array]):
     """What the decoder needs to know of B images (one per row), resident on the device."""
 

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import (
 )
 from onnxscript.optimizer import fold_constants
 
+from engines.errors import ExportError
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
 from plugins.select_pages import onnx_body as select_pages
@@ -33,7 +34,11 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
     """
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
-        raise NotImplementedError(f"not checked between opset 20 and {ORT_OPSET}: {sorted(unknown)}")
+        raise ExportError(
+            f"the graph holds {sorted(unknown)}",
+            expected=f"operators known to mean the same in opset 20 and {ORT_OPSET}",
+            fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in engines/bind.py",
+        )
     model.opset_imports[""] = ORT_OPSET
     used = {node.op_type for node in model.graph if node.domain == "flex"}
     for body in (select_pages, cached_attention, hierarchical_attention):

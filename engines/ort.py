@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.backend import Image, Step
+from engines.backend import Image, Opening, Step
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from engines.manifest import ONNXRUNTIME
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-BACKEND = "onnxruntime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # a float32 bundle means float32, not TF32's 10-bit mantissa
 ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
@@ -23,37 +24,38 @@ ROUND = 64  # cache capacities are multiples of this many tokens, so that simila
 class OrtModel:
     """An opened bundle. Sessions are created once; nothing of a request is kept here."""
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
-        """`device`: "cpu" or "cuda". `threads`: of one operator; None lets ONNX Runtime use every core.
-
-        Raises BackendError when onnxruntime or the device is missing, or a graph does not load.
+    def __init__(self, bundle: Bundle, *, device: str = Opening.device, threads: int | None = Opening.threads) -> None:
+        """`device`, `threads`: see Opening. Raises BackendError when onnxruntime or the device is missing, or a graph
+        does not load.
         """
         self.geometry = bundle.manifest.geometry
         self.device = device
         self._ort = _import()
-        provider = _provider(self._ort, device)
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
+        self._provider = _provider(self._ort, device)
+        self._options = self._ort.SessionOptions()
+        self._options.log_severity_level = 3
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if threads is not None:
             if not isinstance(threads, int) or threads < 1:
                 raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
-            options.intra_op_num_threads = threads
-        self._sessions = {}
-        for part in bundle.manifest.parts:
-            path = bundle.graph(part, BACKEND)
-            try:
-                session = self._ort.InferenceSession(path, options, providers=[(provider, PROVIDER_OPTIONS[device])])
-            except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
-                raise BackendError(f"ONNX Runtime cannot open {path}: {error}", fix="rebuild the bundle") from error
-            if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
-                raise BackendError(
-                    f"ONNX Runtime did not start {provider}, only {session.get_providers()}",
-                    fix="check the CUDA and cuDNN installation, or pass device='cpu'",
-                )
-            self._sessions[part] = session
+            self._options.intra_op_num_threads = threads
+        self._sessions = {part: self.session(bundle.graph(part, ONNXRUNTIME)) for part in bundle.manifest.parts}
         self._model_dtype = _numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
+
+    def session(self, path: Path) -> ort.InferenceSession:
+        """A session of the graph in `path` with this model's device and options; BackendError if it won't start."""
+        providers = [(self._provider, PROVIDER_OPTIONS[self.device])]
+        try:
+            session = self._ort.InferenceSession(path, self._options, providers=providers)
+        except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
+            raise BackendError(f"ONNX Runtime cannot open {path}: {error}", fix="rebuild the bundle") from error
+        if session.get_providers()[0] != self._provider:  # it falls back to the CPU without a word
+            raise BackendError(
+                f"ONNX Runtime did not start {self._provider}, only {session.get_providers()}",
+                fix="check the CUDA and cuDNN installation, or pass device='cpu'",
+            )
+        return session
 
     def vision(self, tiles: np.ndarray) -> ort.OrtValue:
         """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
@@ -182,7 +184,7 @@ def _import() -> ModuleType:
 
 
 def _provider(ort_module: ModuleType, device: str) -> str:
-    if device not in PROVIDERS:
+    if not isinstance(device, str) or device not in PROVIDERS:
         raise BackendError(f"device {device!r}", expected=f"one of {list(PROVIDERS)}")
     provider, available = PROVIDERS[device], ort_module.get_available_providers()
     if provider not in available:

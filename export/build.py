@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
@@ -15,6 +16,7 @@ if __package__ in (None, ""):  # run as a script: the packages lie beside this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import onnx_ir as ir
+import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,11 +26,12 @@ from engines.bind import for_onnxruntime
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, FlexError, OptionError
 from engines.geometry import Geometry
-from engines.manifest import FORMAT, IO_OF_PART, PARTS, PRECISIONS, Manifest, Part, Prompt, TensorSpec
+from engines.manifest import FORMAT, ONNXRUNTIME, PARTS, PRECISIONS, TRACED, Graph, Manifest, Part, Prompt, graph_io
+from engines.memory import peak_rss
 from export.check import STEPS, Stage, parity, stored_weights
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
-from export.memory import available_bytes, parity_bytes, peak_rss
+from export.memory import available_bytes, parity_bytes
 from export.tokenizer import convert_tokenizer
 from export.trace import trace
 from export.weights import stored_bytes, write_weights
@@ -38,7 +41,7 @@ CHECKS = {
     "weights": "compare the stored weights with the checkpoint, in little memory",
     "none": "do not check",
 }
-BACKENDS = ("onnxruntime",)
+BACKENDS = (ONNXRUNTIME,)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,17 @@ class BuildOptions:
     precision: str = "fp16"
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
-    backend: str = "onnxruntime"
+    backend: str = ONNXRUNTIME
     check: str = "parity"
+
+    def __post_init__(self) -> None:
+        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("check", CHECKS)):
+            if getattr(self, knob) not in known:
+                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
+        for knob in ("page_budget", "context"):
+            value = getattr(self, knob)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
 
     @property
     def folder(self) -> Path:
@@ -74,15 +86,16 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         )
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))
-    budget = config.geometry.pages if options.page_budget is None else options.page_budget
+    g, versions = config.geometry, _versions()
+    budget = g.pages if options.page_budget is None else options.page_budget
     checkpoint = Checkpoint.open(options.model, config.tower_folder)
-    checkpoint.require(expected_tensors(config.geometry))
-    dtype = getattr(torch, PRECISIONS[options.precision])
-    _print_plan(console, options, config, checkpoint)
+    checkpoint.require(expected_tensors(g))
+    dropped = dropped_tensors(checkpoint, g)
+    _print_plan(console, options, config, checkpoint, dropped)
     _require_memory(options, config)
 
     with write_bundle(options.folder) as writer:
-        parts = {part: _write_part(part, config, checkpoint, dtype, writer, console) for part in PARTS}
+        parts = {part: _write_part(part, g, checkpoint, options.precision, writer, console) for part in PARTS}
         tokenizer = convert_tokenizer(options.model, writer.folder)
         if tokenizer is not None:
             writer.add(tokenizer.file)
@@ -95,18 +108,17 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         writer.finish(
             Manifest(
                 format=FORMAT,
-                name=options.folder.name,
+                name=options.folder.resolve().name,
                 precision=options.precision,
                 page_budget=budget,
-                geometry=config.geometry,
+                geometry=g,
                 prompt=prompt,
                 parts=parts,
                 files=writer.files,
-                versions=_versions(),
+                versions=versions,
                 source=checkpoint.identity(),
-                options={
-                    key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()
-                },
+                options=_as_used(options, budget, g.context),
+                dropped=dropped,
             )
         )
         _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
@@ -120,7 +132,8 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     g = config.geometry
     if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
         raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
-    context, least = options.context or g.context, g.image_tokens + 2 * STEPS  # room for a question and an answer
+    context = g.context if options.context is None else options.context
+    least = g.image_tokens + 2 * STEPS  # room for a question and an answer
     if not least <= context <= g.context:
         raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
     return replace(g, context=context)
@@ -136,24 +149,25 @@ def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
 
 
 def _write_part(
-    part: str, config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, writer: BundleWriter, console: Console
+    part: str, g: Geometry, checkpoint: Checkpoint, precision: str, writer: BundleWriter, console: Console
 ) -> Part:
-    g, weights = config.geometry, f"{part}.weights"
+    dtype, weights = getattr(torch, PRECISIONS[precision]), f"{part}.weights"
     with console.status(f"{part}: tracing"):
         model = trace(part, g, dtype)
     with _progress(part, stored_bytes(model, dtype), console) as advance:
         write_weights(model, checkpoint, dtype, writer, weights, advance)
-    graphs = {"traced": f"{part}.onnx", "onnxruntime": f"{part}.onnxruntime.onnx"}
-    for kind, name in graphs.items():
-        ir.save(model if kind == "traced" else for_onnxruntime(model), writer.folder / name)
+    graphs = {}
+    for kind, name in ((TRACED, f"{part}.onnx"), (ONNXRUNTIME, f"{part}.{ONNXRUNTIME}.onnx")):
+        ir.save(model if kind == TRACED else for_onnxruntime(model), writer.folder / name)
         writer.add(name)
-    inputs, outputs = (_resolved(specs, dtype) for specs in IO_OF_PART[part](g))
-    return Part(inputs, outputs, weights, graphs)
+        graphs[kind] = Graph(name, *graph_io(part, kind, g, precision))
+    return Part(weights, graphs)
 
 
-def _resolved(specs: list[TensorSpec], dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-    name = str(dtype).removeprefix("torch.")
-    return tuple(replace(spec, dtype=name) if spec.dtype == "model" else spec for spec in specs)
+def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:
+    """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
+    used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
+    return {key: value.resolve().name if isinstance(value, Path) else value for key, value in used.items()}
 
 
 class _progress:
@@ -192,18 +206,20 @@ def _report(stages: list[Stage], precision: str) -> Table:
     return table
 
 
-def _print_plan(console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint) -> None:
+def _print_plan(
+    console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint, dropped: dict[str, str]
+) -> None:
     g, itemsize = config.geometry, getattr(torch, PRECISIONS[options.precision]).itemsize
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
     for part, names in _tensors_of_parts(g).items():
         size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
         table.add_row(part, f"{part}.onnx, {part}.onnxruntime.onnx, {part}.weights", _size(size))
     console.print(table)
-    dropped = dropped_tensors(checkpoint, g)
     if dropped:
-        saved = sum(checkpoint.info(line.split(":")[0]).nbytes for line in dropped)
-        console.print(f"left out, {len(dropped)} tensors of {_size(saved)}:")
-        for reason, names in _by_reason(dropped).items():
+        saved = sum(checkpoint.info(name).nbytes for name in dropped)
+        console.print(f"left out, {len(dropped)} tensors of {_size(saved)} (bundle.json lists them all):")
+        for reason in dict.fromkeys(dropped.values()):
+            names = [name for name in dropped if dropped[name] == reason]
             console.print(
                 f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True
             )
@@ -226,14 +242,6 @@ def _tensors_of_parts(g: Geometry) -> dict[str, dict[str, tuple[int, ...]]]:
     return parts
 
 
-def _by_reason(lines: list[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for line in lines:
-        name, reason = line.split(": ", 1)
-        groups.setdefault(reason, []).append(name)
-    return groups
-
-
 def _size(count: float) -> str:
     unit, name = next(
         (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3
@@ -242,8 +250,17 @@ def _size(count: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("flexattention-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    try:
+        own = version("flexattention-deploy")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        own = "not installed"
+    # onnxruntime is asked itself: its package may be called onnxruntime-gpu.
+    versions = {
+        "python": platform.python_version(),
+        "flexattention-deploy": own,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    return versions | {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
@@ -272,12 +289,16 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
 
 
 def main() -> int:
-    """Entry of the command line; returns the exit status."""
+    """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         build(parse_arguments(), Console())
     except FlexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

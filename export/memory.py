@@ -1,10 +1,8 @@
-"""How much memory there is, was used, and will be needed."""
+"""How much memory there is, and will be needed."""
 
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from pathlib import Path
 
 from engines.geometry import Geometry
@@ -32,12 +30,6 @@ def available_bytes() -> int:
         lines = dict(line.split(":") for line in info.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _product(shape: tuple[int, ...]) -> int:

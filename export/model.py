@@ -32,6 +32,8 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, g: Geometry) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(g.hidden, g.intermediate, bias=False)

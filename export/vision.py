@@ -38,6 +38,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """fc2(gelu(fc1(x))), with CLIP's quick gelu or the exact one."""
+
     def __init__(self, config: Vision) -> None:
         super().__init__()
         self.quick = config.activation == "quick_gelu"
@@ -50,6 +52,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block."""
+
     def __init__(self, config: Vision) -> None:
         super().__init__()
         self.layer_norm1 = Float32LayerNorm(config.hidden, config.eps)
@@ -63,6 +67,8 @@ class Block(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """Pixels -> class token and patches, positions added: [N, 1 + grid*grid, width]."""
+
     def __init__(self, config: Vision, grid: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import PIL.Image
+
+from engines.backend import Opening
 from engines.errors import FlexError, OptionError
 from engines.ort import PROVIDERS
 from runtime.engine import Engine
@@ -33,8 +37,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     add("--page-budget", type=int, default=default.page_budget, help="pages each layer reads at most; None = bundle's")
     add("--show", type=Path, metavar="PNG", help="write the image with the pages each answer token looked at")
-    add("--device", choices=PROVIDERS, default="cpu")
-    add("--threads", type=int, help="of one operator; None = every core")
+    add("--device", choices=PROVIDERS, default=Opening.device)
+    add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
+    add(
+        "--no-verify", dest="verify", action="store_false", default=Opening.verify, help="skip the SHA-256 of each file"
+    )
     return parser.parse_args(arguments)
 
 
@@ -43,9 +50,9 @@ def run(given: argparse.Namespace) -> None:
     image = None if given.image == "none" else load_image(given.image)
     if given.show is not None and image is None:
         raise OptionError("--show without an image", fix="name an image, or leave --show out")
-    if given.show is not None and not given.show.absolute().parent.is_dir():
-        raise OptionError(f"--show {given.show}: no such folder", fix=f"mkdir -p {given.show.parent}")
-    engine = Engine(given.bundle, device=given.device, threads=given.threads)
+    if given.show is not None:
+        _require_writable(given.show)
+    engine = Engine(given.bundle, device=given.device, threads=given.threads, verify=given.verify)
     options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
     stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
     for piece in stream:
@@ -55,8 +62,22 @@ def run(given: argparse.Namespace) -> None:
     print(answer.stats, file=sys.stderr)
     if given.show is not None:
         captions = [engine.prompter.decode([token]) for token in answer.token_ids]
-        draw_selection(image, answer.trace.cells, captions).save(given.show)
+        try:
+            draw_selection(image, answer.trace.cells, captions).save(given.show)
+        except OSError as error:
+            raise OptionError(f"--show {given.show}: cannot be written: {error.strerror or error}") from error
         print(f"wrote {given.show}", file=sys.stderr)
+
+
+def _require_writable(picture: Path) -> None:
+    """OptionError now for what would go wrong only after the answer."""
+    folder = picture.absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"--show {picture}: no such folder", fix=f"mkdir -p {picture.parent}")
+    if picture.is_dir() or not os.access(folder, os.W_OK):
+        raise OptionError(f"--show {picture}: cannot be written", expected="a file name in a folder of yours")
+    if picture.suffix.lower() not in PIL.Image.registered_extensions():
+        raise OptionError(f"--show {picture}: {picture.suffix or 'no suffix'}", expected="a picture: .png, .jpg, .webp")
 
 
 def main() -> int:
@@ -66,6 +87,9 @@ def main() -> int:
     except FlexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
-import PIL.Image
 
-from engines.backend import Image, Step
+from engines.backend import Image, Opening, Step
 from engines.bundle import Bundle
-from engines.errors import OptionError, PromptError
+from engines.errors import BundleError, OptionError, PromptError
+from engines.memory import peak_rss
 from engines.ort import Decoder, OrtModel
-from runtime.image import load_image
+from runtime.image import ImageSource, load_image
 from runtime.preprocess import margins, preprocess
 from runtime.prompt import Prompter
 from runtime.sampling import Sampler
 from runtime.types import Answer, Options, Stats, Trace
-
-ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
 
 class Engine:
     """An opened bundle. Not thread-safe: one request at a time. No request leaves anything behind for the next."""
 
     def __init__(
-        self, bundle: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None, verify: bool = True
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str = Opening.device,
+        threads: int | None = Opening.threads,
+        verify: bool = Opening.verify,
     ) -> None:
-        """Open the bundle folder. `device`: "cpu" or "cuda". `threads`: None = every core. `verify`: check SHA-256.
-
-        Raises BundleError or BackendError.
-        """
+        """Open a bundle folder; the other arguments: see Opening. Raises BundleError, BackendError, TokenizerError."""
+        if not isinstance(bundle, str | os.PathLike):
+            raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
         opened = Bundle(bundle, verify=verify)
         self.manifest = opened.manifest
         self.geometry = opened.manifest.geometry
@@ -241,7 +241,7 @@ class Stream:
             prompt_tokens=len(ids),
             reused_tokens=reused,
             pages_read=counts[:, :-1],  # each reading layer reads what the layer before it selected
-            peak_rss_bytes=_peak_rss(),
+            peak_rss_bytes=peak_rss(),
         )
         trace = _trace(steps, engine.geometry.cells) if options.trace else None
         self._answer = Answer(text.text, tokens, stats, trace)
@@ -253,11 +253,6 @@ _NOTHING = np.zeros(0)
 def _trace(steps: list[Step], cells: int) -> Trace:
     mask = np.concatenate([step.cells() for step in steps])  # [T, M, C*C]
     return Trace(np.concatenate([step.logits for step in steps]), mask.reshape(*mask.shape[:2], cells, cells))
-
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _timed:

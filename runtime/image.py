@@ -18,10 +18,10 @@ MAX_PIXELS = 64_000_000  # as decoded; more than any phone's default, less than 
 MAX_SIDE = 16_384  # pixels: padding makes a square of the long side
 EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
-Source = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
 
-def load_image(source: Source) -> PIL.Image.Image:
+def load_image(source: ImageSource) -> PIL.Image.Image:
     """An RGB image from a path, encoded bytes, a PIL image, or a uint8 array [H, W, 3] in RGB order.
 
     Alpha is dropped, palettes are resolved and CMYK is converted (official: `Image.convert("RGB")`); EXIF rotation is

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from engines.errors import BundleError, PromptError, TokenizerError
+from engines.errors import PromptError, TokenizerError
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"
@@ -28,12 +28,8 @@ class Prompter:
         self, tokenizer: Path | None, *, template: str, bos_id: int | None, vocab: int, image_tokens: int
     ) -> None:
         """`tokenizer`: a tokenizer.json, or None for a bundle that takes raw ids only. `template` holds "<image>" and
-        "{prompt}", each once. `vocab`: rows of the embedding table. Raises TokenizerError when the file cannot be
-        read, BundleError for another template."""
-        if template.count(PLACEHOLDER) != 1 or template.count(_SLOT) != 1:
-            raise BundleError(
-                f"prompt template {template!r}", expected=f"one {PLACEHOLDER}, one {_SLOT}", fix="rebuild the bundle"
-            )
+        "{prompt}", each once. `vocab`: rows of the embedding table. Raises TokenizerError when the file cannot be read.
+        """
         self._template, self._bos_id, self._vocab, self._image_tokens = template, bos_id, vocab, image_tokens
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer else None

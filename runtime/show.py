@@ -8,8 +8,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
-PANEL = 320  # pixels of a panel's long side
-MOST = 24  # answer tokens shown
+PANEL, SMALL, MANY = 320, 160, 24  # pixels of a panel's long side; and when there are more than MANY of them
 GAP, CAPTION = 10, 24  # pixels
 PAGE = np.array([255, 96, 0], np.float32)  # colour laid over a page
 DIM = 0.45  # brightness of what no layer read
@@ -22,11 +21,11 @@ def draw_selection(image: PIL.Image.Image, cells: np.ndarray, captions: list[str
     token. A page's opacity is the share of reading layers that read it; the last layer's selection is never read.
     """
     width, height = image.size
-    scale = PANEL / max(width, height)
+    scale = (PANEL if len(cells) <= MANY else SMALL) / max(width, height)
     small = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), PIL.Image.Resampling.LANCZOS)
-    read = cells[:MOST, :-1] if cells.shape[1] > 1 else cells[:MOST]
+    read = cells[:, :-1]
     panels = [small] + [_overlay(small, step.mean(0)) for step in read]
-    titles = ["image"] + [f"{index + 1}: {text}" for index, text in enumerate(captions[:MOST])]
+    titles = ["image"] + [f"{index + 1}: {text}" for index, text in enumerate(captions)]
 
     columns = min(len(panels), max(1, math.ceil(math.sqrt(len(panels) * small.height / small.width))))
     rows = math.ceil(len(panels) / columns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from engines.errors import OptionError
-from runtime.sampling import Sampling
+from runtime.sampling import Sampling, is_integer
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Options:
 
     def _check(self) -> None:
         self.sampling()  # checks its own
-        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+        if not is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
             raise OptionError(f"max_new_tokens={self.max_new_tokens!r}", expected="an integer of at least 1")
-        if self.page_budget is not None and (not _is_int(self.page_budget) or self.page_budget < 0):
+        if self.page_budget is not None and (not is_integer(self.page_budget) or self.page_budget < 0):
             raise OptionError(f"page_budget={self.page_budget!r}", expected="an integer of at least 0, or None")
+        for name in ("stop_at_eos", "trace"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r}", expected="True or False")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop={self.stop!r}", expected="non-empty strings")
 
@@ -106,7 +109,3 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text if self.text is not None else str(self.token_ids)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

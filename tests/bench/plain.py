@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from engines.backend import Image
 from engines.bind import for_onnxruntime
 from engines.bundle import Bundle
+from engines.manifest import TRACED
 from engines.ort import Decoder, OrtModel
 
 LOW_INPUTS, PAGE_INPUTS = 9, 5  # of flex::CachedAttention, and what flex::HierarchicalAttention takes on top
@@ -22,7 +23,7 @@ class PlainModel(OrtModel):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, threads=threads)
-        model = ir.load(bundle.graph("decoder", "traced"))
+        model = ir.load(bundle.graph("decoder", TRACED))
         for node in list(model.graph):
             if node.op_type == "HierarchicalAttention":
                 assert len(node.inputs) == LOW_INPUTS + PAGE_INPUTS
@@ -39,12 +40,7 @@ class PlainModel(OrtModel):
             model.graph.inputs.remove(value)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
         ir.save(model, path)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._plain = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._plain = self.session(path)
         path.unlink()
 
     def decoder(self, image: Image, capacity: int) -> Decoder:

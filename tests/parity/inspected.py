@@ -6,10 +6,10 @@ from uuid import uuid4
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from engines.bind import for_onnxruntime
 from engines.bundle import Bundle
+from engines.manifest import TRACED
 from engines.ort import Decoder, OrtModel
 
 
@@ -21,14 +21,12 @@ class InspectedModel(OrtModel):
         g = self.geometry
         self.map_names = [f"map.{layer}" for layer in g.selecting_layers]
         self.hidden_names = [f"hidden.{layer}" for layer in range(g.layers + 1)]
-        model = ir.load(bundle.graph("decoder", "traced"))
+        model = ir.load(bundle.graph("decoder", TRACED))
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
         ir.save(for_onnxruntime(model), path)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._sessions["decoder"] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._sessions["decoder"] = self.session(path)
         path.unlink()
 
     def decoder(self, image, capacity):

@@ -11,7 +11,7 @@ import pytest
 
 from engines.bind import STABLE_SINCE_20
 from engines.bundle import Bundle
-from engines.manifest import PARTS
+from engines.manifest import ONNXRUNTIME, PARTS, PRECISIONS, TRACED
 from export.checkpoint import expected_tensors
 
 SIZES = {"batch": 1, "steps": 2, "capacity": 640, "tiles": 2, "batch_tiles": 9}
@@ -25,7 +25,7 @@ def opened(bundle) -> Bundle:
 def test_state_dict_names_survive(opened):
     stored = set()
     for part in PARTS:
-        graph = ir.load(opened.graph(part, "traced")).graph
+        graph = ir.load(opened.graph(part, TRACED)).graph
         stored |= {
             name for name, value in graph.initializers.items() if isinstance(value.const_value, ir.ExternalTensor)
         }
@@ -34,7 +34,7 @@ def test_state_dict_names_survive(opened):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_traced_graph_is_plain_opset_20_and_bare_flex_nodes(opened, part):
-    model = ir.load(opened.graph(part, "traced"))
+    model = ir.load(opened.graph(part, TRACED))
     g = opened.manifest.geometry
     assert model.opset_imports[""] == 20
     assert not model.functions
@@ -49,8 +49,11 @@ def test_traced_graph_is_plain_opset_20_and_bare_flex_nodes(opened, part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_manifest_describes_the_graph(opened, part):
-    graph, described = ir.load(opened.graph(part, "traced")).graph, opened.manifest.parts[part]
+@pytest.mark.parametrize("kind", [TRACED, ONNXRUNTIME])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_manifest_describes_the_graph(bundle, part, kind, precision):
+    opened = Bundle(bundle(precision), verify=False)
+    graph, described = ir.load(opened.graph(part, kind)).graph, opened.manifest.parts[part].graphs[kind]
     for values, specs in ((graph.inputs, described.inputs), (graph.outputs, described.outputs)):
         assert [value.name for value in values] == [spec.name for spec in specs]
         assert [value.dtype.numpy().name for value in values] == [spec.dtype for spec in specs]
@@ -61,9 +64,9 @@ def test_manifest_describes_the_graph(opened, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_polygraphy_lint(opened, part):
-    path = opened.graph(part, "onnxruntime")
+    path = opened.graph(part, ONNXRUNTIME)
     shapes = []
-    for spec in opened.manifest.parts[part].inputs:
+    for spec in opened.manifest.parts[part].graphs[ONNXRUNTIME].inputs:
         sizes = [SIZES.get(size, size) for size in spec.shape]
         shapes.append(f"{spec.name}:[{','.join(map(str, sizes))}]")
     polygraphy = Path(sys.executable).with_name("polygraphy")

@@ -18,7 +18,7 @@ ALLOWED = {
     "runtime": {"runtime", "engines"},
     "engines": {"engines", "plugins"},
     "plugins": {"plugins"},
-    "export": OURS,
+    "export": {"export", "engines", "plugins"},
 }
 
 

@@ -46,6 +46,9 @@ def test_answer_and_picture(random_model, photo, tmp_path):
         ("nowhere.png", [], b"does not exist"),
         ("none", ["--show", "x.png"], b"--show without an image"),
         ("PHOTO", ["--show", "/nowhere/x.png"], b"mkdir -p"),
+        ("PHOTO", ["--show", "/tmp"], b"a file name"),
+        ("PHOTO", ["--show", "x.foo"], b"a picture"),
+        ("PHOTO", ["--show", "x"], b"no suffix"),
         ("PHOTO", ["--top-k", "5"], b"temperature"),
     ],
 )
@@ -62,6 +65,7 @@ def test_panels_light_the_pages_that_were_read():
     cells[0, 0, 1, 2] = True  # to its right: one of two
     cells[0, 2, 0, 0] = True  # the last layer's selection is never read
     sheet = np.asarray(draw_selection(image, cells, ["word"]))
+    assert draw_selection(image, np.zeros((64, 3, 3, 3), bool), ["word"] * 64).width < 2000  # 64 panels, smaller
     flat = {tuple(color) for color in sheet.reshape(-1, 3).tolist()}
     dark = int(200 * DIM)
     assert (dark, dark, dark) in flat and (200, 200, 200) in flat  # not read; the original panel

@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.tokenizer import convert_tokenizer
-from runtime import BundleError, PromptError, TokenizerError
+from runtime import PromptError, TokenizerError
 from runtime.prompt import IMAGE_TOKEN, Prompter, TextStream
 from tests.checkpoints import write_tokenizer
 
@@ -136,12 +136,6 @@ def test_any_tokens_stream_as_they_decode(prompter):
 def test_decode_refuses_what_is_no_token(prompter):
     with pytest.raises(PromptError, match="-200"):
         prompter.decode([5, IMAGE_TOKEN])
-
-
-@pytest.mark.parametrize("template", ["{prompt}", "<image>", "<image>{prompt}{prompt}", "<image><image>{prompt}"])
-def test_a_template_has_each_slot_once(template):
-    with pytest.raises(BundleError, match="template"):
-        Prompter(None, template=template, bos_id=1, vocab=300, image_tokens=4)
 
 
 def test_a_lone_surrogate(prompter):
