@@ -82,7 +82,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         raise CheckpointError(
             f"no checkpoint folder {options.model}",
             expected="a folder with config.json and weights in the official layout",
-            fix="name one with --model, or make the default with `bash scripts/quickstart.sh`",
+            fix="name one with --model, or run this in the project's folder, where the default model lies",
         )
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))

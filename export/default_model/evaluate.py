@@ -1,0 +1,174 @@
+"""What the default model can do: `python -m export.default_model.evaluate`.
+
+Fresh scenes with digits that training never saw, answered by `runtime.Engine`. One table: rows are ways to look,
+columns the kinds of questions; then probes, which move away from what training showed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from engines.backend import Image
+from export.build import BuildOptions, build
+from export.checkpoint import Checkpoint
+from export.config import read_config
+from export.default_model.questions import KINDS, Question, ask, build_tokenizer
+from export.default_model.scenes import Scene, make_scene
+from export.reference import Reference
+from runtime import Answer, Engine
+from runtime.preprocess import margins, preprocess
+
+ASKED = {"one": 3, "two": 3, "yes/no": 2, "count": 1}  # questions per scene
+BUDGETS = (1, 2, 4, 8, 16)
+PROBES = {
+    "double clutter": {"clutter": 2.0},
+    "aspect 2:1": {"aspect": 2.0},
+    "aspect 1:2": {"aspect": 0.5},
+    "digits off the patch grid": {"aligned": False},
+}
+
+
+@dataclass
+class Tally:
+    """What one row of the table counts."""
+
+    right: dict[str, list[bool]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    digits: list[bool] = field(default_factory=list)
+    pages: list[float] = field(default_factory=list)
+    found: list[bool] = field(default_factory=list)
+
+    def add(self, question: Question, scene: Scene, answer: Answer, expected: list[int]) -> None:
+        """Count a traced answer; `expected`: the tokens of the right one."""
+        self.right[question.kind].append(answer.text == question.answer)
+        self.pages.append(float(answer.stats.pages_read.mean()))
+        if question.kind not in ("one", "two"):
+            return
+        self.digits += [a == b for a, b in zip(_digits(question.answer), _digits(answer.text).ljust(4), strict=False)]
+        by_name = {(thing.colour, thing.shape): thing for thing in scene.things}
+        step = 0
+        for mention in question.mentions:
+            for row, column in by_name[mention].cells:
+                if answer.token_ids[:step] == expected[:step]:  # later, the model is somewhere else
+                    self.found.append(bool(answer.trace.cells[step, :-1, row // 4, column // 4].any()))
+                step += 1
+            step += 1  # "and"
+
+    def row(self) -> list[str]:
+        """Cells of the table."""
+        shares = [f"{100 * np.mean(self.right[kind]):.1f}" for kind in KINDS]
+        recall = f"{100 * np.mean(self.found):.1f}" if self.found else "-"
+        return [*shares, f"{100 * np.mean(self.digits):.1f}", f"{np.mean(self.pages):.1f}", recall]
+
+
+def _digits(text: str) -> str:
+    return "".join(character for character in text if character.isdigit())
+
+
+def scenes_with_questions(count: int, seed: int, **options: object) -> list[tuple[Scene, list[Question]]]:
+    """Fresh scenes with test digits, and questions about them."""
+    made = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        scene = make_scene(rng, "test", **options)
+        kinds = [kind for kind, times in ASKED.items() for _ in range(times) if kind != "two" or len(scene.things) > 1]
+        made.append((scene, [ask(rng, scene.things, kind) for kind in kinds]))
+    return made
+
+
+def measure(engine: Engine, asked: list[tuple[Scene, list[Question]]], budget: int | None, name: str) -> Tally:
+    """Ask every question; `budget`: pages per layer, None = the bundle's."""
+    tally, tokenizer = Tally(), build_tokenizer()
+    for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
+        with engine.image(scene.image) as view:
+            for question in questions:
+                answer = view.ask(question.text, page_budget=budget, max_new_tokens=8, trace=True)
+                tally.add(question, scene, answer, tokenizer.encode(question.answer, add_special_tokens=False).ids)
+    return tally
+
+
+def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[Question]]]) -> tuple[int, int]:
+    """(answers that equal the float32 PyTorch reference's token for token, answers)."""
+    config = read_config(model)
+    g = config.geometry
+    reference = Reference(g, Checkpoint.open(model, config.tower_folder))
+    equal = total = 0
+    for scene, questions in track(asked, "reference", console=Console(stderr=True), transient=True):
+        tiles = preprocess(scene.image, g)
+        low, high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
+        sides = np.array([margins(*scene.image.size, g.grid)], np.int64)
+        with engine.image(scene.image) as view:
+            for question in questions:
+                ids, begin = engine.prompter.expand(engine.prompter.encode(question.text, True), True)
+                position = np.array([begin])
+                image = Image(low, *reference.project(high, position), position, sides)
+                decoder = reference.decoder(image, len(ids) + 8)
+                decoder.run(ids[None, :-1])
+                tokens, token = [], int(ids[-1])
+                while len(tokens) < 8 and token not in config.eos_token_ids:
+                    token = int(decoder.run(np.array([[token]]), g.pages).logits.argmax())
+                    tokens.append(token)
+                equal += tokens == view.ask(question.text, max_new_tokens=8).token_ids
+                total += 1
+    return equal, total
+
+
+def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[list[str]], str]:
+    """The table, heading first, and the sentence about agreement with the reference."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = build(BuildOptions(model, folder / "default")).path
+        everything = shutil.copytree(model, folder / "everything-model")
+        config = json.loads((everything / "config.json").read_text())
+        config["extra"]["threshold"] = "-1"
+        (everything / "config.json").write_text(json.dumps(config))
+        engine, asked = Engine(bundle), scenes_with_questions(count, seed)
+        rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", asked, 0)}
+        rows["low-res only: this model, hi-res off"] = measure(engine, asked, 0, "off")
+        rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
+        for budget in BUDGETS:
+            rows[f"page budget {budget}"] = measure(engine, asked, budget, f"budget {budget}")
+        rows["all 81 pages"] = measure_with(everything, folder / "e", asked, None)
+        for probe, options in PROBES.items():
+            fresh = scenes_with_questions(max(1, count // 2), seed + 1, **options)
+            rows[f"probe: {probe}"] = measure(engine, fresh, None, probe)
+        exact = Engine(build(BuildOptions(model, folder / "fp32", precision="fp32")).path)
+        few = asked[: max(1, count // 3)]
+        sentence = "Engine and PyTorch reference (float32) give the same tokens for {} of {} answers".format(
+            *reference_agrees(exact, model, few)
+        )
+        sentence += ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few))
+    head = ["", "one number", "two numbers", "yes/no", "count", "digits", "pages", "recall"]
+    return [head, *([name, *tally.row()] for name, tally in rows.items())], sentence
+
+
+def measure_with(model: Path, folder: Path, asked: list, budget: int | None) -> Tally:
+    """Build a checkpoint and measure it."""
+    return measure(Engine(build(BuildOptions(model, folder)).path), asked, budget, folder.name)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BuildOptions.model, help="the trained checkpoint")
+    parser.add_argument("--baseline", type=Path, default=Path("checkpoints/lowres-only"), help="its low-res twin")
+    parser.add_argument("--scenes", type=int, default=200, help="fresh scenes, nine questions each; probes take half")
+    parser.add_argument("--seed", type=int, default=2026)
+    given = parser.parse_args()
+    rows, sentence = evaluate(given.model, given.baseline, given.scenes, given.seed)
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    print("\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]))
+    print(f"\n{given.scenes} scenes, seed {given.seed}. {sentence}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The numbers of the default model, and its checkpoint in the official layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines.geometry import Geometry, Vision
+from export.checkpoint import TOWER_PREFIX, expected_tensors
+from export.default_model.questions import TEMPLATE, build_tokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+GEOMETRY = Geometry(
+    hidden=128, intermediate=352, layers=6, heads=4, kv_heads=4, head_dim=32, vocab=112, rms_eps=1e-5,
+    rope_theta=10000.0, attention_bias=False, tied_embeddings=False, projector_depth=2, context=320, lowres=168,
+    zoom=3, cells=9, start_layer=2, threshold=96, image_mean=CLIP_MEAN, image_std=CLIP_STD,
+    vision=Vision(hidden=128, intermediate=512, layers=3, heads=4, patch=14, eps=1e-5, activation="quick_gelu"),
+)  # fmt: skip
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """config.json, model.safetensors (float16), tokenizer.json and the tower's config. `tensors` by official name."""
+    from safetensors.torch import save_file
+
+    g = GEOMETRY
+    (folder / "clip").mkdir(parents=True, exist_ok=True)
+    kept = {name: tensors[name].detach().to(torch.float16).contiguous() for name in expected_tensors(g)}
+    save_file(kept, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "hidden_size": g.hidden,
+        "intermediate_size": g.intermediate,
+        "num_hidden_layers": g.layers,
+        "num_attention_heads": g.heads,
+        "num_key_value_heads": g.kv_heads,
+        "vocab_size": g.vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": g.rms_eps,
+        "rope_theta": g.rope_theta,
+        "max_position_embeddings": g.context,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": g.vision.hidden,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": "clip",
+        "mm_vision_select_layer": -1,
+        "mm_vision_select_feature": "patch",
+        "torch_dtype": "float16",
+        "extra": {
+            "highres_size": str(g.highres),
+            "lowres_size": str(g.lowres),
+            "zoom_ratio": str(g.zoom),
+            "cells": str(g.cells),
+            "start_layer": str(g.start_layer),
+            "threshold": str(g.threshold),
+            "prompt_template": TEMPLATE,
+        },
+    }
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": g.vision.hidden,
+        "intermediate_size": g.vision.intermediate,
+        "num_hidden_layers": g.vision.layers,
+        "num_attention_heads": g.vision.heads,
+        "image_size": g.lowres,
+        "patch_size": g.vision.patch,
+        "hidden_act": g.vision.activation,
+        "layer_norm_eps": g.vision.eps,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "clip" / "config.json").write_text(json.dumps(tower, indent=1) + "\n")
+    (folder / "tokenizer.json").write_text(build_tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
+
+
+def official_names(tower: dict[str, Tensor], student: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of train_vision.Tower and train_decoder.Student under their official names."""
+    named = {}
+    for name, tensor in tower.items():
+        if name.startswith("encoder."):
+            named[name.removeprefix("encoder.")] = tensor
+    for name, tensor in student.items():
+        if name.startswith("projector."):
+            named["model.mm_" + name] = tensor
+        elif name.startswith(("decoder.", "pages.")):
+            named[name.split(".", 1)[1]] = tensor
+    assert any(name.startswith(TOWER_PREFIX) for name in named)
+    return named

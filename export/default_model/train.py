@@ -1,0 +1,102 @@
+"""Trains the default model from scratch: `python -m export.default_model.train --out checkpoints/default`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.default_model.model import official_names, write_checkpoint
+from export.default_model.pool import Pool, lowres, normalised
+from export.default_model.questions import build_tokenizer
+from export.default_model.train_decoder import Whitening, sides_of
+from export.default_model.train_decoder import train as train_decoder
+from export.default_model.train_vision import Tower, directions, tiles_of
+from export.default_model.train_vision import train as train_vision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Scenes and steps of each stage, and the seed of everything."""
+
+    vision_scenes: int = 4000
+    vision_steps: int = 6000
+    decoder_scenes: int = 5000
+    decoder_steps: int = 2500
+    lowres_only_steps: int = 1250  # the baseline that never sees a page; it stops improving long before
+    validation_scenes: int = 160
+    seed: int = 0
+
+
+SMOKE = Recipe(16, 6, 16, 4, 2, 8)
+
+
+@torch.no_grad()
+def features(tower: Tower, pool: Pool, whitening: Whitening | None) -> tuple[Tensor, Tensor, Whitening]:
+    """Tower features of a pool, whitened: low-res [N, 144, W] and hi-res [N, 1296, W], row-major, bfloat16.
+
+    Without a `whitening` it is taken from the first scenes.
+    """
+    low, high = [], []
+    for part in pool.pixels.split(16):
+        near = tower.features(normalised(lowres(part)))
+        far = tower.features(normalised(tiles_of(part))).unflatten(0, (len(part), 3, 3)).unflatten(3, (12, 12))
+        far = far.transpose(2, 3).reshape(len(part), 36 * 36, -1)
+        low.append(near.half())
+        high.append(far.half())
+    if whitening is None:
+        sample = [each.float().flatten(0, 1) for each in (*low[:8], *(each[:, ::3] for each in high[:8]))]
+        whitening = Whitening.of(torch.cat(sample))
+    white = [torch.cat([whitening(part.float()).bfloat16() for part in parts]) for parts in (low, high)]
+    return white[0], white[1], whitening
+
+
+def run(recipe: Recipe, out: Path, baseline: Path) -> None:
+    """Train tower, decoder and low-res baseline; write both checkpoints, and training.json beside the first."""
+    started = time.perf_counter()
+    log: dict[str, object] = {"recipe": asdict(recipe)}
+    validation = Pool(recipe.validation_scenes, recipe.seed + 900, "validation")
+    pool = Pool(recipe.vision_scenes, recipe.seed + 1)
+    tower, log["vision"] = train_vision(pool, recipe.vision_steps, validation, recipe.seed)
+    log["vision_seconds"] = round(time.perf_counter() - started)
+    pool = Pool(recipe.decoder_scenes, recipe.seed + 2)
+    low, high, whitening = features(tower, pool, None)
+    scenes = low, high, pool.things, sides_of(pool.sizes)
+    del pool
+    held_out = *features(tower, validation, whitening)[:2], validation.things, sides_of(validation.sizes)
+    for folder, reads, steps in ((out, True, recipe.decoder_steps), (baseline, False, recipe.lowres_only_steps)):
+        begun, name = time.perf_counter(), "decoder" if reads else "lowres_only"
+        student, log[name] = train_decoder(
+            *scenes,
+            build_tokenizer(),
+            steps,
+            whitening=whitening,
+            directions=directions(tower),
+            validation=held_out,
+            reads=reads,
+            seed=recipe.seed,
+        )
+        log[f"{name}_seconds"] = round(time.perf_counter() - begun)
+        write_checkpoint(folder, official_names(tower.state_dict(), student.state_dict()))
+    log["seconds"] = round(time.perf_counter() - started)
+    (out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/default"), help="folder of the model")
+    parser.add_argument("--baseline", type=Path, default=Path("checkpoints/lowres-only"), help="folder of the baseline")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
+    given = parser.parse_args()
+    run(SMOKE if given.smoke else Recipe(), given.out, given.baseline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Training computes what inference computes, and a short run of all of it makes a checkpoint that answers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engines.backend import Image
+from export.build import BuildOptions, build
+from export.checkpoint import Checkpoint
+from export.config import read_config
+from export.default_model import train_decoder
+from export.default_model.model import GEOMETRY, official_names, write_checkpoint
+from export.default_model.packing import pack, prefix_ids
+from export.default_model.pool import lowres, normalised, padded
+from export.default_model.questions import build_tokenizer
+from export.default_model.scenes import make_scene
+from export.default_model.train import SMOKE, run
+from export.default_model.train_vision import Tower, tiles_of
+from export.reference import Reference
+from runtime import Engine
+from runtime.preprocess import margins, preprocess
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """A tower and a student with random weights that float16 holds exactly, and their checkpoint."""
+    torch.manual_seed(0)
+    tower, student = Tower(), train_decoder.Student()
+    with torch.no_grad():
+        for module in (tower, student):
+            for parameter in module.parameters():
+                parameter.copy_(parameter.half().float())
+    folder = tmp_path_factory.mktemp("default") / "checkpoint"
+    write_checkpoint(folder, official_names(tower.state_dict(), student.state_dict()))
+    return tower.eval(), student.eval(), folder
+
+
+def test_one_training_pass_equals_inference_step_by_step(random_model):
+    """Logits of every answer token of packed questions, pages chosen by the model's own maps."""
+    tower, student, folder = random_model
+    config = read_config(folder)
+    reference = Reference(config.geometry, Checkpoint.open(folder, config.tower_folder))
+    g = config.geometry
+    assert g == GEOMETRY
+    scenes = [make_scene(np.random.default_rng(seed)) for seed in (3, 4)]
+    tokenizer = build_tokenizer()
+    batch = pack(np.random.default_rng(0), [scene.things for scene in scenes], 3, tokenizer, {})
+    pixels = torch.from_numpy(np.stack([padded(scene.image) for scene in scenes]))
+    prefix = torch.tensor(prefix_ids(tokenizer))
+    with torch.no_grad():
+        low = tower.features(normalised(lowres(pixels)))
+        high = tower.features(normalised(tiles_of(pixels))).unflatten(0, (2, 3, 3)).unflatten(3, (12, 12))
+        high = high.transpose(2, 3).reshape(2, 1296, -1)
+        sides = train_decoder.sides_of([scene.image.size for scene in scenes])
+        modes = torch.ones(batch.where.shape, dtype=torch.int64)  # own selection
+        logits, _, pages = train_decoder.run(student, low, high, sides, batch, prefix, modes, g.threshold)
+    assert 0 < float(pages) < g.pages
+    position = np.array([len(prefix)])
+    for index, scene in enumerate(scenes):
+        tiles = preprocess(scene.image, g)
+        assert sides[index].tolist() == list(margins(*scene.image.size, g.grid))
+        near, far = reference.vision(tiles[:1]), reference.vision(tiles[1:])
+        image = Image(near, *reference.project(far, position), position, sides[index : index + 1].numpy())
+        for question in range(3):
+            where = batch.where[index, question].tolist()
+            count = int((batch.answer[index, question] >= 0).sum())
+            ids = batch.ids[index, question].tolist()
+            prompt = [*prefix.tolist(), *(-1 - np.arange(g.image_tokens)), *ids[: where[0]]]
+            decoder = reference.decoder(image, 256)
+            decoder.run(np.array([prompt]))
+            for step in range(count):
+                expected = decoder.run(np.array([[ids[where[step]]]]), g.pages).logits[0]
+                found = logits[index, question, step].numpy()
+                assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_smoke_run(tmp_path):
+    model, baseline = tmp_path / "model", tmp_path / "baseline"
+    run(SMOKE, model, baseline)
+    assert json.loads((model / "training.json").read_text())["seconds"] > 0
+    for folder in (model, baseline):
+        assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 5_000_000
+        engine = Engine(build(BuildOptions(folder, tmp_path / f"{folder.name}-bundle")).path)
+        scene = make_scene(np.random.default_rng(0), "test")
+        assert isinstance(engine.generate(scene.image, "what number is in the red square?").text, str)
