@@ -21,14 +21,17 @@ from tests.parity.test_variants import LOGITS, VARIANTS, encode, load, request, 
 
 NAMES = ["zoom 2, pages of different length", "three cells", "first layer selects"]
 FORCED = [5, 9, 11, 30]
-WIDTH, HEIGHT = 140, 90  # int((50 // 2) / 140 * 8) = 1 row of padding above and below
+SIZE = 140, 90  # width, height: int((50 // 2) / 140 * 8) = 1 row of padding above and below
 
 
 class Official:
     """One request at batch 1."""
 
-    def __init__(self, weights: dict[str, Tensor], g: Geometry, low: Tensor, hires: Tensor, begin: int) -> None:
-        """`low` [T, hidden] and `hires` [hires_side**2, hidden], row-major: projected features."""
+    def __init__(
+        self, weights: dict[str, Tensor], g: Geometry, low: Tensor, hires: Tensor, begin: int, size: tuple[int, int]
+    ) -> None:
+        """`low` [T, hidden] and `hires` [hires_side**2, hidden], row-major: projected features. `size`: the image's."""
+        self.size = size
         self.weights, self.g, self.begin = {name: tensor.double() for name, tensor in weights.items()}, g, begin
         self.low, self.hires = low.double(), hires.double()
         self.cache: list[tuple[Tensor, Tensor]] = [(torch.zeros(g.heads, 0, g.head_dim).double(),) * 2] * g.layers
@@ -78,8 +81,10 @@ class Official:
 
     def select(self, map: Tensor) -> Tensor:
         g, map = self.g, map.clone()
-        padding = int((abs(WIDTH - HEIGHT) // 2) / max(WIDTH, HEIGHT) * g.grid)
-        map[:padding], map[g.grid - padding :] = 0, 0
+        width, height = self.size
+        padding = int((abs(width - height) // 2) / max(width, height) * g.grid)
+        band = map if width > height else map.T
+        band[:padding], band[g.grid - padding :] = 0, 0
         passed = (map - map.min()) / (map.max() - map.min()) * 255 > g.threshold
         return F.adaptive_max_pool2d(passed[None].double(), g.cells)[0].bool()
 
@@ -110,7 +115,7 @@ def test_reference_and_graph_equal_the_official_way(variant, random_model):
     features = models[0].vision(tiles)
     side, zoom = g.grid, g.zoom  # tiles of one row lie side by side
     hires = features[1:].view(zoom, zoom, side, side, -1).transpose(1, 2).reshape(g.hires_side**2, -1)
-    official = Official(load_file(checkpoint / "model.safetensors"), g, features[0], hires, int(begin[0]))
+    official = Official(load_file(checkpoint / "model.safetensors"), g, features[0], hires, int(begin[0]), SIZE)
     official.run(ids[0, :-1].tolist())
     runs = [steps(model, encode(model, tiles, begin, (1, 0)), ids, FORCED, g.pages) for model in models]
     selected = 0
