@@ -99,7 +99,7 @@ class Pool:
         self.things: list[tuple[Thing, ...]] = []
         self.sizes: list[tuple[int, int]] = []  # width, height before padding
         rows: list[Labels] = []
-        with multiprocessing.get_context("spawn").Pool(2) as workers:
+        with multiprocessing.get_context("spawn").Pool() as workers:
             for index, (scene, pixels, row) in enumerate(workers.imap(_one, jobs, chunksize=8)):
                 self.pixels[index] = torch.from_numpy(pixels)
                 self.things.append(scene.things)

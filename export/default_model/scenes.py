@@ -36,11 +36,14 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """As questions call it: "red square"."""
         return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
+    """A picture and what is in it."""
+
     image: Image.Image  # RGB, not padded
     things: tuple[Thing, ...]
 
@@ -54,8 +57,9 @@ def make_scene(
     aligned: bool = True,
     warp: float = 0.25,
 ) -> Scene:
-    """A random scene. `aspect`: width / height, log-uniform 0.6 .. 1.6 when None. `clutter` scales strokes and dots.
+    """A random scene. `aspect`: width / height, log-uniform 0.6 .. 1.6 when None.
 
+    `clutter` scales the number of strokes and dots. `warp`: see digits.draw.
     `aligned`: every digit stands on one hi-res patch; otherwise numbers are shifted by up to half a patch each way.
     """
     if aspect is None:

@@ -128,9 +128,6 @@ def run(
     counts: list[Tensor] = []
     visible: Tensor | None = None  # [S, Q, R, 81] pages each reading position sees
 
-    def heads(z: Tensor) -> Tensor:  # [..., T, D] -> [..., H, T, hd]
-        return z.unflatten(-1, (-1, G.head_dim)).transpose(-2, -3)
-
     for index, layer in enumerate(decoder.model.layers):
         attend = layer.self_attn
         nx, ny = layer.input_layernorm(x), layer.input_layernorm(y)
@@ -139,9 +136,9 @@ def run(
             here = ny.gather(2, at.expand(-1, -1, -1, G.hidden)).flatten(0, 2)
             for probe, label in zip(student.asked, batch.named.flatten(0, 2).T, strict=True):
                 losses["asked"].append(F.cross_entropy(probe(here).float(), label, ignore_index=-1))
-        qx, kx = (rotary(heads(part(nx)), *ahead).to(kind) for part in (attend.q_proj, attend.k_proj))
-        qy, ky = (rotary(heads(part(ny)), *after).to(kind) for part in (attend.q_proj, attend.k_proj))
-        vx, vy = heads(attend.v_proj(nx)), heads(attend.v_proj(ny))
+        qx, kx = (rotary(_heads(part(nx)), *ahead).to(kind) for part in (attend.q_proj, attend.k_proj))
+        qy, ky = (rotary(_heads(part(ny)), *after).to(kind) for part in (attend.q_proj, attend.k_proj))
+        vx, vy = _heads(attend.v_proj(nx)), _heads(attend.v_proj(ny))
         cx = F.scaled_dot_product_attention(qx, kx, vx, attn_mask=causal)
         x = x + attend.o_proj(cx.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -160,25 +157,9 @@ def run(
                 mass = reading[..., head, span:].gather(-1, place.clamp(min=0)[..., None])[..., 0]
                 losses["words"].append(_mean(-(mass + 1e-5).log(), place >= 0))
         if layer.reads:
-            attend_high = pages.model.layers[str(index)].self_attn
-            kh = rotary(heads(attend_high.k_proj_hd(features)), *hires_turn).to(kind)
-            vh = heads(attend_high.v_proj_hd(features))
-            qr = qy.transpose(2, 3).gather(2, at[..., None].expand(-1, -1, -1, G.heads, G.head_dim))
-            qr = qr.flatten(1, 2).transpose(1, 2)  # [S, H, Q * R, hd]
-            high_scores = (qr @ kh.transpose(-1, -2)).float() * scale
-            mask = visible[..., page_of].flatten(1, 2)[:, None]  # [S, 1, Q * R, 1296]
-            high_scores = high_scores.masked_fill(~mask, -1e4)
-            low_scores = scores.transpose(2, 3).gather(2, at[..., None].expand(-1, -1, -1, G.heads, span + length))
-            low_total = low_scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)[..., None]  # [S, H, Q * R, 1]
-            joint = torch.cat((low_total, high_scores), -1).softmax(-1)
-            share, high_weights = joint[..., :1], joint[..., 1:]
-            read = high_weights.to(kind) @ vh
-            context = cy.transpose(2, 3).gather(2, at[..., None].expand(-1, -1, -1, G.heads, G.head_dim))
-            context = context.flatten(1, 2).transpose(1, 2)
-            merged = (share * context.float()).to(kind) + read
-            merged = merged.transpose(1, 2).unflatten(1, (questions, READS))  # [S, Q, R, H, hd]
-            where = batch.where + (~live) * (length - 1 - batch.where)  # dead slots write to the last, unused position
-            cy = cy.transpose(2, 3).scatter(2, where[..., None, None].expand_as(merged), merged).transpose(2, 3)
+            far = pages.model.layers[str(index)].self_attn
+            store = rotary(_heads(far.k_proj_hd(features)), *hires_turn).to(kind), _heads(far.v_proj_hd(features))
+            cy, high_weights = _read_pages(cy, qy, scores, store, visible[..., page_of], batch)
             if index < G.layers - 1:
                 goal = batch.target.clamp(min=0).flatten(1)[:, None, :, None].expand(-1, G.heads, -1, 1)
                 mass = high_weights.gather(-1, goal)[..., 0].mean(1).unflatten(1, (questions, READS))
@@ -201,9 +182,41 @@ def run(
     return logits, {name: sum(parts) / len(parts) for name, parts in losses.items()}, torch.cat(counts).mean()
 
 
+def _heads(z: Tensor) -> Tensor:
+    """[..., T, D] -> [..., H, T, hd]."""
+    return z.unflatten(-1, (-1, G.head_dim)).transpose(-2, -3)
+
+
+def _read_pages(
+    context: Tensor, query: Tensor, scores: Tensor, store: tuple[Tensor, Tensor], visible: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Replace the context of the reading positions by that of one softmax over ordinary and visible hi-res keys.
+
+    context, query [S, Q, H, L, hd]; scores [S, Q, H, L, keys]: those of the ordinary keys; store: hi-res keys and
+    values [S, H, 1296, hd]; visible [S, Q, READS, 1296]. Returns the context, and the hi-res weights
+    [S, H, Q * READS, 1296].
+    """
+    questions, length = batch.ids.shape[1:]
+
+    def at_reads(z: Tensor) -> Tensor:  # [S, Q, H, L, X] -> [S, H, Q * READS, X]
+        where = batch.where[..., None, None].expand(-1, -1, -1, G.heads, z.shape[-1])
+        return z.transpose(2, 3).gather(2, where).flatten(1, 2).transpose(1, 2)
+
+    high = (at_reads(query) @ store[0].transpose(-1, -2)).float() / math.sqrt(G.head_dim)
+    high = high.masked_fill(~visible.flatten(1, 2)[:, None], -1e4)
+    ordinary = at_reads(scores).logsumexp(-1, keepdim=True)  # all ordinary keys as one
+    share, weights = torch.cat((ordinary, high), -1).softmax(-1).split([1, high.shape[-1]], -1)
+    merged = (share * at_reads(context).float()).to(context.dtype) + weights.to(context.dtype) @ store[1]
+    merged = merged.transpose(1, 2).unflatten(1, (questions, READS))  # [S, Q, READS, H, hd]
+    # What lies behind the end of an answer is written to the last position, which nothing reads.
+    where = batch.where.where(batch.answer >= 0, length - 1)[..., None, None].expand_as(merged)
+    return context.transpose(2, 3).scatter(2, where, merged).transpose(2, 3), weights
+
+
 def _visible(
     map: Tensor, sides: Tensor, batch: Batch, modes: Tensor, threshold: int, page_of: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """What the next layer's reading positions see: bool [S, Q, READS, pages], and how many pages their maps select."""
     each = map.shape[1] * map.shape[2]
     flat = map.reshape(-1, G.grid, G.grid).float()
     everything = torch.full((len(flat),), G.pages)
@@ -217,6 +230,7 @@ def _visible(
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of `values` where `where` holds; 0 if nowhere."""
     return (values * where).sum() / where.sum().clamp(min=1)
 
 

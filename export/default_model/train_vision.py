@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export.default_model import digits
 from export.default_model.model import GEOMETRY
-from export.default_model.pool import FIRST, HIRES, LOWRES, NOTHING, SECOND, SINGLE, Pool, lowres, normalised
+from export.default_model.pool import FIRST, LOWRES, NOTHING, SECOND, SINGLE, Pool, lowres, normalised
 from export.default_model.scenes import INK, PLATE
 from export.vision import Encoder
 
@@ -257,6 +257,3 @@ def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
                 nothing = {"place": 0, "plate": -1}.get(name, CLASSES[name] - 1)
                 found[name].append(right[(target != nothing) & (target != NOTHING)])
     return {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}
-
-
-assert HIRES == 3 * LOWRES
