@@ -66,8 +66,8 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     rebuild = f"rebuild it: {REBUILD.format(path=folder)}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format"]
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)["format"]
     except (FileNotFoundError, NotADirectoryError):
         what = f"no {MANIFEST} in {folder}" if folder.is_dir() else f"no bundle folder {folder}"
         raise BundleError(
@@ -82,7 +82,7 @@ def _read_manifest(folder: Path) -> Manifest:
         fix = "upgrade this project, or rebuild the bundle with this version" if newer else rebuild
         raise BundleError(f"{path} has format {found!r}", expected=f"format {FORMAT}", fix=fix)
     try:
-        manifest = TypeAdapter(Manifest).validate_json(path.read_text(encoding="utf-8"), strict=True)
+        manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
