@@ -1,4 +1,4 @@
-"""Which hi-res tokens form a page, and where every token lives."""
+"""Which hi-res tokens form a page, where every token lives, and which rows of the map are padding."""
 
 from __future__ import annotations
 
@@ -50,3 +50,12 @@ def tile_order(geometry: Geometry) -> np.ndarray:
     grid, zoom = geometry.grid, geometry.zoom
     tiles = np.arange(zoom * zoom * grid * grid).reshape(zoom, zoom, grid, grid)
     return tiles.transpose(0, 2, 1, 3).ravel()
+
+
+def margins(width: int, height: int, grid: int) -> tuple[int, int]:
+    """(rows, columns) of the low-res grid that the selection zeroes at each end: the padding of a non-square image.
+
+    Official: p = int((|w - h| // 2) / max(w, h) * grid); rows if w > h, else columns.
+    """
+    padding = int((abs(width - height) // 2) / max(width, height) * grid)
+    return (padding, 0) if width > height else (0, padding)

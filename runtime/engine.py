@@ -13,8 +13,9 @@ from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError, PromptError
 from engines.memory import peak_rss
 from engines.ort import Decoder, OrtModel
+from engines.pages import margins
 from runtime.image import ImageSource, load_image
-from runtime.preprocess import margins, preprocess
+from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
 from runtime.sampling import Sampler
 from runtime.types import Answer, Options, Stats, Trace

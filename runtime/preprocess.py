@@ -44,15 +44,6 @@ def lowres_pixels(hires: np.ndarray, geometry: Geometry) -> np.ndarray:
     return (weights @ hires @ weights.T).astype(np.float32)
 
 
-def margins(width: int, height: int, grid: int) -> tuple[int, int]:
-    """(rows, columns) of the low-res grid that the selection zeroes at each end: the padding of a non-square image.
-
-    Official: p = int((|w - h| // 2) / max(w, h) * grid); rows if w > h, else columns.
-    """
-    padding = int((abs(width - height) // 2) / max(width, height) * grid)
-    return (padding, 0) if width > height else (0, padding)
-
-
 def _padded_and_resized(image: PIL.Image.Image, background: tuple[int, ...], out: int) -> PIL.Image.Image:
     """Pad to a square, resize to out x out: bit for bit, but without the padded square, 1 GB for the longest side.
 

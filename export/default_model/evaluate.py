@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from engines.backend import Image
+from engines.pages import margins
 from export.build import BuildOptions, build
 from export.checkpoint import Checkpoint
 from export.config import read_config
@@ -26,7 +27,7 @@ from export.default_model.questions import KINDS, Question, ask, build_tokenizer
 from export.default_model.scenes import Scene, make_scene
 from export.reference import Reference
 from runtime import Answer, Engine
-from runtime.preprocess import margins, preprocess
+from runtime.preprocess import preprocess
 
 ASKED = {"one": 3, "two": 3, "yes/no": 2, "count": 1}  # questions per scene
 BUDGETS = (1, 2, 4, 8, 16)

@@ -11,9 +11,9 @@ from torch import Tensor
 from engines.geometry import Geometry, Vision
 from export.checkpoint import TOWER_PREFIX, expected_tensors
 from export.default_model.questions import TEMPLATE, build_tokenizer
+from export.tower import Pixels
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = Pixels().image_mean, Pixels().image_std
 GEOMETRY = Geometry(
     hidden=128, intermediate=352, layers=6, heads=4, kv_heads=4, head_dim=32, vocab=112, rms_eps=1e-5,
     rope_theta=10000.0, attention_bias=False, tied_embeddings=False, projector_depth=2, context=320, lowres=168,

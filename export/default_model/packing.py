@@ -28,6 +28,7 @@ class Batch:
     target: Tensor  # [S, Q, READS]: hi-res patch (row * 36 + column) of the digit to look at, -1 = none
     words: Tensor  # [S, Q, READS, 2]: positions of the colour and the shape the token is about, -1 = none
     named: Tensor  # [S, Q, READS, 2]: which colour and shape that is, -1 = none
+    kind: Tensor  # [S, Q]: of the question, index into KINDS
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
@@ -43,7 +44,7 @@ def pack(
         [_row(ask(rng, things, _kind(rng, things)), things, tokenizer, encoded) for _ in range(questions)]
         for things in scenes
     ]
-    return Batch(*(torch.from_numpy(np.array([[row[i] for row in scene] for scene in rows])) for i in range(6)))
+    return Batch(*(torch.from_numpy(np.array([[row[i] for row in scene] for scene in rows])) for i in range(7)))
 
 
 def _kind(rng: np.random.Generator, things: tuple[Thing, ...]) -> str:
@@ -86,4 +87,4 @@ def _row(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer, en
         if question.mentions[0] in by_name:
             row, column = by_name[question.mentions[0]].cells[0]
             target[0] = row * 36 + column
-    return ids, where, wanted, target, words, named
+    return ids, where, wanted, target, words, named, np.int64(KINDS.index(question.kind))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from engines.pages import margins
 from export.default_model.digits import PATCH
 from export.default_model.model import CLIP_MEAN, CLIP_STD
 from export.default_model.scenes import CANVAS, COLOURS, SHAPES, Scene, Thing, make_scene, outline
@@ -50,6 +51,11 @@ def lowres(pixels: Tensor) -> Tensor:
     planes = pixels.float().movedim(-1, -3)
     half = F.interpolate(planes, size=(CANVAS // 3,) * 2, mode="bilinear", antialias=True, align_corners=False)
     return half.movedim(-3, -1)
+
+
+def margins_of(sizes: list[tuple[int, int]]) -> Tensor:
+    """(width, height) of images -> rows, columns of the low-res map that are padding at each end: [N, 2] int64."""
+    return torch.tensor([margins(width, height, LOWRES) for width, height in sizes])
 
 
 def labels(scene: Scene) -> Labels:

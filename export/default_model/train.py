@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.default_model.model import official_names, write_checkpoint
-from export.default_model.pool import Pool, lowres, normalised
+from engines.pages import tile_order
+from export.default_model.model import GEOMETRY, official_names, write_checkpoint
+from export.default_model.pool import Pool, lowres, margins_of, normalised
 from export.default_model.questions import build_tokenizer
-from export.default_model.train_decoder import Whitening, sides_of
+from export.default_model.train_decoder import Whitening
 from export.default_model.train_decoder import train as train_decoder
 from export.default_model.train_vision import Tower, directions, tiles_of
 from export.default_model.train_vision import train as train_vision
@@ -43,11 +44,10 @@ def features(tower: Tower, pool: Pool, whitening: Whitening | None) -> tuple[Ten
 
     Without a `whitening` it is taken from the first scenes.
     """
-    low, high = [], []
+    low, high, order = [], [], torch.from_numpy(tile_order(GEOMETRY))
     for part in pool.pixels.split(16):
         near = tower.features(normalised(lowres(part)))
-        far = tower.features(normalised(tiles_of(part))).unflatten(0, (len(part), 3, 3)).unflatten(3, (12, 12))
-        far = far.transpose(2, 3).reshape(len(part), 36 * 36, -1)
+        far = tower.features(normalised(tiles_of(part))).unflatten(0, (len(part), -1)).flatten(1, 2)[:, order]
         low.append(near.half())
         high.append(far.half())
     if whitening is None:
@@ -67,9 +67,9 @@ def run(recipe: Recipe, out: Path, baseline: Path) -> None:
     log["vision_seconds"] = round(time.perf_counter() - started)
     pool = Pool(recipe.decoder_scenes, recipe.seed + 2)
     low, high, whitening = features(tower, pool, None)
-    scenes = low, high, pool.things, sides_of(pool.sizes)
+    scenes = low, high, pool.things, margins_of(pool.sizes)
     del pool
-    held_out = *features(tower, validation, whitening)[:2], validation.things, sides_of(validation.sizes)
+    held_out = *features(tower, validation, whitening)[:2], validation.things, margins_of(validation.sizes)
     for folder, reads, steps in ((out, True, recipe.decoder_steps), (baseline, False, recipe.lowres_only_steps)):
         begun, name = time.perf_counter(), "decoder" if reads else "lowres_only"
         student, log[name] = train_decoder(

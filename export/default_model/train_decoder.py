@@ -247,7 +247,6 @@ def train(
     student = Student()
     whitening.begin(student, directions, seed)
     trainer = Bfloat16(student, LEARNING_RATE, steps, DECAY)
-    _tables_in_float32(student)
     prefix, encoded = torch.tensor(prefix_ids(tokenizer)), {}
     started, recent = time.perf_counter(), []
     for step in range(steps):
@@ -276,20 +275,10 @@ def train(
             found = check(student, *validation, tokenizer, mode=1 if reads else 0)
             text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(f"decoder {step + 1} {text} {time.perf_counter() - started:.0f} s", flush=True)
-    masters = dict(zip([name for name, _ in student.named_parameters()], trainer.masters, strict=True))
-    student = student.float()
-    student.load_state_dict({name: master.detach() for name, master in masters.items()}, strict=True)
+    trainer.restore()
     found = check(student, *validation, tokenizer, mode=1 if reads else 0)
     whitening.fold_into(student)
     return student, found
-
-
-def _tables_in_float32(student: Student) -> None:
-    """Buffers hold rotary tables, which stay in float32 in every precision."""
-    fresh = Student()
-    for target, source in ((student.decoder, fresh.decoder), (student.pages, fresh.pages)):
-        for name, buffer in source.named_buffers():
-            target._buffers[name] = buffer
 
 
 @torch.no_grad()
@@ -314,21 +303,8 @@ def check(
             student, low[part].to(kind), high[part].to(kind), sizes[part], batch, prefix, modes, threshold
         )
         good = ((logits.argmax(-1) == batch.answer) | (batch.answer < 0)).all(-1).flatten().tolist()
-        tokens = (batch.answer >= 0).sum(-1).flatten().tolist()
-        numbers = (batch.words[:, :, 0, 0] >= 0).flatten().tolist()
-        later = (batch.words[:, :, 1, 0] >= 0).flatten().tolist()
-        for ok, size, mention, second in zip(good, tokens, numbers, later, strict=True):
-            key = 3 if not mention else 2 if not second else 0 if size <= 3 else 1
+        for key, ok in zip(batch.kind.flatten().tolist(), good, strict=True):
             right.setdefault(key, []).append(ok)
         pages.append(float(count))
     found = {KINDS[key]: float(np.mean(values)) for key, values in sorted(right.items())}
     return found | ({"pages": float(np.mean(pages))} if mode == 1 else {})
-
-
-def sides_of(sizes: list[tuple[int, int]]) -> Tensor:
-    """(width, height) of images -> margins [N, 2] (official: the padding's rows and columns of the map)."""
-    rows = []
-    for width, height in sizes:
-        padding = int((abs(width - height) // 2) / max(width, height) * G.grid)
-        rows.append((padding, 0) if width > height else (0, padding))
-    return torch.tensor(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,13 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class Bfloat16:
-    """A bfloat16 copy of a module to compute with, and AdamW on float32 masters of its weights."""
+    """Lets a module compute in bfloat16, and trains float32 masters of its weights with AdamW."""
 
     def __init__(self, module: nn.Module, rate: float, steps: int, decay: float = DECAY) -> None:
-        self.module = module.to(torch.bfloat16)
-        self.masters = [parameter.detach().float().clone() for parameter in module.parameters()]
+        self.module = module
+        for parameter in module.parameters():  # buffers stay: rotary tables are float32 in every precision
+            parameter.data = parameter.data.bfloat16()
+        self.masters = [parameter.detach().float() for parameter in module.parameters()]
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         large = [master for master in self.masters if master.dim() > 1]
@@ -104,6 +107,11 @@ class Bfloat16:
             for parameter, master in zip(self.module.parameters(), self.masters, strict=True):
                 parameter.copy_(master)
 
+    def restore(self) -> None:
+        """Give the module its float32 weights when training is over."""
+        for parameter, master in zip(self.module.parameters(), self.masters, strict=True):
+            parameter.data = master.detach()
+
 
 def tiles_of(pixels: Tensor) -> Tensor:
     """[N, 504, 504, 3] -> [N * 9, 168, 168, 3], row by row."""
@@ -118,6 +126,7 @@ def label_tiles(label: Tensor) -> Tensor:
     return grid.transpose(2, 3).reshape(len(label) * 9, LOWRES * LOWRES)
 
 
+@lru_cache(maxsize=1)
 def plates() -> Tensor:
     """[4, 14, 14]: how opaque the plate is under a digit of each place (0 = no plate)."""
     from PIL import Image, ImageDraw
@@ -174,9 +183,7 @@ def train(pool: Pool, steps: int, validation: Pool, seed: int = 0, log: int = 50
         features = tower.features(batch)
         x = tower.norm(features)
         loss = (
-            SIZE * features.float().pow(2).mean()
-            + sum(_loss(tower, x[:SHEETS], wanted).values())
-            + sum(_loss(tower, x[SHEETS:], asked).values())
+            SIZE * features.float().pow(2).mean() + _loss(tower, x[:SHEETS], wanted) + _loss(tower, x[SHEETS:], asked)
         )
         trainer.step(loss)
         if (step + 1) % log == 0 or step + 1 == steps:
@@ -186,9 +193,7 @@ def train(pool: Pool, steps: int, validation: Pool, seed: int = 0, log: int = 50
                 f"vision {step + 1} loss {float(loss.detach()):.3f} {shown} {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-    masters = dict(zip([name for name, _ in tower.named_parameters()], trainer.masters, strict=True))
-    tower = tower.float()
-    tower.load_state_dict({name: master.detach() for name, master in masters.items()})
+    trainer.restore()
     return tower, evaluate(tower, validation)
 
 
@@ -224,13 +229,13 @@ def _varied(tiles: Tensor, generator: torch.Generator) -> Tensor:
     return (tiles * gain).clamp(0, 255)
 
 
-def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    losses = {}
+def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
+    losses = []
     for name, label in wanted.items():
         target = label.long().flatten()
         target = torch.where(target == NOTHING, -100, target)
-        losses[name] = F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02)
-    return losses
+        losses.append(F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02))
+    return sum(losses)
 
 
 def directions(tower: Tower) -> Tensor:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from engines.backend import Image
 from engines.geometry import Geometry
+from engines.pages import margins
 from export.build import BuildOptions, build
 from export.checkpoint import Checkpoint
 from export.config import read_config
 from export.reference import Reference
-from runtime.preprocess import margins
 from tests.conftest import once
 
 DATA = Path(__file__).parent / "data"

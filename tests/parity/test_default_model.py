@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from engines.backend import Image
 from engines.bundle import Bundle
+from engines.pages import margins
 from export.build import BuildOptions, build
 from export.checkpoint import Checkpoint
 from export.config import read_config
 from export.reference import Reference
 from runtime import Engine
-from runtime.preprocess import margins, preprocess
+from runtime.preprocess import preprocess
 from tests.conftest import once
 from tests.parity.inspected import InspectedModel
 from tests.parity.test_official_way import Official

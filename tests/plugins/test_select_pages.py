@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engines.pages import cell_of_row
+from engines.pages import cell_of_row, margins
 from plugins.select_pages.onnx_body import FUNCTIONS
 from plugins.select_pages.reference import select_pages
-from runtime.preprocess import margins
 from tests.geometries import official
 from tests.plugins.harness import run_body
 

@@ -132,7 +132,8 @@ def test_streams_taken_in_turns(engine):
 
 @pytest.mark.parametrize("budget", [0, 2, GEOMETRY.pages])
 def test_engine_equals_reference_greedily(budget, engine, reference):
-    from runtime.preprocess import margins, preprocess
+    from engines.pages import margins
+    from runtime.preprocess import preprocess
     from tests.parity.test_variants import encode
 
     answer = engine.generate(PHOTO, QUESTION, page_budget=budget, **OPTIONS)

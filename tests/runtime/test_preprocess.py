@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from engines.pages import margins
 from runtime.image import load_image
-from runtime.preprocess import hires_pixels, lowres_pixels, margins, preprocess
+from runtime.preprocess import hires_pixels, lowres_pixels, preprocess
 from tests.geometries import official, tiny
 
 DATA = Path(__file__).parents[1] / "parity" / "data" / "preprocess"

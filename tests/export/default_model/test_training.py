@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from engines.backend import Image
+from engines.pages import margins
 from export.build import BuildOptions, build
 from export.checkpoint import Checkpoint
 from export.config import read_config
 from export.default_model import train_decoder
 from export.default_model.model import GEOMETRY, official_names, write_checkpoint
 from export.default_model.packing import pack, prefix_ids
-from export.default_model.pool import lowres, normalised, padded
+from export.default_model.pool import lowres, margins_of, normalised, padded
 from export.default_model.questions import build_tokenizer
 from export.default_model.scenes import make_scene
 from export.default_model.train import SMOKE, run
 from export.default_model.train_vision import Tower, tiles_of
 from export.reference import Reference
 from runtime import Engine
-from runtime.preprocess import margins, preprocess
+from runtime.preprocess import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_one_training_pass_equals_inference_step_by_step(random_model):
         low = tower.features(normalised(lowres(pixels)))
         high = tower.features(normalised(tiles_of(pixels))).unflatten(0, (2, 3, 3)).unflatten(3, (12, 12))
         high = high.transpose(2, 3).reshape(2, 1296, -1)
-        sides = train_decoder.sides_of([scene.image.size for scene in scenes])
+        sides = margins_of([scene.image.size for scene in scenes])
         modes = torch.ones(batch.where.shape, dtype=torch.int64)  # own selection
         logits, _, pages = train_decoder.run(student, low, high, sides, batch, prefix, modes, g.threshold)
     assert 0 < float(pages) < g.pages
