@@ -38,6 +38,7 @@ class Step:
     """What one decoder run says about the last token of each row. Arrays are copies."""
 
     logits: np.ndarray  # [B, vocab] float32
+    token: np.ndarray  # [B] int64: the largest logit
     pages: np.ndarray  # [B, M, pages] int64, best first
     page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
 

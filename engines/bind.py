@@ -19,7 +19,7 @@ from plugins.select_pages import onnx_body as select_pages
 ORT_OPSET = 24  # TensorScatter
 # Operators of the traced graphs whose meaning is the same in opset 20 and 24: later versions only admit more types.
 STABLE_SINCE_20 = {
-    "Add", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Div", "Equal", "Expand",
+    "Add", "ArgMax", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Div", "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
     "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMean",
     "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import BundleError, ExportError
-from engines.manifest import FORMAT, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
+from engines.manifest import BACKENDS, FORMAT, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
@@ -101,15 +101,18 @@ def _contradiction(manifest: Manifest) -> str | None:
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
         return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
+    if manifest.backend not in BACKENDS:
+        return f"backend {manifest.backend!r}, expected one of {list(BACKENDS)}"
     if not 0 <= manifest.page_budget <= g.pages:
         return f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
     if list(manifest.parts) != list(PARTS):
         return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
     if not is_template(manifest.prompt.template):
         return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
-    named = [manifest.prompt.tokenizer] if manifest.prompt.tokenizer else []
+    named = [file for file in (manifest.prompt.tokenizer, manifest.kernels) if file]
     for name, part in manifest.parts.items():
         named += [part.weights, *(graph.file for graph in part.graphs.values())]
+        named += [plan.file for plan in part.plans.values()]
         for kind, graph in part.graphs.items():
             if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
                 return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"

@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from engines.geometry import Geometry
 from engines.pages import page_size
 
-FORMAT = 2  # raised when an older reader would misread the bundle
+FORMAT = 3  # raised when an older reader would misread the bundle
 PARTS = ("vision", "pages", "decoder")
-TRACED, ONNXRUNTIME = "traced", "onnxruntime"  # kinds of graphs
+# Kinds of graphs: with bare flex:: nodes (which TensorRT reads with this project's plugins), for ONNX Runtime, and for
+# TensorRT without plugins.
+TRACED, ONNXRUNTIME, PLUGIN_FREE = "traced", "onnxruntime", "plugin-free"
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
 
 
@@ -36,11 +40,35 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """An optimisation profile: (min, opt, max) of each symbol in the shapes of a plan's inputs."""
+
+    name: str
+    sizes: dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A TensorRT engine: what it takes and gives, and where it runs."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    plugins: bool  # needs this project's plugins, which the plan carries the kernels of
+    tensorrt: str  # version of the builder; no other version opens the plan
+    cuda: str  # version that the builder was made for
+    sms: tuple[int, ...]  # compute capabilities it runs on; 86 is 8.6
+    kernels: str | None  # SHA-256 of the bundle's kernels it was built with; None without plugins
+
+
+@dataclass(frozen=True)
 class Part:
-    """One part of the model. `graphs` maps TRACED (bare flex:: nodes) and backends to graphs over the same weights."""
+    """One part of the model: `graphs` by kind, all over the same weights, and TensorRT engines by backend."""
 
     weights: str
     graphs: dict[str, Graph]
+    plans: dict[str, Plan]
 
 
 def is_template(text: str) -> bool:
@@ -77,6 +105,8 @@ class Manifest:
     geometry: Geometry
     prompt: Prompt
     parts: dict[str, Part]
+    backend: str  # one of BACKENDS: what opens the bundle unless another is asked for
+    kernels: str | None  # file of the compiled kernels of the plugins
     files: dict[str, File]
     versions: dict[str, str]  # of this project and of what wrote the graphs
     source: dict[str, object]  # identity of the checkpoint
@@ -113,6 +143,7 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     selecting = len(g.selecting_layers)
     outputs = [
         TensorSpec("logits", "float32", ("batch", g.vocab)),
+        TensorSpec("token", "int64", ("batch",)),
         TensorSpec("pages", "int64", ("batch", selecting, g.pages)),
         TensorSpec("page_count", "int64", ("batch", selecting)),
     ]

@@ -123,6 +123,7 @@ class Decoder:
         selecting = len(g.selecting_layers)
         self._outputs = {
             "logits": model._value(np.empty((batch, g.vocab), np.float32)),
+            "token": model._value(np.empty(batch, np.int64)),
             "pages": model._value(np.empty((batch, selecting, g.pages), np.int64)),
             "page_count": model._value(np.empty((batch, selecting), np.int64)),
         }
@@ -150,7 +151,7 @@ class Decoder:
             value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
             _execute(self._session, self._bind(value), "decoder")
         self.length = self.length + (steps if lengths is None else lengths)
-        return Step(*(self._outputs[name].numpy().copy() for name in ("logits", "pages", "page_count")))
+        return Step(*(self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count")))
 
     def enlarged(self, capacity: int) -> Decoder:
         """A decoder with room for `capacity` tokens that has seen what this one has, which then has had its day."""

@@ -114,6 +114,8 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
                 geometry=g,
                 prompt=prompt,
                 parts=parts,
+                backend=options.backend,
+                kernels=None,
                 files=writer.files,
                 versions=versions,
                 source=checkpoint.identity(),
@@ -161,7 +163,7 @@ def _write_part(
         ir.save(model if kind == TRACED else for_onnxruntime(model), writer.folder / name)
         writer.add(name)
         graphs[kind] = Graph(name, *graph_io(part, kind, g, precision))
-    return Part(weights, graphs)
+    return Part(weights, graphs, plans={})
 
 
 def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:

@@ -102,9 +102,9 @@ class Decoder(nn.Module):
         past_value: list[Tensor],
         page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]
         page_value: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Returns, for the last token: logits [B, vocab] float32, pages [B, M, pages] int64, page_count [B, M] int64;
-        present_key, present_value (layers x the cache after the update); and for debugging map (M x [B, G, G] float32)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
+        pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the update); and for debugging map (M x [B, G, G] float32)
         and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
         """
         g = self.geometry
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden[-1], head).float()
         chosen, count = (torch.stack(tensors, 1) for tensors in zip(*selected, strict=True))
-        return logits, chosen, count, present_key, present_value, maps, hidden
+        return logits, logits.argmax(-1), chosen, count, present_key, present_value, maps, hidden
 
 
 class PageProjector(nn.Module):

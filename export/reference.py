@@ -68,7 +68,7 @@ class ReferenceDecoder:
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See engines.ort.Decoder.run."""
         image, budget = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
-        logits, pages, count, self._key, self._value, maps, hidden = self._module(
+        logits, token, pages, count, self._key, self._value, maps, hidden = self._module(
             torch.from_numpy(np.ascontiguousarray(ids)),
             torch.from_numpy(self.length),
             image.features,
@@ -80,7 +80,7 @@ class ReferenceDecoder:
         self.maps = [map.numpy() for map in maps]
         self.hidden = [state.float().numpy() for state in hidden]
         self.length = self.length + (ids.shape[1] if lengths is None else lengths)
-        return Step(logits.numpy(), pages.numpy(), count.numpy())
+        return Step(logits.numpy(), token.numpy(), pages.numpy(), count.numpy())
 
 
 def load(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

@@ -227,7 +227,7 @@ class Stream:
                 token = sampler.pick(step.logits[0])
                 times.append(1000 * (perf_counter() - started))
                 tokens.append(token)
-                steps.append(step if options.trace else Step(_NOTHING, _NOTHING, step.page_count))
+                steps.append(step if options.trace else Step(_NOTHING, _NOTHING, _NOTHING, step.page_count))
                 if token not in ends and (piece := text.push(token)):
                     yield piece
             if piece := text.finish():
