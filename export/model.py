@@ -104,8 +104,9 @@ class Decoder(nn.Module):
         page_value: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
-        pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the update); and for debugging map (M x [B, G, G] float32)
-        and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
+        pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the
+        update); and for debugging map (M x [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output of each
+        layer, then of the final norm).
         """
         g = self.geometry
         image = features.gather(1, (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, g.hidden))
