@@ -49,7 +49,7 @@ class CachedAttention(Op):
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a, model = self.attributes, f"*{TRITON_TYPES[dtype]}"
         heads, group = ("HEADS", a["heads"]), ("GROUP", a["heads"] // a["kv_heads"])
-        width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", power_of_two(a["head_dim"]))
+        width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", max(16, power_of_two(a["head_dim"])))  # tensor cores take 16
         image = ("IMAGE_TOKENS", a["grid"] ** 2)
         query, *new = ((name, model) for name in ("query", "key", "value", "cache_key", "cache_value"))
         turn = ("positions", "*i64"), ("cos", "*fp32"), ("sin", "*fp32")
