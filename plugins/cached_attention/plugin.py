@@ -15,9 +15,15 @@ BLOCK = 64  # keys of one tile
 SPLIT = 128  # keys of one program of `attend`
 PAGES_PER_SPLIT = 2
 MAP_BLOCK = 64  # image tokens of one program of `combine`
-PREFILL_ROWS = 64  # queries of one program of `prefill`
 APPEND_ROWS = 32  # tokens of one program of `append`
 FOLDER = "plugins.cached_attention.kernel"
+
+
+def prefill_tile(dtype: str, width: int) -> tuple[int, int]:
+    """Queries and keys of one tile of `prefill`: what keeps it in registers, and its shared memory under 48 KB."""
+    if dtype == "float32":  # no tensor cores: the products are unrolled
+        return 16, 16
+    return 64, 64 if width <= 64 else 32
 
 
 class CachedAttention(Op):
@@ -62,11 +68,12 @@ class CachedAttention(Op):
             (*new, *turn, *sizes),
             (("KV_HEADS", a["kv_heads"]), *width, ("ROWS", APPEND_ROWS)),
         )
+        rows, keys = prefill_tile(dtype, width[1][1])
         prefill = Kernel(
             "prefill",
             f"{FOLDER}:prefill",
             (query, *new[2:], *turn, context, *sizes),
-            (heads, group, *width, ("ROWS", PREFILL_ROWS), ("BLOCK", BLOCK)),
+            (heads, group, *width, ("ROWS", rows), ("BLOCK", keys)),
         )
         attend = Kernel(
             self.attend[0],
@@ -141,7 +148,7 @@ class CachedAttention(Op):
         launches, before = [], steps - 1
         if before:
             append_grid = blocks(before, APPEND_ROWS), a["kv_heads"], batch
-            prefill_grid = blocks(before, PREFILL_ROWS), a["heads"], batch
+            prefill_grid = blocks(before, dict(prefill.constants)["ROWS"]), a["heads"], batch
             launches = [
                 Launch(append, append_grid, (key, value, *cache, *turn, *sizes)),
                 Launch(prefill, prefill_grid, (query, *cache, *turn, context, *sizes)),
