@@ -13,7 +13,6 @@ from engines.errors import BackendError
 
 if TYPE_CHECKING:
     from plugins.artifacts import Artifacts, Compiled
-
     from plugins.op import Kernel, Launch
 
 OLDEST_DRIVER = 12000  # CUDA 12.0: graphs are instantiated with this signature since
