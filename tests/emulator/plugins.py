@@ -31,7 +31,9 @@ class PluginField:
         self.name, self.data = name, data
 
 
-class _Registry:
+class Registry:
+    """Creators by the name of their op."""
+
     def __init__(self) -> None:
         self.creators: dict[str, object] = {}
 
@@ -41,9 +43,8 @@ class _Registry:
         return namespace == NAMESPACE and not known
 
 
-_REGISTRY = _Registry()  # one, like TensorRT's
 CLASSES = {
-    "IPluginV3": _Interface,
+    "IPluginV3": type("IPluginV3", (_Interface,), {}),
     "IPluginV3OneCore": type("IPluginV3OneCore", (_Interface,), {}),
     "IPluginV3OneBuild": type("IPluginV3OneBuild", (_Interface,), {}),
     "IPluginV3OneRuntime": type("IPluginV3OneRuntime", (_Interface,), {}),
@@ -54,7 +55,6 @@ CLASSES = {
     "TensorRTPhase": IntEnum("TensorRTPhase", {"BUILD": 0, "RUNTIME": 1}),
     "DataType": IntEnum("DataType", {"FLOAT": 0, "HALF": 1, "INT64": 8, "BF16": 9}),
     "TensorFormat": SimpleNamespace(LINEAR=0),
-    "get_plugin_registry": lambda: _REGISTRY,
 }
 
 
@@ -62,12 +62,21 @@ def _stand_in(name: str) -> type[OpRun]:
     return type(name, (OpRun,), {"op_domain": NAMESPACE, "_run": lambda self, *_: None})
 
 
+class GatherElements(OpRun):
+    """onnx's own goes through numpy.choose, which takes 64 choices at most."""
+
+    op_domain = ""
+
+    def _run(self, data: np.ndarray, indices: np.ndarray, axis: int = 0) -> tuple[np.ndarray]:
+        return (np.take_along_axis(data, indices, axis),)
+
+
 class PluginGraph:
     """The nodes of a traced graph, and a plugin for each custom one, made as an engine file makes them."""
 
-    def __init__(self, driver: Driver, graph: str, kernels: str) -> None:
+    def __init__(self, driver: Driver, registry: Registry, graph: str, kernels: str) -> None:
         self.driver = driver
-        evaluator = ReferenceEvaluator(graph, new_ops=[_stand_in(name) for name in OPS])
+        evaluator = ReferenceEvaluator(graph, new_ops=[GatherElements, *map(_stand_in, OPS)])
         self.nodes, self.weights = evaluator.rt_nodes_, evaluator.rt_inits_
         artifacts, model = Artifacts.read(kernels), onnx.load(graph, load_external_data=False)
         kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
@@ -82,7 +91,7 @@ class PluginGraph:
             fields.append(PluginField(DTYPE, np.array([DTYPES.index(dtype)], np.int32), 0))
             code = artifacts.subset(op.kernels(dtype), artifacts.sms).to_bytes()
             fields.append(PluginField(KERNELS, np.frombuffer(code, np.int8), 1))
-            creator, phase = _REGISTRY.creators[node.op_type], CLASSES["TensorRTPhase"].RUNTIME
+            creator, phase = registry.creators[node.op_type], CLASSES["TensorRTPhase"].RUNTIME
             self.plugins[index] = creator.create_plugin(node.name, fields, phase)
 
 
@@ -112,15 +121,11 @@ class PluginRun:
                 assert driver.cuStreamSynchronize(stream) == (0,)
 
         step(lambda: values.update({**self._graph.weights, **inputs, "": None}))
-        try:
-            for index, node in enumerate(self._graph.nodes):
-                if index in self._plugins:
-                    self._plugin(index, node, known, values, addresses, stream, step)
-                else:
-                    step(lambda node=node: _evaluate(node, values, known if first else None))
-        except Exception:
-            self._known.pop(key)
-            return False  # as TensorRT does; the plugin keeps the reason
+        for index, node in enumerate(self._graph.nodes):
+            if index not in self._plugins:
+                step(lambda node=node: _evaluate(node, values, known if first else None))
+            elif not self._plugin(index, node, known, values, addresses, stream, step):
+                return False
 
         def finish() -> None:
             for name, view in outputs.items():
@@ -135,15 +140,14 @@ class PluginRun:
     def _bound_by_plugins(self) -> set[str]:
         return {name for index in self._plugins for name in self._graph.nodes[index].output}
 
-    def _plugin(self, index, node, known, values, addresses, stream, step) -> None:
+    def _plugin(self, index, node, known, values, addresses, stream, step) -> bool:
         plugin, driver = self._plugins[index], self._graph.driver
         op = plugin.op
         if any(name not in known for name in node.input):  # weights and inputs of the graph
             for name in node.input:
                 known.setdefault(name, (values[name].shape, values[name].dtype))
         shapes = [known[name][0] for name in node.input]
-        model = known[node.input[[tensor.dtype for tensor in op.inputs].index("model")]][1] if op.workspace else None
-        kinds = [np.dtype(model if tensor.dtype == "model" else tensor.dtype) for tensor in op.outputs]
+        kinds = [np.dtype(plugin.dtype if tensor.dtype == "model" else tensor.dtype) for tensor in op.outputs]
         for name, shape, kind in zip(node.output, op.output_shapes(shapes), kinds, strict=True):
             known[name] = tuple(shape), kind
         places = {}
@@ -160,13 +164,17 @@ class PluginRun:
         step(fill)
         descs = [[SimpleNamespace(dims=known[name][0]) for name in names] for names in (node.input, node.output)]
         where = [[places[name] for name in names] for names in (node.input, node.output)]
-        plugin.enqueue(*descs, *where, scratch, stream)
+        try:
+            plugin.enqueue(*descs, *where, scratch, stream)
+        except Exception:
+            return False  # as TensorRT does; the plugin keeps the reason
 
         def read() -> None:
             for name in node.output:
                 values[name] = driver.memory.view(places[name], *known[name], name)
 
         step(read)
+        return True
 
     def _place(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
         key = name, shape

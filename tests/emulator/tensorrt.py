@@ -8,7 +8,7 @@ plugins: see plugins.py beside this file.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import IntEnum
@@ -25,9 +25,10 @@ from engines.manifest import ONNXRUNTIME, PRECISIONS, TENSORRT_RTX, TRACED, File
 from engines.pages import page_size
 from plugins.registry import kernels_of_model
 from tests.emulator.driver import Driver, emulated_artifacts
-from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun
+from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun, Registry
 
 SCRATCH = 1 << 16
+_REGISTRIES: dict[str, Registry] = {}  # one per module, as long as the process
 TAG, KERNELS = "emulated engine", "kernels.zip"
 
 
@@ -70,7 +71,7 @@ def with_plans(
     out.mkdir()
     for file in folder.iterdir():
         if file.name != MANIFEST:
-            os.link(file, out / file.name)
+            shutil.copy(file, out / file.name)  # onnx reads no hard links
     bundle = Bundle(folder, verify=False)
     manifest, files, parts = bundle.manifest, dict(bundle.manifest.files), {}
     g = manifest.geometry
@@ -98,6 +99,7 @@ def with_plans(
 
 def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> SimpleNamespace:
     """The module a backend imports."""
+    registry = _REGISTRIES.setdefault(name, Registry())
     names = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4}
     severity = IntEnum("Severity", names)
 
@@ -115,15 +117,16 @@ def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> S
             except (ValueError, KeyError, AssertionError):
                 self.logger.log(severity.ERROR, "Serialization assertion failed: magic tag does not match")
                 return None
-            return Engine(driver, content, lambda text: self.logger.log(severity.ERROR, text))
+            return Engine(driver, registry, content, lambda text: self.logger.log(severity.ERROR, text))
 
     strategy = IntEnum("ExecutionContextAllocationStrategy", {"STATIC": 0, "USER_MANAGED": 2})
     return SimpleNamespace(
-        __name__=name,
+        __name__=f"emulated_{name}",  # plugins are registered once per module of this name
         __version__=version,
         ILogger=ILogger,
         Runtime=Runtime,
         ExecutionContextAllocationStrategy=strategy,
+        get_plugin_registry=lambda: registry,
         **CLASSES,
     )
 
@@ -141,11 +144,11 @@ class Engine:
 
     device_memory_size_v2 = SCRATCH
 
-    def __init__(self, driver: Driver, content: dict, say: Callable[[str], None]) -> None:
+    def __init__(self, driver: Driver, registry: Registry, content: dict, say: Callable[[str], None]) -> None:
         self.driver, self.say = driver, say
         self.plan = plan = content["plan"]
         if plan["plugins"]:
-            self.graph = PluginGraph(driver, content["graph"], content["kernels"])
+            self.graph = PluginGraph(driver, registry, content["graph"], content["kernels"])
         else:
             self.session = _session(content["graph"])
         self.specs = {spec["name"]: spec for spec in (*plan["inputs"], *plan["outputs"])}

@@ -209,7 +209,7 @@ def fresh(random_model, tmp_path):
 
 
 def test_an_engine_of_another_version(driver, fresh):
-    with pytest.raises(BackendError, match=r"built by tensorrt 10\.9\.1, installed is 10\.3\.0") as caught:
+    with pytest.raises(BackendError, match=r"built by emulated_tensorrt 10\.9\.1, installed is 10\.3\.0") as caught:
         Engine(fresh(version="10.9.1"))
     assert caught.value.fix.endswith("bundle --backend tensorrt")
 
@@ -227,7 +227,9 @@ def test_truncated_engines(driver, fresh):
     plan.write_bytes(plan.read_bytes()[:100])
     with pytest.raises(BundleError, match="has 100 bytes"):
         Engine(folder)
-    text = manifest.read_text().replace(f'"bytes": {size},\n   "sha256": "{digest}"', f'"bytes": 100, "sha256": "{sha256(plan)}"')
+    text = manifest.read_text().replace(
+        f'"bytes": {size},\n   "sha256": "{digest}"', f'"bytes": 100, "sha256": "{sha256(plan)}"'
+    )
     manifest.write_text(text)
     with pytest.raises(BackendError, match=r"decoder\.tensorrt\.plan: .*magic tag") as caught:
         Engine(folder)
