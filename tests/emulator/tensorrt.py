@@ -1,8 +1,8 @@
 """TensorRT without a GPU: what the runtime uses of it, over a bundle's ONNX Runtime graphs and the emulated driver.
 
 An engine file says which graph it stands for, and its profiles. A run reads and writes the bound addresses; it must not
-be recorded before a first run with the same shapes and addresses, and a recording is void once they change. Engines with
-plugins: see plugins.py beside this file.
+be recorded before a first run with the same shapes and addresses, and a recording is void once they change. Engines
+with plugins: see plugins.py beside this file.
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ def with_plans(
     sms: tuple[int, ...] = (86,),
     most: int = 2,
     plugins: bool = False,
+    prefill: bool = True,
 ) -> Path:
     """A copy of a bundle that has emulated engines for `backend`, and opens with them unless told otherwise.
 
-    `plugins`: the decoder's is of the traced graph, its custom ops go through the project's plugins.
+    `plugins`: the decoder's is of the traced graph, its custom ops go through the project's plugins; without `prefill`
+    only where there is one new token, to save time.
     """
     out.mkdir()
     for file in folder.iterdir():
@@ -86,9 +88,10 @@ def with_plans(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, backend, most), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
-        graph = str((out / part.graphs[TRACED if with_kernels else ONNXRUNTIME].file).resolve())
-        kernels = str((out / KERNELS).resolve()) if with_kernels else None
-        content = {"tag": TAG, "graph": graph, "plan": asdict(plan), "kernels": kernels}
+        content = {"tag": TAG, "graph": str((out / part.graphs[ONNXRUNTIME].file).resolve()), "plan": asdict(plan)}
+        if with_kernels:
+            traced, kernels = (str((out / file).resolve()) for file in (part.graphs[TRACED].file, KERNELS))
+            content |= {"traced": traced, "kernels": kernels, "prefill": prefill}
         (out / plan.file).write_text(json.dumps(content))
         files[plan.file] = File((out / plan.file).stat().st_size, sha256(out / plan.file))
         parts[name] = replace(part, plans={backend: plan})
@@ -147,10 +150,9 @@ class Engine:
     def __init__(self, driver: Driver, registry: Registry, content: dict, say: Callable[[str], None]) -> None:
         self.driver, self.say = driver, say
         self.plan = plan = content["plan"]
+        self.session, self.graph, self.prefill = _session(content["graph"]), None, content.get("prefill")
         if plan["plugins"]:
-            self.graph = PluginGraph(driver, registry, content["graph"], content["kernels"])
-        else:
-            self.session = _session(content["graph"])
+            self.graph = PluginGraph(driver, registry, content["traced"], content["kernels"])
         self.specs = {spec["name"]: spec for spec in (*plan["inputs"], *plan["outputs"])}
         self.inputs = [spec["name"] for spec in plan["inputs"]]
         self.num_io_tensors = len(self.specs)
@@ -174,7 +176,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.version = 0  # of shapes and addresses; a recording is of one
         self.ready = -1  # the version of the last run that was not recorded
-        self._graph_run = PluginRun(engine.graph) if engine.plan["plugins"] else None
+        self._plugins = PluginRun(engine.graph) if engine.graph else None
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= SCRATCH and address % 256 == 0
@@ -223,8 +225,8 @@ class Context:
             assert not recorded or self.version == version, "the context has changed since this was recorded"
 
         driver.submit(stream, check)
-        if self.engine.plan["plugins"]:
-            return self._graph_run.enqueue(*self._views(shapes, addresses), addresses, stream)
+        if self._plugins and (self.engine.prefill or shapes["input_ids"][1] == 1):
+            return self._plugins.enqueue(*self._views(shapes, addresses), addresses, stream)
         driver.submit(stream, lambda: self._execute(*self._views(shapes, addresses)))
         return True
 

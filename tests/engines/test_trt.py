@@ -291,7 +291,7 @@ def test_no_driver_here(bundles):
         assert "onnxruntime" in error.fix
     else:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(BackendError, match="NVIDIA driver|CUDA does not start"):
+    with pytest.raises(BackendError, match=r"NVIDIA driver|CUDA does not start"):
         Engine(bundles("tensorrt"))
     assert Engine(bundles("tensorrt"), backend="onnxruntime").generate(None, "hello", max_new_tokens=1)
 
