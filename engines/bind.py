@@ -14,6 +14,7 @@ from onnxscript.optimizer import fold_constants
 from engines.errors import ExportError
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.project_pages import onnx_body as project_pages
 from plugins.select_pages import onnx_body as select_pages
 
 ORT_OPSET = 24  # TensorScatter
@@ -41,7 +42,7 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
         )
     model.opset_imports[""] = ORT_OPSET
     used = {node.op_type for node in model.graph if node.domain == "flex"}
-    for body in (select_pages, cached_attention, hierarchical_attention):
+    for body in (select_pages, cached_attention, project_pages, hierarchical_attention):
         names = [function.name for function in body.FUNCTIONS]
         if used.intersection(names):
             for function in body.FUNCTIONS:

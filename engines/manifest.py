@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from engines.geometry import Geometry
@@ -121,12 +122,13 @@ def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 
 def pages_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Hi-res page projection: features of the hi-res tiles -> K/V pages of every reading layer."""
+    """Features of the hi-res tiles -> K/V pages of every reading layer; with lazy pages, what projects them."""
     inputs = [
         TensorSpec("hires_features", "model", ("batch_tiles", g.image_tokens, g.hidden)),
         TensorSpec("image_begin", "int64", ("batch",)),
     ]
-    return inputs, _pages("page_key", g) + _pages("page_value", g)
+    outputs = _page_inputs(g) if g.lazy_pages else _pages("page_key", g) + _pages("page_value", g)
+    return inputs, outputs
 
 
 def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -141,13 +143,34 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     ]
     inputs += _cache("past_key", g) + _cache("past_value", g) + _pages("page_key", g) + _pages("page_value", g)
     selecting = len(g.selecting_layers)
+    lazy: list[TensorSpec] = []
+    if g.lazy_pages:
+        done = "int64", ("batch", len(g.reading_layers), g.pages)
+        inputs += [*_page_inputs(g), TensorSpec("projected", *done)]
+        lazy = _pages("present_page_key", g) + _pages("present_page_value", g)
+        lazy.append(TensorSpec("present_projected", *done))
     outputs = [
         TensorSpec("logits", "float32", ("batch", g.vocab)),
         TensorSpec("token", "int64", ("batch",)),
         TensorSpec("pages", "int64", ("batch", selecting, g.pages)),
         TensorSpec("page_count", "int64", ("batch", selecting)),
     ]
-    return inputs, outputs + _cache("present_key", g) + _cache("present_value", g)
+    return inputs, outputs + _cache("present_key", g) + _cache("present_value", g) + lazy
+
+
+def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Outputs of a decoder that share the buffer of an input, and that input: the cache, and lazily projected pages."""
+    prefixes = {"present_key": "past_key", "present_value": "past_value"}
+    prefixes |= {"present_page_key": "page_key", "present_page_value": "page_value"}
+    split = ((spec.name, *spec.name.partition(".")) for spec in outputs)
+    return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
+
+
+def _page_inputs(g: Geometry) -> list[TensorSpec]:
+    """What lazy projection works from, page by page."""
+    slots = "batch", g.pages, page_size(g)
+    turn = [TensorSpec(name, "float32", (*slots, g.head_dim // 2)) for name in ("page_cos", "page_sin")]
+    return [TensorSpec("page_features", "model", (*slots, g.hidden)), *turn]
 
 
 def _cache(name: str, g: Geometry) -> list[TensorSpec]:
