@@ -86,7 +86,7 @@ class Artifacts:
     def __post_init__(self) -> None:
         names = [c.kernel.name for c in self.compiled]
         if len(set(names)) < len(names):
-            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model and dtype")
+            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model in one dtype")
         if len({tuple(sorted(c.cubins)) for c in self.compiled}) > 1:
             raise KernelError("kernels for different SMs in one file", expected="the same SMs for each")
 

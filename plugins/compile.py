@@ -41,6 +41,8 @@ def compile_kernels(
     kernels, sms = list(kernels), sorted(set(sms))
     if not sms or not set(sms) <= set(SMS):
         raise KernelError(f"SMs {sms}", expected=f"some of {', '.join(map(str, SMS))}", fix="correct --sm")
+    if len({kernel.name for kernel in kernels}) < len(kernels):
+        raise KernelError("two kernels of one name", expected="the kernels of one model in one dtype, each once")
     assemblers = find_assemblers()
     # Where no code is wanted of a ptxas, it assembles for one SM all the same: it must accept the PTX.
     targets = [(a, sm) for a in assemblers.values() for sm in ([sm for sm in a.sms if sm in sms] or a.sms[:1])]
