@@ -35,8 +35,8 @@ def compile_kernels(
 ) -> Artifacts:
     """Compile kernels (of one model and dtype) for the SMs; `progress` is told (steps done, steps, what was done).
 
-    Takes seconds, and about 200 MB for each core. Raises KernelError: no compiler, an unknown SM, a kernel that does not
-    compile, spills registers, or needs more shared memory than a board has.
+    Takes seconds, and about 200 MB for each core. Raises KernelError: no compiler, an unknown SM, a kernel that does
+    not compile, spills registers, or needs more shared memory than a board has.
     """
     kernels, sms = list(kernels), sorted(set(sms))
     if not sms or not set(sms) <= set(SMS):
@@ -120,7 +120,7 @@ def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[st
 
 
 def sizes_of_bundle(folder: Path) -> tuple[dict[str, int], str]:
-    """The attributes of a bundle's ops, and the dtype it computes in, from its bundle.json. KernelError if unreadable."""
+    """Attributes of a bundle's ops, and the dtype it computes in, from its bundle.json; KernelError if unreadable."""
     path = folder / "bundle.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

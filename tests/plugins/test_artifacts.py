@@ -48,7 +48,7 @@ def test_a_gpu_loads_its_own_code_or_the_ptx(artifacts):
     compiled = artifacts.get(ATTEND)
     assert compiled.code(86) == compiled.cubins[86]
     assert compiled.code(87) == compiled.ptx
-    with pytest.raises(KernelError, match="SM 75(.|\n)*SM 80 or newer(.|\n)*fix: "):
+    with pytest.raises(KernelError, match=r"SM 75(.|\n)*SM 80 or newer(.|\n)*fix: "):
         compiled.code(75)
 
 
