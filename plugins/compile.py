@@ -25,7 +25,8 @@ from plugins.ptxas import SMS, Code, assemble, find_assemblers
 from plugins.registry import kernels_of_model
 
 OFFICIAL_7B = {
-    "heads": 32, "kv_heads": 32, "head_dim": 128, "grid": 24, "cells": 9, "page_size": 64, "threshold": 48,
+    "hidden": 4096, "heads": 32, "kv_heads": 32, "head_dim": 128,
+    "grid": 24, "cells": 9, "page_size": 64, "threshold": 48,
 }  # fmt: skip
 DTYPE_OF_PRECISION = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as bundle.json calls it
 
@@ -124,12 +125,11 @@ def sizes_of_bundle(folder: Path) -> tuple[dict[str, int], str]:
     path = folder / "bundle.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        g = manifest["geometry"]
-        sizes = {name: g[name] for name in ("heads", "kv_heads", "head_dim", "cells", "threshold")}
-        sizes["grid"] = g["lowres"] // g["vision"]["patch"]
-        inputs = manifest["parts"]["decoder"]["graphs"]["traced"]["inputs"]
+        g, inputs = manifest["geometry"], manifest["parts"]["decoder"]["graphs"]["traced"]["inputs"]
         pages = next(tensor for tensor in inputs if tensor["name"].startswith("page_key."))
-        sizes["page_size"] = pages["shape"][3]  # [batch, kv_heads, cells * cells, page_size, head_dim]
+        # page_key: [batch, kv_heads, cells * cells, page_size, head_dim]
+        derived = {"grid": g["lowres"] // g["vision"]["patch"], "page_size": pages["shape"][3]}
+        sizes = {name: derived[name] if name in derived else g[name] for name in OFFICIAL_7B}
         return sizes, DTYPE_OF_PRECISION[manifest["precision"]]
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, StopIteration) as error:
         raise KernelError(
