@@ -1,0 +1,249 @@
+"""Compiled kernels, as a bundle and a plan carry them to a board. Needs nothing but Python.
+
+`plugins/compile.py` makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per SM.
+Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plugins.op import Kernel
+
+FORMAT = 1  # raised when an older reader would misread the file
+FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
+_INDEX = "index.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class KernelError(Exception):
+    """Kernels cannot be compiled, read, or used here. `expected` and `fix` complete what was `found`."""
+
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        lines = [found, *(f"  {word}: {text}" for word, text in (("expected", expected), ("fix", fix)) if text)]
+        super().__init__("\n".join(lines))
+
+
+def recompile(sms: Iterable[int] = ()) -> str:
+    """The command that compiles a bundle's kernels, for certain SMs or for all."""
+    only = ",".join(map(str, sms))
+    return f"python -m plugins.compile --bundle BUNDLE {f'--sm {only} ' if only else ''}--out kernels.zip"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled.
+
+    entry: its symbol in the code. shared: bytes of dynamic shared memory. threads: of one program. ptx: assembles for
+    every SM from FIRST_SM on. cubins, registers: code and registers per thread by SM (86 is 8.6). hidden: pointers,
+    after the kernel's own parameters, that the launcher must pass as null.
+    """
+
+    kernel: Kernel
+    entry: str
+    shared: int
+    threads: int
+    ptx: bytes
+    cubins: dict[int, bytes]
+    registers: dict[int, int]
+    hidden: int = 0
+
+    def code(self, sm: int) -> bytes:
+        """What a GPU of this SM loads: its cubin, else the PTX, which the driver assembles when it loads it.
+
+        KernelError for an SM older than FIRST_SM.
+        """
+        if sm < FIRST_SM:
+            raise KernelError(
+                f"kernel {self.kernel.name} on SM {sm}",
+                expected=f"SM {FIRST_SM} or newer",
+                fix="use a GPU of the Ampere generation or newer, or the onnxruntime backend",
+            )
+        return self.cubins.get(sm, self.ptx)
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """The compiled kernels of one model in one dtype. `versions`: of the compilers that made them."""
+
+    compiled: tuple[Compiled, ...]
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        names = [c.kernel.name for c in self.compiled]
+        if len(set(names)) < len(names):
+            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model in one dtype")
+        if len({tuple(sorted(c.cubins)) for c in self.compiled}) > 1:
+            raise KernelError("kernels for different SMs in one file", expected="the same SMs for each")
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The SMs there is a cubin for."""
+        return tuple(sorted(self.compiled[0].cubins)) if self.compiled else ()
+
+    def get(self, kernel: Kernel) -> Compiled:
+        """The compiled form of exactly this kernel; KernelError if it is missing or another variant."""
+        found = {c.kernel.name: c for c in self.compiled}.get(kernel.name)
+        if found is None:
+            names = ", ".join(c.kernel.name for c in self.compiled) or "none"
+            raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=recompile())
+        if found.kernel != kernel:
+            is_, wanted = _difference(found.kernel, kernel)
+            raise KernelError(
+                f"kernel {kernel.name} was compiled with {is_}",
+                expected=f"{wanted}, as this model needs",
+                fix=recompile(),
+            )
+        return found
+
+    def subset(self, kernels: Iterable[Kernel], sms: Iterable[int]) -> Artifacts:
+        """What one plan needs: these kernels, their cubins for these SMs alone, and their PTX. Errors: see `get`."""
+        sms = sorted(set(sms))
+        missing = [sm for sm in sms if sm not in self.sms]
+        if missing:
+            have = ", ".join(map(str, self.sms)) or "none"
+            raise KernelError(
+                f"no compiled kernels for SM {', '.join(map(str, missing))}",
+                expected=f"SMs among {have}",
+                fix=recompile([*self.sms, *missing]),
+            )
+        chosen = [self.get(kernel) for kernel in dict.fromkeys(kernels)]
+        return Artifacts(
+            tuple(
+                replace(c, cubins={sm: c.cubins[sm] for sm in sms}, registers={sm: c.registers[sm] for sm in sms})
+                for c in chosen
+            ),
+            self.versions,
+        )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of `to_bytes`, which is that of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        records, files = [], {}
+        for c in self.compiled:
+            name = c.kernel.name
+            record = {key: getattr(c, key) for key in ("entry", "shared", "threads", "hidden")}
+            record |= {"kernel": asdict(c.kernel), "ptx": f"{name}.ptx", "cubins": {}, "registers": {}}
+            files[record["ptx"]] = c.ptx
+            for sm in sorted(c.cubins):
+                record["cubins"][str(sm)] = file = f"{name}.sm_{sm}.cubin"
+                record["registers"][str(sm)] = c.registers[sm]
+                files[file] = c.cubins[sm]
+            records.append(record)
+        index = {"format": FORMAT, "versions": self.versions, "kernels": records}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for file, content in {_INDEX: json.dumps(index, indent=1, sort_keys=True).encode(), **files}.items():
+                info = zipfile.ZipInfo(file, _EPOCH)
+                info.create_system, info.external_attr = 3, 0o644 << 16  # as written on Unix, wherever this runs
+                archive.writestr(info, content)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the compiled kernels") -> Artifacts:
+        """The content of a file; KernelError, which calls it `name`, unless it is whole and of this format."""
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                files = {info.filename: _stored(archive, info) for info in archive.infolist()}
+            index = json.loads(files[_INDEX])
+            if index["format"] == FORMAT:
+                return cls(tuple(_compiled(record, files) for record in index["kernels"]), dict(index["versions"]))
+        except (
+            zipfile.BadZipFile, struct.error, LookupError, ValueError, TypeError, AttributeError, EOFError,
+            OverflowError, RuntimeError, KernelError,
+        ) as error:  # fmt: skip
+            raise KernelError(
+                f"{name}: {len(data)} bytes that are no whole file of compiled kernels ({error})",
+                expected="a file as plugins.compile writes it",
+                fix=f"copy it again, or compile again: {recompile()}",
+            ) from error
+        raise KernelError(f"{name} has format {index['format']!r}", expected=f"format {FORMAT}", fix=recompile())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Artifacts:
+        """Read a file; KernelError if it cannot be read, or see `from_bytes`."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise KernelError(
+                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=recompile()
+            ) from error
+        return cls.from_bytes(data, str(path))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: whole, or not at all. KernelError if it cannot be written."""
+        path = Path(path)
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(self.to_bytes())
+            temporary.chmod(0o644)  # a temporary file is its owner's alone
+            temporary.replace(path)
+        except OSError as error:
+            raise KernelError(f"cannot write {path}: {error.strerror}", fix="choose another --out") from error
+        finally:
+            if temporary:
+                temporary.unlink(missing_ok=True)
+
+
+def kernel_of(record: Mapping[str, Any]) -> Kernel:
+    """The Kernel that `dataclasses.asdict` and JSON turned into this record."""
+    pairs = {key: tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")}
+    return Kernel(record["name"], record["function"], **pairs, warps=record["warps"], stages=record["stages"])
+
+
+def _compiled(record: Mapping[str, Any], files: Mapping[str, bytes]) -> Compiled:
+    kernel = kernel_of(record["kernel"])
+    if not _NAME.fullmatch(kernel.name):
+        raise ValueError(f"kernel name {kernel.name!r}")
+    return Compiled(
+        kernel=kernel,
+        entry=record["entry"],
+        shared=record["shared"],
+        threads=record["threads"],
+        ptx=files[record["ptx"]],
+        cubins={int(sm): files[file] for sm, file in record["cubins"].items()},
+        registers={int(sm): number for sm, number in record["registers"].items()},
+        hidden=record["hidden"],
+    )
+
+
+def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """An entry's content, which is in the file as it is: nothing can unfold to more than the file holds."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    return archive.read(info)
+
+
+def _difference(found: Kernel, wanted: Kernel) -> tuple[str, str]:
+    """The first thing two variants of a kernel differ in, as each has it."""
+    for key in ("constants", "parameters"):
+        is_, should = dict(getattr(found, key)), dict(getattr(wanted, key))
+        for name in dict.fromkeys([*should, *is_]):
+            if is_.get(name) != should.get(name):
+                return tuple(f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
+        if list(is_) != list(should):
+            return f"{key} {', '.join(is_)}", f"{key} {', '.join(should)}"
+    for key in ("function", "warps", "stages"):
+        if getattr(found, key) != getattr(wanted, key):
+            return f"{key} {getattr(found, key)}", f"{key} {getattr(wanted, key)}"
+    raise AssertionError("kernels that differ in nothing")
