@@ -198,4 +198,24 @@ def graph_io(
     return inputs, outputs
 
 
+def plan_io(part: str, g: Geometry, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a TensorRT engine: those of the traced graph, with one cache capacity, the whole context.
+
+    Shapes that never change are what lets one decode step be captured and replayed.
+    """
+    inputs, outputs = (
+        tuple(
+            replace(spec, shape=tuple(g.context if size == "capacity" else size for size in spec.shape))
+            for spec in specs
+        )
+        for specs in graph_io(part, TRACED, g, precision)
+    )
+    return inputs, outputs
+
+
+def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """The symbols in the shapes, each once."""
+    return tuple(dict.fromkeys(size for spec in specs for size in spec.shape if isinstance(size, str)))
+
+
 IO_OF_PART = {"vision": vision_io, "pages": pages_io, "decoder": decoder_io}

@@ -1,0 +1,42 @@
+"""Progress of a long task: a bar with the time left where rich is installed, plain lines where it is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_EVERY = 5.0  # seconds between plain lines
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """The block gets a function to call with the part that is done, 0 .. 1."""
+    if quiet:
+        yield lambda part: None
+        return
+    try:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield _plain(title)
+        return
+    with Progress(TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda part: bar.update(task, completed=part)
+        bar.update(task, completed=1.0)
+
+
+def _plain(title: str) -> Callable[[float], None]:
+    started = last = time.monotonic()
+    print(title, file=sys.stderr)
+
+    def report(part: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY and part > 0:
+            last = now
+            left = (now - started) * (1 - part) / part
+            print(f"{title}: {100 * part:.0f} %, about {left:.0f} s left", file=sys.stderr)
+
+    return report
