@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -14,10 +16,13 @@ Array = TypeVar("Array")
 class Opening:
     """How a bundle is opened, and the defaults.
 
-    device: "cpu" or "cuda". threads: of one operator, None = every core. verify: check the SHA-256 of every file.
+    backend: one of engines.manifest.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
+    "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
+    core. verify: check the SHA-256 of every file.
     """
 
-    device: str = "cpu"
+    backend: str | None = None
+    device: str | None = None
     threads: int | None = None
     verify: bool = True
 
@@ -35,12 +40,20 @@ class Image(Generic[Array]):
 
 @dataclass(frozen=True)
 class Step:
-    """What one decoder run says about the last token of each row. Arrays are copies."""
+    """What one decoder run says about the last token of each row. Arrays are copies.
 
-    logits: np.ndarray  # [B, vocab] float32
+    `fetch`: gives the logits; where they lie on a device, only until the decoder's next run.
+    """
+
+    fetch: Callable[[], np.ndarray]
     token: np.ndarray  # [B] int64: the largest logit
     pages: np.ndarray  # [B, M, pages] int64, best first
     page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
+
+    @cached_property
+    def logits(self) -> np.ndarray:
+        """[B, vocab] float32, fetched when first asked for."""
+        return self.fetch()
 
     def cells(self) -> np.ndarray:
         """The selection as a mask: bool [B, M, pages]."""

@@ -24,9 +24,9 @@ ROUND = 64  # cache capacities are multiples of this many tokens, so that simila
 class OrtModel:
     """An opened bundle. Sessions are created once; nothing of a request is kept here."""
 
-    def __init__(self, bundle: Bundle, *, device: str = Opening.device, threads: int | None = Opening.threads) -> None:
-        """`device`, `threads`: see Opening. Raises BackendError when onnxruntime or the device is missing, or a graph
-        does not load.
+    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads) -> None:
+        """`device`: "cpu" or "cuda". `threads`: see Opening. Raises BackendError when onnxruntime or the device is
+        missing, or a graph does not load.
         """
         self.geometry = bundle.manifest.geometry
         self.device = device
@@ -86,6 +86,10 @@ class OrtModel:
     def zeros(self, shape: tuple[int, ...]) -> ort.OrtValue:
         """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""
         return self._value(np.zeros(shape, self._model_dtype))
+
+    def device_ms(self) -> float:
+        """Milliseconds the device has worked since this was last asked: not measured here."""
+        return 0.0
 
     def _value(self, array: np.ndarray) -> ort.OrtValue:
         # On the CPU the value is a view: it shares the array's memory and keeps it alive.
@@ -151,7 +155,8 @@ class Decoder:
             value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
             _execute(self._session, self._bind(value), "decoder")
         self.length = self.length + (steps if lengths is None else lengths)
-        return Step(*(self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count")))
+        logits, *others = (self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count"))
+        return Step(lambda: logits, *others)
 
     def enlarged(self, capacity: int) -> Decoder:
         """A decoder with room for `capacity` tokens that has seen what this one has, which then has had its day."""

@@ -80,7 +80,7 @@ class ReferenceDecoder:
         self.maps = [map.numpy() for map in maps]
         self.hidden = [state.float().numpy() for state in hidden]
         self.length = self.length + (ids.shape[1] if lengths is None else lengths)
-        return Step(logits.numpy(), token.numpy(), pages.numpy(), count.numpy())
+        return Step(logits.numpy, token.numpy(), pages.numpy(), count.numpy())
 
 
 def load(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

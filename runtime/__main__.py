@@ -12,7 +12,8 @@ import PIL.Image
 
 from engines.backend import Opening
 from engines.errors import FlexError, OptionError
-from engines.ort import PROVIDERS
+from engines.manifest import BACKENDS
+from engines.open import DEVICES
 from runtime.engine import Engine
 from runtime.image import load_image
 from runtime.show import draw_selection
@@ -37,7 +38,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
     add("--page-budget", type=int, default=default.page_budget, help="pages each layer reads at most; None = bundle's")
     add("--show", type=Path, metavar="PNG", help="write the image with the pages each answer token looked at")
-    add("--device", choices=PROVIDERS, default=Opening.device)
+    add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
+    add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
     add(
         "--no-verify", dest="verify", action="store_false", default=Opening.verify, help="skip the SHA-256 of each file"
@@ -52,7 +54,8 @@ def run(given: argparse.Namespace) -> None:
         raise OptionError("--show without an image", fix="name an image, or leave --show out")
     if given.show is not None:
         _require_writable(given.show)
-    engine = Engine(given.bundle, device=given.device, threads=given.threads, verify=given.verify)
+    opening = {field.name: getattr(given, field.name) for field in fields(Opening)}
+    engine = Engine(given.bundle, **opening)
     options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
     stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
     for piece in stream:

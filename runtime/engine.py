@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,13 +14,16 @@ from engines.backend import Image, Opening, Step
 from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError, PromptError
 from engines.memory import peak_rss
-from engines.ort import Decoder, OrtModel
+from engines.open import open_model
 from engines.pages import margins
 from runtime.image import ImageSource, load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
 from runtime.sampling import Sampler
 from runtime.types import Answer, Options, Stats, Trace
+
+if TYPE_CHECKING:
+    from engines.open import Decoder, Model
 
 
 class Engine:
@@ -28,7 +33,8 @@ class Engine:
         self,
         bundle: str | os.PathLike[str],
         *,
-        device: str = Opening.device,
+        backend: str | None = Opening.backend,
+        device: str | None = Opening.device,
         threads: int | None = Opening.threads,
         verify: bool = Opening.verify,
     ) -> None:
@@ -46,7 +52,7 @@ class Engine:
             vocab=self.geometry.vocab,
             image_tokens=self.geometry.image_tokens,
         )
-        self.model = OrtModel(opened, device=device, threads=threads)
+        self.model = open_model(opened, Opening(backend, device, threads, verify))
 
     def generate(
         self,
@@ -147,12 +153,12 @@ class ImageView:
         if not self._has_image:
             return model.no_image(1)
         if self._features is None:
-            with _timed(clock, "preprocess_ms"):
+            with _timed(clock, "preprocess"):
                 tiles = preprocess(self._source, geometry)
-            with _timed(clock, "vision_ms"):
+            with _timed(clock, "vision", model):
                 self._features, self._hires = model.vision(tiles[:1]), model.vision(tiles[1:])
         if self._encoded is None or self._encoded.begin[0] != begin:  # hi-res rotary depends on the position
-            with _timed(clock, "projection_ms"):
+            with _timed(clock, "projection", model):
                 position = np.array([begin], np.int64)
                 keys, values = model.project(self._hires, position)
                 sides = np.array([margins(*self._source.size, geometry.grid)], np.int64)
@@ -169,7 +175,7 @@ class ImageView:
         prefix = ids[: min(end, len(ids) - 1)]
         (decoder, kept), self._idle = self._idle or (None, None), None
         reusable = decoder is not None and np.array_equal(prefix, kept)
-        with _timed(clock, "prefill_ms"):
+        with _timed(clock, "prefill", self._engine.model):
             if reusable:
                 decoder.length[:] = len(prefix)
                 if decoder.capacity < len(ids) + room:
@@ -210,7 +216,8 @@ class Stream:
 
     def _run(self, view: ImageView, ids: np.ndarray, begin: int, options: Options, budget: int) -> Iterator[str]:
         engine = view._opened()  # the view may have been closed since the question
-        clock = dict.fromkeys(("preprocess_ms", "vision_ms", "projection_ms", "prefill_ms"), 0.0)
+        clock = dict.fromkeys((f"{stage}_ms" for stage in ("preprocess", "vision", "projection", "prefill")), 0.0)
+        clock |= dict.fromkeys((f"{stage}_device_ms" for stage in ("vision", "projection", "prefill")), 0.0)
         ends = set(engine.manifest.prompt.eos_token_ids) if options.stop_at_eos else set()
         sampler, text = Sampler(options.sampling()), engine.prompter.text_stream(options.stop)
         decoder, prefix, reused = view._start(ids, begin, options.max_new_tokens - 1, clock)
@@ -219,17 +226,23 @@ class Stream:
         tokens: list[int] = []
         steps: list[Step] = []
         times: list[float] = []
+        device_times: list[float] = []
         token = int(ids[-1])
         try:
             while len(tokens) < options.max_new_tokens and not (tokens and token in ends) and not text.stopped:
                 started = perf_counter()
                 step = decoder.run(np.array([[token]], np.int64), budget)
-                token = sampler.pick(step.logits[0])
+                if options.trace or options.temperature > 0 or not tokens:
+                    token = sampler.pick(step.logits[0])
+                else:  # chosen on the device, where the logits stay
+                    token = int(step.token[0])
+                device_times.append(engine.model.device_ms())
                 times.append(1000 * (perf_counter() - started))
                 tokens.append(token)
-                steps.append(step if options.trace else Step(_NOTHING, _NOTHING, _NOTHING, step.page_count))
+                steps.append(step if options.trace else replace(step, fetch=_gone, pages=_NOTHING))
                 if token not in ends and (piece := text.push(token)):
                     yield piece
+            sampler.check(step.logits[0])  # what goes wrong in a step goes wrong in all after it
             if piece := text.finish():
                 yield piece
         finally:
@@ -239,6 +252,7 @@ class Stream:
         stats = Stats(
             **clock,
             decode_ms=tuple(times),
+            decode_device_ms=tuple(device_times) if any(device_times) else (),
             prompt_tokens=len(ids),
             reused_tokens=reused,
             pages_read=counts[:, :-1],  # each reading layer reads what the layer before it selected
@@ -256,14 +270,20 @@ def _trace(steps: list[Step], cells: int) -> Trace:
     return Trace(np.concatenate([step.logits for step in steps]), mask.reshape(*mask.shape[:2], cells, cells))
 
 
-class _timed:
-    """Add the milliseconds of a block to an entry of `clock`."""
+def _gone() -> np.ndarray:
+    raise RuntimeError("the logits of this step were not kept")
 
-    def __init__(self, clock: dict[str, float], key: str) -> None:
-        self.clock, self.key = clock, key
+
+class _timed:
+    """Add the milliseconds of a block to an entry of `clock`, and those its model's device worked to another."""
+
+    def __init__(self, clock: dict[str, float], stage: str, model: Model | None = None) -> None:
+        self.clock, self.stage, self.model = clock, stage, model
 
     def __enter__(self) -> None:
         self.started = perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.clock[self.key] += 1000 * (perf_counter() - self.started)
+        self.clock[f"{self.stage}_ms"] += 1000 * (perf_counter() - self.started)
+        if self.model:
+            self.clock[f"{self.stage}_device_ms"] += self.model.device_ms()

@@ -44,13 +44,17 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
+    def check(self, logits: np.ndarray) -> None:
+        """BackendError when a logit is not finite."""
+        if not np.isfinite(logits).all():
+            raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
+
     def pick(self, logits: np.ndarray) -> int:
         """One token id from logits [V] float32; greedy takes the first of equal ones.
 
         Raises BackendError when a logit is not finite: the engine is broken, and any token would be a lie.
         """
-        if not np.isfinite(logits).all():
-            raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
+        self.check(logits)
         options = self._sampling
         if options.temperature == 0:
             return int(logits.argmax())

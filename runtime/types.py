@@ -63,7 +63,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer cost. Times in milliseconds; 0 where nothing had to be done again."""
+    """What one answer cost. Times in milliseconds; 0 where nothing had to be done again.
+
+    `..._device_ms`: of that, what the GPU took by its own clock; 0, and no tuple, where the backend does not measure.
+    """
 
     preprocess_ms: float
     vision_ms: float
@@ -74,6 +77,10 @@ class Stats:
     reused_tokens: int  # of those, already in the cache of the image view
     pages_read: np.ndarray  # [T, reading layers] int64: pages each layer read for each answer token
     peak_rss_bytes: int  # of this process, so far
+    vision_device_ms: float = 0.0
+    projection_device_ms: float = 0.0
+    prefill_device_ms: float = 0.0
+    decode_device_ms: tuple[float, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,11 +89,12 @@ class Stats:
 
     def __str__(self) -> str:
         pages = f", {self.pages_read.mean():.1f} pages read per layer and token" if self.pages_read.size else ""
+        device = f" ({np.mean(self.decode_device_ms):.2f} ms each on the GPU)" if self.decode_device_ms else ""
         return (
             f"preprocess {self.preprocess_ms:.0f} ms, vision {self.vision_ms:.0f} ms, page projection "
             f"{self.projection_ms:.0f} ms, prefill {self.prefill_ms:.0f} ms ({self.prompt_tokens} tokens, "
             f"{self.reused_tokens} reused), decode {len(self.decode_ms)} tokens at {self.tokens_per_second:.1f}/s"
-            f"{pages}, peak memory {self.peak_rss_bytes / 1e9:.2f} GB"
+            f"{device}{pages}, peak memory {self.peak_rss_bytes / 1e9:.2f} GB"
         )
 
 

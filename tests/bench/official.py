@@ -68,7 +68,7 @@ class OfficialDecoder(ReferenceDecoder):
         logits = module.lm_head(module.model.norm(x)).float()
         self.length = self.length + 1
         pages, count = (torch.stack(tensors, 1).numpy() for tensors in zip(*chosen, strict=True))
-        return Step(logits.numpy(), logits.argmax(-1).numpy(), pages, count)
+        return Step(logits.numpy, logits.argmax(-1).numpy(), pages, count)
 
     def _project(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         attend, features = self._projector[str(layer)].self_attn, self._hires[tokens]

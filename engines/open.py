@@ -1,0 +1,46 @@
+"""Which backend opens a bundle, and where: the only place that chooses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engines.backend import Opening
+from engines.bundle import Bundle
+from engines.errors import BackendError
+from engines.manifest import BACKENDS, ONNXRUNTIME
+
+if TYPE_CHECKING:
+    from engines import ort, trt_model
+
+    Model = ort.OrtModel | trt_model.TrtModel
+    Decoder = ort.Decoder | trt_model.Decoder
+
+DEVICES = ("cpu", "cuda")
+
+
+def open_model(bundle: Bundle, opening: Opening) -> Model:
+    """The three parts of a bundle, ready to run. Raises BackendError, and BundleError when it was not built for this.
+
+    Only what the backend needs is imported.
+    """
+    backend = bundle.manifest.backend if opening.backend is None else opening.backend
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r}", expected=f"one of {list(BACKENDS)}")
+    if backend == ONNXRUNTIME:
+        from engines.ort import OrtModel
+
+        device = "cpu" if opening.device is None else opening.device
+        return OrtModel(bundle, device=device, threads=opening.threads)
+    if opening.device not in (None, "cuda"):
+        raise BackendError(
+            f"device {opening.device!r} with the backend {backend}",
+            expected="'cuda'",
+            fix="leave the device out, or open the bundle with backend='onnxruntime'",
+        )
+    if opening.threads is not None:
+        raise BackendError(
+            f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"
+        )
+    from engines.trt_model import TrtModel
+
+    return TrtModel(bundle, backend)

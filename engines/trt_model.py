@@ -1,0 +1,328 @@
+"""The three parts of a bundle on TensorRT or TensorRT-RTX, with the methods of engines.ort. numpy and the driver only.
+
+One decode step is one CUDA graph: copy the step's numbers to the device, run the engine, copy token and selection back.
+Everything it touches is allocated before it is recorded, the cache is updated in place at its full capacity, and the
+host waits once, for the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engines import trt as tensorrt
+from engines.backend import Image, Step
+from engines.bundle import Bundle
+from engines.cuda import Buffer, Cuda, Graph, Shared
+from engines.errors import BackendError
+from engines.manifest import PRECISIONS
+from engines.pages import page_size
+from engines.trt_network import Context, DeviceArray, Network, allocate, padded, plans_of
+from plugins.plugin import register
+
+
+class TrtModel:
+    """An opened bundle. Engines, scratch memory and the buffers of finished requests are kept; nothing else of them."""
+
+    def __init__(
+        self, bundle: Bundle, backend: str, *, cuda: Cuda | None = None, trt: ModuleType | None = None
+    ) -> None:
+        """`backend`: "tensorrt" or "tensorrt-rtx". `cuda`, `trt`: to run on something else than this machine's own.
+
+        Raises BundleError when the bundle has no engines for it; BackendError when there is no GPU, no TensorRT, or
+        they are others than the engines were built for.
+        """
+        self.geometry = bundle.manifest.geometry
+        plans = plans_of(bundle, backend)
+        self.cuda = cuda or Cuda()
+        trt = trt or tensorrt.load(backend)
+        if any(plan.plugins for plan in plans.values()):
+            register(trt, run=self.cuda.run)
+        self._networks = {part: Network(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
+        self._model_dtype = PRECISIONS[bundle.manifest.precision]
+        self.stream = self.cuda.stream()
+        self._events = self.cuda.event(), self.cuda.event()
+        # Runs follow each other in one stream, so that all parts can work in the same memory.
+        size = padded(max(1, *(network.scratch for network in self._networks.values())))
+        self._scratch = self.cuda.buffer(size, "the engines' scratch memory", self._smaller())
+        self._contexts: dict[tuple[str, int], Context] = {}
+        self._desks: dict[int, list[_Desk]] = {}  # by batch: free ones
+        self._blank: dict[int, Image] = {}
+        self._tiles: Shared | None = None
+        self._device_ms = 0.0
+
+    def vision(self, tiles: np.ndarray) -> DeviceArray:
+        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
+        self.cuda.make_current()
+        network, g, count = self._networks["vision"], self.geometry, len(tiles)
+        features = allocate(
+            self.cuda, {"features": ((count, g.image_tokens, g.hidden), self._model_dtype)}, "the image's features"
+        )["features"]
+        most = min(network.limits("tiles")[1], 1 + g.zoom**2)
+        if self._tiles is None:
+            self._tiles = self.cuda.shared(most * tiles[0].nbytes, "the pixels of an image")
+        for start in range(0, count, most):
+            part = tiles[start : start + most]
+            self._tiles.view(0, part.shape, np.float32)[:] = part
+            context = self._context("vision", network.profile(tiles=len(part)))
+            context.bind("tiles", self._tiles.address, part.shape)
+            at = features.address + start * (features.nbytes // count)
+            context.bind("features", at, (len(part), *features.shape[1:]))
+
+            self.timed(partial(self._encode, context, part.nbytes))
+        return features
+
+    def _encode(self, context: Context, size: int) -> None:
+        self._tiles.upload(self.stream, size)
+        context.enqueue(self.stream)
+
+    def project(self, hires: DeviceArray, begin: np.ndarray) -> tuple[list[DeviceArray], list[DeviceArray]]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> page_key, page_value."""
+        self.cuda.make_current()
+        network, batch = self._networks["pages"], len(begin)
+        context = self._context("pages", network.profile(batch=batch, batch_tiles=hires.shape[0]))
+        shapes = {spec.name: ((batch, *spec.shape[1:]), spec.dtype) for spec in network.plan.outputs}
+        stores = allocate(self.cuda, shapes, "the pages of the image", self._smaller())
+        position = self.cuda.shared(begin.nbytes, "the position of the image")
+        position.view(0, begin.shape, np.int64)[:] = begin
+        context.bind("hires_features", hires.address, hires.shape)
+        context.bind("image_begin", position.address, begin.shape)
+        for name, array in stores.items():
+            context.bind(name, array.address, array.shape)
+
+        def run() -> None:
+            position.upload(self.stream)
+            context.enqueue(self.stream)
+
+        self.timed(run)
+        layers = self.geometry.reading_layers
+        keys, values = ([stores[f"page_{half}.{layer}"] for layer in layers] for half in ("key", "value"))
+        return keys, values
+
+    def no_image(self, batch: int) -> Image:
+        """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
+        if batch not in self._blank:
+            self.cuda.make_current()
+            g = self.geometry
+            shapes = {
+                "features": ((batch, g.image_tokens, g.hidden), self._model_dtype),
+                "store": ((batch, g.kv_heads, g.pages, page_size(g), g.head_dim), self._model_dtype),
+            }
+            zeros = allocate(self.cuda, shapes, "a request without an image", self._smaller())
+            zeros["store"].memory.fill(0, self.stream)  # weight 0 times stale NaN would be NaN
+            stores, row = [zeros["store"]] * len(g.reading_layers), np.zeros(batch, np.int64)
+            self._blank[batch] = Image(zeros["features"], stores, stores, row, np.zeros((batch, 2), np.int64))
+        return self._blank[batch]
+
+    def decoder(self, image: Image, capacity: int) -> Decoder:
+        """A decoder with an empty cache, one row per image; BackendError when `capacity` tokens do not fit."""
+        self.cuda.make_current()
+        if capacity > self.rounded(capacity):
+            raise BackendError(
+                f"a cache of {capacity} tokens",
+                expected=f"at most the {self.geometry.context} the engine was built for",
+                fix="ask for fewer tokens, or build the bundle with a larger --context",
+            )
+        batch = len(image.begin)
+        free = self._desks.setdefault(batch, [])
+        desk = free.pop() if free else self._new_desk(batch)
+        desk.cache.fill(0, self.stream)  # NaN of an earlier request would outlive it
+        return Decoder(self, desk, free, image)
+
+    def rounded(self, capacity: int) -> int:
+        """The capacity a cache really gets, whatever is asked for: the engine knows one."""
+        return self.geometry.context
+
+    def device_ms(self) -> float:
+        """Milliseconds the device has worked since this was last asked."""
+        spent, self._device_ms = self._device_ms, 0.0
+        return spent
+
+    def timed(self, work: Callable[[], None]) -> None:
+        """Do what `work` asks of the stream, wait for it, and count the device's time."""
+        start, end = self._events
+        start.record(self.stream)
+        work()
+        end.record(self.stream)
+        end.wait()
+        self._device_ms += end.since(start)
+
+    def prefill_context(self, batch: int, steps: int) -> Context:
+        """The context that takes `steps` new tokens; its bindings are whoever used it last's."""
+        return self._context("decoder", self._networks["decoder"].profile(batch=batch, steps=steps), "prefill")
+
+    def _context(self, part: str, profile: int, use: str = "") -> Context:
+        key = part + use, profile
+        if key not in self._contexts:
+            self._contexts[key] = self._networks[part].context(profile, self._scratch, self.stream)
+        return self._contexts[key]
+
+    def _new_desk(self, batch: int) -> _Desk:
+        network = self._networks["decoder"]
+        profile = network.profile(batch=batch, steps=1)
+        context = network.context(profile, self._scratch, self.stream)
+        g, dtype = self.geometry, self._model_dtype
+        shape = (batch, g.kv_heads, g.context, g.head_dim), dtype
+        names = [f"{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
+        what = f"the cache of {batch} x {g.context} tokens"
+        cache = allocate(self.cuda, dict.fromkeys(names, shape), what, self._smaller())
+        logits = allocate(self.cuda, {"logits": ((batch, g.vocab), "float32")}, "the logits")["logits"]
+        rows, selecting = (batch,), (batch, len(g.selecting_layers))
+        inputs = _Block.of(
+            self.cuda,
+            {
+                "past_length": rows,
+                "page_budget": rows,
+                "image_begin": rows,
+                "margins": (batch, 2),
+                "input_ids": (batch, g.context),
+            },
+        )
+        outputs = _Block.of(self.cuda, {"token": rows, "page_count": selecting, "pages": (*selecting, g.pages)})
+        return _Desk(context, next(iter(cache.values())).memory, cache, logits, inputs, outputs)
+
+    def _smaller(self) -> str:
+        return f"close what else uses the GPU, or build with a smaller --context (this is {self.geometry.context})"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Named int64 arrays side by side in memory that host and device share."""
+
+    memory: Shared
+    places: dict[str, tuple[int, tuple[int, ...]]]  # offset, shape
+
+    @classmethod
+    def of(cls, cuda: Cuda, shapes: dict[str, tuple[int, ...]]) -> _Block:
+        places, size = {}, 0
+        for name, shape in shapes.items():
+            places[name] = size, shape
+            size += padded(8 * int(np.prod(shape)))
+        return cls(cuda.shared(size, "input and output of a step"), places)
+
+    def view(self, name: str) -> np.ndarray:
+        """The host's side of an array."""
+        offset, shape = self.places[name]
+        return self.memory.view(offset, shape, np.int64)
+
+    def address(self, name: str) -> int:
+        """The device's side of an array."""
+        return self.memory.address + self.places[name][0]
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What one decoder works with, kept for the next one: `context` is for single steps, and its graphs."""
+
+    context: Context
+    cache: Buffer
+    halves: dict[str, DeviceArray]  # key.0, value.0, ...: the cache
+    logits: DeviceArray
+    inputs: _Block
+    outputs: _Block
+
+
+class Decoder:
+    """One request: a key/value cache bound in place, and the number of valid tokens in each row."""
+
+    def __init__(self, model: TrtModel, desk: _Desk, free: list[_Desk], image: Image) -> None:
+        self.capacity = model.geometry.context
+        self.length = np.zeros(len(image.begin), np.int64)  # [B] valid tokens; lower it to forget the newest ones
+        self._model, self._desk, self._image = model, desk, image
+        self._graph: Graph | None = None
+        self._runs = 0  # of single steps, and
+        self._latest = 0  # of all, so that a step knows whether its logits are still there
+        desk.inputs.view("image_begin")[:] = image.begin
+        desk.inputs.view("margins")[:] = image.margins
+        self._bind(desk.context, 1)
+        weakref.finalize(self, free.append, desk)
+
+    def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
+        """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
+
+        `page_budget` [B] or one number: pages the last column may read; 0, for a prefill, leaves attention plain.
+        `lengths` [B]: valid ids of each row when rows are padded at their end (then `Step` means nothing).
+        The step's logits must be asked for before the next run.
+        """
+        model, desk = self._model, self._desk
+        batch, steps = ids.shape
+        if int(self.length.max()) + steps > self.capacity:
+            raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
+        model.cuda.make_current()
+        self._latest += 1
+        if steps == 1:
+            desk.inputs.view("input_ids").reshape(-1)[:batch] = ids[:, 0]
+            work = self._single
+        else:
+            context = model.prefill_context(batch, steps)
+            self._bind(context, steps)
+            desk.inputs.view("input_ids").reshape(-1)[: batch * steps] = ids.reshape(-1)
+            work = partial(self._ask, context, steps)
+        desk.inputs.view("past_length")[:] = self.length
+        desk.inputs.view("page_budget")[:] = page_budget
+        model.timed(work)
+        self.length = self.length + (steps if lengths is None else lengths)
+        token, pages, page_count = (desk.outputs.view(name).copy() for name in ("token", "pages", "page_count"))
+        return Step(self._logits_of(self._latest), token, pages, page_count)
+
+    def enlarged(self, capacity: int) -> Decoder:
+        """This decoder: its capacity is the engine's. BackendError when that is less than `capacity`."""
+        if capacity > self.capacity:
+            raise BackendError(
+                f"a cache of {capacity} tokens",
+                expected=f"at most the {self.capacity} the engine was built for",
+                fix="ask for fewer tokens, or build the bundle with a larger --context",
+            )
+        return self
+
+    def _single(self) -> None:
+        """One decode step. The first goes to TensorRT as it is, which may have to get ready for its shapes and
+        addresses; the second is recorded; it and all others are one launch of the recording."""
+        model, context = self._model, self._desk.context
+        if self._graph is None and self._runs > 0 and context.capturable(model.stream):
+            self._graph = model.cuda.capture(model.stream, lambda: self._ask(context, 1))
+        if self._graph is None:
+            self._ask(context, 1)
+        else:
+            self._graph.launch(model.stream)
+        self._runs += 1
+
+    def _ask(self, context: Context, steps: int) -> None:
+        """A run with its copies, as far as they are needed; nothing waits."""
+        desk, stream = self._desk, self._model.stream
+        ids = desk.inputs.places["input_ids"][0]
+        desk.inputs.memory.upload(stream, ids + 8 * len(self.length) * steps)
+        context.enqueue(stream)
+        desk.outputs.memory.download(stream)
+
+    def _bind(self, context: Context, steps: int) -> None:
+        desk, image, batch = self._desk, self._image, len(self.length)
+        for name, (_, shape) in desk.inputs.places.items():
+            context.bind(name, desk.inputs.address(name), (batch, steps) if name == "input_ids" else shape)
+        for name, (_, shape) in desk.outputs.places.items():
+            context.bind(name, desk.outputs.address(name), shape)
+        for name, array in desk.halves.items():  # one buffer on both sides: the cache is updated in place
+            context.bind(f"past_{name}", array.address, array.shape)
+            context.bind(f"present_{name}", array.address, array.shape)
+        arrays: dict[str, Any] = {"features": image.features, "logits": desk.logits}
+        for index, layer in enumerate(self._model.geometry.reading_layers):
+            arrays[f"page_key.{layer}"] = image.page_key[index]
+            arrays[f"page_value.{layer}"] = image.page_value[index]
+        for name, array in arrays.items():
+            context.bind(name, array.address, array.shape)
+
+    def _logits_of(self, run: int) -> Callable[[], np.ndarray]:
+        def fetch() -> np.ndarray:
+            if self._latest != run:
+                raise BackendError("the logits of a step that is over", fix="read them before the decoder's next run")
+            model, logits = self._model, self._desk.logits
+            model.cuda.make_current()
+            return logits.numpy(model.stream)
+
+        return fetch
