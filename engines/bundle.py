@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import BundleError, ExportError
-from engines.manifest import BACKENDS, FORMAT, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
+from engines.manifest import BACKENDS, FORMAT, KINDS, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
@@ -113,6 +113,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     for name, part in manifest.parts.items():
         named += [part.weights, *(graph.file for graph in part.graphs.values())]
         named += [plan.file for plan in part.plans.values()]
+        if sorted(part.graphs) != sorted(KINDS[name]):
+            return f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(KINDS[name])}"
         for kind, graph in part.graphs.items():
             if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
                 return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"
