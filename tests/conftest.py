@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Before anything imports triton (torch may): its functions are decorated for the interpreter or for the compiler. What
+# tests compile, they compile in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from filelock import FileLock

@@ -15,9 +15,15 @@ BLOCK = 64  # keys of one tile
 SPLIT = 128  # keys of one program of `attend`
 PAGES_PER_SPLIT = 2
 MAP_BLOCK = 64  # image tokens of one program of `combine`
-PREFILL_ROWS = 64  # queries of one program of `prefill`
 APPEND_ROWS = 32  # tokens of one program of `append`
 FOLDER = "plugins.cached_attention.kernel"
+
+
+def prefill_tile(dtype: str, width: int) -> tuple[int, int]:
+    """Queries and keys of one tile of `prefill`: what keeps it in registers, and its shared memory under 48 KB."""
+    if dtype == "float32":  # no tensor cores: the products are unrolled
+        return 16, 16
+    return 64, 64 if width <= 64 else 32
 
 
 class CachedAttention(Op):
@@ -49,7 +55,7 @@ class CachedAttention(Op):
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a, model = self.attributes, f"*{TRITON_TYPES[dtype]}"
         heads, group = ("HEADS", a["heads"]), ("GROUP", a["heads"] // a["kv_heads"])
-        width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", power_of_two(a["head_dim"]))
+        width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", max(16, power_of_two(a["head_dim"])))  # tensor cores take 16
         image = ("IMAGE_TOKENS", a["grid"] ** 2)
         query, *new = ((name, model) for name in ("query", "key", "value", "cache_key", "cache_value"))
         turn = ("positions", "*i64"), ("cos", "*fp32"), ("sin", "*fp32")
@@ -62,11 +68,12 @@ class CachedAttention(Op):
             (*new, *turn, *sizes),
             (("KV_HEADS", a["kv_heads"]), *width, ("ROWS", APPEND_ROWS)),
         )
+        rows, keys = prefill_tile(dtype, width[1][1])
         prefill = Kernel(
             "prefill",
             f"{FOLDER}:prefill",
             (query, *new[2:], *turn, context, *sizes),
-            (heads, group, *width, ("ROWS", PREFILL_ROWS), ("BLOCK", BLOCK)),
+            (heads, group, *width, ("ROWS", rows), ("BLOCK", keys)),
         )
         attend = Kernel(
             self.attend[0],
@@ -141,7 +148,7 @@ class CachedAttention(Op):
         launches, before = [], steps - 1
         if before:
             append_grid = blocks(before, APPEND_ROWS), a["kv_heads"], batch
-            prefill_grid = blocks(before, PREFILL_ROWS), a["heads"], batch
+            prefill_grid = blocks(before, dict(prefill.constants)["ROWS"]), a["heads"], batch
             launches = [
                 Launch(append, append_grid, (key, value, *cache, *turn, *sizes)),
                 Launch(prefill, prefill_grid, (query, *cache, *turn, context, *sizes)),
