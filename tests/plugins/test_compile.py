@@ -311,7 +311,9 @@ def test_sizes_of_a_bundle(random_model):
     _, bundle = random_model("tiny", g)
     sizes, dtype = sizes_of_bundle(bundle)
     assert dtype == "float32"
-    assert sizes == {name: getattr(g, name) for name in OFFICIAL_7B if name != "page_size"} | {"page_size": page_size(g)}
+    assert sizes == {name: getattr(g, name) for name in OFFICIAL_7B if name != "page_size"} | {
+        "page_size": page_size(g)
+    }
 
 
 def test_the_default_sizes_are_the_official_ones():
