@@ -133,7 +133,7 @@ def pages_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
         TensorSpec("hires_features", "model", ("batch_tiles", g.image_tokens, g.hidden)),
         TensorSpec("image_begin", "int64", ("batch",)),
     ]
-    outputs = _page_inputs(g) if g.lazy_pages else _pages("page_key", g) + _pages("page_value", g)
+    outputs = _page_sources(g) if g.lazy_pages else _pages("page_key", g) + _pages("page_value", g)
     return inputs, outputs
 
 
@@ -152,7 +152,7 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     lazy: list[TensorSpec] = []
     if g.lazy_pages:
         done = "int64", ("batch", len(g.reading_layers), g.pages)
-        inputs += [*_page_inputs(g), TensorSpec("projected", *done)]
+        inputs += [*_page_sources(g), TensorSpec("projected", *done)]
         lazy = _pages("present_page_key", g) + _pages("present_page_value", g)
         lazy.append(TensorSpec("present_projected", *done))
     outputs = [
@@ -172,7 +172,13 @@ def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
     return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
 
 
-def _page_inputs(g: Geometry) -> list[TensorSpec]:
+def page_inputs(g: Geometry) -> tuple[str, ...]:
+    """Names of what a decoder takes about the hi-res pages of an image."""
+    stores = tuple(spec.name for spec in _pages("page_key", g) + _pages("page_value", g))
+    return stores + (("page_features", "page_cos", "page_sin", "projected") if g.lazy_pages else ())
+
+
+def _page_sources(g: Geometry) -> list[TensorSpec]:
     """What lazy projection works from, page by page."""
     slots = "batch", g.pages, page_size(g)
     turn = [TensorSpec(name, "float32", (*slots, g.head_dim // 2)) for name in ("page_cos", "page_sin")]
