@@ -13,12 +13,6 @@ PARTS = ("vision", "pages", "decoder")
 # Kinds of graphs: with bare flex:: nodes (which TensorRT reads with this project's plugins), for ONNX Runtime, and for
 # TensorRT without plugins.
 TRACED, ONNXRUNTIME, PLUGIN_FREE = "traced", "onnxruntime", "plugin-free"
-# The vision and pages parts hold no flex:: nodes: their traced graphs need no plugins anyway.
-KINDS = {
-    "vision": (TRACED, ONNXRUNTIME),
-    "pages": (TRACED, ONNXRUNTIME),
-    "decoder": (TRACED, ONNXRUNTIME, PLUGIN_FREE),
-}
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
@@ -35,6 +29,16 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def kinds(part: str, g: Geometry) -> tuple[str, ...]:
+    """The kinds of graphs a bundle holds of a part.
+
+    The vision and pages parts hold no flex:: nodes: their traced graphs need no plugins anyway. Which pages are new is
+    known to plugins alone.
+    """
+    plugin_free = part == "decoder" and not g.lazy_pages
+    return (TRACED, ONNXRUNTIME, PLUGIN_FREE) if plugin_free else (TRACED, ONNXRUNTIME)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def elsewhere(options: PlanOptions) -> str | None:
 
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
-    names = ("heads", "kv_heads", "head_dim", "grid", "cells", "threshold")
+    names = ("hidden", "heads", "kv_heads", "head_dim", "grid", "cells", "threshold")
     return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)}
 
 

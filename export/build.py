@@ -29,7 +29,6 @@ from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
     FORMAT,
-    KINDS,
     ONNXRUNTIME,
     PARTS,
     PLUGIN_FREE,
@@ -40,6 +39,7 @@ from engines.manifest import (
     Part,
     Prompt,
     graph_io,
+    kinds,
 )  # fmt: skip
 from engines.memory import available_bytes, peak_rss
 from engines.trt_build import attributes, build_plans, elsewhere
@@ -60,6 +60,10 @@ CHECKS = {
     "weights": "compare the stored weights with the checkpoint, in little memory",
     "none": "do not check",
 }
+PROJECTIONS = {
+    "eager": "all hi-res pages when the image is encoded",
+    "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
+}
 KERNELS = "kernels.zip"
 
 
@@ -72,12 +76,18 @@ class BuildOptions:
     precision: str = "fp16"
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
+    projection: str = "eager"
     backend: str = ONNXRUNTIME
     check: str = "parity"
     plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
 
     def __post_init__(self) -> None:
-        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("check", CHECKS)):
+        for knob, known in (
+            ("precision", PRECISIONS),
+            ("projection", PROJECTIONS),
+            ("backend", BACKENDS),
+            ("check", CHECKS),
+        ):
             if getattr(self, knob) not in known:
                 raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
         for knob in ("page_budget", "context"):
@@ -177,7 +187,10 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     least = g.image_tokens + 2 * STEPS  # room for a question and an answer
     if not least <= context <= g.context:
         raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
-    return replace(g, context=context)
+    lazy = options.projection == "lazy"
+    if lazy and g.attention_bias:
+        raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
+    return replace(g, context=context, lazy_pages=lazy)
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
@@ -200,7 +213,7 @@ def _write_part(
     traced, graphs = writer.folder / f"{part}.onnx", {}
     ir.save(model, traced)
     bind = {ONNXRUNTIME: for_onnxruntime, PLUGIN_FREE: lambda model: for_plugin_free(model, g.context)}
-    for kind in KINDS[part]:
+    for kind in kinds(part, g):
         name = traced.name if kind == TRACED else f"{part}.{kind}.onnx"
         if kind != TRACED:
             ir.save(bind[kind](ir.load(traced)), writer.folder / name)
@@ -275,7 +288,7 @@ def _print_plan(
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
     for part, names in _tensors_of_parts(g).items():
         size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
-        graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in KINDS[part] if kind != TRACED)]
+        graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), _size(size))
     console.print(table)
     if dropped:
@@ -300,7 +313,7 @@ def _tensors_of_parts(g: Geometry) -> dict[str, dict[str, tuple[int, ...]]]:
     parts: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
     for name, shape in expected_tensors(g).items():
         vision = name.startswith(("model.vision_tower.", "model.mm_projector."))
-        pages = "_proj_hd." in name
+        pages = "_proj_hd." in name and not g.lazy_pages
         parts["vision" if vision else "pages" if pages else "decoder"][name] = shape
     return parts
 
@@ -341,6 +354,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
         )
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
+    add(
+        "--projection",
+        choices=PROJECTIONS,
+        default=default.projection,
+        help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
+    )
     add("--backend", choices=BACKENDS, default=default.backend)
     add(
         "--check",
