@@ -2,6 +2,7 @@
 
 Inputs and outputs: see the package docstring. A bias of MASKED gives a key the softmax weight 0 exactly, so the result
 is that of the selected pages alone; the price is the memory traffic of all C*C pages, each read once, where it is.
+Weight 0 times NaN is NaN: the whole store must hold finite numbers, so every page is projected before the first step.
 """
 
 from __future__ import annotations
