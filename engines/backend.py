@@ -32,8 +32,7 @@ class Image(Generic[Array]):
     """What the decoder needs to know of B images (one per row), resident on the device."""
 
     features: Array  # [B, T, hidden]
-    page_key: list[Array]  # reading layers x [B, kv_heads, pages, P, hd]
-    page_value: list[Array]
+    pages: dict[str, Array]  # what the decoder takes about hi-res pages, by name; lazily projected pages change in it
     begin: np.ndarray  # [B] int64: position of image token 0
     margins: np.ndarray  # [B, 2] int64: rows, columns of the map zeroed at each end
 

@@ -16,7 +16,21 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import BundleError, ExportError
-from engines.manifest import BACKENDS, FORMAT, PARTS, PRECISIONS, File, Manifest, graph_io, is_template
+from engines.manifest import (
+    BACKENDS,
+    FORMAT,
+    ONNXRUNTIME,
+    PARTS,
+    PRECISIONS,
+    File,
+    Manifest,
+    Plan,
+    graph_io,
+    is_template,
+    kinds,
+    plan_io,
+    symbols,
+)  # fmt: skip
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
@@ -41,13 +55,13 @@ class Bundle:
         return self.path / name
 
     def graph(self, part: str, kind: str) -> Path:
-        """The .onnx file of a part ("vision", "pages", "decoder") for TRACED or a backend; BundleError if none."""
+        """The .onnx file of a part ("vision", "pages", "decoder") of a kind; BundleError if there is none."""
         graphs = self.manifest.parts[part].graphs
         if kind not in graphs:
             raise BundleError(
-                f"{self.path} holds no {part} graph for {kind}",
+                f"{self.path} holds no {kind} graph of {part}",
                 expected=f"one of {sorted(graphs)}",
-                fix=f"{REBUILD.format(path=self.path)} --backend {kind}",
+                fix=REBUILD.format(path=self.path),
             )
         return self.file(graphs[kind].file)
 
@@ -113,14 +127,50 @@ def _contradiction(manifest: Manifest) -> str | None:
     for name, part in manifest.parts.items():
         named += [part.weights, *(graph.file for graph in part.graphs.values())]
         named += [plan.file for plan in part.plans.values()]
+        if sorted(part.graphs) != sorted(kinds(name, g)):
+            return f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(kinds(name, g))}"
         for kind, graph in part.graphs.items():
             if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
                 return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"
+        for backend, plan in part.plans.items():
+            if problem := _contradiction_of_plan(manifest, name, backend, plan):
+                return f"the {backend} engine of {name}: {problem}"
+        if part.plans.keys() != manifest.parts[PARTS[0]].plans.keys():
+            return f"engines of {name} for {sorted(part.plans)}, of others for {sorted(manifest.parts[PARTS[0]].plans)}"
     outside = [name for name in manifest.files if Path(name).name != name]
     if outside:
         return f"lists {outside[0]!r}, expected names of files inside the bundle"
     unlisted = [name for name in named if name not in manifest.files]
     return f"{unlisted[0]!r} is used but not among the files" if unlisted else None
+
+
+def _contradiction_of_plan(manifest: Manifest, part: str, backend: str, plan: Plan) -> str | None:
+    if backend not in BACKENDS or backend == ONNXRUNTIME:
+        return f"expected one of {[name for name in BACKENDS if name != ONNXRUNTIME]}"
+    if (plan.inputs, plan.outputs) != plan_io(part, manifest.geometry, manifest.precision):
+        return "inputs and outputs are not those of its geometry"
+    if not plan.sms or min(plan.sms) < 50:
+        return f"compute capabilities {list(plan.sms)}, expected numbers such as 86"
+    if not plan.profiles:
+        return "no optimisation profile"
+    for profile in plan.profiles:
+        if set(profile.sizes) != set(symbols(plan.inputs)):
+            return f"profile {profile.name} has sizes of {sorted(profile.sizes)}"
+        if any(not 0 < low <= best <= high for low, best, high in profile.sizes.values()):
+            return f"profile {profile.name} has sizes {profile.sizes}, expected 0 < minimum <= optimum <= maximum"
+    if plan.plugins and part != "decoder":
+        return "needs plugins, which only a decoder does"
+    kernels = manifest.files[manifest.kernels].sha256 if manifest.kernels in manifest.files else None
+    if plan.plugins != (plan.kernels is not None) or (plan.plugins and plan.kernels != kernels):
+        return f"built with kernels {plan.kernels}, the bundle's are {kernels}"
+    return None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write bundle.json, whole or not at all."""
+    temporary = folder / f".{MANIFEST}-{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    temporary.replace(folder / MANIFEST)
 
 
 class BundleWriter:
@@ -149,7 +199,7 @@ class BundleWriter:
 
     def finish(self, manifest: Manifest) -> None:
         """Write bundle.json, last."""
-        (self.folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        write_manifest(self.folder, manifest)
 
 
 @contextmanager

@@ -158,9 +158,14 @@ class Buffer:
         self.address, self.size, self._cuda = address, size, cuda
         weakref.finalize(self, cuda.api.cuMemFree, address)
 
-    def fill(self, byte: int, stream: Stream) -> None:
-        """Set every byte, in the order of the stream."""
-        self._cuda.call("cuMemsetD8Async", self.address, byte, self.size, stream.handle)
+    def fill(self, byte: int, stream: Stream, offset: int = 0, size: int | None = None) -> None:
+        """Set every byte, or `size` bytes from `offset` on, in the order of the stream."""
+        count = self.size - offset if size is None else size
+        self._cuda.call("cuMemsetD8Async", self.address + offset, byte, count, stream.handle)
+
+    def take(self, source: int, size: int, stream: Stream, offset: int = 0) -> None:
+        """Copy `size` bytes of device memory at `source` to `offset`, in the order of the stream."""
+        self._cuda.call("cuMemcpyDtoDAsync", self.address + offset, source, size, stream.handle)
 
     def upload(self, array: np.ndarray, stream: Stream) -> None:
         """Copy a contiguous array to the begin of the buffer; returns when the array may change again."""

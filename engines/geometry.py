@@ -47,6 +47,9 @@ class Geometry:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     vision: Vision
+    # A choice of the build, like the context: project a hi-res page when a layer first selects it, instead of all pages
+    # when the image is encoded. The answers are the same.
+    lazy_pages: bool = False
 
     @property
     def highres(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from engines.geometry import Geometry
@@ -28,6 +29,16 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def kinds(part: str, g: Geometry) -> tuple[str, ...]:
+    """The kinds of graphs a bundle holds of a part.
+
+    The vision and pages parts hold no flex:: nodes: their traced graphs need no plugins anyway. Which pages are new is
+    known to plugins alone.
+    """
+    plugin_free = part == "decoder" and not g.lazy_pages
+    return (TRACED, ONNXRUNTIME, PLUGIN_FREE) if plugin_free else (TRACED, ONNXRUNTIME)
 
 
 @dataclass(frozen=True)
@@ -121,12 +132,13 @@ def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 
 def pages_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Hi-res page projection: features of the hi-res tiles -> K/V pages of every reading layer."""
+    """Features of the hi-res tiles -> K/V pages of every reading layer; with lazy pages, what projects them."""
     inputs = [
         TensorSpec("hires_features", "model", ("batch_tiles", g.image_tokens, g.hidden)),
         TensorSpec("image_begin", "int64", ("batch",)),
     ]
-    return inputs, _pages("page_key", g) + _pages("page_value", g)
+    outputs = _page_sources(g) if g.lazy_pages else _pages("page_key", g) + _pages("page_value", g)
+    return inputs, outputs
 
 
 def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -141,13 +153,40 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     ]
     inputs += _cache("past_key", g) + _cache("past_value", g) + _pages("page_key", g) + _pages("page_value", g)
     selecting = len(g.selecting_layers)
+    lazy: list[TensorSpec] = []
+    if g.lazy_pages:
+        done = "int64", ("batch", len(g.reading_layers), g.pages)
+        inputs += [*_page_sources(g), TensorSpec("projected", *done)]
+        lazy = _pages("present_page_key", g) + _pages("present_page_value", g)
+        lazy.append(TensorSpec("present_projected", *done))
     outputs = [
         TensorSpec("logits", "float32", ("batch", g.vocab)),
         TensorSpec("token", "int64", ("batch",)),
         TensorSpec("pages", "int64", ("batch", selecting, g.pages)),
         TensorSpec("page_count", "int64", ("batch", selecting)),
     ]
-    return inputs, outputs + _cache("present_key", g) + _cache("present_value", g)
+    return inputs, outputs + _cache("present_key", g) + _cache("present_value", g) + lazy
+
+
+def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Outputs of a decoder that share the buffer of an input, and that input: the cache, and lazily projected pages."""
+    prefixes = {"present_key": "past_key", "present_value": "past_value"}
+    prefixes |= {"present_page_key": "page_key", "present_page_value": "page_value"}
+    split = ((spec.name, *spec.name.partition(".")) for spec in outputs)
+    return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
+
+
+def page_inputs(g: Geometry) -> tuple[str, ...]:
+    """Names of what a decoder takes about the hi-res pages of an image."""
+    stores = tuple(spec.name for spec in _pages("page_key", g) + _pages("page_value", g))
+    return stores + (("page_features", "page_cos", "page_sin", "projected") if g.lazy_pages else ())
+
+
+def _page_sources(g: Geometry) -> list[TensorSpec]:
+    """What lazy projection works from, page by page."""
+    slots = "batch", g.pages, page_size(g)
+    turn = [TensorSpec(name, "float32", (*slots, g.head_dim // 2)) for name in ("page_cos", "page_sin")]
+    return [TensorSpec("page_features", "model", (*slots, g.hidden)), *turn]
 
 
 def _cache(name: str, g: Geometry) -> list[TensorSpec]:
@@ -166,13 +205,37 @@ def graph_io(
     """Inputs and outputs of a graph, the "model" dtype resolved.
 
     ONNX Runtime's CPU has no bfloat16 arithmetic: its graphs of a bf16 bundle take and give float32 (engines/bind.py).
+    The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
     dtype = "float32" if (kind, precision) == (ONNXRUNTIME, "bf16") else PRECISIONS[precision]
+    sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
+
+    def resolved(spec: TensorSpec) -> TensorSpec:
+        shape = tuple(sizes.get(size, size) for size in spec.shape)
+        return replace(spec, shape=shape, dtype=dtype if spec.dtype == "model" else spec.dtype)
+
+    inputs, outputs = (tuple(map(resolved, specs)) for specs in IO_OF_PART[part](g))
+    return inputs, outputs
+
+
+def plan_io(part: str, g: Geometry, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a TensorRT engine: those of the traced graph, with one cache capacity, the whole context.
+
+    Shapes that never change are what lets one decode step be captured and replayed.
+    """
     inputs, outputs = (
-        tuple(replace(spec, dtype=dtype) if spec.dtype == "model" else spec for spec in specs)
-        for specs in IO_OF_PART[part](g)
+        tuple(
+            replace(spec, shape=tuple(g.context if size == "capacity" else size for size in spec.shape))
+            for spec in specs
+        )
+        for specs in graph_io(part, TRACED, g, precision)
     )
     return inputs, outputs
+
+
+def symbols(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """The symbols in the shapes, each once."""
+    return tuple(dict.fromkeys(size for spec in specs for size in spec.shape if isinstance(size, str)))
 
 
 IO_OF_PART = {"vision": vision_io, "pages": pages_io, "decoder": decoder_io}

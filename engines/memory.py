@@ -1,12 +1,23 @@
-"""What this process has used."""
+"""How much memory there is, and what this process has used."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from pathlib import Path
 
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_bytes() -> int:
+    """Bytes of memory a new allocation can take without swapping."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        lines = dict(line.split(":") for line in info.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,7 +11,7 @@ import numpy as np
 from engines.backend import Image, Opening, Step
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.manifest import ONNXRUNTIME
+from engines.manifest import ONNXRUNTIME, TensorSpec, in_place, page_inputs
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -41,6 +41,9 @@ class OrtModel:
                 raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             self._options.intra_op_num_threads = threads
         self._sessions = {part: self.session(bundle.graph(part, ONNXRUNTIME)) for part in bundle.manifest.parts}
+        described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
+        self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
+        self._in_place = in_place(described.outputs)
         self._model_dtype = _numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
 
     def session(self, path: Path) -> ort.InferenceSession:
@@ -61,19 +64,22 @@ class OrtModel:
         """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
         return self._run("vision", {"tiles": self._value(tiles)})[0]
 
-    def project(self, hires: ort.OrtValue, begin: np.ndarray) -> tuple[list[ort.OrtValue], list[ort.OrtValue]]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> page_key, page_value."""
-        stores = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
-        half = len(stores) // 2
-        return stores[:half], stores[half:]
+    def project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
+        found = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
+        pages = dict(zip((output.name for output in self._sessions["pages"].get_outputs()), found, strict=True))
+        for spec in self._page_specs:
+            if spec.name not in pages:  # lazy: nothing is projected yet
+                pages[spec.name] = self._blank(spec, len(begin))
+        return pages
 
     def no_image(self, batch: int) -> Image:
         """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
-        g = self.geometry
-        shape = next(spec.shape for spec in self._sessions["decoder"].get_inputs() if spec.name.startswith("page_key."))
-        store = [self.zeros((batch, *shape[1:]))] * len(g.reading_layers)
-        row = np.zeros(batch, np.int64)
-        return Image(self.zeros((batch, g.image_tokens, g.hidden)), store, store, row, np.zeros((batch, 2), np.int64))
+        g, row = self.geometry, np.zeros(batch, np.int64)
+        blank = {(spec.shape, spec.dtype): self._blank(spec, batch) for spec in self._page_specs}
+        pages = {spec.name: blank[spec.shape, spec.dtype] for spec in self._page_specs}
+        features = self.zeros((batch, g.image_tokens, g.hidden))
+        return Image(features, pages, row, np.zeros((batch, 2), np.int64))
 
     def decoder(self, image: Image, capacity: int) -> Decoder:
         """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
@@ -86,6 +92,9 @@ class OrtModel:
     def zeros(self, shape: tuple[int, ...]) -> ort.OrtValue:
         """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""
         return self._value(np.zeros(shape, self._model_dtype))
+
+    def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
+        return self._value(np.zeros((batch, *spec.shape[1:]), spec.dtype))
 
     def device_ms(self) -> float:
         """Milliseconds the device has worked since this was last asked: not measured here."""
@@ -119,11 +128,9 @@ class Decoder:
             "image_begin": model._value(image.begin),
             "margins": model._value(image.margins),
         }
-        for index, layer in enumerate(g.reading_layers):
-            self._inputs[f"page_key.{layer}"] = image.page_key[index]
-            self._inputs[f"page_value.{layer}"] = image.page_value[index]
-        cache = (batch, g.kv_heads, capacity, g.head_dim)
-        self._cache = {f"{half}.{layer}": model.zeros(cache) for half in ("key", "value") for layer in range(g.layers)}
+        self._inputs |= image.pages
+        shape, halves = (batch, g.kv_heads, capacity, g.head_dim), ("key", "value")
+        self._cache = {f"{half}.{layer}": model.zeros(shape) for half in halves for layer in range(g.layers)}
         selecting = len(g.selecting_layers)
         self._outputs = {
             "logits": model._value(np.empty((batch, g.vocab), np.float32)),
@@ -131,6 +138,9 @@ class Decoder:
             "pages": model._value(np.empty((batch, selecting, g.pages), np.int64)),
             "page_count": model._value(np.empty((batch, selecting), np.int64)),
         }
+        if g.lazy_pages:
+            done = np.empty((batch, len(g.reading_layers), g.pages), np.int64)
+            self._outputs["present_projected"] = model._value(done)
         self._ids = model._value(np.zeros((batch, 1), np.int64))
         self._past_length = model._value(np.zeros(batch, np.int64))
         self._budget = model._value(np.zeros(batch, np.int64))
@@ -155,6 +165,8 @@ class Decoder:
             value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
             _execute(self._session, self._bind(value), "decoder")
         self.length = self.length + (steps if lengths is None else lengths)
+        if "projected" in self._inputs:
+            self._inputs["projected"].update_inplace(self._outputs["present_projected"].numpy())
         logits, *others = (self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count"))
         return Step(lambda: logits, *others)
 
@@ -170,14 +182,14 @@ class Decoder:
 
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
         binding = self._session.io_binding()
-        named = {"input_ids": ids, "past_length": self._past_length, "page_budget": self._budget, **self._inputs}
+        named = {"input_ids": ids, "past_length": self._past_length, "page_budget": self._budget}
+        named |= self._inputs | {f"past_{name}": value for name, value in self._cache.items()}
         for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in self._outputs.items():
             binding.bind_ortvalue_output(name, value)
-        for name, value in self._cache.items():  # one buffer on both sides: TensorScatter then writes in place
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
+        for name, source in self._model._in_place.items():  # one buffer on both sides: the graph then writes in place
+            binding.bind_ortvalue_output(name, named[source])
         return binding
 
 

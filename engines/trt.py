@@ -72,10 +72,10 @@ def make_logger(trt: ModuleType, write: Callable[[str], object] | None = None) -
     return Logger()
 
 
-def parse(trt: ModuleType, logger: Any, builder: Any, graph: Path) -> tuple[Any, Any]:
+def parse(trt: ModuleType, logger: Any, builder: Any, graph: Path, *, rebuild: str) -> tuple[Any, Any]:
     """A strongly typed network of an .onnx file, and the parser, which must live as long as the network.
 
-    Raises BackendError with the parser's errors and the node of the first.
+    Raises BackendError with the parser's first error and its node; `rebuild` is the command that makes the graph anew.
     """
     _require_library_name(trt)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # later versions know no other networks
@@ -84,14 +84,16 @@ def parse(trt: ModuleType, logger: Any, builder: Any, graph: Path) -> tuple[Any,
     # With its path, so that the weights beside the graph are found, and mapped instead of read.
     if not parser.parse_from_file(str(graph)):
         _raise_error_of_plugin(trt)
-        raise _parse_error(graph, [parser.get_error(index) for index in range(parser.num_errors)], logger.errors)
+        raise _parse_error(
+            graph, [parser.get_error(index) for index in range(parser.num_errors)], logger.errors, rebuild
+        )
     return network, parser
 
 
-def _parse_error(graph: Path, errors: Sequence[Any], messages: Sequence[str]) -> BackendError:
+def _parse_error(graph: Path, errors: Sequence[Any], messages: Sequence[str], rebuild: str) -> BackendError:
     if not errors:
         why = messages[0] if messages else "it says no reason"
-        return BackendError(f"TensorRT cannot read {graph}: {why}", fix="rebuild the bundle")
+        return BackendError(f"TensorRT cannot read {graph}: {why}", fix=rebuild)
     first = errors[0]
     node, operator = first.node_name() or f"node {first.node()}", first.node_operator()
     found = f"TensorRT cannot parse {graph}: {node} ({operator or 'the file itself'}): {first.desc().strip()}"
@@ -101,7 +103,7 @@ def _parse_error(graph: Path, errors: Sequence[Any], messages: Sequence[str]) ->
             fix="call plugins.plugin.register(trt, artifacts=...) before parsing, or build with --no-plugins",
         )
     others = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
-    return BackendError(found + others, fix="rebuild the bundle with this version of the project")
+    return BackendError(found + others, fix=rebuild)
 
 
 def _require_library_name(trt: ModuleType) -> None:

@@ -21,8 +21,7 @@ from engines.backend import Image, Step
 from engines.bundle import Bundle
 from engines.cuda import Buffer, Cuda, Graph, Shared
 from engines.errors import BackendError
-from engines.manifest import PRECISIONS
-from engines.pages import page_size
+from engines.manifest import PRECISIONS, in_place, page_inputs
 from engines.trt_network import Context, DeviceArray, Network, allocate, padded, plans_of
 from plugins.plugin import register
 
@@ -45,6 +44,7 @@ class TrtModel:
         if any(plan.plugins for plan in plans.values()):
             register(trt, run=self.cuda.run)
         self._networks = {part: Network(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
+        self.outputs = plans["decoder"].outputs
         self._model_dtype = PRECISIONS[bundle.manifest.precision]
         self.stream = self.cuda.stream()
         self._events = self.cuda.event(), self.cuda.event()
@@ -82,42 +82,48 @@ class TrtModel:
         self._tiles.upload(self.stream, size)
         context.enqueue(self.stream)
 
-    def project(self, hires: DeviceArray, begin: np.ndarray) -> tuple[list[DeviceArray], list[DeviceArray]]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> page_key, page_value."""
+    def project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
         self.cuda.make_current()
         network, batch = self._networks["pages"], len(begin)
         context = self._context("pages", network.profile(batch=batch, batch_tiles=hires.shape[0]))
-        shapes = {spec.name: ((batch, *spec.shape[1:]), spec.dtype) for spec in network.plan.outputs}
-        stores = allocate(self.cuda, shapes, "the pages of the image", self._smaller())
+        found = [spec.name for spec in network.plan.outputs]
+        pages = self._pages(batch, "the pages of the image")
         position = self.cuda.shared(begin.nbytes, "the position of the image")
         position.view(0, begin.shape, np.int64)[:] = begin
         context.bind("hires_features", hires.address, hires.shape)
         context.bind("image_begin", position.address, begin.shape)
-        for name, array in stores.items():
-            context.bind(name, array.address, array.shape)
+        for name in found:
+            context.bind(name, pages[name].address, pages[name].shape)
+        if "projected" in pages:  # lazy: nothing is yet, and what the stores hold is never read
+            pages["projected"].clear(self.stream)
 
         def run() -> None:
             position.upload(self.stream)
             context.enqueue(self.stream)
 
         self.timed(run)
-        layers = self.geometry.reading_layers
-        keys, values = ([stores[f"page_{half}.{layer}"] for layer in layers] for half in ("key", "value"))
-        return keys, values
+        return pages
+
+    def _pages(self, batch: int, what: str) -> dict[str, DeviceArray]:
+        """Memory for `Image.pages`, not initialised."""
+        specs, names = self._networks["decoder"].specs, page_inputs(self.geometry)
+        shapes = {name: ((batch, *specs[name].shape[1:]), specs[name].dtype) for name in names}
+        return allocate(self.cuda, shapes, what, self._smaller())
 
     def no_image(self, batch: int) -> Image:
         """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
         if batch not in self._blank:
             self.cuda.make_current()
-            g = self.geometry
-            shapes = {
-                "features": ((batch, g.image_tokens, g.hidden), self._model_dtype),
-                "store": ((batch, g.kv_heads, g.pages, page_size(g), g.head_dim), self._model_dtype),
-            }
+            specs, names = self._networks["decoder"].specs, ("features", *page_inputs(self.geometry))
+            kinds = {name: ((batch, *specs[name].shape[1:]), specs[name].dtype) for name in names}
+            chosen = {kind: name for name, kind in kinds.items()}
+            shapes = {name: kind for kind, name in chosen.items()}
             zeros = allocate(self.cuda, shapes, "a request without an image", self._smaller())
-            zeros["store"].memory.fill(0, self.stream)  # weight 0 times stale NaN would be NaN
-            stores, row = [zeros["store"]] * len(g.reading_layers), np.zeros(batch, np.int64)
-            self._blank[batch] = Image(zeros["features"], stores, stores, row, np.zeros((batch, 2), np.int64))
+            next(iter(zeros.values())).memory.fill(0, self.stream)  # weight 0 times stale NaN would be NaN
+            pages = {name: zeros[chosen[kind]] for name, kind in kinds.items()}
+            row = np.zeros(batch, np.int64)
+            self._blank[batch] = Image(pages.pop("features"), pages, row, np.zeros((batch, 2), np.int64))
         return self._blank[batch]
 
     def decoder(self, image: Image, capacity: int) -> Decoder:
@@ -169,10 +175,13 @@ class TrtModel:
         context = network.context(profile, self._scratch, self.stream)
         g, dtype = self.geometry, self._model_dtype
         shape = (batch, g.kv_heads, g.context, g.head_dim), dtype
-        names = [f"{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
+        names = [f"past_{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
         what = f"the cache of {batch} x {g.context} tokens"
         cache = allocate(self.cuda, dict.fromkeys(names, shape), what, self._smaller())
-        logits = allocate(self.cuda, {"logits": ((batch, g.vocab), "float32")}, "the logits")["logits"]
+        results = {"logits": ((batch, g.vocab), "float32")}
+        if g.lazy_pages:
+            results["present_projected"] = (batch, len(g.reading_layers), g.pages), "int64"
+        arrays = cache | allocate(self.cuda, results, "the logits")
         rows, selecting = (batch,), (batch, len(g.selecting_layers))
         inputs = _Block.of(
             self.cuda,
@@ -185,7 +194,7 @@ class TrtModel:
             },
         )
         outputs = _Block.of(self.cuda, {"token": rows, "page_count": selecting, "pages": (*selecting, g.pages)})
-        return _Desk(context, next(iter(cache.values())).memory, cache, logits, inputs, outputs)
+        return _Desk(context, next(iter(cache.values())).memory, arrays, inputs, outputs)
 
     def _smaller(self) -> str:
         return f"close what else uses the GPU, or build with a smaller --context (this is {self.geometry.context})"
@@ -222,8 +231,7 @@ class _Desk:
 
     context: Context
     cache: Buffer
-    halves: dict[str, DeviceArray]  # key.0, value.0, ...: the cache
-    logits: DeviceArray
+    arrays: dict[str, DeviceArray]  # past_key.0, ... in `cache`; logits; with lazy pages present_projected
     inputs: _Block
     outputs: _Block
 
@@ -299,6 +307,8 @@ class Decoder:
         ids = desk.inputs.places["input_ids"][0]
         desk.inputs.memory.upload(stream, ids + 8 * len(self.length) * steps)
         context.enqueue(stream)
+        if "projected" in self._image.pages:
+            self._image.pages["projected"].copy(desk.arrays["present_projected"], stream)
         desk.outputs.memory.download(stream)
 
     def _bind(self, context: Context, steps: int) -> None:
@@ -307,13 +317,9 @@ class Decoder:
             context.bind(name, desk.inputs.address(name), (batch, steps) if name == "input_ids" else shape)
         for name, (_, shape) in desk.outputs.places.items():
             context.bind(name, desk.outputs.address(name), shape)
-        for name, array in desk.halves.items():  # one buffer on both sides: the cache is updated in place
-            context.bind(f"past_{name}", array.address, array.shape)
-            context.bind(f"present_{name}", array.address, array.shape)
-        arrays: dict[str, Any] = {"features": image.features, "logits": desk.logits}
-        for index, layer in enumerate(self._model.geometry.reading_layers):
-            arrays[f"page_key.{layer}"] = image.page_key[index]
-            arrays[f"page_value.{layer}"] = image.page_value[index]
+        arrays: dict[str, Any] = {"features": image.features, **desk.arrays, **image.pages}
+        for output, source in in_place(self._model.outputs).items():  # one buffer on both sides
+            arrays[output] = arrays[source]
         for name, array in arrays.items():
             context.bind(name, array.address, array.shape)
 
@@ -321,7 +327,7 @@ class Decoder:
         def fetch() -> np.ndarray:
             if self._latest != run:
                 raise BackendError("the logits of a step that is over", fix="read them before the decoder's next run")
-            model, logits = self._model, self._desk.logits
+            model, logits = self._model, self._desk.arrays["logits"]
             model.cuda.make_current()
             return logits.numpy(model.stream)
 

@@ -67,6 +67,14 @@ class DeviceArray:
         """Bytes it takes."""
         return nbytes(self.shape, self.dtype)
 
+    def clear(self, stream: Stream) -> None:
+        """Zero it, in the order of the stream."""
+        self.memory.fill(0, stream, self.address - self.memory.address, self.nbytes)
+
+    def copy(self, other: DeviceArray, stream: Stream) -> None:
+        """Take over what an array of the same size holds, in the order of the stream."""
+        self.memory.take(other.address, self.nbytes, stream, self.address - self.memory.address)
+
     def numpy(self, stream: Stream) -> np.ndarray:
         """A copy on the host; bfloat16 becomes float32."""
         raw = np.empty(self.shape, {"bfloat16": np.uint16}.get(self.dtype, self.dtype))

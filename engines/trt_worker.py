@@ -44,6 +44,7 @@ class Job:
     workspace: int | None
     optimization_level: int
     timing_cache: str | None
+    rebuild: str  # the command that makes the graph anew
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
         register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
-    network, parser = tensorrt.parse(trt, logger, builder, Path(job.graph))
+    network, parser = tensorrt.parse(trt, logger, builder, Path(job.graph), rebuild=job.rebuild)
     _fix_and_check(trt, network, job)
     config = builder.create_builder_config()
     config.builder_optimization_level = job.optimization_level
@@ -117,7 +118,7 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
             raise BackendError(
                 f"{job.graph} does not have the {name} of its manifest: {' '.join(odd)}, among {len(there ^ expected)}",
                 expected=f"{len(expected)} {name}",
-                fix="rebuild the bundle",
+                fix=job.rebuild,
             )
     constant = {
         symbol: sizes[0]
@@ -127,9 +128,7 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
     shapes = {spec.name: spec.shape for spec in job.inputs}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        tensor.shape = tuple(
-            constant.get(size, -1) if isinstance(size, str) else size for size in shapes[tensor.name]
-        )
+        tensor.shape = tuple(constant.get(size, -1) if isinstance(size, str) else size for size in shapes[tensor.name])
     for index in range(network.num_outputs):
         network.get_output(index).allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
@@ -211,8 +210,9 @@ def main() -> int:
     except (FlexError, KernelError) as error:
         send(error={"found": error.found, "expected": error.expected, "fix": error.fix})
         return 1
-    except MemoryError:
-        return 137
+    except OSError as error:
+        send(error={"found": f"the plan cannot be written: {error}", "expected": None, "fix": "free disk space"})
+        return 1
     send(built=asdict(built))
     return 0
 

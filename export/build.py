@@ -22,26 +22,49 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engines.bind import for_onnxruntime
+from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle, BundleWriter, write_bundle
-from engines.errors import CheckpointError, FlexError, OptionError
+from engines.errors import CheckpointError, ExportError, FlexError, OptionError
 from engines.geometry import Geometry
-from engines.manifest import FORMAT, ONNXRUNTIME, PARTS, PRECISIONS, TRACED, Graph, Manifest, Part, Prompt, graph_io
-from engines.memory import peak_rss
+from engines.manifest import (
+    BACKENDS,
+    FORMAT,
+    ONNXRUNTIME,
+    PARTS,
+    PLUGIN_FREE,
+    PRECISIONS,
+    TRACED,
+    Graph,
+    Manifest,
+    Part,
+    Prompt,
+    graph_io,
+    kinds,
+)  # fmt: skip
+from engines.memory import available_bytes, peak_rss
+from engines.trt_build import attributes, build_plans, elsewhere
+from engines.trt_options import PlanOptions, add_arguments, command, options_of
 from export.check import STEPS, Stage, parity, stored_weights
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
-from export.memory import available_bytes, parity_bytes
+from export.memory import parity_bytes
 from export.tokenizer import convert_tokenizer
 from export.trace import trace
 from export.weights import stored_bytes, write_weights
+from plugins.artifacts import KernelError
+from plugins.compile import SMS, compile_kernels
+from plugins.registry import kernels_of_model
 
 CHECKS = {
     "parity": "run the bundle beside the PyTorch reference",
     "weights": "compare the stored weights with the checkpoint, in little memory",
     "none": "do not check",
 }
-BACKENDS = (ONNXRUNTIME,)
+PROJECTIONS = {
+    "eager": "all hi-res pages when the image is encoded",
+    "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
+}
+KERNELS = "kernels.zip"
 
 
 @dataclass(frozen=True)
@@ -53,17 +76,34 @@ class BuildOptions:
     precision: str = "fp16"
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
+    projection: str = "eager"
     backend: str = ONNXRUNTIME
     check: str = "parity"
+    plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
 
     def __post_init__(self) -> None:
-        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("check", CHECKS)):
+        for knob, known in (
+            ("precision", PRECISIONS),
+            ("projection", PROJECTIONS),
+            ("backend", BACKENDS),
+            ("check", CHECKS),
+        ):
             if getattr(self, knob) not in known:
                 raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
         for knob in ("page_budget", "context"):
             value = getattr(self, knob)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
+        if self.plans is not None and self.plans.backend != self.backend:
+            raise OptionError(
+                f"options of {self.plans.backend} engines for the backend {self.backend}",
+                fix=f"add --backend {self.plans.backend}, or leave them out",
+            )
+
+    @property
+    def engines(self) -> PlanOptions | None:
+        """The TensorRT engines to build, if any."""
+        return None if self.backend == ONNXRUNTIME else self.plans or PlanOptions(self.backend)
 
     @property
     def folder(self) -> Path:
@@ -74,7 +114,8 @@ class BuildOptions:
 def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """Make a bundle and check it; nothing is left at `options.folder` unless the check passed.
 
-    Raises a FlexError: CheckpointError, ConfigError, TokenizerError, ExportError, ParityError or OptionError.
+    Raises a FlexError: CheckpointError, ConfigError, TokenizerError, ExportError, ParityError, BackendError or
+    OptionError.
     """
     console = console or Console(quiet=True)
     started = perf_counter()
@@ -93,8 +134,11 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     dropped = dropped_tensors(checkpoint, g)
     _print_plan(console, options, config, checkpoint, dropped)
     _require_memory(options, config)
+    engines = options.engines
+    not_here = elsewhere(engines) if engines else None
 
     with write_bundle(options.folder) as writer:
+        kernels = _write_kernels(engines, g, options.precision, writer, console) if engines else None
         parts = {part: _write_part(part, g, checkpoint, options.precision, writer, console) for part in PARTS}
         tokenizer = convert_tokenizer(options.model, writer.folder)
         if tokenizer is not None:
@@ -115,7 +159,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
                 prompt=prompt,
                 parts=parts,
                 backend=options.backend,
-                kernels=None,
+                kernels=kernels,
                 files=writer.files,
                 versions=versions,
                 source=checkpoint.identity(),
@@ -124,6 +168,11 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
             )
         )
         _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
+        if engines and not not_here:
+            build_plans(writer.folder, engines, name=options.folder, quiet=console.quiet)
+    if engines and not_here:
+        console.print(f"[yellow]no engines yet[/]: {not_here}", soft_wrap=True)
+        console.print(f"copy {options.folder} to the board and run there: {command('BUNDLE', engines)}", soft_wrap=True)
     console.print(
         f"[bold]{options.folder}[/] is ready: {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
     )
@@ -138,7 +187,10 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     least = g.image_tokens + 2 * STEPS  # room for a question and an answer
     if not least <= context <= g.context:
         raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
-    return replace(g, context=context)
+    lazy = options.projection == "lazy"
+    if lazy and g.attention_bias:
+        raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
+    return replace(g, context=context, lazy_pages=lazy)
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
@@ -158,17 +210,38 @@ def _write_part(
         model = trace(part, g, dtype)
     with _progress(part, stored_bytes(model, dtype), console) as advance:
         write_weights(model, checkpoint, dtype, writer, weights, advance)
-    graphs = {}
-    for kind, name in ((TRACED, f"{part}.onnx"), (ONNXRUNTIME, f"{part}.{ONNXRUNTIME}.onnx")):
-        ir.save(model if kind == TRACED else for_onnxruntime(model), writer.folder / name)
+    traced, graphs = writer.folder / f"{part}.onnx", {}
+    ir.save(model, traced)
+    bind = {ONNXRUNTIME: for_onnxruntime, PLUGIN_FREE: lambda model: for_plugin_free(model, g.context)}
+    for kind in kinds(part, g):
+        name = traced.name if kind == TRACED else f"{part}.{kind}.onnx"
+        if kind != TRACED:
+            ir.save(bind[kind](ir.load(traced)), writer.folder / name)
         writer.add(name)
         graphs[kind] = Graph(name, *graph_io(part, kind, g, precision))
     return Part(weights, graphs, plans={})
 
 
+def _write_kernels(
+    engines: PlanOptions, g: Geometry, precision: str, writer: BundleWriter, console: Console
+) -> str | None:
+    """Compile the plugins' kernels, for the targets or for every GPU there is code for; the file's name."""
+    if not engines.plugins:
+        return None
+    with console.status("compiling kernels"):
+        try:
+            needed = kernels_of_model(attributes(g), PRECISIONS[precision])
+            artifacts = compile_kernels(needed, engines.targets or SMS)
+        except KernelError as error:
+            raise ExportError(error.found, expected=error.expected, fix=error.fix) from error
+    writer.write(KERNELS, iter([artifacts.to_bytes()]))
+    return KERNELS
+
+
 def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:
     """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
     used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
+    del used["plans"]  # recorded where they are built, by the name of their backend
     return {key: value.resolve().name if isinstance(value, Path) else value for key, value in used.items()}
 
 
@@ -215,7 +288,8 @@ def _print_plan(
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
     for part, names in _tensors_of_parts(g).items():
         size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
-        table.add_row(part, f"{part}.onnx, {part}.onnxruntime.onnx, {part}.weights", _size(size))
+        graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
+        table.add_row(part, ", ".join((*graphs, f"{part}.weights")), _size(size))
     console.print(table)
     if dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped)
@@ -239,7 +313,7 @@ def _tensors_of_parts(g: Geometry) -> dict[str, dict[str, tuple[int, ...]]]:
     parts: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
     for name, shape in expected_tensors(g).items():
         vision = name.startswith(("model.vision_tower.", "model.mm_projector."))
-        pages = "_proj_hd." in name
+        pages = "_proj_hd." in name and not g.lazy_pages
         parts["vision" if vision else "pages" if pages else "decoder"][name] = shape
     return parts
 
@@ -280,6 +354,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
         )
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
+    add(
+        "--projection",
+        choices=PROJECTIONS,
+        default=default.projection,
+        help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
+    )
     add("--backend", choices=BACKENDS, default=default.backend)
     add(
         "--check",
@@ -287,7 +367,10 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
         default=default.check,
         help="; ".join(f"{key}: {text}" for key, text in CHECKS.items()),
     )
-    return BuildOptions(**vars(parser.parse_args(arguments)))
+    add_arguments(parser.add_argument_group("TensorRT engines"))
+    given = vars(parser.parse_args(arguments))
+    plans = options_of(given, str(given["backend"]))
+    return BuildOptions(**given, plans=plans)
 
 
 def main() -> int:

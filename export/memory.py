@@ -1,9 +1,6 @@
-"""How much memory there is, and will be needed."""
+"""How much memory a build will need."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 from engines.geometry import Geometry
 from engines.manifest import PRECISIONS
@@ -21,15 +18,6 @@ def parity_bytes(g: Geometry, precision: str) -> int:
     pages = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2
     cache = 2 * g.layers * g.kv_heads * g.head_dim * (g.image_tokens + 64)
     return weights * (4 + copies) + (pages + cache) * 8 + OVERHEAD
-
-
-def available_bytes() -> int:
-    """Bytes of memory a new allocation can take without swapping."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        lines = dict(line.split(":") for line in info.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _product(shape: tuple[int, ...]) -> int:

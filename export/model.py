@@ -15,6 +15,7 @@ from engines import pages as layout
 from engines.geometry import Geometry
 from plugins.cached_attention.reference import cached_attention, rotary
 from plugins.hierarchical_attention.reference import hierarchical_attention
+from plugins.project_pages.reference import project_pages
 from plugins.select_pages.reference import select_pages
 
 
@@ -55,8 +56,18 @@ class Layer(nn.Module):
         for name, width in (("q_proj", g.heads), ("k_proj", g.kv_heads), ("v_proj", g.kv_heads)):
             self.self_attn.add_module(name, nn.Linear(g.hidden, width * g.head_dim, bias=g.attention_bias))
         self.self_attn.o_proj = nn.Linear(g.heads * g.head_dim, g.hidden, bias=g.attention_bias)
+        if reads and g.lazy_pages:
+            for name in ("k_proj_hd", "v_proj_hd"):
+                self.self_attn.add_module(name, nn.Linear(g.hidden, g.kv_heads * g.head_dim, bias=False))
         self.post_attention_layernorm = RMSNorm(g.hidden, g.rms_eps)
         self.mlp = MLP(g)
+
+    def project(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The store with the pages it lacks. hires: features, cos, sin of all pages; store: the op's last inputs."""
+        g, (features, cos, sin) = self.geometry, hires
+        weights = self.self_attn.k_proj_hd.weight, self.self_attn.v_proj_hd.weight
+        sizes = g.hidden, g.kv_heads, g.head_dim, layout.page_size(g), g.cells
+        return project_pages(features, *weights, cos, sin, *store, *sizes)
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]
@@ -102,24 +113,39 @@ class Decoder(nn.Module):
         past_value: list[Tensor],
         page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]
         page_value: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        page_features: Tensor | None = None,  # [B, pages, P, hidden]: with lazy pages alone, as all that follows
+        page_cos: Tensor | None = None,  # [B, pages, P, hd/2] float32
+        page_sin: Tensor | None = None,
+        projected: Tensor | None = None,  # [B, R, pages] int64: 1 where page_key and page_value hold the page
+    ) -> tuple[Tensor | list[Tensor], ...]:
         """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
         pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the
-        update); and for debugging map (M x [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output of each
-        layer, then of the final norm).
+        update); with lazy pages also present_page_key, present_page_value (R x the pages after the update) and
+        present_projected; and for debugging map (M x [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output
+        of each layer, then of the final norm).
         """
         g = self.geometry
-        image = features.gather(1, (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, g.hidden))
-        x = torch.where(input_ids[..., None] < 0, image, self.model.embed_tokens(input_ids.clamp(min=0)))
+        is_image = input_ids < 0
+        index = torch.where(is_image, -1 - input_ids, 0)  # not clamp: TensorRT 10.3 lists no integers for ONNX's Clip
+        image = features.gather(1, index[..., None].expand(-1, -1, g.hidden))
+        x = torch.where(is_image[..., None], image, self.model.embed_tokens(torch.where(is_image, 0, input_ids)))
         positions = past_length[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         shared = (positions, self.cos, self.sin, image_begin)
         selected: list[tuple[Tensor, Tensor]] = []
         present_key, present_value, maps, hidden = [], [], [], []
+        lazy: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
         for index, layer in enumerate(self.model.layers):
             pages: tuple[Tensor, ...] = ()
             if layer.reads:
                 store = index - g.reading_layers.start
-                pages = (page_key[store], page_value[store], self.page_lengths, *selected[-1])
+                stored = page_key[store], page_value[store]
+                if g.lazy_pages:
+                    hires = page_features, page_cos, page_sin
+                    new = layer.project(hires, (*stored, projected[:, store], *selected[-1]))
+                    for tensors, tensor in zip(lazy, new, strict=True):
+                        tensors.append(tensor)
+                    stored = new[:2]
+                pages = (*stored, self.page_lengths, *selected[-1])
             x, key, value, map = layer(x, (past_key[index], past_value[index]), shared, pages)
             present_key.append(key)
             present_value.append(value)
@@ -131,24 +157,16 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden[-1], head).float()
         chosen, count = (torch.stack(tensors, 1) for tensors in zip(*selected, strict=True))
-        return logits, logits.argmax(-1), chosen, count, present_key, present_value, maps, hidden
+        changed = (*lazy[:2], torch.stack(lazy[2], 1)) if g.lazy_pages else ()
+        return logits, logits.argmax(-1), chosen, count, present_key, present_value, *changed, maps, hidden
 
 
-class PageProjector(nn.Module):
-    """Hi-res features -> the K/V pages of every reading layer; run once per image (and image position)."""
+class PageLayout(nn.Module):
+    """Hi-res features and their rotary tables, page by page; run once per image (and image position)."""
 
     def __init__(self, g: Geometry) -> None:
         super().__init__()
         self.geometry = g
-        self.model = nn.Module()
-        self.model.layers = nn.ModuleDict()
-        for index in g.reading_layers:
-            layer = nn.Module()
-            layer.self_attn = nn.Module()
-            for name in ("k_proj_hd", "v_proj_hd"):
-                width = g.kv_heads * g.head_dim
-                layer.self_attn.add_module(name, nn.Linear(g.hidden, width, bias=g.attention_bias))
-            self.model.layers[str(index)] = layer
         cos, sin = rotary_tables(g)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -172,22 +190,48 @@ class PageProjector(nn.Module):
 
         return zoomed(self.cos), zoomed(self.sin)
 
-    def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tiles [B * zoom*zoom, T, hidden]: projected features tile by tile; image_begin [B] int64.
+
+        Returns features [B, pages, P, hidden] and cos, sin [B, pages, P, hd/2] float32; the padding of a short page
+        repeats token 0.
+        """
+        g = self.geometry
+        features = tiles.reshape(image_begin.shape[0], g.hires_side**2, g.hidden)[:, self.tile_order]
+        cos, sin = (table[:, self.page_order] for table in self.hires_rotary(image_begin))
+        return tuple(x.unflatten(1, (g.pages, -1)) for x in (features, cos, sin))
+
+
+class PageProjector(PageLayout):
+    """Hi-res features -> the K/V pages of every reading layer; run once per image (and image position)."""
+
+    def __init__(self, g: Geometry) -> None:
+        super().__init__(g)
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleDict()
+        for index in g.reading_layers:
+            layer = nn.Module()
+            layer.self_attn = nn.Module()
+            for name in ("k_proj_hd", "v_proj_hd"):
+                width = g.kv_heads * g.head_dim
+                layer.self_attn.add_module(name, nn.Linear(g.hidden, width, bias=g.attention_bias))
+            self.model.layers[str(index)] = layer
+
+    def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Arguments as for PageLayout.
 
         Returns page_key, page_value: R x [B, kv_heads, pages, P, hd]. Features go in raw, without a norm (official).
         """
-        g = self.geometry
-        batch = image_begin.shape[0]
-        features = tiles.reshape(batch, g.hires_side**2, g.hidden)[:, self.tile_order]
-        cos, sin = (table[:, None, self.page_order] for table in self.hires_rotary(image_begin))
+        g, batch = self.geometry, image_begin.shape[0]
+        features, cos, sin = (x.flatten(1, 2) for x in super().forward(tiles, image_begin))
 
         def heads(x: Tensor) -> Tensor:
             return x.view(batch, -1, g.kv_heads, g.head_dim).transpose(1, 2)
 
         page_key, page_value = [], []
         for layer in self.model.layers.values():
-            key = rotary(heads(layer.self_attn.k_proj_hd(features)), cos, sin).to(features.dtype)
+            turned = rotary(heads(layer.self_attn.k_proj_hd(features)), cos[:, None], sin[:, None])
+            key = turned.to(features.dtype)
             page_key.append(key.unflatten(2, (g.pages, -1)))
             page_value.append(heads(layer.self_attn.v_proj_hd(features)).unflatten(2, (g.pages, -1)))
         return page_key, page_value

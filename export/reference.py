@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,13 @@ from export.trace import build
 
 
 class Reference:
-    """The whole model in PyTorch on the CPU. Same methods as engines.ort.OrtModel."""
+    """The whole model in PyTorch on the CPU, all pages projected at once. Same methods as engines.ort.OrtModel."""
 
     def __init__(self, geometry: Geometry, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
-        self.geometry, self.dtype = geometry, dtype
+        self.geometry, self.dtype = replace(geometry, lazy_pages=False), dtype
         self._vision, self._pages, self._decoder = (
-            load(build(part, geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
+            load(build(part, self.geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
         )
 
     @torch.no_grad()
@@ -29,9 +31,15 @@ class Reference:
         return self._vision(torch.from_numpy(tiles))
 
     @torch.no_grad()
-    def project(self, hires: Tensor, begin: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> page_key, page_value."""
-        return self._pages(hires, torch.from_numpy(begin))
+    def project(self, hires: Tensor, begin: np.ndarray) -> dict[str, Tensor]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
+        return self._named(*self._pages(hires, torch.from_numpy(begin)))
+
+    def _named(self, keys: list[Tensor], values: list[Tensor]) -> dict[str, Tensor]:
+        halves, layers = (("page_key", keys), ("page_value", values)), self.geometry.reading_layers
+        return {
+            f"{half}.{layer}": store for half, stores in halves for layer, store in zip(layers, stores, strict=True)
+        }
 
     def hires_rotary(self, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos, sin [B, hires tokens, hd/2] float32, row-major."""
@@ -44,7 +52,7 @@ class Reference:
         store = [torch.zeros(batch, g.kv_heads, g.pages, page_size(g), g.head_dim, dtype=self.dtype)]
         features = torch.zeros(batch, g.image_tokens, g.hidden, dtype=self.dtype)
         stores = store * len(g.reading_layers)
-        return Image(features, stores, stores, np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64))
+        return Image(features, self._named(stores, stores), np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64))
 
     def decoder(self, image: Image[Tensor], capacity: int) -> ReferenceDecoder:
         """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
@@ -60,7 +68,7 @@ class ReferenceDecoder:
         self.maps: list[np.ndarray] = []  # selecting layers x [B, G, G]
         self.hidden: list[np.ndarray] = []  # layers + 1 x [B, hidden]
         self.image = image
-        self._module = model._decoder
+        self._module, self._reading = model._decoder, g.reading_layers
         shape = (batch, g.kv_heads, capacity, g.head_dim)
         self._key, self._value = ([torch.zeros(shape, dtype=model.dtype)] * g.layers for _ in range(2))
 
@@ -75,7 +83,8 @@ class ReferenceDecoder:
             torch.from_numpy(image.begin),
             torch.from_numpy(image.margins),
             torch.from_numpy(budget.copy()),
-            *(self._key, self._value, image.page_key, image.page_value),
+            *(self._key, self._value),
+            *([image.pages[f"{half}.{layer}"] for layer in self._reading] for half in ("page_key", "page_value")),
         )
         self.maps = [map.numpy() for map in maps]
         self.hidden = [state.float().numpy() for state in hidden]

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engines.geometry import Geometry
 from engines.manifest import IO_OF_PART
 from engines.pages import page_size
-from export.model import Decoder, PageProjector
+from export.model import Decoder, PageLayout, PageProjector
 from export.vision import Encoder
 
 TRACED_OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses; the flex:: functions bring what is newer
@@ -32,6 +32,7 @@ OP_NAMES = {
     "select_pages": ("SelectPages", 2),
     "cached_attention": ("CachedAttention", 4),
     "hierarchical_attention": ("HierarchicalAttention", 4),
+    "project_pages": ("ProjectPages", 3),
 }
 BATCH, STEPS, CAPACITY = torch.export.Dim("batch"), torch.export.Dim("steps"), torch.export.Dim("capacity")
 TILES = torch.export.Dim("tiles")
@@ -61,7 +62,8 @@ def trace(part: str, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
 
 def build(part: str, geometry: Geometry, dtype: torch.dtype) -> nn.Module:
     """The module of one part with parameters on the meta device (no memory) and real buffers, in evaluation mode."""
-    classes = {"vision": Encoder, "pages": PageProjector, "decoder": Decoder}
+    pages = PageLayout if geometry.lazy_pages else PageProjector
+    classes = {"vision": Encoder, "pages": pages, "decoder": Decoder}
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -111,7 +113,12 @@ def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
     rows = integers(batch), integers(batch, 2), integers(batch)
     args = (integers(batch, steps), integers(batch), features, *rows, cache(), cache(), store(), store())
     by_cache, by_store = [{0: BATCH, 2: CAPACITY}] * g.layers, [{0: BATCH}] * reading
-    return args, ({0: BATCH, 1: STEPS}, *[{0: BATCH}] * 5, by_cache, by_cache, by_store, by_store)
+    shapes = {0: BATCH, 1: STEPS}, *[{0: BATCH}] * 5, by_cache, by_cache, by_store, by_store
+    if not g.lazy_pages:
+        return args, shapes
+    slots = batch, g.pages, page_size(g)
+    turn = (torch.zeros(*slots, g.head_dim // 2) for _ in range(2))
+    return (*args, floats(*slots, g.hidden), *turn, integers(batch, reading, g.pages)), (*shapes, *[{0: BATCH}] * 4)
 
 
 def _export(module: nn.Module, args: tuple, shapes: tuple, inputs: list[str], outputs: list[str]) -> ir.Model:

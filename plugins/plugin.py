@@ -213,9 +213,11 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
             """The dtype the model computes in, by the dtypes of all inputs; KernelError if they do not fit the op."""
             if len(found) != len(self.op.inputs):
                 raise KernelError(f"{self.op_name} has {len(found)} inputs", expected=f"{len(self.op.inputs)}")
-            model = next((kind for kind, tensor in zip(found, self.op.inputs) if tensor.dtype == "model"), DTYPES[0])
-            for kind, tensor in zip(found, self.op.inputs, strict=True):
-                expected = (model if model in DTYPES else " or ".join(DTYPES)) if tensor.dtype == "model" else tensor.dtype
+            given = list(zip(found, self.op.inputs, strict=True))
+            model = next((kind for kind, tensor in given if tensor.dtype == "model"), DTYPES[0])
+            usual = model if model in DTYPES else " or ".join(DTYPES)
+            for kind, tensor in given:
+                expected = usual if tensor.dtype == "model" else tensor.dtype
                 if kind != expected:
                     raise KernelError(
                         f"{self.op_name}: {tensor.name} is {kind}", expected=expected, fix="rebuild the bundle"

@@ -160,9 +160,9 @@ class ImageView:
         if self._encoded is None or self._encoded.begin[0] != begin:  # hi-res rotary depends on the position
             with _timed(clock, "projection", model):
                 position = np.array([begin], np.int64)
-                keys, values = model.project(self._hires, position)
+                pages = model.project(self._hires, position)
                 sides = np.array([margins(*self._source.size, geometry.grid)], np.int64)
-                self._encoded = Image(self._features, keys, values, position, sides)
+                self._encoded = Image(self._features, pages, position, sides)
         return self._encoded
 
     def _start(

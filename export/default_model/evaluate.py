@@ -111,7 +111,7 @@ def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[
             for question in questions:
                 ids, begin = engine.prompter.expand(engine.prompter.encode(question.text, True), True)
                 position = np.array([begin])
-                image = Image(low, *reference.project(high, position), position, sides)
+                image = Image(low, reference.project(high, position), position, sides)
                 decoder = reference.decoder(image, len(ids) + 8)
                 decoder.run(ids[None, :-1])
                 tokens, token = [], int(ids[-1])

@@ -97,9 +97,9 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     prompt = np.concatenate((words[:, : begin[0]], -1 - np.arange(g.image_tokens)[None], words[:, begin[0] :]), 1)
     length, hires = prompt.shape[1], g.hires_side**2
     low, high = flex.vision(tiles[:1]), flex.vision(tiles[1:])
-    image = Image(low, *flex.project(high, begin), begin, np.zeros((1, 2), np.int64))
+    image = Image(low, flex.project(high, begin), begin, np.zeros((1, 2), np.int64))
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
-    expected = Image(expected_low, *reference.project(expected_high, begin), begin, image.margins)
+    expected = Image(expected_low, reference.project(expected_high, begin), begin, image.margins)
 
     def official(name: str, budget: int) -> Runner:
         return Runner(name, OfficialDecoder(reference, expected, expected_high, length + 1), budget, prompt)

@@ -66,7 +66,7 @@ class Case:
         """The case's image on a backend, or on the reference."""
         tiles = self.tiles(g)
         low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
-        return Image(low, *model.project(high, self.begin()), self.begin(), self.margins(g))
+        return Image(low, model.project(high, self.begin()), self.begin(), self.margins(g))
 
     def replay(self, model, g: Geometry, budget: int = 81):
         """Prefill, then the official decoding steps with the official tokens; yields (step, decoder, result)."""

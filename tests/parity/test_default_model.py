@@ -81,7 +81,7 @@ def test_ladder(row, default_bundle):
     sides = np.array([margins(*picture.size, g.grid)], np.int64)
 
     def encoded(model) -> Image:
-        return Image(model.vision(tiles[:1]), *model.project(model.vision(tiles[1:]), position), position, sides)
+        return Image(model.vision(tiles[:1]), model.project(model.vision(tiles[1:]), position), position, sides)
 
     images = [encoded(model) for model in (reference, graph)]
     assert np.abs(images[0].features.numpy() - images[1].features.numpy()).max() <= FEATURES

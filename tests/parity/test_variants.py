@@ -48,7 +48,7 @@ def request(g: Geometry, seed: int, text: int = 9, begin: int = 3) -> tuple[np.n
 
 def encode(model, tiles: np.ndarray, begin: np.ndarray, sides: tuple[int, int] = (1, 0)) -> Image:
     low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
-    return Image(low, *model.project(high, begin), begin, np.array([sides], np.int64))
+    return Image(low, model.project(high, begin), begin, np.array([sides], np.int64))
 
 
 def steps(model, image: Image, ids: np.ndarray, tokens: list[int], budget: int):
@@ -118,7 +118,7 @@ def test_batch_of_two_equals_two_singles(kind, random_model):
     low = model.vision(np.concatenate([tiles[:1] for tiles, _, _ in requests]))
     high = model.vision(np.concatenate([tiles[1:] for tiles, _, _ in requests]))
     begin = np.concatenate([begin for _, _, begin in requests])
-    image = Image(low, *model.project(high, begin), begin, np.array(sides, np.int64))
+    image = Image(low, model.project(high, begin), begin, np.array(sides, np.int64))
     lengths = np.array([ids.shape[1] - 1 for _, ids, _ in requests])
     padded = np.zeros((2, lengths.max()), np.int64)
     for row, (_, ids, _) in zip(padded, requests, strict=True):

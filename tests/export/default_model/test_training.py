@@ -65,7 +65,7 @@ def test_one_training_pass_equals_inference_step_by_step(random_model):
         tiles = preprocess(scene.image, g)
         assert sides[index].tolist() == list(margins(*scene.image.size, g.grid))
         near, far = reference.vision(tiles[:1]), reference.vision(tiles[1:])
-        image = Image(near, *reference.project(far, position), position, sides[index : index + 1].numpy())
+        image = Image(near, reference.project(far, position), position, sides[index : index + 1].numpy())
         for question in range(3):
             where = batch.where[index, question].tolist()
             count = int((batch.answer[index, question] >= 0).sum())

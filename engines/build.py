@@ -1,0 +1,43 @@
+"""Bundle -> TensorRT engines, on the machine that will run them: `python -m engines.build BUNDLE --backend tensorrt`.
+
+Needs the backend and filelock; no torch, no onnx, no Triton. What export/build.py prepared is all it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from engines.errors import FlexError
+from engines.trt_build import build_plans
+from engines.trt_options import BACKENDS_WITH_ENGINES, add_arguments, options_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m engines.build", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, help="folder that export/build.py wrote")
+    parser.add_argument("--backend", choices=BACKENDS_WITH_ENGINES, required=True)
+    parser.add_argument("--default", action="store_true", help="the runtime opens these engines unless told otherwise")
+    add_arguments(parser)
+    given = vars(parser.parse_args(arguments))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
+        build_plans(bundle, options_of(given, backend), make_default=default)
+    except FlexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the bundle is as it was", file=sys.stderr)
+        return 130
+    print(f"{bundle} has engines for {backend}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
