@@ -134,12 +134,12 @@ class Cuda:
 
     def _load(self, artifacts: Artifacts, kernel: Kernel) -> _Function:
         compiled = artifacts.get(kernel)
-        code = compiled.cubins.get(self.sm)
-        image = compiled.ptx + b"\0" if code is None else code
+        native = self.sm in compiled.cubins
+        image = compiled.code(self.sm) + (b"" if native else b"\0")  # PTX is a C string
         if image not in self._modules:
             status, module = self.api.cuModuleLoadData(image)
             if int(status):
-                kind = f"code for SM {self.sm}" if code is not None else "PTX"
+                kind = f"code for SM {self.sm}" if native else "PTX"
                 raise BackendError(
                     f"the driver does not take the {kind} of kernel {kernel.name}: {self.text(status)}",
                     expected=f"compiled kernels that {self.name} (SM {self.sm}) runs; there are {artifacts.sms}",

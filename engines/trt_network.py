@@ -39,20 +39,6 @@ def plans_of(bundle: Bundle, backend: str) -> dict[str, Plan]:
     return {name: part.plans[backend] for name, part in parts.items()}
 
 
-def require_kernels(bundle: Bundle, plan: Plan, backend: str) -> None:
-    """BackendError unless a plan with plugins was built with the kernels the bundle holds now."""
-    if not plan.plugins:
-        return
-    name = bundle.manifest.kernels
-    found = bundle.manifest.files[name].sha256 if name else None
-    if found != plan.kernels:
-        raise BackendError(
-            f"{plan.file} was built with other kernels than the bundle holds: SHA-256 {plan.kernels}",
-            expected=found or "a file of compiled kernels in the bundle",
-            fix=rebuild_command(bundle, backend),
-        )
-
-
 @dataclass(frozen=True)
 class DeviceArray:
     """A tensor on the device; `memory` is what keeps it there. dtype: "float32", "float16", "bfloat16" or "int64"."""
@@ -109,7 +95,6 @@ class Network:
         """Deserialise the plan. BackendError when it does not fit this TensorRT, GPU or bundle, or is damaged."""
         self.part, self.plan = part, plan
         self._trt, self._rebuild = trt, rebuild_command(bundle, backend)
-        require_kernels(bundle, plan, backend)
         self._engine = deserialise(trt, bundle.file(plan.file), plan, cuda.sm, rebuild=self._rebuild)
         self.specs = {spec.name: spec for spec in (*plan.inputs, *plan.outputs)}
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}

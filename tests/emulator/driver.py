@@ -185,6 +185,13 @@ class Driver:
     def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> tuple:
         return self._copy(stream, target, source, size, host=target)
 
+    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple:
+        def copy() -> None:
+            self._bytes(target, size, "a copy")[:] = self._bytes(source, size, "a copy")
+
+        self.submit(stream, copy)
+        return (OK,)
+
     def _copy(self, stream: int, target: int, source: int, size: int, host: int) -> tuple:
         if self.capturing(stream):  # of pageable memory the copy would read now, not when the graph runs
             self.pinned.check(host, size, "a recorded copy")

@@ -20,9 +20,9 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.bundle import MANIFEST, Bundle, sha256
-from engines.geometry import Geometry
-from engines.manifest import ONNXRUNTIME, PRECISIONS, TENSORRT_RTX, TRACED, File, Plan, Profile, graph_io
-from engines.pages import page_size
+from engines.manifest import ONNXRUNTIME, PRECISIONS, TRACED, File, Plan, TensorSpec, in_place, plan_io
+from engines.trt_build import attributes, profiles
+from engines.trt_options import PlanOptions
 from plugins.registry import kernels_of_model
 from tests.emulator.driver import Driver, emulated_artifacts
 from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun, Registry
@@ -30,28 +30,6 @@ from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun, Registry
 SCRATCH = 1 << 16
 _REGISTRIES: dict[str, Registry] = {}  # one per module, as long as the process
 TAG, KERNELS = "emulated engine", "kernels.zip"
-
-
-def attributes(g: Geometry) -> dict[str, int]:
-    """What the custom ops of a model have as attributes."""
-    names = ("heads", "kv_heads", "head_dim", "grid", "cells", "threshold")
-    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)}
-
-
-def profiles(part: str, g: Geometry, backend: str, most: int) -> tuple[Profile, ...]:
-    """The optimisation profiles of a part for batches of up to `most`."""
-    batch, tiles = (1, 1, most), g.zoom**2
-    if part == "vision":
-        return (Profile("any", {"tiles": (1, tiles, tiles * most)}),)
-    if part == "pages":
-        return (Profile("any", {"batch": batch, "batch_tiles": (tiles, tiles, tiles * most)}),)
-    fixed = {"batch": batch, "capacity": (g.context,) * 3}
-    if backend == TENSORRT_RTX:
-        return (Profile("any", {**fixed, "steps": (1, 1, g.context)}),)
-    return (
-        Profile("decode", {**fixed, "steps": (1, 1, 1)}),
-        Profile("prefill", {**fixed, "steps": (1, g.context, g.context)}),
-    )
 
 
 def with_plans(
@@ -83,9 +61,10 @@ def with_plans(
         files[KERNELS] = File((out / KERNELS).stat().st_size, artifacts.sha256)
     for name, part in manifest.parts.items():
         with_kernels = plugins and name == "decoder"
-        inputs, outputs = graph_io(name, TRACED, g, manifest.precision)
+        inputs, outputs = plan_io(name, g, manifest.precision)
+        options = PlanOptions(backend, max_batch=most)
         plan = Plan(
-            f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, backend, most), plugins=with_kernels,
+            f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
         content = {"tag": TAG, "graph": str((out / part.graphs[ONNXRUNTIME].file).resolve()), "plan": asdict(plan)}
@@ -155,6 +134,7 @@ class Engine:
             self.graph = PluginGraph(driver, registry, content["traced"], content["kernels"])
         self.specs = {spec["name"]: spec for spec in (*plan["inputs"], *plan["outputs"])}
         self.inputs = [spec["name"] for spec in plan["inputs"]]
+        self.in_place = in_place(TensorSpec(**spec) for spec in plan["outputs"])
         self.num_io_tensors = len(self.specs)
 
     def get_tensor_name(self, index: int) -> str:
@@ -246,8 +226,7 @@ class Context:
             shape = tuple(symbols[size] if isinstance(size, str) else size for size in spec["shape"])
             view = memory.view(addresses[name], shape, spec["dtype"], f"tensor {name}")
             views[name not in engine.inputs][name] = view
-            past = name.replace("present_", "past_")
-            assert addresses[past] == addresses[name], f"{name} is not updated in place"
+            assert addresses[engine.in_place.get(name, name)] == addresses[name], f"{name} is not updated in place"
         return views
 
     def _execute(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
