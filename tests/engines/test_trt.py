@@ -15,6 +15,8 @@ from engines.cuda import Cuda
 from engines.errors import BackendError, BundleError
 from engines.ort import OrtModel
 from engines.trt_model import TrtModel
+from export.build import BuildOptions, build
+from plugins.artifacts import Artifacts, KernelError
 from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
@@ -298,10 +300,14 @@ def test_no_driver_here(bundles):
 # With plugins: the decoder's custom ops through plugins/plugin.py, the driver's wrapper and the interpreted kernels.
 
 
-@pytest.fixture(scope="module")
-def plugin_bundle(random_model, shared):
-    plain = random_model("engine", GEOMETRY, tokenizer=True)[1]
-    folder = shared / "engine-plugins"
+@pytest.fixture(scope="module", params=["eager", "lazy"])
+def plugin_bundle(request, random_model, shared):
+    """A bundle whose emulated decoder has plugins; its pages are projected at once, or when first selected."""
+    checkpoint, plain = random_model("engine", GEOMETRY, tokenizer=True)
+    if request.param == "lazy":
+        options = BuildOptions(checkpoint, shared / "engine-lazy", precision="fp32", projection="lazy")
+        plain = once(options.out, lambda _: build(options))
+    folder = shared / f"engine-plugins-{request.param}"
     return once(folder, lambda folder: with_plans(plain, folder, "tensorrt-rtx", plugins=True))
 
 
@@ -310,9 +316,28 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
     use(driver, monkeypatch)
     ours, theirs = pair(plugin_bundle)
     options = {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
-    for image, question in ((PHOTO, QUESTION), (None, "hello")):
-        answers = [engine.generate(image, question, **options) for engine in (ours, theirs)]
-        assert answers[0].token_ids == answers[1].token_ids
-        assert np.array_equal(answers[0].trace.cells, answers[1].trace.cells)
-        assert np.abs(answers[0].trace.logits - answers[1].trace.logits).max() <= 2e-4
-    assert set(driver.launches) == {"append", "prefill", "attend", "attend_pages", "combine", "select_pages"}
+    answers = []
+    for engine in (ours, theirs):
+        with engine.image(PHOTO) as view:  # the second question finds pages the first has projected
+            questions = [view.ask(question, **options) for question in (QUESTION, "and now?")]
+        answers.append([*questions, engine.generate(None, "hello", **options)])
+    for left, right in zip(*answers, strict=True):
+        assert left.token_ids == right.token_ids
+        assert np.array_equal(left.trace.cells, right.trace.cells)
+        assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
+    kernels = {"append", "prefill", "attend", "attend_pages", "combine", "select_pages"}
+    assert set(driver.launches) == kernels | ({"project_pages"} if ours.geometry.lazy_pages else set())
+    assert driver.counts["cuGraphInstantiate"] == 2  # one for the view, one without an image
+
+
+def test_a_kernel_that_is_missing_is_told(plugin_bundle, monkeypatch):
+    driver = Driver()
+    use(driver, monkeypatch)
+    engine = Engine(plugin_bundle)
+    monkeypatch.setattr(Artifacts, "get", lambda self, kernel: _raise(KernelError("no compiled kernel", fix="compile")))
+    with pytest.raises(BackendError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):
+        engine.generate(None, "hello", max_new_tokens=2)
+
+
+def _raise(error: Exception) -> None:
+    raise error

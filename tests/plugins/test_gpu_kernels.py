@@ -127,7 +127,7 @@ def test_time_of_a_decode_step_against_the_bandwidth(launcher, capsys):
     rows, start, end = [], cuda.event(), cuda.event()
     for op in ops_of_model(sizes(case.geometry)):
         arrays = inputs_of(op, case.geometry, case.tokens, case.pages)
-        launches, _kept, _ = launcher.prepare(op, case.dtype, arrays)
+        launches, *_memory = launcher.prepare(op, case.dtype, arrays)
         artifacts = launcher.artifacts(op, case.dtype)
         for launch in launches:
             cuda.run(artifacts, [launch], int(stream))  # loads it
