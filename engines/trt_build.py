@@ -201,7 +201,7 @@ def _require_kernels(bundle: Bundle, name: Path, options: PlanOptions, sms: Sequ
 
 def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
     """One file per TensorRT version, and per GPU where the GPU is timed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     gpu = f"-sm_{sms[0]}" if backend == TENSORRT else ""
     return base / "flexattention" / f"timing-{backend}-{trt.load(backend).__version__}{gpu}.cache"
 
@@ -209,7 +209,7 @@ def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
 def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet: bool) -> Built:
     """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails."""
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    path = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     built, failure = None, None
     with open(log, "w", encoding="utf-8", errors="replace") as file, progress(f"{part}: building", quiet=quiet) as show:
         process = subprocess.Popen(
@@ -217,7 +217,7 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             text=True,
         )
         try:

@@ -30,8 +30,11 @@ REPORT_EVERY = 0.1  # seconds between lines of progress
 
 @dataclass(frozen=True)
 class Job:
-    """What to build. `kernels`: file of compiled kernels, None without plugins. `inputs`, `outputs`: of the graph, and
-    `profiles` the sizes of their symbols. `workspace`: bytes, None = no limit. `timing_cache`: file, None = none."""
+    """What to build; every path is absolute.
+
+    kernels: file of compiled kernels, None without plugins. inputs, outputs: of the graph; profiles: the sizes of their
+    symbols. workspace: bytes, None = no limit. timing_cache: a file, None = none.
+    """
 
     backend: str
     graph: str
@@ -65,7 +68,9 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
         register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
-    network, parser = tensorrt.parse(trt, logger, builder, Path(job.graph), rebuild=job.rebuild)
+    graph = Path(job.graph)
+    os.chdir(graph.parent)  # by its name alone: the order of an engine's tensors would depend on where the bundle lies
+    network, parser = tensorrt.parse(trt, logger, builder, Path(graph.name), rebuild=job.rebuild)
     _fix_and_check(trt, network, job)
     config = builder.create_builder_config()
     config.builder_optimization_level = job.optimization_level
