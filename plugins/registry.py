@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from plugins.cached_attention.plugin import CachedAttention
 from plugins.hierarchical_attention.plugin import HierarchicalAttention
 from plugins.op import Kernel, Op
+from plugins.project_pages.plugin import ProjectPages
 from plugins.select_pages.plugin import SelectPages
 
-OPS: dict[str, type[Op]] = {op.name: op for op in (SelectPages, CachedAttention, HierarchicalAttention)}
+OPS: dict[str, type[Op]] = {op.name: op for op in (SelectPages, CachedAttention, ProjectPages, HierarchicalAttention)}
 
 
 def ops_of_model(sizes: Mapping[str, int]) -> list[Op]:

@@ -1,0 +1,24 @@
+"""flex::ProjectPages: hi-res features -> keys and values of the listed pages that nobody has projected before.
+
+Runs before flex::HierarchicalAttention in every layer that reads pages: a page that is never selected costs nothing.
+N = C*C pages of P token slots; Hkv key/value heads of size hd; T = model dtype.
+
+| input | shape | dtype | meaning |
+|---|---|---|---|
+| features | [B, N, P, hidden] | T | hi-res features, page by page; a short page may end in anything |
+| key_weight, value_weight | [Hkv*hd, hidden] | T | k_proj_hd, v_proj_hd |
+| cos, sin | [B, N, P, hd/2] | float32 | hi-res rotary of every slot |
+| page_key, page_value | [B, Hkv, N, P, hd] | T | the store of this layer; a page not yet projected may hold anything |
+| projected | [B, N] | int64 | 1 where the store holds the page, else 0 |
+| pages | [B, N] | int64 | page indices; the first page_count[b] are wanted (flex::SelectPages of the layer before) |
+| page_count | [B] | int64 | |
+
+| output | shape | dtype | meaning |
+|---|---|---|---|
+| present_key, present_value | [B, Hkv, N, P, hd] | T | the store with the new pages; bind it to the buffer of page_* |
+| present_projected | [B, N] | int64 | `projected`, and the wanted pages |
+
+Attributes: `hidden`, `kv_heads` (Hkv), `head_dim` (hd), `page_size` (P), `cells` (C).
+
+Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function), `kernel.py` (Triton), `plugin.py` (its launch).
+"""
