@@ -1,7 +1,7 @@
 """Compiled kernels, as a bundle and a plan carry them to a board. Needs nothing but Python.
 
-`plugins/compile.py` makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per SM. Entries
-are stored as they are, in a fixed order with fixed times, so that equal kernels are equal bytes on every machine.
+`plugins/compile.py` makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per SM.
+Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal bytes on every machine.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Artifacts:
     def __post_init__(self) -> None:
         names = [c.kernel.name for c in self.compiled]
         if len(set(names)) < len(names):
-            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model and dtype")
+            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model in one dtype")
         if len({tuple(sorted(c.cubins)) for c in self.compiled}) > 1:
             raise KernelError("kernels for different SMs in one file", expected="the same SMs for each")
 
@@ -104,7 +104,9 @@ class Artifacts:
         if found.kernel != kernel:
             is_, wanted = _difference(found.kernel, kernel)
             raise KernelError(
-                f"kernel {kernel.name} was compiled with {is_}", expected=f"{wanted}, as this model needs", fix=recompile()
+                f"kernel {kernel.name} was compiled with {is_}",
+                expected=f"{wanted}, as this model needs",
+                fix=recompile(),
             )
         return found
 

@@ -25,7 +25,8 @@ from plugins.ptxas import SMS, Code, assemble, find_assemblers
 from plugins.registry import kernels_of_model
 
 OFFICIAL_7B = {
-    "heads": 32, "kv_heads": 32, "head_dim": 128, "grid": 24, "cells": 9, "page_size": 64, "threshold": 48,
+    "hidden": 4096, "heads": 32, "kv_heads": 32, "head_dim": 128,
+    "grid": 24, "cells": 9, "page_size": 64, "threshold": 48,
 }  # fmt: skip
 DTYPE_OF_PRECISION = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as bundle.json calls it
 
@@ -35,12 +36,14 @@ def compile_kernels(
 ) -> Artifacts:
     """Compile kernels (of one model and dtype) for the SMs; `progress` is told (steps done, steps, what was done).
 
-    Takes seconds, and about 200 MB for each core. Raises KernelError: no compiler, an unknown SM, a kernel that does not
-    compile, spills registers, or needs more shared memory than a board has.
+    Takes seconds, and about 200 MB for each core. Raises KernelError: no compiler, an unknown SM, a kernel that does
+    not compile, spills registers, or needs more shared memory than a board has.
     """
     kernels, sms = list(kernels), sorted(set(sms))
     if not sms or not set(sms) <= set(SMS):
         raise KernelError(f"SMs {sms}", expected=f"some of {', '.join(map(str, SMS))}", fix="correct --sm")
+    if len({kernel.name for kernel in kernels}) < len(kernels):
+        raise KernelError("two kernels of one name", expected="the kernels of one model in one dtype, each once")
     assemblers = find_assemblers()
     # Where no code is wanted of a ptxas, it assembles for one SM all the same: it must accept the PTX.
     targets = [(a, sm) for a in assemblers.values() for sm in ([sm for sm in a.sms if sm in sms] or a.sms[:1])]
@@ -118,16 +121,15 @@ def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[st
 
 
 def sizes_of_bundle(folder: Path) -> tuple[dict[str, int], str]:
-    """The attributes of a bundle's ops, and the dtype it computes in, from its bundle.json. KernelError if unreadable."""
+    """Attributes of a bundle's ops, and the dtype it computes in, from its bundle.json; KernelError if unreadable."""
     path = folder / "bundle.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        g = manifest["geometry"]
-        sizes = {name: g[name] for name in ("heads", "kv_heads", "head_dim", "cells", "threshold")}
-        sizes["grid"] = g["lowres"] // g["vision"]["patch"]
-        inputs = manifest["parts"]["decoder"]["graphs"]["traced"]["inputs"]
+        g, inputs = manifest["geometry"], manifest["parts"]["decoder"]["graphs"]["traced"]["inputs"]
         pages = next(tensor for tensor in inputs if tensor["name"].startswith("page_key."))
-        sizes["page_size"] = pages["shape"][3]  # [batch, kv_heads, cells * cells, page_size, head_dim]
+        # page_key: [batch, kv_heads, cells * cells, page_size, head_dim]
+        derived = {"grid": g["lowres"] // g["vision"]["patch"], "page_size": pages["shape"][3]}
+        sizes = {name: derived[name] if name in derived else g[name] for name in OFFICIAL_7B}
         return sizes, DTYPE_OF_PRECISION[manifest["precision"]]
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, StopIteration) as error:
         raise KernelError(

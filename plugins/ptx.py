@@ -78,7 +78,9 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
 def parameters(ptx: str) -> list[tuple[str, str]]:
     """(name, PTX type) of each parameter of the one entry of a PTX text."""
     (entry,) = _PARAMETERS.finditer(ptx)
-    return [(match["name"], match["type"]) for match in map(_PARAMETER.fullmatch, map(str.strip, entry["list"].split(",")))]
+    return [
+        (match["name"], match["type"]) for match in map(_PARAMETER.fullmatch, map(str.strip, entry["list"].split(",")))
+    ]
 
 
 def without_scratch(ptx: str, kernel: Kernel) -> str:

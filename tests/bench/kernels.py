@@ -1,0 +1,194 @@
+"""ESTIMATES, from shapes alone, what each kernel must move at 7B and how long each board's memory takes for that.
+
+`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from engines.geometry import Geometry
+from engines.pages import page_size
+from engines.targets import TARGETS, Target
+from plugins.cached_attention.plugin import PAGES_PER_SPLIT, SPLIT
+from plugins.op import ITEMSIZE, blocks
+from plugins.registry import ops_of_model
+from tests.bench.cost import cost
+from tests.geometries import official
+from tests.shapes import input_shapes, sizes
+
+NOTE = """\
+**An estimate, not a measurement: nothing here ran on a GPU.** Bytes are counted from shapes: what a launch must read
+or write, each byte once. Microseconds are those bytes at the full bandwidth of the board's memory, the least a kernel
+can take. A launch also has a floor of a few microseconds, which is all that the small kernels cost; what stays in the
+GPU's cache between launches costs less; `append` and `prefill` run for the prompt only, and arithmetic, not memory,
+bounds `prefill` and `project_pages`."""
+
+BOARDS = ("orin-nano-8", "orin-nano-8-super", "orin-nx-16", "agx-orin-64", "agx-thor-128", "rtx-4090", "h100-80")
+F32, I64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step of one sequence, and the prefill of its prompt."""
+
+    geometry: Geometry
+    tokens: int = 1200  # cached
+    pages: int = 10  # read in each reading layer
+    dtype: str = "float16"
+
+    @property
+    def item(self) -> int:
+        """Bytes of a value."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def query(self) -> int:
+        """Bytes of a token's query, or context."""
+        return self.geometry.heads * self.geometry.head_dim * self.item
+
+    @property
+    def cached(self) -> int:
+        """Bytes of a token's key and value in one layer."""
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * self.item
+
+    @property
+    def rotary(self) -> int:
+        """Bytes of a position's cos and sin."""
+        return self.geometry.head_dim * F32
+
+    def parts(self, pages: int) -> int:
+        """Bytes of what the splits hand to `combine`: weighted values, maximum and sum, for each split and head."""
+        splits = blocks(self.tokens, SPLIT) + blocks(pages, PAGES_PER_SPLIT)
+        return splits * self.geometry.heads * (self.geometry.head_dim + 2) * F32
+
+    @property
+    def scores(self) -> int:
+        """Bytes of the scores of the image tokens, for each head."""
+        return self.geometry.heads * self.geometry.image_tokens * F32
+
+
+def attend(c: Case) -> int:
+    """Query, new key and value (which it also stores), the cache -> parts, scores."""
+    return c.query + 2 * c.cached + c.rotary + c.tokens * c.cached + c.parts(0) + c.scores
+
+
+def attend_pages(c: Case) -> int:
+    """`attend`, and the listed pages."""
+    parts = c.parts(c.pages) - c.parts(0)
+    return attend(c) + c.pages * (page_size(c.geometry) * c.cached + 2 * I64) + parts
+
+
+def combine(c: Case, pages: int) -> int:
+    """Parts, scores -> context, map."""
+    return c.parts(pages) + c.scores + c.query + c.geometry.image_tokens * F32
+
+
+def select_pages(c: Case) -> int:
+    """Map -> list of pages."""
+    return c.geometry.image_tokens * F32 + c.geometry.pages * I64
+
+
+def project_pages(c: Case, new: int) -> int:
+    """The list and what is projected; with new pages their features and rotary, both weights -> keys and values."""
+    g, tokens = c.geometry, new * page_size(c.geometry)
+    weights = 2 * g.kv_heads * g.head_dim * g.hidden * c.item if new else 0
+    return 3 * g.pages * I64 + weights + tokens * (g.hidden * c.item + c.rotary + c.cached)
+
+
+def append(c: Case) -> int:
+    """New keys and values, all but the last -> the cache."""
+    return (c.tokens - 1) * (2 * c.cached + c.rotary)
+
+
+def prefill(c: Case) -> int:
+    """Queries and the cache -> contexts."""
+    return (c.tokens - 1) * (2 * c.query + c.cached + c.rotary)
+
+
+# (op, kernel) of a decode step -> bytes of a launch.
+STEP: dict[tuple[str, str], Callable[[Case], int]] = {
+    ("CachedAttention", "attend"): attend,
+    ("CachedAttention", "combine"): lambda c: combine(c, 0),
+    ("SelectPages", "select_pages"): select_pages,
+    ("ProjectPages", "project_pages"): lambda c: project_pages(c, 0),
+    ("HierarchicalAttention", "attend_pages"): attend_pages,
+    ("HierarchicalAttention", "combine"): lambda c: combine(c, c.pages),
+}
+# Beside the steps: of the prompt, and of a page's first selection.
+RARE: dict[str, Callable[[Case], int]] = {
+    "append, whole prompt": append,
+    "prefill, whole prompt": prefill,
+    "project_pages, every page new": lambda c: project_pages(c, c.pages),
+}
+
+
+def launches(g: Geometry) -> Counter[tuple[str, str]]:
+    """(op, kernel) -> launches of a decode step in all layers, as the plugins say."""
+    layers = {
+        "CachedAttention": g.start_layer + 1,
+        "SelectPages": len(g.selecting_layers),
+        "ProjectPages": len(g.reading_layers),
+        "HierarchicalAttention": len(g.reading_layers),
+    }
+    counted: Counter[tuple[str, str]] = Counter()
+    for op in ops_of_model(sizes(g)):
+        shapes = input_shapes(g)[op.name]
+        for launch in op.launches("float16", shapes, [0] * len(op.inputs), [0] * len(op.outputs), 0):
+            counted[op.name, launch.kernel.name] += layers[op.name]
+    return counted
+
+
+def microseconds(count: int, board: Target) -> float:
+    """What a board's memory takes for that many bytes, at the least."""
+    return count / (board.bandwidth * 1e9) * 1e6
+
+
+def table(case: Case) -> list[list[str]]:
+    """The first row is the header."""
+    g = case.geometry
+    counted = launches(g)
+    boards = [TARGETS[name] for name in BOARDS]
+    header = ["kernel", "launches a token", "bytes a launch", *(f"{b.name} ({b.bandwidth} GB/s)" for b in boards)]
+
+    def row(name: str, number: str, count: int) -> list[str]:
+        return [name, number, f"{count:,}", *(f"{microseconds(count, board):,.1f}" for board in boards)]
+
+    rows = [header]
+    rows += [row(f"{op}: {kernel}", str(counted[op, kernel]), STEP[op, kernel](case)) for op, kernel in counted]
+    total = sum(number * STEP[key](case) for key, number in counted.items())
+    weights = cost(g, 0, 0, itemsize=case.item).bytes
+    rows.append(row("**all kernels of a token**", str(counted.total()), total))
+    read = row("**weights of a token**", "", weights)
+    read[3:] = [
+        text if weights < board.memory else "does not fit" for text, board in zip(read[3:], boards, strict=True)
+    ]
+    rows.append(read)
+    rows.append(["kernels / weights", "", f"{total / weights:.1%}", *[""] * len(boards)])
+    rows += [row(name, "-", count(case)) for name, count in RARE.items()]
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def main() -> None:
+    case = Case(official())
+    print(
+        f"LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer, batch 1; microseconds.\n"
+    )
+    print(f"{NOTE}\n\n{markdown(table(case))}")
+
+
+if __name__ == "__main__":
+    main()

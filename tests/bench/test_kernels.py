@@ -1,0 +1,63 @@
+"""The estimate counts every launch of the plugins, and what it must agree with elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.errors import OptionError
+from engines.pages import page_size
+from engines.targets import TARGETS, target
+from plugins.ptxas import SMS
+from tests.bench.cost import cost
+from tests.bench.kernels import STEP, Case, attend, attend_pages, launches, main, project_pages, table
+from tests.geometries import official
+
+
+def test_every_launch_is_counted():
+    assert launches(official()) == {
+        ("SelectPages", "select_pages"): 24,
+        ("CachedAttention", "attend"): 9,
+        ("CachedAttention", "combine"): 9,
+        ("ProjectPages", "project_pages"): 23,
+        ("HierarchicalAttention", "attend_pages"): 23,
+        ("HierarchicalAttention", "combine"): 23,
+    }
+    assert set(launches(official())) == set(STEP)
+
+
+def test_bytes_agree_with_the_cost_of_a_step():
+    """What attention reads of cache and pages is nearly all that its kernels move."""
+    case = Case(official())
+    keys = cost(case.geometry, 1200, 10 * 64, itemsize=2).bytes - cost(case.geometry, 0, 0, itemsize=2).bytes
+    counted = 9 * attend(case) + 23 * attend_pages(case)
+    assert keys < counted < 1.05 * keys
+
+
+def test_a_launch_by_hand():
+    case = Case(official(), tokens=128, pages=2)
+    token = 32 * 128 * 2
+    own = token + 2 * 2 * token + 128 * 4  # query, key and value read and written, cos and sin
+    parts, scores = 32 * (128 + 2) * 4, 32 * 576 * 4
+    assert attend(case) == own + 128 * 2 * token + parts + scores
+    assert attend_pages(case) == attend(case) + 2 * (64 * 2 * token + 16) + parts
+    assert project_pages(case, 0) == 3 * 81 * 8
+    assert project_pages(case, 1) - project_pages(case, 0) == 2 * 4096 * 4096 * 2 + 64 * (4096 * 2 + 512 + 2 * token)
+
+
+def test_table(capsys):
+    case = Case(official())
+    rows = {row[0]: row for row in table(case)}
+    assert len({len(row) for row in rows.values()}) == 1
+    count, orin = (rows["HierarchicalAttention: attend_pages"][column] for column in (2, 3))
+    assert float(orin.replace(",", "")) == pytest.approx(int(count.replace(",", "")) / 68e3, abs=0.06)
+    weights = rows["**weights of a token**"]
+    assert weights[3:5] == ["does not fit"] * 2 and float(weights[-1].replace(",", "")) == pytest.approx(3944, abs=1)
+    main()
+    assert "An estimate, not a measurement: nothing here ran on a GPU." in capsys.readouterr().out
+
+
+def test_targets():
+    assert all(name == t.name and t.sm in SMS and t.bandwidth and t.software for name, t in TARGETS.items())
+    assert target("orin-nx-16").sm == 87 and page_size(official()) == 64
+    with pytest.raises(OptionError, match=r"unknown target 'orin'(.|\n)*orin-nano-8, "):
+        target("orin")

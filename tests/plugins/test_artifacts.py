@@ -1,0 +1,148 @@
+"""The file of compiled kernels: round trip, what a plan takes from it, and everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+from plugins.artifacts import Artifacts, Compiled, KernelError
+from plugins.compile import OFFICIAL_7B
+from plugins.registry import kernels_of_model
+
+KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
+SELECT, ATTEND = KERNELS[0], KERNELS[3]
+
+
+def made_up(kernel, sms=(86, 120)) -> Compiled:
+    code = {sm: f"{kernel.name} for {sm}".encode() * 9 for sm in sms}
+    return Compiled(kernel, kernel.name, 512, 128, b"// " + kernel.name.encode(), code, dict.fromkeys(sms, 96))
+
+
+@pytest.fixture
+def artifacts():
+    return Artifacts(tuple(map(made_up, KERNELS)), {"triton": "3.9.0"})
+
+
+def test_round_trip(artifacts, tmp_path):
+    artifacts.write(tmp_path / "kernels.zip")
+    data = (tmp_path / "kernels.zip").read_bytes()
+    read = Artifacts.read(tmp_path / "kernels.zip")
+    assert read == artifacts and read.sms == (86, 120)
+    assert read.to_bytes() == data and read.sha256 == hashlib.sha256(data).hexdigest()
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels.zip"]
+
+
+def test_a_plan_takes_what_it_needs(artifacts):
+    part = artifacts.subset([SELECT, ATTEND, SELECT], [120])
+    assert [c.kernel for c in part.compiled] == [SELECT, ATTEND] and part.sms == (120,)
+    assert part.get(ATTEND) == replace(made_up(ATTEND), cubins={120: made_up(ATTEND).cubins[120]}, registers={120: 96})
+    assert len(part.to_bytes()) < len(artifacts.to_bytes()) and Artifacts.from_bytes(part.to_bytes()) == part
+
+
+def test_a_gpu_loads_its_own_code_or_the_ptx(artifacts):
+    compiled = artifacts.get(ATTEND)
+    assert compiled.code(86) == compiled.cubins[86]
+    assert compiled.code(87) == compiled.ptx
+    with pytest.raises(KernelError, match=r"SM 75(.|\n)*SM 80 or newer(.|\n)*fix: "):
+        compiled.code(75)
+
+
+def test_missing_sm(artifacts):
+    with pytest.raises(KernelError) as caught:
+        artifacts.subset([SELECT], [87])
+    assert caught.value.found == "no compiled kernels for SM 87" and caught.value.expected == "SMs among 86, 120"
+    assert caught.value.fix == "python -m plugins.compile --bundle BUNDLE --sm 86,120,87 --out kernels.zip"
+
+
+def test_missing_kernel(artifacts):
+    with pytest.raises(KernelError, match="no compiled kernel attend\n  expected: one of: select_pages\n"):
+        artifacts.subset([SELECT], [86]).get(ATTEND)
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "expected"),
+    [
+        ({"constants": (*ATTEND.constants[:-1], ("SPLIT", 256))}, "SPLIT=128", "SPLIT=256"),
+        ({"constants": ATTEND.constants[1:]}, "HEADS=32", "no HEADS"),
+        ({"parameters": (("query", "*bf16"), *ATTEND.parameters[1:])}, r"query=\*fp16", r"query=\*bf16"),
+        ({"parameters": ATTEND.parameters[::-1]}, "parameters query, ", "parameters capacity, "),
+        ({"warps": 8}, "warps 4", "warps 8"),
+        ({"function": "elsewhere:attend"}, "function plugins.cached_attention", "function elsewhere:attend"),
+    ],
+)
+def test_another_variant_is_refused(artifacts, change, found, expected):
+    with pytest.raises(KernelError, match=f"attend was compiled with {found}(.|\n)*expected: {expected}(.|\n)*fix: "):
+        artifacts.get(replace(ATTEND, **change))
+
+
+def test_truncated_anywhere(artifacts):
+    data = artifacts.to_bytes()
+    for length in {*range(0, len(data), 97), 1, 21, 22, len(data) - 1}:
+        with pytest.raises(KernelError, match=f"{length} bytes that are no whole file"):
+            Artifacts.from_bytes(data[:length])
+
+
+def test_a_changed_byte_is_noticed_or_changes_nothing(artifacts):
+    data, noticed = artifacts.to_bytes(), 0
+    for at in range(0, len(data), 31):
+        try:
+            assert Artifacts.from_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :]) == artifacts
+        except KernelError:
+            noticed += 1
+    assert noticed > len(data) / 31 / 2
+
+
+def zipped(files: dict[str, str], method=zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x7fELF and so on",
+        zipped({"readme.txt": "another zip"}),
+        zipped({"index.json": "no JSON"}),
+        zipped({"index.json": "[]"}),
+        zipped({"index.json": '{"format": 1, "kernels": [{"kernel": {}}], "versions": {}}'}),
+        zipped({"index.json": '{"format": 1, "kernels": 5, "versions": {}}'}),
+        zipped({"index.json": " " * 999}, zipfile.ZIP_DEFLATED),
+    ],
+)
+def test_foreign_files(data, tmp_path):
+    path = tmp_path / "kernels.zip"
+    path.write_bytes(data)
+    with pytest.raises(KernelError, match=f"{path}: {len(data)} bytes that are no whole file(.|\n)*fix: copy it again"):
+        Artifacts.read(path)
+
+
+def test_a_later_format():
+    data = zipped({"index.json": json.dumps({"format": 2})})
+    with pytest.raises(KernelError, match="format 2\n  expected: format 1"):
+        Artifacts.from_bytes(data)
+
+
+def test_a_file_that_cannot_be_read_or_written(artifacts, tmp_path):
+    with pytest.raises(KernelError, match=r"nothing\.zip cannot be read: No such file"):
+        Artifacts.read(tmp_path / "nothing.zip")
+    with pytest.raises(KernelError, match=r"cannot write .*: No such file(.|\n)*--out"):
+        artifacts.write(tmp_path / "no folder" / "kernels.zip")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(KernelError, match=r"cannot write .*folder: Is a directory"):
+        artifacts.write(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_kernels_that_do_not_belong_together():
+    with pytest.raises(KernelError, match="two kernels of one name"):
+        Artifacts((made_up(SELECT), made_up(SELECT)), {})
+    with pytest.raises(KernelError, match="different SMs"):
+        Artifacts((made_up(SELECT), made_up(ATTEND, (86,))), {})
