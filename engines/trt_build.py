@@ -40,7 +40,7 @@ from engines.progress import progress
 from engines.trt_options import RTX_DEFAULT, PlanOptions
 from engines.trt_worker import Built, Job
 from plugins.artifacts import Artifacts, KernelError
-from plugins.registry import kernels_of_model
+from plugins.registry import OPS, kernels_of_model
 
 BUILDER_FACTOR = 2  # memory of a build: about twice the weights (measured)
 
@@ -76,8 +76,8 @@ def elsewhere(options: PlanOptions) -> str | None:
 
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
-    names = ("heads", "kv_heads", "head_dim", "grid", "cells", "threshold")
-    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)}
+    names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
+    return {name: getattr(g, name) for name in sorted(names)} | {"page_size": page_size(g)}
 
 
 def profiles(part: str, g: Geometry, options: PlanOptions) -> tuple[Profile, ...]:
