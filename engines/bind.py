@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -13,13 +15,18 @@ from onnxscript.optimizer import fold_constants
 
 from engines.errors import ExportError
 from plugins.cached_attention import onnx_body as cached_attention
+from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
 from plugins.select_pages import onnx_body as select_pages
+from plugins.select_pages import onnx_static as static_select_pages
 
-ORT_OPSET = 24  # TensorScatter
+BOUND_OPSET = 24  # TensorScatter
+DYNAMIC_BODIES = select_pages, cached_attention, hierarchical_attention
+STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
 # Operators of the traced graphs whose meaning is the same in opset 20 and 24: later versions only admit more types.
 STABLE_SINCE_20 = {
-    "Add", "ArgMax", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Div", "Equal", "Expand",
+    "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Div", "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
     "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMean",
     "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
@@ -32,38 +39,73 @@ def for_onnxruntime(model: ir.Model) -> ir.Model:
 
     bfloat16 graphs become float32 graphs over bfloat16 weights: the CPU provider has no bfloat16 arithmetic.
     """
+    _bind(model, DYNAMIC_BODIES)
+    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs)):
+        _widen_bfloat16(model)
+    return model
+
+
+def for_plugin_free(model: ir.Model, capacity: int) -> ir.Model:
+    """Bind a traced decoder to TensorRT without plugins, in place: static ONNX bodies, a cache of `capacity` tokens.
+
+    TensorRT updates a cache in place only when its capacity is a number. bfloat16 graphs stay bfloat16.
+    """
+    symbol = ir.SymbolicDim("capacity")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(capacity if size == symbol else size for size in value.shape)
+    _bind(model, STATIC_BODIES)
+    return model
+
+
+def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
+    """Replace the flex:: nodes by `bodies` and tidy up."""
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
         raise ExportError(
             f"the graph holds {sorted(unknown)}",
-            expected=f"operators known to mean the same in opset 20 and {ORT_OPSET}",
+            expected=f"operators known to mean the same in opset 20 and {BOUND_OPSET}",
             fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in engines/bind.py",
         )
-    model.opset_imports[""] = ORT_OPSET
+    model.opset_imports[""] = BOUND_OPSET
     used = {node.op_type for node in model.graph if node.domain == "flex"}
-    for body in (select_pages, cached_attention, hierarchical_attention):
+    for body in bodies:
         names = [function.name for function in body.FUNCTIONS]
         if used.intersection(names):
             for function in body.FUNCTIONS:
                 bound = ir.serde.deserialize_function(function.to_function_proto())
                 model.functions[bound.identifier()] = bound
-    # Inlined here, not by ONNX Runtime: it would keep what nobody reads (the maps of the first layers), and compute in
+    unbound = used - {function.name for body in bodies for function in body.FUNCTIONS}
+    if unbound:
+        raise ExportError(f"no ONNX body for {sorted(unbound)}", expected="flex:: nodes of engines/bind.py's bodies")
+    # Inlined here, not by the backend: it would keep what nobody reads (the maps of the first layers), and compute in
     # every layer what is the same in all.
     InlinePass()(model)
     RemoveUnusedNodesPass()(model)
     fold_constants(model, should_fold=_reads_no_weight)
+    _merge_constants(model.graph)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
-    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs)):
-        _widen_bfloat16(model)
     ClearMetadataAndDocStringPass()(model)
-    return model
 
 
 def _reads_no_weight(node: ir.Node) -> bool | None:
     """False forbids folding, None leaves it to the folder: a folded weight would be a copy inside the .onnx file."""
     tensors = (value.const_value for value in node.inputs if value is not None)
     return False if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors) else None
+
+
+def _merge_constants(graph: ir.Graph) -> None:
+    """One of each folded constant, so that equal computations on them are seen to be equal."""
+    first: dict[tuple, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):  # a weight
+            continue
+        same = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if same is not value:
+            ir.convenience.replace_all_uses_with(value, same)
+            del graph.initializers[name]
 
 
 def _widen_bfloat16(model: ir.Model) -> None:

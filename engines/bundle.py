@@ -19,6 +19,7 @@ from engines.errors import BundleError, ExportError
 from engines.manifest import (
     BACKENDS,
     FORMAT,
+    KINDS,
     ONNXRUNTIME,
     PARTS,
     PRECISIONS,
@@ -29,7 +30,7 @@ from engines.manifest import (
     is_template,
     plan_io,
     symbols,
-)  # fmt: skip
+)
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
@@ -126,6 +127,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     for name, part in manifest.parts.items():
         named += [part.weights, *(graph.file for graph in part.graphs.values())]
         named += [plan.file for plan in part.plans.values()]
+        if sorted(part.graphs) != sorted(KINDS[name]):
+            return f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(KINDS[name])}"
         for kind, graph in part.graphs.items():
             if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
                 return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"

@@ -13,6 +13,12 @@ PARTS = ("vision", "pages", "decoder")
 # Kinds of graphs: with bare flex:: nodes (which TensorRT reads with this project's plugins), for ONNX Runtime, and for
 # TensorRT without plugins.
 TRACED, ONNXRUNTIME, PLUGIN_FREE = "traced", "onnxruntime", "plugin-free"
+# The vision and pages parts hold no flex:: nodes: their traced graphs need no plugins anyway.
+KINDS = {
+    "vision": (TRACED, ONNXRUNTIME),
+    "pages": (TRACED, ONNXRUNTIME),
+    "decoder": (TRACED, ONNXRUNTIME, PLUGIN_FREE),
+}
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
@@ -167,12 +173,16 @@ def graph_io(
     """Inputs and outputs of a graph, the "model" dtype resolved.
 
     ONNX Runtime's CPU has no bfloat16 arithmetic: its graphs of a bf16 bundle take and give float32 (engines/bind.py).
+    The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
     dtype = "float32" if (kind, precision) == (ONNXRUNTIME, "bf16") else PRECISIONS[precision]
-    inputs, outputs = (
-        tuple(replace(spec, dtype=dtype) if spec.dtype == "model" else spec for spec in specs)
-        for specs in IO_OF_PART[part](g)
-    )
+    sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
+
+    def resolved(spec: TensorSpec) -> TensorSpec:
+        shape = tuple(sizes.get(size, size) for size in spec.shape)
+        return replace(spec, shape=shape, dtype=dtype if spec.dtype == "model" else spec.dtype)
+
+    inputs, outputs = (tuple(map(resolved, specs)) for specs in IO_OF_PART[part](g))
     return inputs, outputs
 
 

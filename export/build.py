@@ -22,15 +22,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engines.bind import for_onnxruntime
+from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
     FORMAT,
+    KINDS,
     ONNXRUNTIME,
     PARTS,
+    PLUGIN_FREE,
     PRECISIONS,
     TRACED,
     Graph,
@@ -38,7 +40,7 @@ from engines.manifest import (
     Part,
     Prompt,
     graph_io,
-)  # fmt: skip
+)
 from engines.memory import available_bytes, peak_rss
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import PlanOptions, add_arguments, command, options_of
@@ -195,9 +197,13 @@ def _write_part(
         model = trace(part, g, dtype)
     with _progress(part, stored_bytes(model, dtype), console) as advance:
         write_weights(model, checkpoint, dtype, writer, weights, advance)
-    graphs = {}
-    for kind, name in ((TRACED, f"{part}.onnx"), (ONNXRUNTIME, f"{part}.{ONNXRUNTIME}.onnx")):
-        ir.save(model if kind == TRACED else for_onnxruntime(model), writer.folder / name)
+    traced, graphs = writer.folder / f"{part}.onnx", {}
+    ir.save(model, traced)
+    bind = {ONNXRUNTIME: for_onnxruntime, PLUGIN_FREE: lambda model: for_plugin_free(model, g.context)}
+    for kind in KINDS[part]:
+        name = traced.name if kind == TRACED else f"{part}.{kind}.onnx"
+        if kind != TRACED:
+            ir.save(bind[kind](ir.load(traced)), writer.folder / name)
         writer.add(name)
         graphs[kind] = Graph(name, *graph_io(part, kind, g, precision))
     return Part(weights, graphs, plans={})
@@ -269,7 +275,8 @@ def _print_plan(
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
     for part, names in _tensors_of_parts(g).items():
         size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
-        table.add_row(part, f"{part}.onnx, {part}.onnxruntime.onnx, {part}.weights", _size(size))
+        graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in KINDS[part] if kind != TRACED)]
+        table.add_row(part, ", ".join((*graphs, f"{part}.weights")), _size(size))
     console.print(table)
     if dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped)

@@ -109,8 +109,10 @@ class Decoder(nn.Module):
         layer, then of the final norm).
         """
         g = self.geometry
-        image = features.gather(1, (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, g.hidden))
-        x = torch.where(input_ids[..., None] < 0, image, self.model.embed_tokens(input_ids.clamp(min=0)))
+        is_image = input_ids < 0
+        index = torch.where(is_image, -1 - input_ids, 0)  # not clamp: TensorRT 10.3 lists no integers for ONNX's Clip
+        image = features.gather(1, index[..., None].expand(-1, -1, g.hidden))
+        x = torch.where(is_image[..., None], image, self.model.embed_tokens(torch.where(is_image, 0, input_ids)))
         positions = past_length[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         shared = (positions, self.cos, self.sin, image_begin)
         selected: list[tuple[Tensor, Tensor]] = []

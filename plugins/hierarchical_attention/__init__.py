@@ -13,6 +13,6 @@ Outputs and attributes: those of flex::CachedAttention, and the attribute `page_
 comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and the map, from
 the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
-Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
-beside them.
+Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
+plugins). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong beside them.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from onnxscript import script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import LowAttention, flex, op
+from plugins.cached_attention.onnx_body import ImageMap, LowAttention, TurnAndStore, flex, op
 
 
 @script(flex, default_opset=op)
@@ -102,4 +102,4 @@ def HierarchicalAttention(
     return by_token, present_key, present_value, map
 
 
-FUNCTIONS = (LowAttention, PageAttention, HierarchicalAttention)
+FUNCTIONS = (TurnAndStore, ImageMap, LowAttention, PageAttention, HierarchicalAttention)

@@ -13,6 +13,6 @@
 
 Attributes: `grid` (G), `cells` (C), `threshold` (0..255 scale, strict comparison).
 
-Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong
-beside them.
+Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
+plugins). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong beside them.
 """

@@ -10,7 +10,8 @@ flex = Opset("flex", 1)
 
 
 @script(flex, default_opset=op)
-def SelectPages(map, margins, page_budget, grid: int, cells: int, threshold: int):
+def PageScores(map, margins, page_budget, grid: int, cells: int, threshold: int):
+    """The pooled score of each page [B, C*C] float32, and page_count."""
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
     sides = op.Constant(value_ints=[1, 2])
@@ -42,14 +43,20 @@ def SelectPages(map, margins, page_budget, grid: int, cells: int, threshold: int
     pooled = op.ReduceMax(op.Gather(tall, window, axis=2), op.Constant(value_ints=[3]), keepdims=0)  # [B, C, C]
     score = op.Reshape(pooled, op.Constant(value_ints=[0, -1]))
 
-    # Every page, best first; equal scores keep the lower index first.
-    every = op.Reshape(op.Mul(count, count), op.Constant(value_ints=[1]))
-    _, pages = op.TopK(score, every, axis=1, largest=1, sorted=1)
+    # Eligibility grows with the score: the selected pages are the first of the order by score.
     limit = op.Cast(op.Constant(value_int=threshold), to=1)
     passes = op.Greater(op.Mul(score, op.Constant(value_float=255.0)), limit)
     eligible = op.And(passes, op.Not(op.Squeeze(flat, op.Constant(value_ints=[2]))))
     total = op.ReduceSum(op.Cast(eligible, to=7), op.Constant(value_ints=[1]), keepdims=0)
-    return pages, op.Min(total, page_budget)
+    return score, op.Min(total, page_budget)
 
 
-FUNCTIONS = (SelectPages,)
+@script(flex, default_opset=op)
+def SelectPages(map, margins, page_budget, grid: int, cells: int, threshold: int):
+    score, count = PageScores(map, margins, page_budget, grid=grid, cells=cells, threshold=threshold)
+    # Every page, best first; ONNX's TopK keeps the lower index first where scores are equal.
+    _, pages = op.TopK(score, op.Shape(score, start=1, end=2), axis=1, largest=1, sorted=1)
+    return pages, count
+
+
+FUNCTIONS = (PageScores, SelectPages)

@@ -57,6 +57,11 @@ DAMAGE = {
     "impossible number": (lambda folder: edit(folder, lambda m: m["geometry"]["vision"].update(patch=0)), "impossible"),
     "other geometry": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers=6)), "not those of its"),
     "no parts": (lambda folder: edit(folder, lambda m: m.update(parts={})), "parts"),
+    "no plugin-free graph": (
+        lambda folder: edit(folder, lambda m: m["parts"]["decoder"]["graphs"].pop("plugin-free")),
+        "graphs of decoder",
+    ),
+    "other capacity": (lambda folder: edit(folder, lambda m: m["geometry"].update(context=150)), "plugin-free graph"),
     "no files": (lambda folder: edit(folder, lambda m: m.update(files={})), "not among the files"),
     "negative budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=-3)), "page_budget -3"),
     "large budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=17)), "page_budget 17"),

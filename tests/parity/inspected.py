@@ -1,4 +1,4 @@
-"""The exported decoder with its inner values (maps, hidden states) made visible."""
+"""The exported decoder, as bound for a backend, with its inner values (maps, hidden states) made visible."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ from uuid import uuid4
 import numpy as np
 import onnx_ir as ir
 
-from engines.bind import for_onnxruntime
+from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle
-from engines.manifest import TRACED
+from engines.manifest import ONNXRUNTIME, PLUGIN_FREE, TRACED
 from engines.ort import Decoder, OrtModel
 
 
 class InspectedModel(OrtModel):
-    """An OrtModel whose decoders have `maps` and `hidden`, like those of export.reference."""
+    """An OrtModel whose decoders have `maps` and `hidden`, like those of export.reference.
 
-    def __init__(self, bundle: Bundle) -> None:
+    `kind`: ONNXRUNTIME, or PLUGIN_FREE: TensorRT's graph, which ONNX Runtime runs too, if slowly.
+    """
+
+    def __init__(self, bundle: Bundle, kind: str = ONNXRUNTIME) -> None:
         super().__init__(bundle)
-        g = self.geometry
+        g, self.kind = self.geometry, kind
         self.map_names = [f"map.{layer}" for layer in g.selecting_layers]
         self.hidden_names = [f"hidden.{layer}" for layer in range(g.layers + 1)]
         model = ir.load(bundle.graph("decoder", TRACED))
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
-        ir.save(for_onnxruntime(model), path)
+        ir.save(for_onnxruntime(model) if kind == ONNXRUNTIME else for_plugin_free(model, g.context), path)
         self._sessions["decoder"] = self.session(path)
         path.unlink()
 
+    def rounded(self, capacity: int) -> int:
+        """The plugin-free graph knows one capacity."""
+        return self.geometry.context if self.kind == PLUGIN_FREE else super().rounded(capacity)
+
     def decoder(self, image, capacity):
-        return InspectedDecoder(self, self._sessions["decoder"], image, capacity)
+        return InspectedDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
 
 class InspectedDecoder(Decoder):

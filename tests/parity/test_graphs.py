@@ -11,7 +11,7 @@ import pytest
 
 from engines.bind import STABLE_SINCE_20
 from engines.bundle import Bundle
-from engines.manifest import ONNXRUNTIME, PARTS, PRECISIONS, TRACED
+from engines.manifest import KINDS, ONNXRUNTIME, PARTS, PLUGIN_FREE, PRECISIONS, TRACED
 from export.checkpoint import expected_tensors
 
 SIZES = {"batch": 1, "steps": 2, "capacity": 640, "tiles": 2, "batch_tiles": 9}
@@ -48,8 +48,7 @@ def test_traced_graph_is_plain_opset_20_and_bare_flex_nodes(opened, part):
         assert not found
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("kind", [TRACED, ONNXRUNTIME])
+@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part, kinds in KINDS.items() for kind in kinds])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_manifest_describes_the_graph(bundle, part, kind, precision):
     opened = Bundle(bundle(precision), verify=False)
@@ -60,6 +59,17 @@ def test_manifest_describes_the_graph(bundle, part, kind, precision):
         for value, spec in zip(values, specs, strict=True):
             fixed = [size if isinstance(size, int) else None for size in value.shape]
             assert fixed == [size if isinstance(size, int) else None for size in spec.shape], spec.name
+            if kind == PLUGIN_FREE:  # one capacity, and no shape that depends on data
+                assert {size.value for size in value.shape if not isinstance(size, int)} <= {"batch", "steps"}
+
+
+def test_the_plugin_free_graph_holds_no_shape_that_depends_on_data(opened):
+    model = ir.load(opened.graph("decoder", PLUGIN_FREE))
+    assert not model.functions and not [node for node in model.graph if node.domain]
+    found = {node.op_type for node in model.graph}
+    assert not found & {"If", "Loop", "Scan", "NonZero", "TopK", "Unique", "Compress"}
+    # What every layer needs is computed once: one comparison of positions with cache slots, one sine of each position.
+    assert [node.op_type for node in model.graph].count("LessOrEqual") == 1
 
 
 @pytest.mark.parametrize("part", PARTS)

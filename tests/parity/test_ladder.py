@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as PILImage
 
 from engines.bundle import Bundle
+from engines.manifest import ONNXRUNTIME, PLUGIN_FREE
 from engines.ort import OrtModel
 from engines.pages import cell_of_row, tile_order
 from runtime import Engine
@@ -25,12 +26,12 @@ def worst(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - expected).max())
 
 
-@pytest.fixture(params=["reference", "graph"])
+@pytest.fixture(params=["reference", ONNXRUNTIME, PLUGIN_FREE])
 def model(request, case, reference, bundle):
     """The PyTorch reference, then the exported float32 graphs, with inner values visible."""
     if request.param == "reference":
         return reference(case.weights)
-    return InspectedModel(Bundle(bundle("fp32", case.weights)))
+    return InspectedModel(Bundle(bundle("fp32", case.weights)), request.param)
 
 
 def test_preprocess(case, reference):
@@ -41,6 +42,7 @@ def test_preprocess(case, reference):
     assert worst(tiles[:1], expected[:1]) <= 1e-5
 
 
+@pytest.mark.parametrize("model", ["reference", ONNXRUNTIME], indirect=True)  # the plugin-free graph is a decoder
 def test_vision(case, model):
     g = model.geometry
     tiles = case.tiles(g)

@@ -1,12 +1,14 @@
-"""The ONNX bodies of the attention ops against their PyTorch references, and those against first principles."""
+"""The attention ops: ONNX bodies, dynamic and static, against the references, and those against first principles."""
 
 import numpy as np
 import pytest
 import torch
 
 from plugins.cached_attention import onnx_body as cached_body
+from plugins.cached_attention import onnx_static as cached_static
 from plugins.cached_attention.reference import cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_body
+from plugins.hierarchical_attention import onnx_static as hierarchical_static
 from plugins.hierarchical_attention.reference import hierarchical_attention
 from tests.plugins.harness import run_body
 
@@ -86,12 +88,17 @@ CASES = {
 }
 
 
+BODIES = {"dynamic": (cached_body, hierarchical_body), "static": (cached_static, hierarchical_static)}
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("case", CASES)
-def test_onnx_bodies_equal_reference(case, dtype):
+def test_onnx_bodies_equal_reference(case, body, dtype):
     arrays = inputs(np.random.default_rng(7), dtype, **CASES[case])
-    compare(hierarchical_attention, hierarchical_body.FUNCTIONS, arrays, dtype)
-    compare(cached_attention, cached_body.FUNCTIONS, arrays[:9], dtype)
+    cached, hierarchical = BODIES[body]
+    compare(hierarchical_attention, hierarchical.FUNCTIONS, arrays, dtype)
+    compare(cached_attention, cached.FUNCTIONS, arrays[:9], dtype)
 
 
 def test_reference_is_one_softmax_over_tokens_and_pages():

@@ -1,5 +1,6 @@
-"""flex::SelectPages: PyTorch reference and ONNX body against the official masks, and the page budget."""
+"""flex::SelectPages: PyTorch reference and ONNX bodies against the official masks, and the page budget."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from engines.pages import cell_of_row, margins
-from plugins.select_pages.onnx_body import FUNCTIONS
+from plugins.select_pages import onnx_body, onnx_static
 from plugins.select_pages.reference import select_pages
 from tests.geometries import official
 from tests.plugins.harness import run_body
@@ -22,10 +23,13 @@ def by_reference(maps, sides, budget, cells, threshold):
     return pages.numpy(), count.numpy()
 
 
-def by_onnx(maps, sides, budget, cells, threshold):
-    return run_body(
-        FUNCTIONS, [maps, sides, budget], [np.int64, np.int64], grid=maps.shape[1], cells=cells, threshold=threshold
-    )
+def by_onnx(body, maps, sides, budget, cells, threshold):
+    sizes = {"grid": maps.shape[1], "cells": cells, "threshold": threshold}
+    return run_body(body.FUNCTIONS, [maps, sides, budget], [np.int64, np.int64], **sizes)
+
+
+BY_ONNX = {"dynamic body": partial(by_onnx, onnx_body), "static body": partial(by_onnx, onnx_static)}
+SELECT = {"reference": by_reference, **BY_ONNX}
 
 
 def selected(pages, count):
@@ -42,7 +46,7 @@ def golden():
         return dict(arrays)
 
 
-@pytest.mark.parametrize("select", [by_reference, by_onnx])
+@pytest.mark.parametrize("select", SELECT.values(), ids=SELECT)
 @pytest.mark.parametrize(("threshold", "side"), [(48, 72), (64, 72), (-1, 72), (48, 24), (48, 48)])
 def test_official_masks(select, golden, threshold, side):
     maps, sizes = golden["maps"], golden["ori_sizes_wh"]
@@ -56,7 +60,7 @@ def test_official_masks(select, golden, threshold, side):
     assert not flipped.any(), dict(zip(golden["names"][flipped > 0], flipped[flipped > 0], strict=True))
 
 
-@pytest.mark.parametrize("select", [by_reference, by_onnx])
+@pytest.mark.parametrize("select", SELECT.values(), ids=SELECT)
 def test_budget_keeps_the_best_and_is_monotone(select, golden):
     maps = golden["maps"][:8]
     sides = np.zeros((8, 2), np.int64)
@@ -70,7 +74,7 @@ def test_budget_keeps_the_best_and_is_monotone(select, golden):
     assert (previous == everything).all()
 
 
-@pytest.mark.parametrize("select", [by_reference, by_onnx])
+@pytest.mark.parametrize("select", SELECT.values(), ids=SELECT)
 def test_equal_scores_keep_the_lower_index_and_a_flat_map_selects_nothing(select):
     maps = np.zeros((2, 9, 9), np.float32)
     maps[0, 2, 5] = maps[0, 6, 1] = maps[0, 0, 7] = 0.5
@@ -82,9 +86,10 @@ def test_equal_scores_keep_the_lower_index_and_a_flat_map_selects_nothing(select
 
 @pytest.mark.parametrize("grid", [9, 10, 12, 24])
 @pytest.mark.parametrize("cells", [3, 9])
-def test_other_grids(grid, cells):
+@pytest.mark.parametrize("select", BY_ONNX.values(), ids=BY_ONNX)
+def test_other_grids(grid, cells, select):
     rng = np.random.default_rng(grid * cells)
     maps = rng.random((3, grid, grid), np.float32) ** 4
     arguments = maps, np.array([[0, 1], [2, 0], [0, 0]]), np.array([4, 81, 0]), cells, 48
-    left, right = by_reference(*arguments), by_onnx(*arguments)
+    left, right = by_reference(*arguments), select(*arguments)
     assert (left[0] == right[0]).all() and (left[1] == right[1]).all()

@@ -13,6 +13,9 @@ from tests.geometries import tiny
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")
+COMPILERS = {"kernel.py", "compile.py", "ptx.py"}  # of plugins: not for running
+# Of engines, what no runtime imports, and the packages it takes beyond those: the extras of pyproject.toml.
+BUILDERS = {"bind.py": {"onnx_ir", "onnxscript"}, "progress.py": {"rich"}, "trt_worker.py": {"filelock"}}
 OURS = {"export", "engines", "plugins", "runtime"}
 ALLOWED = {
     "runtime": {"runtime", "engines"},
@@ -60,11 +63,24 @@ def test_imports_go_down_only(package):
 
 
 def test_the_runtime_needs_what_it_says_it_needs():
-    known = {"runtime", "engines", "numpy", "PIL", "tokenizers", "pydantic", "onnxruntime"} | sys.stdlib_module_names
+    known = {"runtime", "engines", "plugins", "numpy", "PIL", "tokenizers", "pydantic", "onnxruntime"}
     files = [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "engines").rglob("*.py")]
     for path in files:
-        if path.name != "bind.py":
-            assert imports(path) <= known, path
+        extra = BUILDERS.get(path.name, set())
+        extra = extra | ({"cuda"} if path == ROOT / "engines" / "cuda.py" else set())  # cuda-bindings: the driver
+        assert imports(path) <= known | extra | sys.stdlib_module_names, path
+
+
+def test_each_backend_is_imported_in_one_place():
+    """The driver, ONNX Runtime and TensorRT are each behind one file, and imported only when a bundle needs them."""
+    places = {"cuda": "cuda.py", "onnxruntime": "ort.py", "tensorrt": "trt.py", "tensorrt_rtx": "trt.py"}
+    for package in ("runtime", "engines", "plugins"):
+        for path in (ROOT / package).rglob("*.py"):
+            for name in imports(path) & set(places):
+                assert path == ROOT / "engines" / places[name], path
+    program = f"import sys, runtime; print([name for name in {list(places)} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_torch_stays_in_export_and_the_references():
@@ -73,6 +89,8 @@ def test_torch_stays_in_export_and_the_references():
             heavy = imports(path) & set(HEAVY)
             allowed = {"torch"} if path.name == "reference.py" else set()
             allowed |= {"onnxscript"} if path.name == "onnx_body.py" else set()
-            allowed |= {"triton"} if path.name == "kernel.py" or path == ROOT / "plugins" / "ptx.py" else set()
             allowed |= {"onnx_ir", "onnxscript"} if path == ROOT / "engines" / "bind.py" else set()
+            allowed |= {"onnxscript"} if path.name == "onnx_static.py" else set()
+            allowed |= {"triton"} if package == "plugins" and path.name in COMPILERS else set()
+            allowed |= {"rich"} if path == ROOT / "engines" / "progress.py" else set()
             assert heavy <= allowed, path
