@@ -109,8 +109,9 @@ def build_plans(
     manifest = bundle.manifest
     sms = sms_to_build(options)
     kernels = _require_kernels(bundle, name, options, sms)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
+    temporary = None
     try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
         parts, files, moves = dict(manifest.parts), dict(manifest.files), []
         for part in PARTS:
             plugins = options.plugins and part == "decoder"
@@ -133,6 +134,9 @@ def build_plans(
             )
             log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
             weights = manifest.files[manifest.parts[part].weights].bytes
+            needed, free = BUILDER_FACTOR * weights, available_bytes()
+            if needed > free and not quiet:
+                print(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: it may fail")
             built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
             digest = sha256(file)
             final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old plan stays until the manifest
@@ -152,7 +156,8 @@ def build_plans(
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(folder, verify=False)
 
 

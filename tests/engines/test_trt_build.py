@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -171,6 +172,38 @@ def test_a_bundle_for_a_board_is_prepared_and_says_so(random_model, tmp_path, ca
     assert "python -m engines.build BUNDLE --backend tensorrt" in said
 
 
+def test_the_plugin_free_engine_has_no_plugins_but_fused_attention(copy):
+    bundle = build_plans(copy, PlanOptions(TENSORRT_RTX, plugins=False, keep_log=True), quiet=True)
+    plan = bundle.manifest.parts["decoder"].plans[TENSORRT_RTX]
+    assert not plan.plugins and plan.kernels is None
+    log = copy.with_name(f"{copy.name}.decoder.{TENSORRT_RTX}.log").read_text()
+    assert "PLUGIN_V3" not in log
+    assert b"CachedAttention" not in bundle.file(plan.file).read_bytes()
+
+
+class Gpu:
+    """A driver with one Orin."""
+
+    sm = 87
+
+
+def test_tensorrt_builds_for_the_gpu_of_the_machine(monkeypatch):
+    monkeypatch.setitem(sys.modules, "engines.cuda", SimpleNamespace(Cuda=Gpu))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    assert trt_build.sms_to_build(PlanOptions(TENSORRT)) == (87,)
+    assert trt_build.elsewhere(PlanOptions(TENSORRT, targets=(87,))) is None
+    assert "this machine's GPU is sm_87" in trt_build.elsewhere(PlanOptions(TENSORRT, targets=(110,)))
+    with pytest.raises(OptionError, match="target sm_110, this machine's GPU is sm_87") as caught:
+        trt_build.sms_to_build(PlanOptions(TENSORRT, targets=(110,)))
+    assert "python -m engines.build BUNDLE --backend tensorrt" in caught.value.fix
+    decode, prefill = profiles("decoder", tiny(), PlanOptions(TENSORRT))
+    assert decode.sizes["steps"] == (1, 1, 1)
+    assert prefill.sizes["steps"] == (1, 128, 160)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.1"))
+    with pytest.raises(BackendError, match=r"TensorRT 8\.6\.1"):
+        trt.load(TENSORRT)
+
+
 # What goes wrong.
 
 
@@ -179,6 +212,13 @@ def test_a_graph_whose_plugins_are_not_registered(built, tmp_path):
         run(job(built, "decoder", kernels=None), tmp_path / "log")
     assert "register" in caught.value.fix
     assert str(tmp_path / "log") in caught.value.found and (tmp_path / "log").stat().st_size
+
+
+def test_a_timing_cache_that_cannot_be_written(copy, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BackendError, match="timing cache") as caught:
+        run(job(copy, timing_cache=str(tmp_path / "file" / "cache")), tmp_path / "log")
+    assert "--no-timing-cache" in caught.value.fix
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
