@@ -33,7 +33,7 @@ from engines.manifest import (
     Plan,
     Profile,
     plan_io,
-)  # fmt: skip
+)
 from engines.memory import available_bytes
 from engines.pages import page_size
 from engines.progress import progress
@@ -42,6 +42,7 @@ from engines.trt_worker import Built, Job
 from plugins.artifacts import Artifacts, KernelError
 from plugins.registry import OPS, kernels_of_model
 
+KILLED = 9  # the signal; not every system has a name for it
 BUILDER_FACTOR = 2  # memory of a build: about twice the weights (measured)
 
 
@@ -170,14 +171,21 @@ def _put_in_place(
     options: PlanOptions,
     make_default: bool,
 ) -> None:
-    for source, target in moves:
-        source.replace(target)
+    """Move the engines into the bundle and list them; if that fails, the bundle is as it was."""
     used = {plan.file for part in parts.values() for plan in part.plans.values()}
     old = {plan.file for part in manifest.parts.values() for plan in part.plans.values()} - used
     files = {name: file for name, file in files.items() if name not in old}
     recorded = {**manifest.options, options.backend: json.loads(json.dumps(asdict(options)))}
     backend = options.backend if make_default else manifest.backend
-    write_manifest(folder, replace(manifest, parts=parts, files=files, options=recorded, backend=backend))
+    try:
+        for source, target in moves:
+            source.replace(target)
+        write_manifest(folder, replace(manifest, parts=parts, files=files, options=recorded, backend=backend))
+    except BaseException:
+        for _, target in moves:
+            if target.name not in manifest.files:
+                target.unlink(missing_ok=True)
+        raise
     for name in old:
         (folder / name).unlink(missing_ok=True)
 
@@ -250,7 +258,7 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
     """What the end of a process that could not speak for itself means."""
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    if code in (-KILLED, 128 + KILLED):
         needed, there = BUILDER_FACTOR * weights, available_bytes()
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",

@@ -172,13 +172,46 @@ def test_a_bundle_for_a_board_is_prepared_and_says_so(random_model, tmp_path, ca
     assert "python -m engines.build BUNDLE --backend tensorrt" in said
 
 
-def test_the_plugin_free_engine_has_no_plugins_but_fused_attention(copy):
+def test_the_plugin_free_engine_has_fused_kernels_in_place_of_plugins(copy):
     bundle = build_plans(copy, PlanOptions(TENSORRT_RTX, plugins=False, keep_log=True), quiet=True)
     plan = bundle.manifest.parts["decoder"].plans[TENSORRT_RTX]
     assert not plan.plugins and plan.kernels is None
     log = copy.with_name(f"{copy.name}.decoder.{TENSORRT_RTX}.log").read_text()
     assert "PLUGIN_V3" not in log
+    fused = set(re.findall(r"__myl_(\w+?)_myl\d", log))
+    assert "SiluMul" in fused
+    assert any("MaxrSubExpSumDiv" in name for name in fused), fused  # a softmax in one kernel
     assert b"CachedAttention" not in bundle.file(plan.file).read_bytes()
+
+
+def test_progress_only_grows_and_reaches_the_end(built, tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    shown = []
+
+    @contextmanager
+    def record(title, quiet):
+        yield shown.append
+
+    monkeypatch.setattr(trt_build, "progress", record)
+    run(job(built, "decoder"), tmp_path / "log")
+    assert shown and shown == sorted(shown) and shown[0] >= 0 and shown[-1] <= 1
+
+
+def test_progress_without_rich_is_lines_with_the_time_left(monkeypatch, capsys):
+    from engines import progress
+
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress("decoder: building") as show:
+        for now[0], part in ((1.0, 0.1), (6.0, 0.25), (7.0, 0.3), (12.0, 0.5)):
+            show(part)
+    assert capsys.readouterr().err.splitlines() == [
+        "decoder: building",
+        "decoder: building: 25 %, about 18 s left",
+        "decoder: building: 50 %, about 12 s left",
+    ]
 
 
 class Gpu:
@@ -274,6 +307,17 @@ def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
     with pytest.raises(BackendError, match="signal 9") as caught:
         run(job(built), tmp_path / "log")
     assert "2x the weights: 2.0 GB" in caught.value.expected
+
+
+def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = listing(copy)
+    monkeypatch.setattr(trt_build, "write_manifest", full)
+    with pytest.raises(BackendError, match="No space left"):
+        build_plans(copy, PlanOptions(TENSORRT_RTX, targets=(89,)), quiet=True)
+    assert listing(copy) == before
 
 
 def test_kernels_missing_for_a_target(copy):
@@ -430,16 +474,20 @@ def open_decoder(bundle: Path, sm: int = 86, **changes) -> FlexError:
             sm,
             rebuild="python -m engines.build B",
         )
-    assert caught.value.fix == "python -m engines.build B"
     return caught.value
 
 
 def test_an_engine_of_another_version(built):
-    assert "built by tensorrt_rtx 1.0, installed is" in open_decoder(built, tensorrt="1.0").found
+    error = open_decoder(built, tensorrt="1.0")
+    assert "built by tensorrt_rtx 1.0, installed is" in error.found
+    assert error.fix == "python -m engines.build B"
 
 
 def test_an_engine_for_another_gpu(built):
-    assert "built for sm_86, sm_89, sm_120, this GPU is sm_90" in open_decoder(built, sm=90).found
+    error = open_decoder(built, sm=80)
+    assert "built for sm_86, sm_89, sm_120, this GPU is sm_80" in error.found
+    assert error.fix == "python -m engines.build B --target sm_80"
+    assert "--backend tensorrt" in open_decoder(built, sm=90).fix
 
 
 @pytest.mark.parametrize("size", [0, 20, 64, 1000, 10**6])
