@@ -101,6 +101,12 @@ class BuildOptions:
                 fix=f"add --backend {self.plans.backend}, or leave them out",
             )
 
+        if self.projection == "lazy" and self.plans is not None and not self.plans.plugins:
+            raise OptionError(
+                "--projection lazy with --no-plugins: TensorRT alone cannot tell which pages are new",
+                fix="--projection eager, or leave out --no-plugins",
+            )
+
     @property
     def engines(self) -> PlanOptions | None:
         """The TensorRT engines to build, if any."""
