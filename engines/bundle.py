@@ -30,7 +30,7 @@ from engines.manifest import (
     kinds,
     plan_io,
     symbols,
-)  # fmt: skip
+)
 
 MANIFEST = "bundle.json"
 REBUILD = "python export/build.py --model CHECKPOINT --out {path}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from engines.errors import BackendError, FlexError
 from engines.manifest import TENSORRT, TENSORRT_RTX, Plan
+from engines.trt_options import RTX_SMS
 from plugins.plugin import NAMESPACE, take_error
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
@@ -171,6 +172,11 @@ def require_fit(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: st
         )
     if sm not in plan.sms:
         built = ", ".join(f"sm_{number}" for number in plan.sms)
+        if trt.__name__ == MODULES[TENSORRT_RTX]:
+            there = sm in RTX_SMS
+            rebuild = (
+                f"{rebuild} --target sm_{sm}" if there else f"TensorRT-RTX has no sm_{sm}: use --backend {TENSORRT}"
+            )
         raise BackendError(f"{path} was built for {built}, this GPU is sm_{sm}", fix=rebuild)
 
 

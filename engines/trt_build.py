@@ -33,15 +33,16 @@ from engines.manifest import (
     Plan,
     Profile,
     plan_io,
-)  # fmt: skip
+)
 from engines.memory import available_bytes
 from engines.pages import page_size
 from engines.progress import progress
 from engines.trt_options import RTX_DEFAULT, PlanOptions
 from engines.trt_worker import Built, Job
 from plugins.artifacts import Artifacts, KernelError
-from plugins.registry import kernels_of_model
+from plugins.registry import OPS, kernels_of_model
 
+KILLED = 9  # the signal; not every system has a name for it
 BUILDER_FACTOR = 2  # memory of a build: about twice the weights (measured)
 
 
@@ -76,8 +77,8 @@ def elsewhere(options: PlanOptions) -> str | None:
 
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
-    names = ("hidden", "heads", "kv_heads", "head_dim", "grid", "cells", "threshold")
-    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)}
+    names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
+    return {name: getattr(g, name) for name in sorted(names)} | {"page_size": page_size(g)}
 
 
 def profiles(part: str, g: Geometry, options: PlanOptions) -> tuple[Profile, ...]:
@@ -109,8 +110,9 @@ def build_plans(
     manifest = bundle.manifest
     sms = sms_to_build(options)
     kernels = _require_kernels(bundle, name, options, sms)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
+    temporary = None
     try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
         parts, files, moves = dict(manifest.parts), dict(manifest.files), []
         for part in PARTS:
             plugins = options.plugins and part == "decoder"
@@ -133,6 +135,9 @@ def build_plans(
             )
             log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
             weights = manifest.files[manifest.parts[part].weights].bytes
+            needed, free = BUILDER_FACTOR * weights, available_bytes()
+            if needed > free and not quiet:
+                print(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: it may fail")
             built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
             digest = sha256(file)
             final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old plan stays until the manifest
@@ -152,7 +157,8 @@ def build_plans(
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(folder, verify=False)
 
 
@@ -165,14 +171,21 @@ def _put_in_place(
     options: PlanOptions,
     make_default: bool,
 ) -> None:
-    for source, target in moves:
-        source.replace(target)
+    """Move the engines into the bundle and list them; if that fails, the bundle is as it was."""
     used = {plan.file for part in parts.values() for plan in part.plans.values()}
     old = {plan.file for part in manifest.parts.values() for plan in part.plans.values()} - used
     files = {name: file for name, file in files.items() if name not in old}
     recorded = {**manifest.options, options.backend: json.loads(json.dumps(asdict(options)))}
     backend = options.backend if make_default else manifest.backend
-    write_manifest(folder, replace(manifest, parts=parts, files=files, options=recorded, backend=backend))
+    try:
+        for source, target in moves:
+            source.replace(target)
+        write_manifest(folder, replace(manifest, parts=parts, files=files, options=recorded, backend=backend))
+    except BaseException:
+        for _, target in moves:
+            if target.name not in manifest.files:
+                target.unlink(missing_ok=True)
+        raise
     for name in old:
         (folder / name).unlink(missing_ok=True)
 
@@ -180,11 +193,7 @@ def _put_in_place(
 def _require_kernels(bundle: Bundle, name: Path, options: PlanOptions, sms: Sequence[int]) -> str | None:
     """SHA-256 of the bundle's kernels, checked to be this model's and for these SMs; None without plugins."""
     manifest = bundle.manifest
-    graphs = manifest.parts["decoder"].graphs
     if not options.plugins:
-        if PLUGIN_FREE not in graphs:
-            fix = f"{REBUILD.format(path=name)}, or leave out --no-plugins"
-            raise BundleError(f"{name} holds no decoder graph without plugins", expected="one", fix=fix)
         return None
     again = f"{REBUILD.format(path=name)} --backend {options.backend}"
     if manifest.kernels is None:
@@ -201,7 +210,7 @@ def _require_kernels(bundle: Bundle, name: Path, options: PlanOptions, sms: Sequ
 
 def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
     """One file per TensorRT version, and per GPU where the GPU is timed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     gpu = f"-sm_{sms[0]}" if backend == TENSORRT else ""
     return base / "flexattention" / f"timing-{backend}-{trt.load(backend).__version__}{gpu}.cache"
 
@@ -209,7 +218,7 @@ def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
 def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet: bool) -> Built:
     """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails."""
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    path = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     built, failure = None, None
     with open(log, "w", encoding="utf-8", errors="replace") as file, progress(f"{part}: building", quiet=quiet) as show:
         process = subprocess.Popen(
@@ -217,7 +226,7 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             text=True,
         )
         try:
@@ -249,7 +258,7 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
     """What the end of a process that could not speak for itself means."""
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    if code in (-KILLED, 128 + KILLED):
         needed, there = BUILDER_FACTOR * weights, available_bytes()
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",

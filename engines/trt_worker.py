@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +31,11 @@ REPORT_EVERY = 0.1  # seconds between lines of progress
 
 @dataclass(frozen=True)
 class Job:
-    """What to build. `kernels`: file of compiled kernels, None without plugins. `inputs`, `outputs`: of the graph, and
-    `profiles` the sizes of their symbols. `workspace`: bytes, None = no limit. `timing_cache`: file, None = none."""
+    """What to build; every path is absolute.
+
+    kernels: file of compiled kernels, None without plugins. inputs, outputs: of the graph; profiles: the sizes of their
+    symbols. workspace: bytes, None = no limit. timing_cache: a file, None = none.
+    """
 
     backend: str
     graph: str
@@ -65,7 +69,9 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
         register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
-    network, parser = tensorrt.parse(trt, logger, builder, Path(job.graph), rebuild=job.rebuild)
+    graph = Path(job.graph)
+    os.chdir(graph.parent)  # by its name alone: the order of an engine's tensors would depend on where the bundle lies
+    network, parser = tensorrt.parse(trt, logger, builder, Path(graph.name), rebuild=job.rebuild)
     _fix_and_check(trt, network, job)
     config = builder.create_builder_config()
     config.builder_optimization_level = job.optimization_level
@@ -129,6 +135,7 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         tensor.shape = tuple(constant.get(size, -1) if isinstance(size, str) else size for size in shapes[tensor.name])
+        tensor.allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
     for index in range(network.num_outputs):
         network.get_output(index).allowed_formats = 1 << int(trt.TensorFormat.LINEAR)
 
@@ -145,19 +152,31 @@ def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
     def usable(data: bytes) -> Any:
         return config.create_timing_cache(data) or config.create_timing_cache(b"")  # a damaged file counts as none
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        config.set_timing_cache(usable(read()), False)
+    with _as_backend_error(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            config.set_timing_cache(usable(read()), False)
 
     def save() -> None:
         cache = config.get_timing_cache()
-        with FileLock(f"{file}.lock"):
+        with _as_backend_error(file), FileLock(f"{file}.lock"):
             cache.combine(usable(read()), True)  # what other builds have added meanwhile
             temporary = file.with_name(f"{file.name}.{os.getpid()}")
             temporary.write_bytes(cache.serialize())
             temporary.replace(file)
 
     return save
+
+
+@contextmanager
+def _as_backend_error(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BackendError(
+            f"the timing cache {file} cannot be used: {error.strerror or error}",
+            fix="set XDG_CACHE_HOME to a folder that can be written, or add --no-timing-cache",
+        ) from error
 
 
 def _monitor(trt: ModuleType, report: Callable[[float], None]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import signal
 import sys
@@ -40,7 +41,7 @@ from engines.manifest import (
     Prompt,
     graph_io,
     kinds,
-)  # fmt: skip
+)
 from engines.memory import available_bytes, peak_rss
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import PlanOptions, add_arguments, command, options_of
@@ -98,6 +99,12 @@ class BuildOptions:
             raise OptionError(
                 f"options of {self.plans.backend} engines for the backend {self.backend}",
                 fix=f"add --backend {self.plans.backend}, or leave them out",
+            )
+
+        if self.projection == "lazy" and self.plans is not None and not self.plans.plugins:
+            raise OptionError(
+                "--projection lazy with --no-plugins: TensorRT alone cannot tell which pages are new",
+                fix="--projection eager, or leave out --no-plugins",
             )
 
     @property
@@ -241,7 +248,9 @@ def _write_kernels(
 def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:
     """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
     used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
-    del used["plans"]  # recorded where they are built, by the name of their backend
+    del used["plans"]
+    if options.engines:
+        used[options.backend] = json.loads(json.dumps(asdict(options.engines)))  # tuples as the manifest reads them
     return {key: value.resolve().name if isinstance(value, Path) else value for key, value in used.items()}
 
 

@@ -167,14 +167,13 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     )
                 artifacts = state.artifacts.subset(self.op.kernels(self.dtype or DTYPES[0]), state.sms)
             numbers = {**self.op.attributes, DTYPE: DTYPES.index(self.dtype or DTYPES[0])}
-            fields = [
-                trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-                for name, value in numbers.items()
-            ]
-            code = np.frombuffer(artifacts.to_bytes(), np.int8)
-            fields.append(trt.PluginField(KERNELS, code, trt.PluginFieldType.INT8))
-            self._fields = trt.PluginFieldCollection(fields)  # TensorRT reads it after this returns
-            return self._fields
+            int32, int8 = trt.PluginFieldType.INT32, trt.PluginFieldType.INT8
+            data = [(name, np.array([value], np.int32), int32) for name, value in numbers.items()]
+            data.append((KERNELS, np.frombuffer(artifacts.to_bytes(), np.int8), int8))
+            fields = trt.PluginFieldCollection([trt.PluginField(*field) for field in data])
+            # A field is but a pointer, which TensorRT follows after this returns: let the arrays live as the plugin.
+            self._serialised = fields, data
+            return fields
 
         # Running.
 

@@ -28,8 +28,10 @@ DECODERS = {
     "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 12, "num_attention_heads": 4},
     "mid": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "7b-slice": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "num_attention_heads": 32},
 }
-VOCABULARY = {"small": 512, "mid": 4096, "7b": 32000}
+START_LAYER = {"7b-slice": "1"}  # two layers of each kind; the others start where official code does
+VOCABULARY = {"small": 512, "mid": 4096, "7b": 32000, "7b-slice": 32000}
 SMALL_TOWER = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 336,
     "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_vision_model",
@@ -45,9 +47,9 @@ def write(
     threshold: int = 48,
     context: int = 2048,
 ) -> Path:
-    """Write a checkpoint of `shape` ("small", "mid" or "7b") into `out` and return it; threshold -1 selects all."""
+    """Write a checkpoint of `shape`, a key of DECODERS, into `out` and return it; threshold -1 selects all."""
     out.mkdir(parents=True, exist_ok=True)
-    tower = "openai/clip-vit-large-patch14-336" if shape == "7b" else "clip"
+    tower = "openai/clip-vit-large-patch14-336" if shape.startswith("7b") else "clip"
     config = {
         **DECODERS[shape],
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -70,6 +72,7 @@ def write(
             "threshold": str(threshold),
             "warmup": "10",
             "zoom_ratio": "3",
+            **({"start_layer": START_LAYER[shape]} if shape in START_LAYER else {}),
         },
     }
     (out / "config.json").write_text(json.dumps(config, indent=1))

@@ -113,10 +113,10 @@ def test_names_the_system_refuses():
         Bundle("a" * 5000)
 
 
-def test_missing_backend_names_the_command(copy):
-    with pytest.raises(BundleError, match="tensorrt") as caught:
-        Bundle(copy).graph("decoder", "tensorrt")
-    assert "--backend tensorrt" in caught.value.fix
+def test_a_missing_graph_names_the_command(copy):
+    with pytest.raises(BundleError, match="no plugin-free graph of vision") as caught:
+        Bundle(copy).graph("vision", "plugin-free")
+    assert "export/build.py" in caught.value.fix
 
 
 def test_a_failure_leaves_nothing(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 
+from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle
+from engines.errors import ExportError
 from engines.manifest import PLUGIN_FREE
 from tests.engines.rtx_layers import Built, build_with_rtx
 from tests.geometries import tiny
@@ -52,3 +55,13 @@ def test_float32_builds_too_without_that_kernel(random_model):
     engine = built(random_model, "heads of 16", "fp32")
     assert engine.network["KV_CACHE_UPDATE"] == 2 * tiny().layers
     assert not [layer for layer in engine.layers if layer.name.startswith(ATTENTION)]
+
+
+@pytest.mark.parametrize("bind", [for_onnxruntime, lambda model: for_plugin_free(model, 160)])
+@pytest.mark.parametrize(("op_type", "domain"), [("Unheard", "flex"), ("Unheard", "")])
+def test_an_operator_nobody_knows_is_not_left_to_the_backend(bind, op_type, domain):
+    value = ir.Value(name="in", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "capacity"]))
+    node = ir.node(op_type, [value], domain=domain)
+    model = ir.Model(ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 20, "flex": 1}), ir_version=10)
+    with pytest.raises(ExportError, match="Unheard"):
+        bind(model)

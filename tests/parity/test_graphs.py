@@ -11,8 +11,9 @@ import pytest
 
 from engines.bind import STABLE_SINCE_20
 from engines.bundle import Bundle
-from engines.manifest import KINDS, ONNXRUNTIME, PARTS, PLUGIN_FREE, PRECISIONS, TRACED
+from engines.manifest import ONNXRUNTIME, PARTS, PLUGIN_FREE, PRECISIONS, TRACED, kinds
 from export.checkpoint import expected_tensors
+from tests.geometries import official
 
 SIZES = {"batch": 1, "steps": 2, "capacity": 640, "tiles": 2, "batch_tiles": 9}
 
@@ -48,7 +49,7 @@ def test_traced_graph_is_plain_opset_20_and_bare_flex_nodes(opened, part):
         assert not found
 
 
-@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part, kinds in KINDS.items() for kind in kinds])
+@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part in PARTS for kind in kinds(part, official())])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_manifest_describes_the_graph(bundle, part, kind, precision):
     opened = Bundle(bundle(precision), verify=False)
