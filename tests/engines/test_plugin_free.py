@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+import shutil
+
 import onnx_ir as ir
 import pytest
 
 from engines.bind import for_onnxruntime, for_plugin_free
-from engines.bundle import Bundle
 from engines.errors import ExportError
-from engines.manifest import PLUGIN_FREE
-from tests.engines.rtx_layers import Built, build_with_rtx
+from engines.manifest import TENSORRT_RTX
+from engines.trt_build import build_plans
+from engines.trt_options import PlanOptions
+from tests.conftest import once
+from tests.engines.rtx_layers import ATTENTION, Layer, layers_of, log_of
 from tests.geometries import tiny
 
-ATTENTION = "_gemm_mha"  # the builder's name for one kernel that holds both products and the softmax
 GEOMETRIES = {
     "heads of 16": tiny(heads=2, kv_heads=2, head_dim=16),
     "grouped heads": tiny(heads=2, kv_heads=1, head_dim=16),
 }
 
 
-def built(random_model, name: str, precision: str) -> Built:
-    g = GEOMETRIES[name]
-    _, bundle = random_model(f"tiny {name}".replace(" ", "-"), g, precision)
-    return build_with_rtx(Bundle(bundle, verify=False).graph("decoder", PLUGIN_FREE), g.context)
+@pytest.fixture
+def built(shared, random_model):
+    """built(name, precision) -> layers of the decoder's engine."""
+
+    def get(name: str, precision: str) -> list[Layer]:
+        label = f"tiny {name}".replace(" ", "-")
+        _, bundle = random_model(label, GEOMETRIES[name], precision)
+
+        def make(folder):
+            shutil.copytree(bundle, folder)
+            options = PlanOptions(TENSORRT_RTX, plugins=False, keep_log=True, timing_cache=False)
+            build_plans(folder, options, quiet=True)
+
+        return layers_of(log_of(once(shared / f"{label}-{precision}-free", make), "decoder"))
+
+    return get
 
 
 @pytest.mark.parametrize(
     ("name", "precision"), [("heads of 16", "fp16"), ("heads of 16", "bf16"), ("grouped heads", "fp16")]
 )
-def test_attention_is_one_kernel_and_caches_and_pages_stay_where_they_are(random_model, name, precision):
-    g, engine = GEOMETRIES[name], built(random_model, name, precision)
-    assert engine.bytes > 100_000
-    assert engine.network["KV_CACHE_UPDATE"] == 2 * g.layers
-    assert len([layer for layer in engine.layers if layer.name.startswith(ATTENTION)]) == g.layers
+def test_attention_is_one_kernel_and_caches_and_pages_stay_where_they_are(built, name, precision):
+    g, layers = GEOMETRIES[name], built(name, precision)
+    assert len([layer for layer in layers if layer.name.startswith(ATTENTION)]) == g.layers
 
     # Present and past are one buffer, written in place: no layer reads past_*, the writer of present_* reads that.
     present = {f"present_{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)}
-    read = {tensor.name for layer in engine.layers for tensor in layer.inputs}
+    read = {tensor.name for layer in layers for tensor in layer.inputs}
     assert not [name for name in read if name.startswith(("past_key", "past_value"))]
     assert {f"page_{half}.{layer}" for half in ("key", "value") for layer in g.reading_layers} <= read
-    written = {tensor.name: layer for layer in engine.layers for tensor in layer.outputs if tensor.name in present}
+    written = {tensor.name: layer for layer in layers for tensor in layer.outputs if tensor.name in present}
     assert written.keys() == present
     for tensor, layer in written.items():
         assert tensor in {source.name for source in layer.inputs}, f"{layer.name} does not update {tensor} in place"
@@ -47,14 +60,13 @@ def test_attention_is_one_kernel_and_caches_and_pages_stay_where_they_are(random
     # Nothing of the size of a cache or a page store is ever made, unless its size follows the number of queries: then
     # a decode step makes little of it.
     cache = g.kv_heads * g.context * g.head_dim
-    made = [(layer.name, tensor) for layer in engine.layers for tensor in layer.outputs if tensor.name not in present]
+    made = [(layer.name, tensor) for layer in layers for tensor in layer.outputs if tensor.name not in present]
     assert made and not [(name, tensor) for name, tensor in made if tensor.fixed_size >= cache]
 
 
-def test_float32_builds_too_without_that_kernel(random_model):
-    engine = built(random_model, "heads of 16", "fp32")
-    assert engine.network["KV_CACHE_UPDATE"] == 2 * tiny().layers
-    assert not [layer for layer in engine.layers if layer.name.startswith(ATTENTION)]
+def test_float32_builds_too_without_that_kernel(built):
+    layers = built("heads of 16", "fp32")
+    assert layers and not [layer for layer in layers if layer.name.startswith(ATTENTION)]
 
 
 @pytest.mark.parametrize("bind", [for_onnxruntime, lambda model: for_plugin_free(model, 160)])

@@ -26,6 +26,7 @@ from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
+from tests.engines.rtx_layers import log_of, plugins_of
 from tests.geometries import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
@@ -86,8 +87,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 def test_every_flex_node_is_a_plugin_of_the_engine(built):
     g = tiny()
-    log = built.with_name(f"{built.name}.decoder.{TENSORRT_RTX}.log").read_text()
-    layers = re.findall(r"PLUGIN_V3 node_(\w+?)(?:_\d+)?__\d", log)
+    layers = plugins_of(log_of(built, "decoder"))
     assert len(layers) == g.layers + len(g.selecting_layers)
     assert layers.count("cached_attention") == g.start_layer + 1
     assert layers.count("hierarchical_attention") == len(g.reading_layers)
@@ -176,8 +176,8 @@ def test_the_plugin_free_engine_has_fused_kernels_in_place_of_plugins(copy):
     bundle = build_plans(copy, PlanOptions(TENSORRT_RTX, plugins=False, keep_log=True), quiet=True)
     plan = bundle.manifest.parts["decoder"].plans[TENSORRT_RTX]
     assert not plan.plugins and plan.kernels is None
-    log = copy.with_name(f"{copy.name}.decoder.{TENSORRT_RTX}.log").read_text()
-    assert "PLUGIN_V3" not in log
+    log = log_of(copy, "decoder")
+    assert not plugins_of(log)
     fused = set(re.findall(r"__myl_(\w+?)_myl\d", log))
     assert "SiluMul" in fused
     assert any("MaxrSubExpSumDiv" in name for name in fused), fused  # a softmax in one kernel
