@@ -34,6 +34,6 @@ def test_official_tokens_and_masks(case, bundle, shared, monkeypatch):
     )
     assert answer.token_ids == golden["output_ids"][1 : 1 + STEPS].tolist()
     assert np.array_equal(answer.trace.cells[:, :, cell][:, :, :, cell], golden["select_mask"][:STEPS])
-    assert np.abs(answer.trace.logits - golden["logits"][:STEPS]).max() <= 2e-3
+    assert np.abs(answer.trace.logits - golden["logits"][:STEPS]).max() <= 2e-4
     assert driver.launches.count("select_pages") == STEPS * len(engine.geometry.selecting_layers)
     assert driver.counts["cuGraphLaunch"] == STEPS - 1
