@@ -45,7 +45,11 @@ class OrtModel:
             if not isinstance(threads, int) or threads < 1:
                 raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             self._options.intra_op_num_threads = threads
-        self._sessions = {part: self.session(bundle.graph(part, ONNXRUNTIME)) for part in bundle.manifest.parts}
+        self._sessions = {}
+        for part in bundle.manifest.parts:
+            # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
+            self._options.enable_cpu_mem_arena = part == "decoder"
+            self._sessions[part] = self.session(bundle.graph(part, ONNXRUNTIME))
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
         self._in_place = in_place(described.outputs)
