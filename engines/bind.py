@@ -24,6 +24,7 @@ from plugins.select_pages import onnx_body as select_pages
 from plugins.select_pages import onnx_static as static_select_pages
 
 BOUND_OPSET = 24  # TensorScatter
+PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
 DYNAMIC_BODIES = select_pages, cached_attention, project_pages, hierarchical_attention
 STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
@@ -72,7 +73,12 @@ def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
             fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in engines/bind.py",
         )
     model.opset_imports[""] = BOUND_OPSET
-    used = {node.op_type for node in model.graph if node.domain == "flex"}
+    used = set()
+    for node in model.graph:
+        if node.domain == "flex":
+            used.add(node.op_type)
+            for name in PLUGIN_ATTRIBUTES:  # no function has them
+                node.attributes.pop(name, None)
     for body in bodies:
         names = [function.name for function in body.FUNCTIONS]
         if used.intersection(names):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -151,6 +153,16 @@ class Cuda:
         return function
 
 
+def this_gpu() -> Cuda:
+    """The first GPU, one object for the whole process: plugins launch through it whatever engine they belong to."""
+    return _gpu_of(_import())
+
+
+@functools.cache
+def _gpu_of(api: Any) -> Cuda:
+    return Cuda(api)
+
+
 class Buffer:
     """Device memory, freed with the object. address: multiple of 256. size: bytes."""
 
@@ -291,6 +303,7 @@ class _Function:
         kinds += [ctypes.c_uint64] * compiled.hidden  # null pointers
         self._values = [kind(0) for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
+        self._lock = threading.Lock()  # the driver call lets other threads run
 
     def launch(self, launch: Launch, stream: int) -> None:
         arguments = launch.arguments
@@ -298,13 +311,14 @@ class _Function:
             raise ValueError(
                 f"{self.kernel.name}: {len(arguments)} arguments, {len(self.kernel.parameters)} parameters"
             )
-        for value, argument in zip(self._values, arguments, strict=False):  # hidden ones stay null
-            value.value = argument
         block = self._threads, 1, 1
-        self._cuda.call(
-            "cuLaunchKernel", self._handle, *launch.grid, *block, self._shared, stream,
-            ctypes.addressof(self._pointers), 0,
-        )  # fmt: skip
+        with self._lock:
+            for value, argument in zip(self._values, arguments, strict=False):  # hidden ones stay null
+                value.value = argument
+            self._cuda.call(
+                "cuLaunchKernel", self._handle, *launch.grid, *block, self._shared, stream,
+                ctypes.addressof(self._pointers), 0,
+            )  # fmt: skip
 
 
 _OUT_OF_MEMORY, _NO_DEVICE, _OLD_DRIVER = 2, 100, 35

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import mmap
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ INSTALL = {
     TENSORRT: "pip install tensorrt (on a Jetson it is part of JetPack: sudo apt install nvidia-jetpack)",
     TENSORRT_RTX: "pip install tensorrt-rtx",
 }
-OLDEST = 10  # plugins written in Python, strongly typed networks
+OLDEST = (10, 1)  # plugins written in Python, strongly typed networks, scratch memory of the caller
 
 
 def load(backend: str) -> ModuleType:
@@ -39,8 +40,10 @@ def load(backend: str) -> ModuleType:
         raise BackendError(f"{backend} is not installed ({error})", fix=INSTALL[backend]) from None
     except Exception as error:  # a shared library that is missing or does not fit; broken packages have no __version__
         raise BackendError(f"{backend} does not load: {error}", fix=INSTALL[backend]) from error
-    if backend == TENSORRT and int(version.split(".")[0]) < OLDEST:
-        raise BackendError(f"TensorRT {version}", expected=f"TensorRT {OLDEST} or newer", fix=INSTALL[backend])
+    if backend == TENSORRT and tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise BackendError(
+            f"TensorRT {version}", expected="TensorRT {}.{} or newer".format(*OLDEST), fix=INSTALL[backend]
+        )
     return trt
 
 
@@ -150,14 +153,16 @@ def deserialise(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: st
     """
     require_fit(trt, path, plan, sm, rebuild=rebuild)
     logger = make_logger(trt)
-    try:
-        data = path.read_bytes()
+    try:  # mapped, not read: on a Jetson a copy of the plan would take the memory that the engine needs
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise BackendError(f"{path} cannot be read: {error.strerror}", fix=rebuild) from error
-    engine = trt.Runtime(logger).deserialize_cuda_engine(data) if data else None
+    engine = trt.Runtime(logger).deserialize_cuda_engine(data) if size else None
     _raise_error_of_plugin(trt)
     if engine is None:
-        why = logger.errors[0] if logger.errors else f"it holds {len(data)} bytes"
+        why = logger.errors[0] if logger.errors else f"it holds {size} bytes"
         raise BackendError(f"TensorRT cannot open {path}: {why}", expected="a whole, unchanged engine", fix=rebuild)
     return engine
 

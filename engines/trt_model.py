@@ -7,6 +7,7 @@ host waits once, for the end.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from engines import trt as tensorrt
 from engines.backend import Image, Step
 from engines.bundle import Bundle
-from engines.cuda import Buffer, Cuda, Graph, Shared
+from engines.cuda import Buffer, Cuda, Graph, Shared, this_gpu
 from engines.errors import BackendError
 from engines.manifest import PRECISIONS, in_place, page_inputs
 from engines.trt_network import Context, DeviceArray, Network, allocate, padded, plans_of
@@ -39,7 +40,7 @@ class TrtModel:
         """
         self.geometry = bundle.manifest.geometry
         plans = plans_of(bundle, backend)
-        self.cuda = cuda or Cuda()
+        self.cuda = cuda or this_gpu()
         trt = trt or tensorrt.load(backend)
         if any(plan.plugins for plan in plans.values()):
             register(trt, run=self.cuda.run)
@@ -56,6 +57,7 @@ class TrtModel:
         self._blank: dict[int, Image] = {}
         self._tiles: Shared | None = None
         self._device_ms = 0.0
+        self.captures = True  # until recording a step fails
 
     def vision(self, tiles: np.ndarray) -> DeviceArray:
         """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
@@ -146,7 +148,8 @@ class TrtModel:
         return self.geometry.context
 
     def device_ms(self) -> float:
-        """Milliseconds the device has worked since this was last asked."""
+        """Milliseconds between the begin and the end of the work asked for since this was last asked, by the device's
+        clock: in the first two steps of an answer that is mostly the host, which prepares and records."""
         spent, self._device_ms = self._device_ms, 0.0
         return spent
 
@@ -154,7 +157,11 @@ class TrtModel:
         """Do what `work` asks of the stream, wait for it, and count the device's time."""
         start, end = self._events
         start.record(self.stream)
-        work()
+        try:
+            work()
+        except BaseException:
+            self.stream.wait()  # what was asked for before still reads the step's numbers
+            raise
         end.record(self.stream)
         end.wait()
         self._device_ms += end.since(start)
@@ -172,7 +179,7 @@ class TrtModel:
     def _new_desk(self, batch: int) -> _Desk:
         network = self._networks["decoder"]
         profile = network.profile(batch=batch, steps=1)
-        context = network.context(profile, self._scratch, self.stream)
+        context = network.context(profile, self._scratch, self.stream, one_shape=True)
         g, dtype = self.geometry, self._model_dtype
         shape = (batch, g.kv_heads, g.context, g.head_dim), dtype
         names = [f"past_{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
@@ -293,8 +300,12 @@ class Decoder:
         """One decode step. The first goes to TensorRT as it is, which may have to get ready for its shapes and
         addresses; the second is recorded; it and all others are one launch of the recording."""
         model, context = self._model, self._desk.context
-        if self._graph is None and self._runs > 0 and context.capturable(model.stream):
-            self._graph = model.cuda.capture(model.stream, lambda: self._ask(context, 1))
+        if self._graph is None and self._runs > 0 and model.captures and context.capturable(model.stream):
+            try:
+                self._graph = model.cuda.capture(model.stream, lambda: self._ask(context, 1))
+            except BackendError as error:
+                model.captures = False
+                warnings.warn(f"decode steps run one by one, slower: recording failed: {error}", stacklevel=2)
         if self._graph is None:
             self._ask(context, 1)
         else:

@@ -101,7 +101,7 @@ class Network:
         if found != set(self.specs):
             odd = sorted(found ^ set(self.specs))[0]
             raise BackendError(f"{plan.file} and its manifest disagree on the tensor {odd}", fix=self._rebuild)
-        self._settings = self._runtime_settings()
+        self._runtime_cache: Any = None
 
     @property
     def scratch(self) -> int:
@@ -126,14 +126,19 @@ class Network:
         sizes = [profile.sizes[symbol] for profile in self.plan.profiles]
         return min(size[0] for size in sizes), max(size[2] for size in sizes)
 
-    def context(self, profile: int, scratch: Buffer, stream: Stream) -> Context:
-        """A new context for one profile that works in `scratch`, which no two runs may use at the same time."""
-        made = self._engine.create_execution_context(self._settings)
+    def context(self, profile: int, scratch: Buffer, stream: Stream, *, one_shape: bool = False) -> Context:
+        """A new context for one profile that works in `scratch`, which no two runs may use at the same time.
+
+        `one_shape`: its inputs never change their shapes, so that kernels made for these are worth their while.
+        """
+        made = self._engine.create_execution_context(self._settings(one_shape))
         if made is None:
             raise self.error("no execution context could be made")
         made.set_device_memory(scratch.address, scratch.size)
-        if not made.set_optimization_profile_async(profile, int(stream)):
-            raise self.error(f"profile {profile} could not be chosen")
+        try:
+            made.set_optimization_profile_async(profile, int(stream))
+        except RuntimeError as error:
+            raise self.error(f"profile {profile} could not be chosen: {error}") from error
         return Context(self, made)
 
     def error(self, what: str) -> BackendError:
@@ -145,17 +150,19 @@ class Network:
         reason = f" ({found or repr(cause)})" if cause else ""
         return BackendError(f"TensorRT, {self.part} part: {what}{reason}", expected=expected, fix=fix or self._rebuild)
 
-    def _runtime_settings(self) -> Any:
+    def _settings(self, one_shape: bool) -> Any:
         """How contexts are made: with scratch memory of ours, and in TensorRT-RTX, which compiles for the GPU as it
-        makes them, sharing what is compiled, without further kernels for each new prompt length."""
+        makes them, sharing what is compiled, and with kernels of their own only for shapes that stay."""
         trt, own_memory = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(self._engine, "create_runtime_config"):  # TensorRT before 10.13
+        if not hasattr(self._engine, "create_runtime_config"):  # TensorRT before 10.11
             return own_memory
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(own_memory)
         if hasattr(settings, "create_runtime_cache"):  # TensorRT-RTX
-            settings.set_runtime_cache(settings.create_runtime_cache())
-            settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+            self._runtime_cache = self._runtime_cache or settings.create_runtime_cache()
+            settings.set_runtime_cache(self._runtime_cache)
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if one_shape else strategies.NONE
         return settings
 
 

@@ -74,6 +74,7 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
     network, parser = tensorrt.parse(trt, logger, builder, Path(graph.name), rebuild=job.rebuild)
     _fix_and_check(trt, network, job)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # a float32 engine means float32, not TF32's 10-bit mantissa
     config.builder_optimization_level = job.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers keep their names, for profilers and the log
     config.progress_monitor = _monitor(trt, report)
@@ -142,7 +143,13 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
 def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
     """Load the cache into `config`; returns what adds this build's timings to the file."""
-    from filelock import FileLock
+    try:
+        from filelock import FileLock
+    except ImportError as error:
+        raise BackendError(
+            "filelock is not installed, which builds share their timing cache by",
+            fix="pip install filelock, or --no-timing-cache",
+        ) from error
 
     file = Path(path)
 

@@ -21,6 +21,7 @@ from onnxscript.values import Opset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from engines.bind import PLUGIN_ATTRIBUTES
 from engines.geometry import Geometry
 from engines.manifest import IO_OF_PART
 from engines.pages import page_size
@@ -142,6 +143,10 @@ def _export(module: nn.Module, args: tuple, shapes: tuple, inputs: list[str], ou
         model.graph.initializers[name].const_value = None
     with _quiet("onnx_ir"):  # it warns of every initializer without a value, which is all of them here
         onnxscript.optimizer.optimize_ir(model, inline=False)
+    for node in model.graph:
+        if node.domain == "flex":  # TensorRT before 10.10 looks for a plugin by these, not by the domain
+            for name, value in PLUGIN_ATTRIBUTES.items():
+                node.attributes[name] = ir.AttrString(name, value)
     for node in model.graph.all_nodes():  # stack traces and scopes of the tracer: noise that names this machine's paths
         node.metadata_props.clear()
         node.doc_string = None

@@ -1,11 +1,12 @@
 """Every custom op as a TensorRT plugin: one IPluginV3 class, built from the TensorRT module that is passed in.
 
 The plan holds what a plugin needs to run: the attributes of its op, the dtype the model computes in and the compiled
-kernels. TensorRT 10.0 or newer, and TensorRT-RTX.
+kernels. TensorRT 10.1 or newer, and TensorRT-RTX.
 
 Caches are updated in place although TensorRT is told of two tensors: the executor binds one buffer to both, and
 `enqueue` refuses anything else. Declaring the alias instead (IPluginV3OneBuildV2, 10.3, a preview feature) would let
-TensorRT copy the cache where it likes without a word, and its optimiser rejects some graphs with aliases.
+TensorRT copy the cache where it likes without a word, and its optimiser rejects some graphs with aliases. It relies on
+one thing: no other node reads an input that is updated in place, so that TensorRT cannot put it after the update.
 """
 
 from __future__ import annotations

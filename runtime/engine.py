@@ -160,6 +160,7 @@ class ImageView:
         if self._encoded is None or self._encoded.begin[0] != begin:  # hi-res rotary depends on the position
             with _timed(clock, "projection", model):
                 position = np.array([begin], np.int64)
+                self._encoded = self._idle = None  # their memory may be needed
                 pages = model.project(self._hires, position)
                 sides = np.array([margins(*self._source.size, geometry.grid)], np.int64)
                 self._encoded = Image(self._features, pages, position, sides)
@@ -175,6 +176,8 @@ class ImageView:
         prefix = ids[: min(end, len(ids) - 1)]
         (decoder, kept), self._idle = self._idle or (None, None), None
         reusable = decoder is not None and np.array_equal(prefix, kept)
+        if not reusable:
+            decoder = None  # its memory may be needed
         with _timed(clock, "prefill", self._engine.model):
             if reusable:
                 decoder.length[:] = len(prefix)
@@ -232,10 +235,9 @@ class Stream:
             while len(tokens) < options.max_new_tokens and not (tokens and token in ends) and not text.stopped:
                 started = perf_counter()
                 step = decoder.run(np.array([[token]], np.int64), budget)
-                if options.trace or options.temperature > 0 or not tokens:
-                    token = sampler.pick(step.logits[0])
-                else:  # chosen on the device, where the logits stay
-                    token = int(step.token[0])
+                token = int(step.token[0])  # chosen on the device, where the logits stay
+                if options.trace or options.temperature > 0 or not tokens or not 0 <= token < engine.geometry.vocab:
+                    token = sampler.pick(step.logits[0])  # raises where there is nothing to choose from
                 device_times.append(engine.model.device_ms())
                 times.append(1000 * (perf_counter() - started))
                 tokens.append(token)

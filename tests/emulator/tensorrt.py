@@ -166,7 +166,7 @@ class Context:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         known = self.engine.plan["profiles"]
         if not 0 <= index < len(known):
-            return False
+            raise RuntimeError("CUDA error in setting optimization profile")
         self.sizes = known[index]["sizes"]
         return True
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from engines.bind import PLUGIN_ATTRIBUTES
 from engines.manifest import PARTS
 from export.trace import trace
 from plugins.registry import OPS
@@ -64,8 +65,11 @@ def problems(model: ir.Model) -> list[str]:
         types = {value.dtype.name if value.dtype else "unknown" for value in node.inputs if value is not None}
         if node.domain == "flex":
             op = OPS.get(node.op_type)
-            if op is None or set(op.attribute_names) != set(node.attributes) or len(op.inputs) != len(node.inputs):
+            expected = {*op.attribute_names, *PLUGIN_ATTRIBUTES} if op else set()
+            if set(node.attributes) != expected or len(op.inputs) != len(node.inputs):
                 found.append(f"{name}: no plugin of these attributes and inputs")
+            elif {key: node.attributes[key].as_string() for key in PLUGIN_ATTRIBUTES} != PLUGIN_ATTRIBUTES:
+                found.append(f"{name}: not found by its namespace")
             continue
         if node.domain or node.op_type not in SUPPORTED:
             found.append(f"{name}: not in the matrix")
