@@ -15,6 +15,7 @@ from onnxscript.optimizer import fold_constants
 
 from engines.errors import ExportError
 from engines.manifest import PRECISIONS, WIDENED
+from engines.tidy import drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
@@ -94,6 +95,8 @@ def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
     RemoveUnusedNodesPass()(model)
     fold_constants(model, should_fold=_reads_no_weight)
     _merge_constants(model.graph)
+    share_sizes(model)
+    drop_idle_reshapes(model)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
@@ -130,7 +133,7 @@ def _widen(model: ir.Model, narrow: ir.DataType) -> None:
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
             cast.replace_input_with(0, value)
             graph.insert_before(first, cast)
-    for node in graph:
+    for node in graph.all_nodes():
         if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow.value:
             node.attributes["to"] = ir.AttrInt64("to", wide.value)
         for value in node.outputs:

@@ -29,9 +29,11 @@ def StaticAttention(
     present cache, the map; and of the last query: itself, rotated and scaled [B, H, 1, hd], its masked scores
     [B, H, 1, L] float32 and its context [B, H, 1, hd] float32.
     """
-    turned, present_key, present_value = TurnAndStore(
-        query, key, value, past_key, past_value, positions, cos, sin, head_dim=head_dim
+    rotated, present_key, present_value = TurnAndStore(
+        query, key, value, past_key, past_value, positions, cos, sin, cos, sin, head_dim=head_dim
     )
+    scale = op.Sqrt(op.Cast(op.Constant(value_int=head_dim), to=1))
+    turned = op.CastLike(op.Div(op.Cast(rotated, to=1), scale), query)
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])

@@ -11,43 +11,53 @@ flex = Opset("flex", 1)
 
 @script(flex, default_opset=op)
 def PageScores(map, margins, page_budget, grid: int, cells: int, threshold: int):
-    """The pooled score of each page [B, C*C] float32, and page_count."""
+    """The pooled score of each page [B, C*C] float32, and page_count.
+
+    What depends on the margins alone is the same in every layer, and ONNX Runtime computes it once; what depends on the
+    attributes alone is folded into constants.
+    """
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    sides = op.Constant(value_ints=[1, 2])
+    one = op.Constant(value_ints=[1])
+    two = op.Constant(value_ints=[2])
+    rest = op.Constant(value_ints=[-1])
+    to_list = op.Constant(value_ints=[0, -1])
     side = op.Constant(value_int=grid)
     count = op.Constant(value_int=cells)
 
-    # Zero the padding, then scale to 0..1; a constant map selects nothing (official: 0/0 = NaN).
+    # Zero the padding.
     index = op.Range(zero, side, step)
-    margin = op.Unsqueeze(margins, op.Constant(value_ints=[2]))
+    margin = op.Unsqueeze(margins, two)
     inside = op.And(op.GreaterOrEqual(index, margin), op.Less(index, op.Sub(side, margin)))  # [B, 2, G]
-    rows = op.Unsqueeze(op.Gather(inside, zero, axis=1), op.Constant(value_ints=[2]))
-    columns = op.Unsqueeze(op.Gather(inside, step, axis=1), op.Constant(value_ints=[1]))
-    blank = op.Constant(value_float=0.0)
-    clean = op.Where(op.And(rows, columns), map, blank)
-    low = op.ReduceMin(clean, sides, keepdims=1)
-    high = op.ReduceMax(clean, sides, keepdims=1)
-    flat = op.Equal(low, high)
-    span = op.Where(flat, op.Constant(value_float=1.0), op.Sub(high, low))
-    scaled = op.Div(op.Sub(clean, low), span)
+    rows = op.Unsqueeze(op.Gather(inside, zero, axis=1), two)
+    columns = op.Unsqueeze(op.Gather(inside, step, axis=1), one)
+    kept = op.Reshape(op.And(rows, columns), to_list)
+    clean = op.Where(kept, op.Reshape(map, to_list), op.Constant(value_float=0.0))  # [B, G*G]
 
-    # Adaptive max-pool: cell i covers rows floor(G*i/C) .. ceil(G*(i+1)/C)-1; shorter windows repeat their end.
+    # Adaptive max-pool: cell i covers rows floor(G*i/C) .. ceil(G*(i+1)/C)-1; shorter windows repeat their end. Scaling
+    # keeps the order, so the largest scaled value is the largest value, scaled.
     cell = op.Range(zero, count, step)
     begin = op.Div(op.Mul(cell, side), count)
     last = op.Div(op.Sub(op.Mul(op.Add(cell, step), side), step), count)
     widest = op.Add(op.ReduceMax(op.Sub(last, begin), keepdims=0), step)
-    reach = op.Add(op.Unsqueeze(begin, op.Constant(value_ints=[1])), op.Range(zero, widest, step))
-    window = op.Min(reach, op.Unsqueeze(last, op.Constant(value_ints=[1])))  # [C, widest]
-    tall = op.ReduceMax(op.Gather(scaled, window, axis=1), op.Constant(value_ints=[2]), keepdims=0)  # [B, C, G]
-    pooled = op.ReduceMax(op.Gather(tall, window, axis=2), op.Constant(value_ints=[3]), keepdims=0)  # [B, C, C]
-    score = op.Reshape(pooled, op.Constant(value_ints=[0, -1]))
+    reach = op.Add(op.Unsqueeze(begin, one), op.Range(zero, widest, step))
+    window = op.Min(reach, op.Unsqueeze(last, one))  # [C, widest]
+    down = op.Unsqueeze(op.Mul(window, side), op.Constant(value_ints=[1, 3]))
+    right = op.Unsqueeze(window, op.Constant(value_ints=[0, 2]))
+    by_cell = op.Concat(op.Unsqueeze(op.Mul(count, count), op.Constant(value_ints=[0])), rest, axis=0)
+    square = op.Reshape(op.Add(down, right), by_cell)  # [C*C, widest*widest]
+    pooled = op.ReduceMax(op.Gather(clean, square, axis=1), two, keepdims=0)  # [B, C*C]
+
+    # Scale to 0..1; a constant map selects nothing (official: 0/0 = NaN).
+    low = op.ReduceMin(clean, one, keepdims=1)
+    high = op.ReduceMax(pooled, one, keepdims=1)
+    uneven = op.Greater(high, low)
+    score = op.Div(op.Sub(pooled, low), op.Where(uneven, op.Sub(high, low), op.Constant(value_float=1.0)))
 
     # Eligibility grows with the score: the selected pages are the first of the order by score.
     limit = op.Cast(op.Constant(value_int=threshold), to=1)
     passes = op.Greater(op.Mul(score, op.Constant(value_float=255.0)), limit)
-    eligible = op.And(passes, op.Not(op.Squeeze(flat, op.Constant(value_ints=[2]))))
-    total = op.ReduceSum(op.Cast(eligible, to=7), op.Constant(value_ints=[1]), keepdims=0)
+    total = op.ReduceSum(op.Cast(op.And(passes, uneven), to=7), one, keepdims=0)
     return score, op.Min(total, page_budget)
 
 
@@ -55,7 +65,8 @@ def PageScores(map, margins, page_budget, grid: int, cells: int, threshold: int)
 def SelectPages(map, margins, page_budget, grid: int, cells: int, threshold: int):
     score, count = PageScores(map, margins, page_budget, grid=grid, cells=cells, threshold=threshold)
     # Every page, best first; ONNX's TopK keeps the lower index first where scores are equal.
-    _, pages = op.TopK(score, op.Shape(score, start=1, end=2), axis=1, largest=1, sorted=1)
+    side = op.Constant(value_int=cells)
+    _, pages = op.TopK(score, op.Unsqueeze(op.Mul(side, side), op.Constant(value_ints=[0])), axis=1)
     return pages, count
 
 
