@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import mmap
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -151,13 +152,15 @@ def deserialise(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: st
     require_fit(trt, path, plan, sm, rebuild=rebuild)
     logger = make_logger(trt)
     try:
-        data = path.read_bytes()
+        count = path.stat().st_size
+        with path.open("rb") as file:  # mapped: a copy in memory would be as large as the weights once more
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if count else b""
     except OSError as error:
         raise BackendError(f"{path} cannot be read: {error.strerror}", fix=rebuild) from error
-    engine = trt.Runtime(logger).deserialize_cuda_engine(data) if data else None
+    engine = trt.Runtime(logger).deserialize_cuda_engine(data) if count else None
     _raise_error_of_plugin(trt)
     if engine is None:
-        why = logger.errors[0] if logger.errors else f"it holds {len(data)} bytes"
+        why = logger.errors[0] if logger.errors else f"it holds {count} bytes"
         raise BackendError(f"TensorRT cannot open {path}: {why}", expected="a whole, unchanged engine", fix=rebuild)
     return engine
 
