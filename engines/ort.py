@@ -202,6 +202,12 @@ class Decoder:
         return binding
 
 
+def installed() -> tuple[str, list[str]]:
+    """Version and providers of this machine's ONNX Runtime; BackendError when it is missing."""
+    module = _import()
+    return module.__version__, module.get_available_providers()
+
+
 def _import() -> ModuleType:
     try:
         import onnxruntime

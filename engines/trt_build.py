@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from engines import trt
 from engines.bundle import REBUILD, Bundle, sha256, write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
+from engines.fit import require_boards
 from engines.geometry import Geometry
 from engines.manifest import (
     PARTS,
@@ -36,6 +37,7 @@ from engines.manifest import (
 )
 from engines.memory import available_bytes
 from engines.pages import page_size
+from engines.plan import Configuration, builder_bytes
 from engines.progress import progress
 from engines.trt_options import RTX_DEFAULT, PlanOptions
 from engines.trt_worker import Built, Job
@@ -43,7 +45,6 @@ from plugins.artifacts import Artifacts, KernelError
 from plugins.registry import OPS, kernels_of_model
 
 KILLED = 9  # the signal; not every system has a name for it
-BUILDER_FACTOR = 2  # memory of a build: about twice the weights (measured)
 
 
 def sms_to_build(options: PlanOptions) -> tuple[int, ...]:
@@ -84,9 +85,9 @@ def attributes(g: Geometry) -> dict[str, int]:
 def profiles(part: str, g: Geometry, options: PlanOptions) -> tuple[Profile, ...]:
     """The optimisation profiles of a part. TensorRT chooses kernels at the optimum of each; RTX does so when it runs,
     and a second profile would double its engine."""
-    batch, tiles = (1, 1, options.max_batch), g.zoom**2
+    batch, tiles = (1, 1, options.batch), g.zoom**2
     if part == "vision":
-        return (Profile("any", {"tiles": (1, tiles, tiles * options.max_batch)}),)
+        return (Profile("any", {"tiles": (1, tiles, tiles * options.batch)}),)
     if part == "pages":
         return (Profile("any", {"batch_tiles": tuple(tiles * rows for rows in batch), "batch": batch}),)
     if options.backend == TENSORRT_RTX:
@@ -109,6 +110,9 @@ def build_plans(
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
+    for warning in require_boards(_configuration(manifest, options), options.boards):
+        if not quiet:
+            print(warning)
     kernels = _require_kernels(bundle, name, options, sms)
     temporary = None
     try:
@@ -135,7 +139,7 @@ def build_plans(
             )
             log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
             weights = manifest.files[manifest.parts[part].weights].bytes
-            needed, free = BUILDER_FACTOR * weights, available_bytes()
+            needed, free = builder_bytes(weights), available_bytes()
             if needed > free and not quiet:
                 print(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: it may fail")
             built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
@@ -160,6 +164,18 @@ def build_plans(
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(folder, verify=False)
+
+
+def _configuration(manifest: Manifest, options: PlanOptions) -> Configuration:
+    """What the engines of a bundle will be asked for at most."""
+    return Configuration(
+        manifest.geometry,
+        manifest.precision,
+        batch=options.batch,
+        page_budget=manifest.page_budget,
+        backend=options.backend,
+        plugins=options.plugins,
+    )
 
 
 def _put_in_place(
@@ -259,10 +275,10 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
     """What the end of a process that could not speak for itself means."""
     if code in (-KILLED, 128 + KILLED):
-        needed, there = BUILDER_FACTOR * weights, available_bytes()
+        needed, there = builder_bytes(weights), available_bytes()
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
-            expected=f"about {BUILDER_FACTOR}x the weights: {needed / 1e9:.1f} GB free; there are {there / 1e9:.1f} GB",
+            expected=f"about {needed / 1e9:.1f} GB free, twice the weights and more; there are {there / 1e9:.1f} GB",
             fix="close programs, add swap, use a smaller --context, or build on a machine with more memory",
         )
     if code < 0:

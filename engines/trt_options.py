@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import OptionError
-from engines.manifest import TENSORRT, TENSORRT_RTX
+from engines.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.plan import MAX_BATCH
+from engines.targets import TARGETS, target
 from plugins.compile import SMS
 
 BACKENDS_WITH_ENGINES = (TENSORRT, TENSORRT_RTX)
 RTX_SMS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 120: "RTX 50", 121: "DGX Spark"}
 RTX_DEFAULT = (86, 89, 120)  # several in one engine cost almost nothing
-KNOBS = ("plugins", "workspace", "optimization_level", "max_batch", "timing_cache", "keep_log")
+KNOBS = ("plugins", "workspace", "optimization_level", "batch", "timing_cache", "keep_log")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class PlanOptions:
 
     plugins: the decoder runs this project's kernels; without, TensorRT's own. targets: SMs (86 is 8.6) to build for;
     None: RTX 30, 40 and 50, or with `tensorrt` the GPU of this machine, the only one it can build for. workspace: MiB
-    of scratch memory an engine may use, None = TensorRT's limit. max_batch: rows of a request.
+    of scratch memory an engine may use, None = TensorRT's limit. batch: rows of a request. boards: of engines.targets,
+    which the engines must fit.
     """
 
     backend: str
@@ -33,14 +36,15 @@ class PlanOptions:
     targets: tuple[int, ...] | None = None
     workspace: int | None = None
     optimization_level: int = 3
-    max_batch: int = 1
+    batch: int = 1
     timing_cache: bool = True
     keep_log: bool = False
+    boards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS_WITH_ENGINES:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
-        for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("max_batch", 1, 64)):
+        for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
             value = getattr(self, knob)
             if value is None and knob == "workspace":
                 continue
@@ -51,14 +55,28 @@ class PlanOptions:
 
 
 def parse_targets(text: str) -> tuple[int, ...]:
-    """ "sm_86,sm_89" (or 86, or 8.6) -> (86, 89). OptionError for anything else."""
-    targets = []
+    """ "sm_86,sm_89" (or 86, or 8.6, or boards) -> (86, 89); boards of one SM count once. OptionError for the rest."""
+    targets, boards = [], boards_of(text)
     for part in text.split(","):
+        if part.strip() in boards:
+            continue
         match = re.fullmatch(r"\s*(?:sm_?)?(\d{2,3}|(\d{1,2})\.(\d))\s*", part, re.IGNORECASE)
         if not match:
-            raise OptionError(f"target {part!r}", expected="compute capabilities with commas between: sm_86,sm_89")
+            known = f"a board: {', '.join(TARGETS)}; or compute capabilities with commas between: sm_86,sm_89"
+            raise OptionError(f"unknown target {part.strip()!r}", expected=known)
         targets.append(int(match[1].replace(".", "")))
-    return tuple(targets)
+    return (*targets, *(sm for sm in dict.fromkeys(target(name).sm for name in boards) if sm not in targets))
+
+
+def boards_of(text: str) -> tuple[str, ...]:
+    """The boards among what --target names, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip() in TARGETS))
+
+
+def backend_of(text: str | None) -> str:
+    """The backend that --target asks for without --backend: of its first board, ONNX Runtime without a board."""
+    boards = boards_of(text or "")
+    return target(boards[0]).backend if boards else ONNXRUNTIME
 
 
 def _check_targets(backend: str, targets: Sequence[int]) -> None:
@@ -84,7 +102,7 @@ def command(bundle: Path | str, options: PlanOptions) -> str:
     words += [] if options.plugins else ["--no-plugins"]
     if options.targets and options.backend == TENSORRT_RTX:
         words += ["--target", ",".join(f"sm_{sm}" for sm in options.targets)]
-    for knob in ("workspace", "optimization_level", "max_batch"):
+    for knob in ("workspace", "optimization_level", "batch"):
         if getattr(options, knob) != getattr(default, knob):
             words += [f"--{knob.replace('_', '-')}", str(getattr(options, knob))]
     return " ".join(words)
@@ -96,11 +114,14 @@ def add_arguments(parser: Any) -> None:
     text = "the decoder runs this project's kernels; without, TensorRT's own"
     add("--plugins", action=BooleanOptionalAction, default=default.plugins, help=text)
     usual = ",".join(f"sm_{sm}" for sm in RTX_DEFAULT)
-    text = f"GPUs to build for, such as sm_86,sm_89; not given: tensorrt-rtx {usual}, tensorrt this machine's"
-    add("--target", metavar="SMS", help=text)
+    text = (
+        f"GPUs to build for, such as sm_86,sm_89, or boards, which the engines must then fit: {', '.join(TARGETS)}; "
+        f"not given: tensorrt-rtx {usual}, tensorrt this machine's"
+    )
+    add("--target", metavar="NAMES", help=text)
     add("--workspace", type=int, metavar="MIB", help="scratch memory an engine may use; TensorRT's limit if not given")
     add("--optimization-level", type=int, default=default.optimization_level, help="0 (fast build) .. 5 (fast engine)")
-    add("--max-batch", type=int, default=default.max_batch, help="rows of a request, at most")
+    add("--batch", type=int, default=default.batch, help="rows of a request, at most")
     add("--timing-cache", action=BooleanOptionalAction, default=default.timing_cache, help="reuse kernel timings")
     add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")
 
@@ -110,12 +131,14 @@ def options_of(arguments: dict[str, object], backend: str) -> PlanOptions | None
 
     OptionError if one is given for such a backend: nothing is accepted and then ignored.
     """
-    target = arguments.pop("target")
+    named = arguments.pop("target")
     knobs = {name: arguments.pop(name) for name in KNOBS}
     if backend in BACKENDS_WITH_ENGINES:
-        return PlanOptions(backend, targets=parse_targets(str(target)) if target is not None else None, **knobs)
+        if named is None:
+            return PlanOptions(backend, **knobs)
+        return PlanOptions(backend, targets=parse_targets(str(named)), boards=boards_of(str(named)), **knobs)
     default = PlanOptions(TENSORRT_RTX)
-    odd = [name for name in KNOBS if knobs[name] != getattr(default, name)] + (["target"] if target else [])
+    odd = [name for name in KNOBS if knobs[name] != getattr(default, name)] + (["target"] if named else [])
     if odd:
         raise OptionError(
             f"--{odd[0].replace('_', '-')} with --backend {backend}",

@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +26,7 @@ from rich.table import Table
 from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
+from engines.fit import assess, require_boards
 from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
@@ -45,12 +46,22 @@ from engines.manifest import (
     kinds,
 )
 from engines.memory import available_bytes, peak_rss
+from engines.plan import Configuration, cache_bytes, size, store_bytes, weight_bytes
 from engines.trt_build import attributes, build_plans, elsewhere
-from engines.trt_options import PlanOptions, add_arguments, command, options_of
+from engines.trt_options import (
+    PlanOptions,
+    add_arguments,
+    backend_of,
+    boards_of,
+    command,
+    options_of,
+    parse_targets,
+)
 from export.check import STEPS, Stage, parity
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
 from export.memory import parity_bytes
+from export.plan import report, require_one_board, room_for
 from export.quantize import Scheme, quantised_tensors, require_blocks, rewrite, scheme_of
 from export.stored import stored_weights
 from export.tokenizer import convert_tokenizer
@@ -139,6 +150,14 @@ class BuildOptions:
         return self.out or Path("build") / f"{self.model.resolve().name}-{self.precision}"
 
 
+@dataclass(frozen=True)
+class Planning:
+    """A plan that is asked for instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit."""
+
+    options: BuildOptions = field(default_factory=BuildOptions)
+    batch: int = 1
+
+
 def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """Make a bundle and check it; nothing is left at `options.folder` unless the check passed.
 
@@ -147,24 +166,21 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started = perf_counter()
-    if not options.model.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {options.model}",
-            expected="a folder with config.json and weights in the official layout",
-            fix="name one with --model, or run this in the project's folder, where the default model lies",
-        )
+    _require_checkpoint(options)
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))
     g, versions = config.geometry, _versions()
     if options.scheme:
         require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
+    engines = options.engines
+    for warning in require_boards(_configuration(options, g), engines.boards if engines else ()):
+        console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     checkpoint = Checkpoint.open(options.model, config.tower_folder)
     checkpoint.require(expected_tensors(g))
     dropped = dropped_tensors(checkpoint, g)
     _print_plan(console, options, config, checkpoint, dropped)
     _require_memory(options, config)
-    engines = options.engines
     not_here = elsewhere(engines) if engines else None
 
     with write_bundle(options.folder) as writer:
@@ -208,6 +224,29 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         f"[bold]{options.folder}[/] is ready: {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
     )
     return Bundle(options.folder, verify=False)
+
+
+def plan(asked: Planning, console: Console | None = None) -> bool:
+    """Print what a build and a request would need; whether it fits. Reads nothing but the checkpoint's configuration.
+
+    Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
+    """
+    options = asked.options
+    _require_checkpoint(options)
+    g = _adjusted(read_config(options.model), options)
+    c = replace(_configuration(options, g), batch=asked.batch)
+    assessment = assess(c, room_for(options.backend, options.engines))
+    report(assessment, options.model.resolve().name, console or Console(quiet=True))
+    return assessment.fits
+
+
+def _require_checkpoint(options: BuildOptions) -> None:
+    if not options.model.is_dir():
+        raise CheckpointError(
+            f"no checkpoint folder {options.model}",
+            expected="a folder with config.json and weights in the official layout",
+            fix="name one with --model, or run this in the project's folder, where the default model lies",
+        )
 
 
 def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
@@ -325,31 +364,24 @@ def _report(stages: list[Stage], precision: str) -> Table:
 def _print_plan(
     console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint, dropped: dict[str, str]
 ) -> None:
-    g, itemsize = config.geometry, getattr(torch, PRECISIONS[options.precision]).itemsize
+    g, c = config.geometry, _configuration(options, config.geometry)
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
-    quantised = quantised_tensors(g, options.scheme) if options.scheme else {}
-    for part, names in _tensors_of_parts(g).items():
-        size = sum(
-            options.scheme.stored_bytes(shape) if name in quantised else torch.Size(shape).numel() * itemsize
-            for name, shape in names.items()
-        )
+    for part, weights in weight_bytes(g, c.precision, c.block).items():
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
-        table.add_row(part, ", ".join((*graphs, f"{part}.weights")), _size(size))
+        table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
     console.print(table)
     if dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped)
-        console.print(f"left out, {len(dropped)} tensors of {_size(saved)} (bundle.json lists them all):")
+        console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")
         for reason in dict.fromkeys(dropped.values()):
             names = [name for name in dropped if dropped[name] == reason]
             console.print(
                 f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True
             )
-    per_token = 2 * g.layers * g.kv_heads * g.head_dim * itemsize
-    store = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2 * itemsize
     console.print(
-        f"memory of a request: cache {_size(per_token * g.context)} at the full context of {g.context} tokens, "
-        f"hi-res pages {_size(store)}; "
-        f"of the parity check: {_size(parity_bytes(g, options.precision, options.scheme))}"
+        f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
+        f"hi-res pages {size(store_bytes(c))}; "
+        f"of the parity check: {size(parity_bytes(g, options.precision, options.scheme))}"
     )
     if options.scheme:
         what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
@@ -365,20 +397,18 @@ def _print_plan(
         console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
 
 
-def _tensors_of_parts(g: Geometry) -> dict[str, dict[str, tuple[int, ...]]]:
-    parts: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
-    for name, shape in expected_tensors(g).items():
-        vision = name.startswith(("model.vision_tower.", "model.mm_projector."))
-        pages = "_proj_hd." in name and not g.lazy_pages
-        parts["vision" if vision else "pages" if pages else "decoder"][name] = shape
-    return parts
-
-
-def _size(count: float) -> str:
-    unit, name = next(
-        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3
+def _configuration(options: BuildOptions, g: Geometry) -> Configuration:
+    """What a build is planned as; `g` as the options adjust it."""
+    engines = options.engines
+    return Configuration(
+        g,
+        options.precision,
+        **({"block": options.scheme.block} if options.scheme else {}),
+        batch=engines.batch if engines else 1,
+        page_budget=options.page_budget,
+        backend=options.backend,
+        plugins=engines.plugins if engines else True,
     )
-    return f"{count / unit:.1f} {name}"
 
 
 def _versions() -> dict[str, str]:
@@ -395,8 +425,8 @@ def _versions() -> dict[str, str]:
     return versions | {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
-    """Command line -> options; --help shows every default."""
+def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planning:
+    """Command line -> options, of a plan if --plan is among them; --help shows every default."""
     default = BuildOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -425,7 +455,9 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
         default=default.projection,
         help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
     )
-    add("--backend", choices=BACKENDS, default=default.backend)
+    add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
+    text = "print what a build and a request need, and whether the board in --target (else this machine) has it"
+    add("--plan", action="store_true", help=f"{text}; config.json is enough; exit status 1 when it does not fit")
     add(
         "--check",
         choices=CHECKS,
@@ -434,15 +466,28 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
     )
     add_arguments(parser.add_argument_group("TensorRT engines"))
     given = vars(parser.parse_args(arguments))
-    plans = options_of(given, str(given["backend"]))
-    return BuildOptions(**given, plans=plans)
+    planning, batch = given.pop("plan"), given["batch"]
+    named = given["target"]
+    if named is not None:
+        parse_targets(named)  # an unknown name is told first
+        if planning:
+            require_one_board(boards_of(named))
+    given["backend"] = backend = given["backend"] or backend_of(named)
+    if planning and backend == ONNXRUNTIME:
+        given["batch"] = PlanOptions.batch  # of a build there it would be an error
+    plans = options_of(given, backend)
+    options = BuildOptions(**given, plans=plans)
+    return Planning(options, batch) if planning else options
 
 
 def main() -> int:
     """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        build(parse_arguments(), Console())
+        asked, console = parse_arguments(), Console()
+        if isinstance(asked, Planning):
+            return 0 if plan(asked, console) else 1
+        build(asked, console)
     except FlexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

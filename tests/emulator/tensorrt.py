@@ -62,7 +62,7 @@ def with_plans(
     for name, part in manifest.parts.items():
         with_kernels = plugins and name == "decoder"
         inputs, outputs = plan_io(name, g, manifest.precision)
-        options = PlanOptions(backend, max_batch=most)
+        options = PlanOptions(backend, batch=most)
         plan = Plan(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
@@ -94,7 +94,7 @@ def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> S
 
         def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
             try:
-                content = json.loads(data)
+                content = json.loads(bytes(data))
                 assert content["tag"] == TAG
             except (ValueError, KeyError, AssertionError):
                 self.logger.log(severity.ERROR, "Serialization assertion failed: magic tag does not match")

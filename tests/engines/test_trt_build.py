@@ -405,7 +405,7 @@ def test_targets_as_people_write_them():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"workspace": 0}, {"max_batch": 0}, {"optimization_level": 9}, {"max_batch": True}, {"workspace": 1.5}]
+    "knobs", [{"workspace": 0}, {"batch": 0}, {"optimization_level": 9}, {"batch": True}, {"workspace": 1.5}]
 )
 def test_knobs_are_checked(knobs):
     with pytest.raises(OptionError, match=next(iter(knobs))):
@@ -422,10 +422,9 @@ def test_knobs_of_engines_are_not_ignored_for_other_backends():
 
 
 def test_the_rebuild_command_is_the_options():
-    options = PlanOptions(TENSORRT_RTX, plugins=False, targets=(86, 120), workspace=512, max_batch=2)
+    options = PlanOptions(TENSORRT_RTX, plugins=False, targets=(86, 120), workspace=512, batch=2)
     assert command("B", options) == (
-        "python -m engines.build B --backend tensorrt-rtx --no-plugins --target sm_86,sm_120 "
-        "--workspace 512 --max-batch 2"
+        "python -m engines.build B --backend tensorrt-rtx --no-plugins --target sm_86,sm_120 --workspace 512 --batch 2"
     )
 
 

@@ -59,7 +59,7 @@ def engines(shared, checkpoint, backend, gpu):
     def get(precision: str, name: str = "plain", variant: str = "plugins"):
         change = dict(VARIANTS[variant])
         projection = change.pop("projection", "eager")
-        plans = PlanOptions(backend, targets=(gpu.sm,), max_batch=2, **change)
+        plans = PlanOptions(backend, targets=(gpu.sm,), batch=2, **change)
         out = shared / f"{name}-{precision}-{backend}-{variant.replace(', ', '-').replace(' ', '-')}"
         options = BuildOptions(
             checkpoint(name), out, precision=precision, projection=projection, backend=backend, plans=plans

@@ -1,0 +1,106 @@
+"""What this machine has, and what each backend lacks: `python -m engines.doctor`. Nothing missing makes it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines import ort, trt
+from engines.cuda import Cuda
+from engines.errors import FlexError
+from engines.machine import Gpu, attempt, host, jetson, look_at, matching
+from engines.manifest import TENSORRT, TENSORRT_RTX
+from engines.plan import size
+from engines.targets import TARGETS, Target
+from engines.trt_options import RTX_SMS
+from plugins.compile import SMS
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Whether something works here. found: version, or what is missing; fix: the command, where there is one."""
+
+    what: str
+    works: bool
+    found: str
+    fix: str | None = None
+
+
+def examine(cuda: Cuda | None = None, root: Path = Path("/")) -> str:
+    """The report, several lines. `cuda`, `root`: to look at something else than this machine's own GPU and files."""
+    gpu, board, machine = attempt(lambda: look_at(cuda, root)), jetson(root), host(root)
+    memory = "unknown" if machine.memory is None else size(machine.memory)
+    rows = [
+        ("python", machine.python),
+        ("cpu", f"{machine.cpu}, {machine.cores} cores"),
+        ("memory", memory),
+    ]
+    if board:
+        versions = f"L4T {board.l4t or 'unknown'}, JetPack {board.jetpack or 'unknown'}"
+        rows.append(("board", f"{board.model}, {versions}"))
+    rows.append(("driver", machine.driver or "no NVIDIA kernel driver"))
+    if isinstance(gpu, Gpu):
+        shared = ", shared with the CPU" if gpu.integrated else ""
+        version = f"CUDA {gpu.cuda // 1000}.{gpu.cuda % 1000 // 10}"
+        found = f"{gpu.name}, SM {gpu.sm}, {size(gpu.memory)}{shared}, {size(gpu.free)} free, {version}"
+        rows += [("gpu", found), ("target", _target(gpu.target, gpu.sm))]
+    else:
+        rows.append(("gpu", gpu.found))
+        if board:
+            rows.append(("target", _target(matching(board.model, None, machine.memory or 0), None)))
+    lines = [f"{name:<8}{text}" for name, text in rows]
+    for each in backends(gpu):
+        lines.append(f"\n{each.what}: {'yes' if each.works else 'no'}: {each.found}")
+        if each.fix:
+            lines.append(f"  fix: {each.fix}")
+    return "\n".join(lines)
+
+
+def backends(gpu: Gpu | FlexError) -> list[Usable]:
+    """What can be run and built here. `gpu`: the one there is, or why there is none."""
+    runtime = attempt(ort.installed)
+    rtx, full = (attempt(lambda name=name: str(trt.load(name).__version__)) for name in (TENSORRT_RTX, TENSORRT))
+    if isinstance(runtime, FlexError):
+        rows = [Usable("run onnxruntime", False, runtime.found, runtime.fix)]
+    else:
+        version, providers = f"ONNX Runtime {runtime[0]}", runtime[1]
+        rows = [Usable("run onnxruntime on the CPU", True, version)]
+        on_gpu = _on_gpu("run onnxruntime on the GPU", version, gpu, None)
+        if on_gpu.works and ort.PROVIDERS["cuda"] not in providers:
+            fix = "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            on_gpu = Usable(on_gpu.what, False, f"{version} has only {', '.join(providers)}", fix)
+        rows.append(on_gpu)
+    rows.append(_of(full, "build and run tensorrt", gpu, SMS))
+    needless = f"{rtx}, needs no GPU for that"
+    built = Usable("build tensorrt-rtx", True, needless) if isinstance(rtx, str) else _of(rtx, "build tensorrt-rtx")
+    return [*rows, built, _of(rtx, "run tensorrt-rtx", gpu, RTX_SMS)]
+
+
+def _of(
+    found: str | FlexError, what: str, gpu: Gpu | FlexError | None = None, sms: Container[int] | None = None
+) -> Usable:
+    if isinstance(found, FlexError):
+        return Usable(what, False, found.found, found.fix)
+    return _on_gpu(what, found, gpu, sms)
+
+
+def _on_gpu(what: str, version: str, gpu: Gpu | FlexError, sms: Container[int] | None) -> Usable:
+    if isinstance(gpu, FlexError):
+        return Usable(what, False, gpu.found, gpu.fix)
+    if sms is not None and gpu.sm not in sms:
+        other = "use --backend tensorrt" if gpu.sm in SMS else "use onnxruntime"
+        return Usable(what, False, f"{version} has nothing for SM {gpu.sm}", other)
+    return Usable(what, True, version)
+
+
+def _target(board: Target | None, sm: int | None) -> str:
+    if board is None:
+        same = [each.name for each in TARGETS.values() if each.sm == sm]
+        return "no row in engines/targets.py" + (f"; of SM {sm} there are {', '.join(same)}" if same else "")
+    served = ", ".join(board.precisions)
+    return f"{board.name}: {served}; kernels {board.status.kernels}, engines {board.status.engines}"
+
+
+if __name__ == "__main__":
+    print(examine())
