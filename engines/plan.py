@@ -25,12 +25,13 @@ MAX_BATCH = 64
 # memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
 BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
 # Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
-# decoder has 28 MB more, small models 10.
-SCRATCH = 32_000_000
+# decoder has 28 MB more, 34 with two rows, small models 10.
+SCRATCH = 40_000_000
 ENGINE_CODE = 50_000_000  # of all parts: plans were 12 MB larger than their weights; plugins' kernels, and slack
 HOST_PROCESS = 200_000_000  # Python, numpy, TensorRT's libraries: 152 MB resident
 # ONNX Runtime 1.32 on an x86 CPU, random model of 59M weights: memory of its sessions over the bytes of the weights.
 ORT_COPIES, ORT_COPIES_WIDENED, ORT_COPIES_QUANTISED = 1.2, 4.1, 2.0
+ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which is turned and widened in every run
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
@@ -211,6 +212,7 @@ def _activations(c: Configuration) -> dict[str, int]:
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
         decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
+        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision == "fp16" else 0
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 

@@ -37,7 +37,7 @@ from engines.manifest import (
 )
 from engines.memory import available_bytes
 from engines.pages import page_size
-from engines.plan import Configuration, builder_bytes
+from engines.plan import BUILDER_FACTOR, Configuration, builder_bytes
 from engines.progress import progress
 from engines.trt_options import RTX_DEFAULT, PlanOptions
 from engines.trt_worker import Built, Job
@@ -275,10 +275,10 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
     """What the end of a process that could not speak for itself means."""
     if code in (-KILLED, 128 + KILLED):
-        needed, there = builder_bytes(weights), available_bytes()
+        needed, there = (f"{count / 1e9:.1f} GB" for count in (builder_bytes(weights), available_bytes()))
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
-            expected=f"about {needed / 1e9:.1f} GB free, twice the weights and more; there are {there / 1e9:.1f} GB",
+            expected=f"{BUILDER_FACTOR}x the weights and more: {needed} free; there are {there}",
             fix="close programs, add swap, use a smaller --context, or build on a machine with more memory",
         )
     if code < 0:
