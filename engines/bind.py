@@ -14,6 +14,7 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import fold_constants
 
 from engines.errors import ExportError
+from engines.manifest import PRECISIONS, WIDENED
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
@@ -25,9 +26,11 @@ from plugins.select_pages import onnx_static as static_select_pages
 BOUND_OPSET = 24  # TensorScatter
 DYNAMIC_BODIES = select_pages, cached_attention, project_pages, hierarchical_attention
 STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
-# Operators of the traced graphs whose meaning is the same in opset 20 and 24: later versions only admit more types.
+# Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
+# only admit more types.
 STABLE_SINCE_20 = {
-    "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "Div", "Equal", "Expand",
+    "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Div",
+    "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
     "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMean",
     "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
@@ -35,14 +38,14 @@ STABLE_SINCE_20 = {
 }  # fmt: skip
 
 
-def for_onnxruntime(model: ir.Model) -> ir.Model:
+def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
     """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
 
-    bfloat16 graphs become float32 graphs over bfloat16 weights: the CPU provider has no bfloat16 arithmetic.
+    Graphs of the precisions in WIDENED compute in float32, over weights and scales that stay as they are stored.
     """
     _bind(model, DYNAMIC_BODIES)
-    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs)):
-        _widen_bfloat16(model)
+    if precision in WIDENED:
+        _widen(model, ir.DataType[PRECISIONS[precision].upper()])
     return model
 
 
@@ -109,9 +112,9 @@ def _merge_constants(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _widen_bfloat16(model: ir.Model) -> None:
-    wide, narrow = ir.DataType.FLOAT, ir.DataType.BFLOAT16
-    graph = model.graph
+def _widen(model: ir.Model, narrow: ir.DataType) -> None:
+    """Everything of dtype `narrow` becomes float32, but for initializers, which are cast."""
+    wide, graph = ir.DataType.FLOAT, model.graph
     first = graph[0]
     for value in list(graph.initializers.values()):
         if value.dtype == narrow:

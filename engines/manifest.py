@@ -15,7 +15,12 @@ PARTS = ("vision", "pages", "decoder")
 TRACED, ONNXRUNTIME, PLUGIN_FREE = "traced", "onnxruntime", "plugin-free"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
-PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}  # name on the command line -> dtype
+# Name on the command line -> dtype of what is not quantised: of activations, and of the other weights.
+PRECISIONS = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16", "int8": "float16", "int4": "float16"}
+BITS = {"int8": 8, "int4": 4}  # of the decoder's linear weights, in these precisions
+BLOCK_SIZES = (16, 32, 64, 128)  # values along K that share a scale; 16 is for small models only it divides
+# The CPU has no bfloat16 arithmetic, and float16 is no faster there than float32: graphs for ONNX Runtime then widen.
+WIDENED = ("bf16", *BITS)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Manifest:
     source: dict[str, object]  # identity of the checkpoint
     options: dict[str, object]  # the build's knobs, as used
     dropped: dict[str, str]  # tensors of the checkpoint that are not in the bundle, and why
+    block_size: int | None = None  # one of BLOCK_SIZES in the precisions in BITS, else None
 
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -204,10 +210,10 @@ def graph_io(
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of a graph, the "model" dtype resolved.
 
-    ONNX Runtime's CPU has no bfloat16 arithmetic: its graphs of a bf16 bundle take and give float32 (engines/bind.py).
+    ONNX Runtime's graphs of the precisions in WIDENED take and give float32 (engines/bind.py).
     The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
-    dtype = "float32" if (kind, precision) == (ONNXRUNTIME, "bf16") else PRECISIONS[precision]
+    dtype = "float32" if kind == ONNXRUNTIME and precision in WIDENED else PRECISIONS[precision]
     sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
 
     def resolved(spec: TensorSpec) -> TensorSpec:

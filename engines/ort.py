@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # a float32 bundle means float32, not TF32's 10-bit mantissa
+# Of MatMulNBits, which int8 and int4 weights become: activations are rounded to int8 in blocks, and multiplied so.
+# That is what makes these precisions fast: with float32 products, ONNX Runtime 1.32 takes three times as long for int4
+# and a hundred times for int8. What it costs: python -m tests.parity.report.
+ACCURACY_LEVEL = 4
 ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
 
 
@@ -36,6 +40,7 @@ class OrtModel:
         self._options.log_severity_level = 3
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
         if threads is not None:
             if not isinstance(threads, int) or threads < 1:
                 raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")

@@ -29,6 +29,8 @@ from engines.errors import CheckpointError, ExportError, FlexError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
+    BITS,
+    BLOCK_SIZES,
     FORMAT,
     ONNXRUNTIME,
     PARTS,
@@ -45,10 +47,12 @@ from engines.manifest import (
 from engines.memory import available_bytes, peak_rss
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import PlanOptions, add_arguments, command, options_of
-from export.check import STEPS, Stage, parity, stored_weights
+from export.check import STEPS, Stage, parity
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
 from export.memory import parity_bytes
+from export.quantize import Scheme, quantised_tensors, require_blocks, rewrite, scheme_of
+from export.stored import stored_weights
 from export.tokenizer import convert_tokenizer
 from export.trace import trace
 from export.weights import stored_bytes, write_weights
@@ -66,6 +70,7 @@ PROJECTIONS = {
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
 KERNELS = "kernels.zip"
+DEFAULT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class BuildOptions:
     model: Path = Path("checkpoints/default")
     out: Path | None = None  # None: build/<model>-<precision>
     precision: str = "fp16"
+    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: DEFAULT_BLOCK
+    quantize_head: bool = False  # int8 and int4 alone: lm_head, too
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
@@ -95,6 +102,15 @@ class BuildOptions:
             value = getattr(self, knob)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
+        quantises = self.precision in BITS
+        if self.block_size not in ((None, *BLOCK_SIZES) if quantises else (None,)):
+            raise OptionError(
+                f"block_size {self.block_size!r} with {self.precision}",
+                expected=f"one of {', '.join(map(str, BLOCK_SIZES))} with {' or '.join(BITS)}",
+                fix=None if quantises else "add --int4 or --int8, or leave out --block-size",
+            )
+        if self.quantize_head and not quantises:
+            raise OptionError(f"quantize_head with {self.precision}", fix="add --int4 or --int8, or leave it out")
         if self.plans is not None and self.plans.backend != self.backend:
             raise OptionError(
                 f"options of {self.plans.backend} engines for the backend {self.backend}",
@@ -106,6 +122,11 @@ class BuildOptions:
                 "--projection lazy with --no-plugins: TensorRT alone cannot tell which pages are new",
                 fix="--projection eager, or leave out --no-plugins",
             )
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How weights are quantised, if they are."""
+        return scheme_of(self.precision, self.block_size or DEFAULT_BLOCK, self.quantize_head)
 
     @property
     def engines(self) -> PlanOptions | None:
@@ -135,6 +156,8 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))
     g, versions = config.geometry, _versions()
+    if options.scheme:
+        require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
     checkpoint = Checkpoint.open(options.model, config.tower_folder)
     checkpoint.require(expected_tensors(g))
@@ -146,7 +169,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
 
     with write_bundle(options.folder) as writer:
         kernels = _write_kernels(engines, g, options.precision, writer, console) if engines else None
-        parts = {part: _write_part(part, g, checkpoint, options.precision, writer, console) for part in PARTS}
+        parts = {part: _write_part(part, g, checkpoint, options, writer, console) for part in PARTS}
         tokenizer = convert_tokenizer(options.model, writer.folder)
         if tokenizer is not None:
             writer.add(tokenizer.file)
@@ -172,6 +195,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
                 source=checkpoint.identity(),
                 options=_as_used(options, budget, g.context),
                 dropped=dropped,
+                block_size=options.scheme.block if options.scheme else None,
             )
         )
         _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
@@ -201,7 +225,7 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
-    needed, available = parity_bytes(config.geometry, options.precision), available_bytes()
+    needed, available = parity_bytes(config.geometry, options.precision, options.scheme), available_bytes()
     if options.check == "parity" and needed > available:
         raise OptionError(
             f"the parity check needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB free",
@@ -210,16 +234,22 @@ def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
 
 
 def _write_part(
-    part: str, g: Geometry, checkpoint: Checkpoint, precision: str, writer: BundleWriter, console: Console
+    part: str, g: Geometry, checkpoint: Checkpoint, options: BuildOptions, writer: BundleWriter, console: Console
 ) -> Part:
-    dtype, weights = getattr(torch, PRECISIONS[precision]), f"{part}.weights"
+    precision, scheme, weights = options.precision, options.scheme, f"{part}.weights"
+    dtype = getattr(torch, PRECISIONS[precision])
     with console.status(f"{part}: tracing"):
         model = trace(part, g, dtype)
-    with _progress(part, stored_bytes(model, dtype), console) as advance:
-        write_weights(model, checkpoint, dtype, writer, weights, advance)
+    if scheme:
+        rewrite(model, quantised_tensors(g, scheme), scheme)
+    with _progress(part, stored_bytes(model), console) as advance:
+        write_weights(model, checkpoint, dtype, writer, weights, advance, scheme)
     traced, graphs = writer.folder / f"{part}.onnx", {}
     ir.save(model, traced)
-    bind = {ONNXRUNTIME: for_onnxruntime, PLUGIN_FREE: lambda model: for_plugin_free(model, g.context)}
+    bind = {
+        ONNXRUNTIME: lambda model: for_onnxruntime(model, precision),
+        PLUGIN_FREE: lambda model: for_plugin_free(model, g.context),
+    }
     for kind in kinds(part, g):
         name = traced.name if kind == TRACED else f"{part}.{kind}.onnx"
         if kind != TRACED:
@@ -248,6 +278,7 @@ def _write_kernels(
 def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:
     """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
     used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
+    used["block_size"] = options.scheme.block if options.scheme else None
     del used["plans"]
     if options.engines:
         used[options.backend] = json.loads(json.dumps(asdict(options.engines)))  # tuples as the manifest reads them
@@ -278,7 +309,8 @@ def _check(options: BuildOptions, bundle: Bundle, checkpoint: Checkpoint, consol
     elif options.check == "weights":
         with console.status("weight check"):
             count = stored_weights(bundle, checkpoint)
-        console.print(f"weights: {count} tensors equal the checkpoint's; the graphs were not run")
+        rounded = " (quantised ones within half a step)" if options.scheme else ""
+        console.print(f"weights: {count} tensors equal the checkpoint's{rounded}; the graphs were not run")
     else:
         console.print("[yellow]not checked[/] (--check none)")
 
@@ -295,8 +327,12 @@ def _print_plan(
 ) -> None:
     g, itemsize = config.geometry, getattr(torch, PRECISIONS[options.precision]).itemsize
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
+    quantised = quantised_tensors(g, options.scheme) if options.scheme else {}
     for part, names in _tensors_of_parts(g).items():
-        size = sum(torch.Size(shape).numel() for shape in names.values()) * itemsize
+        size = sum(
+            options.scheme.stored_bytes(shape) if name in quantised else torch.Size(shape).numel() * itemsize
+            for name, shape in names.items()
+        )
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), _size(size))
     console.print(table)
@@ -312,8 +348,19 @@ def _print_plan(
     store = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2 * itemsize
     console.print(
         f"memory of a request: cache {_size(per_token * g.context)} at the full context of {g.context} tokens, "
-        f"hi-res pages {_size(store)}; of the parity check: {_size(parity_bytes(g, options.precision))}"
+        f"hi-res pages {_size(store)}; "
+        f"of the parity check: {_size(parity_bytes(g, options.precision, options.scheme))}"
     )
+    if options.scheme:
+        what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
+        what += "" if g.lazy_pages else ", and the pages' projections"
+        console.print(
+            f"{options.precision}: in blocks of {options.scheme.block}: {what}; the rest is stored in float16. "
+            "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
+            soft_wrap=True,
+        )
+        if g.lazy_pages:
+            console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
     if options.precision == "bf16":
         console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
 
@@ -357,10 +404,19 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions:
     add("--out", type=Path, help="bundle folder to write; build/<model>-<precision> when not given")
     group = parser.add_mutually_exclusive_group()
     for name in PRECISIONS:
-        text = f"{PRECISIONS[name]} weights and activations" + (" (the default)" if name == default.precision else "")
+        weights = f"{name} weights of the decoder's linear layers, {PRECISIONS[name]} others"
+        text = weights if name in BITS else f"{PRECISIONS[name]} weights"
+        text += " and activations" + (" (the default)" if name == default.precision else "")
         group.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision
         )
+    add(
+        "--block-size",
+        type=int,
+        help=f"with --int8 and --int4: weights that share a scale, {', '.join(map(str, BLOCK_SIZES))}; "
+        f"{DEFAULT_BLOCK} when not given",
+    )
+    add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
     add(

@@ -12,28 +12,31 @@ from engines.backend import Image
 from engines.bundle import Bundle
 from engines.errors import ParityError
 from engines.geometry import Geometry
-from engines.manifest import PRECISIONS, TRACED
+from engines.manifest import BITS
 from engines.ort import Decoder, OrtModel
 from export.checkpoint import Checkpoint
-from export.reference import Reference, ReferenceDecoder
-from export.weights import converted
+from export.reference import Reference, ReferenceDecoder, Weights
+from export.stored import HALF_A_STEP, Stored, largest_rounding
 
 STEPS = 4  # decode steps compared, tokens forced to the reference's
 TAIL = 12  # prompt tokens around the image
 SEEDS = 3  # requests tried when the first one's selection hangs on rounding
 ON_THE_EDGE = 0.01  # distance from the threshold, on the 0..255 scale, within which float32 rounding may decide
-# Largest error allowed, as a share of the reference's largest value. float32 leaves room for the order of summation
-# alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value on the way through all layers.
-ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1}
-# The same once pages are read: a cell that crosses the threshold changes what the next layers see.
-DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1}
+# Largest error allowed of features and pages, as a share of the reference's largest value. float32 leaves room for the
+# order of summation alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value on the way through all
+# layers; int8 and int4 bundles, compared with the weights they store, round what enters a linear layer to int8.
+ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-2, "int4": 2e-2}
+# The same of the prompt's logits, which that rounding reaches through all layers.
+PREFILL_ERROR = {**ERROR, "int8": 2e-1, "int4": 2e-1}
+# And once pages are read: a cell that crosses the threshold changes what the next layers see.
+DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1, "int8": 5e-1, "int4": 5e-1}
 # Share of cells that may differ: none in float32; reduced precision moves scores across the threshold.
-CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10}
+CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10, "int8": 0.10, "int4": 0.10}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the report: the largest error of a stage and its limit, both as a share (of values, or of cells)."""
+    """One row of the report: the largest error of a stage and its limit, as a share of values or cells, or in steps."""
 
     name: str
     error: float
@@ -47,11 +50,18 @@ class Stage:
 def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
+    The weights of the reference are the checkpoint's. int8 and int4 bundles are compared in two steps: what they store
+    with the checkpoint, to half a quantisation step, and what they compute with a reference that has what they store;
+    what the rounding of weights costs in answers is another question (python -m tests.parity.report).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     manifest = bundle.manifest
     stages: list[Stage] = []
-    reference = Reference(manifest.geometry, checkpoint)
+    weights: Weights = checkpoint
+    if manifest.precision in BITS:
+        weights = stored = Stored(bundle)
+        stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
+    reference = Reference(manifest.geometry, weights)
     for stage in _stages(reference, OrtModel(bundle, threads=threads), manifest.geometry, manifest.precision):
         stages.append(stage)
         if not stage.passed:
@@ -98,7 +108,7 @@ def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) 
 def _decode(slow: ReferenceDecoder, fast: Decoder, ids: np.ndarray, g: Geometry, precision: str) -> list[Stage] | None:
     """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
     theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])
-    prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), ERROR[precision])
+    prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), PREFILL_ERROR[precision])
     token, flips, errors = ids[:, -1:], [], []
     for _ in range(STEPS):
         theirs, ours = slow.run(token, g.pages), fast.run(token, g.pages)
@@ -135,26 +145,3 @@ def _error(expected: np.ndarray, found: np.ndarray) -> float:
         return float("nan")
     scale = np.abs(expected).max() or 1.0  # a stage that is all zeros has no scale of its own
     return float(np.abs(expected - found.astype(np.float32)).max() / scale)
-
-
-def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
-    """Compare every tensor stored in the bundle with the checkpoint, byte for byte after conversion, in bounded memory.
-
-    Returns the number of tensors compared; raises ParityError at the first difference.
-    """
-    import onnx_ir as ir
-
-    dtype = getattr(torch, PRECISIONS[bundle.manifest.precision])
-    compared = 0
-    for part, description in bundle.manifest.parts.items():
-        model = ir.load(bundle.graph(part, TRACED))
-        with open(bundle.file(description.weights), "rb") as file:
-            for value in model.graph.initializers.values():
-                stored = value.const_value
-                if isinstance(stored, ir.ExternalTensor):
-                    file.seek(stored.offset)
-                    for chunk in converted(checkpoint, value.name, dtype):
-                        if file.read(len(chunk)) != chunk:
-                            raise ParityError(f"{value.name} in {description.weights} is not the checkpoint's")
-                    compared += 1
-    return compared

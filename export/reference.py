@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,14 +12,20 @@ from torch import Tensor, nn
 from engines.backend import Image, Step
 from engines.geometry import Geometry
 from engines.pages import page_size
-from export.checkpoint import Checkpoint
 from export.trace import build
+
+
+class Weights(Protocol):
+    """Where a reference gets its weights: a checkpoint, or what a bundle stores."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of this official name."""
 
 
 class Reference:
     """The whole model in PyTorch on the CPU, all pages projected at once. Same methods as engines.ort.OrtModel."""
 
-    def __init__(self, geometry: Geometry, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
         self.geometry, self.dtype = replace(geometry, lazy_pages=False), dtype
         self._vision, self._pages, self._decoder = (
@@ -92,7 +99,7 @@ class ReferenceDecoder:
         return Step(logits.numpy, token.numpy(), pages.numpy(), count.numpy())
 
 
-def load(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype) -> nn.Module:
     """Give a module built on the meta device its tensors, by name."""
     for prefix, child in module.named_modules():
         for name, parameter in child._parameters.items():

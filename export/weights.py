@@ -10,15 +10,15 @@ import torch
 from engines.bundle import BundleWriter
 from engines.errors import ExportError
 from export.checkpoint import Checkpoint
+from export.quantize import INTEGERS, SCALE_SUFFIX, Scheme, quantised
 
 ALIGNMENT = 256  # bytes; what GPU copies and vector loads like
 CHUNK = 16 << 20  # bytes held at once
-IR_TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
-def stored_bytes(model: ir.Model, dtype: torch.dtype) -> int:
-    """Bytes the weights of a traced graph take when stored as `dtype`."""
-    return sum(_elements(value) for value in _weights(model)) * dtype.itemsize
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes the weights of a traced graph take as the graph reads them."""
+    return sum(_bytes(value) for value in _weights(model))
 
 
 def write_weights(
@@ -28,25 +28,36 @@ def write_weights(
     bundle: BundleWriter,
     file: str,
     progress: Callable[[int], None] | None = None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Stream the tensors of a traced graph from the checkpoint into `file` and point the graph's initializers at it.
 
-    Raises ExportError when a value is not finite or out of range for `dtype`. `progress` is told bytes written.
+    `dtype`: of those that are not quantised; `scheme`: of those that are. Raises ExportError when a value is not finite
+    or out of range. `progress` is told bytes written.
     """
-    weights = sorted(_weights(model), key=lambda value: value.name)
+    weights = sorted(_weights(model), key=lambda value: value.name)  # scales right after their weight
+    integers = [value.name for value in weights if value.dtype in INTEGERS.values()]
 
     def chunks() -> Iterator[bytes]:
         offset = 0
+        made = quantised(checkpoint, integers, scheme) if scheme else iter(())
+        scales = b""
         for value in weights:
             padding = -offset % ALIGNMENT
             yield bytes(padding)
             offset += padding
-            size = _elements(value) * dtype.itemsize
+            size = _bytes(value)
             value.const_value = ir.ExternalTensor(
-                file, offset, size, IR_TYPES[dtype], shape=value.shape, name=value.name, base_dir=bundle.folder
+                file, offset, size, value.dtype, shape=value.shape, name=value.name, base_dir=bundle.folder
             )
             offset += size
-            yield from converted(checkpoint, value.name, dtype)
+            if value.dtype in INTEGERS.values():
+                data, scales = next(made)
+                yield data
+            elif value.name.endswith(SCALE_SUFFIX):
+                yield scales
+            else:
+                yield from converted(checkpoint, value.name, dtype)
 
     bundle.write(file, chunks(), progress)
 
@@ -74,5 +85,5 @@ def _weights(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.initializers.values() if value.const_value is None]
 
 
-def _elements(value: ir.Value) -> int:
-    return int(torch.Size(value.shape.numpy()).numel())
+def _bytes(value: ir.Value) -> int:
+    return int(torch.Size(value.shape.numpy()).numel()) * value.dtype.bitwidth // 8

@@ -69,7 +69,9 @@ def test_float32_builds_too_without_that_kernel(built):
     assert layers and not [layer for layer in layers if layer.name.startswith(ATTENTION)]
 
 
-@pytest.mark.parametrize("bind", [for_onnxruntime, lambda model: for_plugin_free(model, 160)])
+@pytest.mark.parametrize(
+    "bind", [lambda model: for_onnxruntime(model, "fp32"), lambda model: for_plugin_free(model, 160)]
+)
 @pytest.mark.parametrize(("op_type", "domain"), [("Unheard", "flex"), ("Unheard", "")])
 def test_an_operator_nobody_knows_is_not_left_to_the_backend(bind, op_type, domain):
     value = ir.Value(name="in", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "capacity"]))

@@ -28,7 +28,8 @@ class InspectedModel(OrtModel):
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
-        ir.save(for_onnxruntime(model) if kind == ONNXRUNTIME else for_plugin_free(model, g.context), path)
+        precision = bundle.manifest.precision
+        ir.save(for_onnxruntime(model, precision) if kind == ONNXRUNTIME else for_plugin_free(model, g.context), path)
         self._sessions["decoder"] = self.session(path)
         path.unlink()
 

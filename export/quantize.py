@@ -1,0 +1,261 @@
+"""Weight-only int8 and int4: which weights, how the graph reads them, and how they are made from the checkpoint.
+
+A linear layer's weight [N, K] is stored as integers [K, N] with one scale for each block of `block` values along K,
+both read by a DequantizeLinear (axis 0) right before the MatMul: the layout that ONNX Runtime fuses to MatMulNBits and
+TensorRT to a product of its own. A value is integer * scale, symmetric, without zero points: TensorRT takes no other,
+nor a scale that is not positive.
+
+No library does this part: NVIDIA's modelopt, Intel's neural-compressor and ONNX Runtime's own quantiser read a whole
+model, or run it, to quantise it; here a 7B checkpoint passes through in pieces of a megabyte.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from engines.errors import ExportError, OptionError
+from engines.geometry import Geometry
+from engines.manifest import BITS, BLOCK_SIZES
+from export.checkpoint import Checkpoint, expected_tensors
+
+QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
+HEAD = "lm_head.weight"
+PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
+INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+SCALE_SUFFIX = ".scale"
+_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+_HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.weight")
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`bits` (4 or 8) for each weight, a scale for `block` of them; `head`: of lm_head, too."""
+
+    bits: int
+    block: int
+    head: bool = False
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer stored. int4 uses -8 as well; in int8 one more code would make no difference."""
+        return (-8, 7) if self.bits == 4 else (-127, 127)
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a quantised weight with its float16 scales."""
+        count = torch.Size(shape).numel()
+        return count * self.bits // 8 + count // self.block * 2
+
+
+def scheme_of(precision: str, block: int | None, head: bool = False) -> Scheme | None:
+    """The scheme of a precision; None for those that do not quantise."""
+    return Scheme(BITS[precision], block, head) if precision in BITS and block else None
+
+
+def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+    """Name and checkpoint shape [N, K] of every weight that is quantised: the decoder's linear layers.
+
+    Lazy bundles hand k_proj_hd and v_proj_hd to the op flex::ProjectPages, whose kernels multiply in the model dtype:
+    there they stay as they are.
+    """
+    return {
+        name: shape
+        for name, shape in expected_tensors(g).items()
+        if _LINEAR.fullmatch(name) or (_HIRES.fullmatch(name) and not g.lazy_pages) or (scheme.head and name == HEAD)
+    }
+
+
+def require_blocks(g: Geometry, scheme: Scheme) -> None:
+    """OptionError unless the blocks divide the K of every weight that is to be quantised."""
+    if scheme.head and g.tied_embeddings:
+        raise OptionError(
+            "lm_head cannot be quantised: it shares its weight with the embeddings", fix="leave out --quantize-head"
+        )
+    weights = quantised_tensors(g, scheme)
+    wrong = {name: shape for name, shape in weights.items() if shape[1] % scheme.block}
+    if wrong:
+        name, shape = next(iter(wrong.items()))
+        fits = [size for size in BLOCK_SIZES if not any(k % size for _, k in weights.values())]
+        raise OptionError(
+            f"blocks of {scheme.block} do not divide {name} with its {shape[1]} inputs ({len(wrong)} such weights)",
+            expected=f"a block size that divides them all: {' or '.join(map(str, fits)) or f'none of {BLOCK_SIZES}'}",
+            fix=f"--block-size {fits[-1]}" if fits else "build this model with --fp16",
+        )
+
+
+def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
+    """Make a traced graph read those of `names` it holds as quantised, in place; returns how many it does.
+
+    The weight keeps its name, its scales are called `<name>.scale`; both are still without bytes.
+    """
+    graph, count = model.graph, 0
+    for name in names:
+        weight = graph.initializers.get(name)
+        if weight is None:
+            continue
+        (user,) = [use.node for use in weight.uses()] if len(weight.uses()) == 1 else (None,)
+        if user is None or user.op_type not in ("Transpose", "Gemm"):
+            raise ExportError(f"the graph does not read {name} as the weight of one linear layer")
+        n, k = weight.shape.numpy()
+        dtype = weight.dtype
+        weight.shape, weight.dtype = ir.Shape((k, n)), INTEGERS[scheme.bits]
+        scale = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape((k // scheme.block, n)), type=ir.TensorType(dtype))
+        graph.initializers[scale.name] = scale
+        attributes = {"axis": 0, "block_size": scheme.block}
+        read = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"node_dequantize_{name}")
+        read.outputs[0].name, read.outputs[0].dtype, read.outputs[0].shape = f"{name}.float", dtype, ir.Shape((k, n))
+        graph.insert_before(user, read)
+        if user.op_type == "Transpose":
+            ir.convenience.replace_all_uses_with(user.outputs[0], read.outputs[0])
+        else:  # lm_head: x [B, K] times the transposed weight, no bias
+            product = ir.node("MatMul", [user.inputs[0], read.outputs[0]], name=user.name)
+            product.outputs[0].dtype, product.outputs[0].shape = user.outputs[0].dtype, user.outputs[0].shape
+            product.outputs[0].name, user.outputs[0].name = user.outputs[0].name, f"{name}.unused"
+            graph.insert_before(user, product)
+            ir.convenience.replace_all_uses_with(user.outputs[0], product.outputs[0])
+        graph.remove(user, safe=True)
+        count += 1
+    if count:
+        model.opset_imports[""] = QUANTISED_OPSET
+    return count
+
+
+def quantise(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """[n, K] of any float dtype -> integers [n, K] int8 and scales [n, K / block] float16, rounded to nearest.
+
+    A scale is the smallest float16 with which no value of its block is clipped; a block of zeros has the scale 1.
+    """
+    low, high = scheme.limits
+    blocks = values.float().unflatten(1, (-1, scheme.block))
+    least, most = blocks.aminmax(dim=2)
+    exact = torch.maximum(most / high, least / low)
+    scales = exact.half()
+    scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.float16), scales)
+    scales = torch.where(scales > 0, scales, 1.0)
+    integers = (blocks / scales.float()[..., None]).round_().clamp_(low, high)
+    return integers.to(torch.int8).flatten(1), scales
+
+
+def pack(integers: Tensor, bits: int) -> bytes:
+    """int8 integers -> bytes as ONNX stores them: two int4 values in a byte, the first in its lower half."""
+    if bits == 4:
+        pairs = integers.reshape(-1, 2)
+        integers = (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
+    return integers.contiguous().numpy().tobytes()
+
+
+def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`: int8 integers of `shape`."""
+    values = torch.frombuffer(bytearray(data), dtype=torch.int8)
+    if bits == 4:
+        values = torch.stack(((values << 4) >> 4, values >> 4), dim=-1)  # shifts of int8 keep the sign
+    return values.reshape(shape)
+
+
+def dequantise(data: bytes, scales: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """Packed integers of `shape` [K, N] and their scales -> the weight [N, K] they stand for, float32."""
+    blocks = unpack(data, scheme.bits, shape).t().float().unflatten(1, (-1, scheme.block))
+    return (blocks * _scales(scales, shape[1])[..., None]).flatten(1)
+
+
+def _scales(data: bytes, n: int) -> Tensor:
+    """[N, K / block] float32."""
+    return torch.frombuffer(bytearray(data), dtype=torch.float16).view(-1, n).t().float()
+
+
+def quantised(checkpoint: Checkpoint, names: list[str], scheme: Scheme) -> Iterator[tuple[bytes, bytes]]:
+    """Integers [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
+
+    Every core works on a weight of its own. ExportError for a value that is not finite or too large for float16, which
+    TensorRT computes in.
+    """
+    yield from _on_all_cores(lambda name: _quantised(checkpoint, name, scheme), names)
+
+
+def largest_errors(
+    checkpoint: Checkpoint, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme
+) -> Iterator[tuple[str, float]]:
+    """For each (name, packed integers, scales): the name and the largest distance of a stored value from the
+    checkpoint's, in steps (one step is the scale of its block). Rounded right, that is at most half a step."""
+
+    def error(item: tuple[str, bytes, bytes]) -> tuple[str, float]:
+        name, data, scales = item
+        n, k = checkpoint.info(name).shape
+        integers, steps = unpack(data, scheme.bits, (k, n)).t(), _scales(scales, n)
+        worst = 0.0
+        for start, rows in _pieces(checkpoint, name):
+            blocks = rows.float().unflatten(1, (-1, scheme.block))
+            step = steps[start : start + len(rows), :, None]
+            found = integers[start : start + len(rows)].float().unflatten(1, (-1, scheme.block)) * step
+            worst = max(worst, float(((blocks - found).abs() / step).nan_to_num(torch.inf).max()))
+        return name, worst
+
+    yield from _on_all_cores(error, stored)
+
+
+def _quantised(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
+    n, k = checkpoint.info(name).shape
+    integers = torch.empty(k, n, dtype=torch.int8)
+    scales = torch.empty(k // scheme.block, n, dtype=torch.float16)
+    for start, rows in _pieces(checkpoint, name):
+        end = start + len(rows)
+        found, steps = quantise(rows, scheme)
+        integers[:, start:end], scales[:, start:end] = found.t(), steps.t()
+    return pack(integers, scheme.bits), scales.numpy().tobytes()
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, K]) of a weight, a few rows at a time, checked to be finite."""
+    info = checkpoint.info(name)
+    k = info.shape[1]
+    start, rows = 0, max(1, PIECE // k)
+    for chunk in checkpoint.chunks(name, rows * k * info.dtype.itemsize):
+        values = torch.frombuffer(bytearray(chunk), dtype=info.dtype).view(-1, k)
+        worst = float(values.abs().max())
+        if not worst <= torch.finfo(torch.float16).max:
+            raise ExportError(
+                f"{name} in {info.file} holds {worst:g}",
+                expected=f"finite values within {torch.finfo(torch.float16).max:g}",
+                fix="build with --bf16 or --fp32" if worst < float("inf") else "repair the checkpoint",
+            )
+        yield start, values
+        start += len(values)
+
+
+def _on_all_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of every item, in order; a few results ahead of the reader, never all of them."""
+    items = iter(items)
+    with _one_thread_each() as cores, ThreadPoolExecutor(cores) as pool:
+        pending: deque[Future] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """How many cores there are; in the block, threads that are started use one each, not all of them."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)
