@@ -109,6 +109,26 @@ def test_manifest_says_what_the_engines_are(built):
     assert {spec.shape[2] for spec in caches} == {tiny().context}
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_weights_stay_integers_in_the_engine(shared, random_model, precision):
+    """As many bytes less as the bundle's weights are: what the builder unpacked would be float16 again."""
+    g, sizes = tiny(hidden=256, intermediate=512, head_dim=64), {}
+    checkpoint, _ = random_model("wide", g)
+    for name in ("fp16", precision):
+        plans = PlanOptions(TENSORRT_RTX, targets=(86,), keep_log=True)
+        options = BuildOptions(
+            checkpoint, shared / f"wide-rtx-{name}", precision=name, backend=TENSORRT_RTX, check="none", plans=plans
+        )
+        manifest = Bundle(once(options.out, lambda _, options=options: build(options))).manifest
+        for part in ("pages", "decoder"):
+            file = manifest.files[manifest.parts[part].plans[TENSORRT_RTX].file]
+            sizes[name, part] = file.bytes, manifest.files[manifest.parts[part].weights].bytes
+        assert len(plugins_of(log_of(options.out, "decoder"))) == g.layers + len(g.selecting_layers)
+    for part in ("pages", "decoder"):
+        plans, weights = zip(sizes["fp16", part], sizes[precision, part], strict=True)
+        assert plans[0] - plans[1] > 0.9 * (weights[0] - weights[1]) > 0, sizes
+
+
 def test_the_plan_holds_attributes_and_the_kernels_of_its_targets(built):
     manifest = Bundle(built).manifest
     plan = (built / manifest.parts["decoder"].plans[TENSORRT_RTX].file).read_bytes()
