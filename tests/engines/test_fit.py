@@ -68,7 +68,7 @@ def test_another_sm_does_not_build_for_this_one():
     ("room", "knobs", "proposed"),
     [
         # Of 19.8 GB 64 tokens of the cache are 33.6 MB. A smaller context is tried first,
-        (19_500_000_000, {}, "--context 1472"),
+        (19_500_000_000, {}, "--context 1536"),
         (20_000_000_000, {"batch": 2}, "--batch 1"),  # then the batch, where no context does,
         (19_000_000_000, {"batch": 2}, "--int8"),  # then the precision, where no batch does either,
         (15_000_000_000, {}, "--int8"),
