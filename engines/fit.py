@@ -177,8 +177,7 @@ def _proposal(a: Assessment) -> str:
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
-    weights = weight_bytes(c.geometry, c.precision, c.block)
-    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(max(weights.values()))
+    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(max(weight_bytes(c).values()))
     builds_here = c.backend == TENSORRT and room.integrated
     rate = None if room.bandwidth is None else speed(c, room.bandwidth)
     return Assessment(c, room, needs(c, integrated=room.integrated), builder, builds_here, rate, None, None)

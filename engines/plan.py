@@ -10,13 +10,11 @@ from math import prod
 
 from engines.errors import OptionError
 from engines.geometry import Geometry
-from engines.manifest import BACKENDS, ONNXRUNTIME, TENSORRT
+from engines.manifest import BACKENDS, BITS, BLOCK_SIZES, ONNXRUNTIME, PRECISIONS, TENSORRT, WIDENED
 from engines.pages import page_size
 from engines.tensors import is_quantised, tensors_of_parts
+from plugins.op import ITEMSIZE
 
-# Bits of the decoder's linear weights, and bytes of every other value: other weights, activations, cache, pages.
-PRECISIONS = {"fp32": (32, 4), "fp16": (16, 2), "bf16": (16, 2), "int8": (8, 2), "int4": (4, 2)}
-WIDENED = ("bf16", "int8", "int4")  # ONNX Runtime's CPU then computes in float32, cache and pages included
 BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4; its bytes
 ALIGNMENT = 256  # bytes: tensors in a file of weights start at multiples (export/weights.py)
 MAX_BATCH = 64
@@ -43,19 +41,21 @@ CUDA_CONTEXT = 400_000_000
 class Configuration:
     """What is to be built and asked. The geometry holds the context and whether pages are projected lazily.
 
-    block: weights that share a scale in int8 and int4. batch: rows of a request. page_budget: None = every page.
+    block: weights that share a scale in int8 and int4; head: lm_head is quantised, too. batch: rows of a request.
+    page_budget: None = every page.
     """
 
     geometry: Geometry
     precision: str = "fp16"
     block: int = BLOCK
+    head: bool = False
     batch: int = 1
     page_budget: int | None = None
     backend: str = TENSORRT
     plugins: bool = True
 
     def __post_init__(self) -> None:
-        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("block", (16, 32, 64, 128))):
+        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("block", BLOCK_SIZES)):
             if getattr(self, knob) not in known:
                 raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(map(str, known))}")
         pages, tokens = self.geometry.pages, self.geometry.image_tokens
@@ -76,7 +76,7 @@ class Configuration:
     def item(self) -> int:
         """Bytes of a value of the cache, the pages and the activations."""
         widened = self.backend == ONNXRUNTIME and self.precision in WIDENED
-        return 4 if widened else PRECISIONS[self.precision][1]
+        return 4 if widened else ITEMSIZE[PRECISIONS[self.precision]]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Need:
     how: str
 
 
-def weight_bytes(g: Geometry, precision: str, block: int = BLOCK) -> dict[str, int]:
+def weight_bytes(c: Configuration) -> dict[str, int]:
     """Bytes of the file of weights of each part."""
     sizes: dict[str, int] = {}
-    for part, tensors in tensors_of_parts(g).items():
+    for part, tensors in tensors_of_parts(c.geometry).items():
         offset = end = 0
         for name, shape in sorted(tensors.items()):
-            for piece in _pieces(name, shape, g, precision, block):
+            for piece in _pieces(c, name, shape):
                 end = offset + piece
                 offset = -(-end // ALIGNMENT) * ALIGNMENT
         sizes[part] = end
@@ -122,7 +122,7 @@ def builder_bytes(weights: int) -> int:
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     """What a request at the full context takes; on a card (not `integrated`) of the card's own memory."""
     g, item, rows = c.geometry, c.item, c.batch
-    weights = weight_bytes(g, c.precision, c.block)
+    weights = weight_bytes(c)
     ort = c.backend == ONNXRUNTIME
     held = _held(c) if ort else sum(weights.values())
     seen = g.image_tokens + g.hires_side**2
@@ -150,8 +150,8 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
 def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
     """Bytes a decode step of all rows must read at least: weights once, and of each row the cached tokens and the
     pages of every reading layer."""
-    g, item = c.geometry, PRECISIONS[c.precision][1]
-    decoder = weight_bytes(g, c.precision, c.block)["decoder"]
+    g, item = c.geometry, ITEMSIZE[PRECISIONS[c.precision]]
+    decoder = weight_bytes(c)["decoder"]
     if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
         decoder -= (g.vocab - c.batch) * g.hidden * item
     if g.lazy_pages:  # read when a page is new, not in every step
@@ -177,12 +177,11 @@ def size(count: float) -> str:
     return f"{count / unit:.{digits}f} {name}"
 
 
-def _pieces(name: str, shape: tuple[int, ...], g: Geometry, precision: str, block: int) -> tuple[int, ...]:
+def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
-    bits, item = PRECISIONS[precision]
-    if bits < 16 and is_quantised(name, g):
-        return prod(shape) * bits // 8, prod(shape[:-1]) * -(-shape[-1] // block) * SCALE
-    return (prod(shape) * item,)
+    if c.precision in BITS and is_quantised(name, c.geometry, c.head):
+        return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * -(-shape[-1] // c.block) * SCALE
+    return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
 
 
 def _held(c: Configuration) -> int:
@@ -190,7 +189,7 @@ def _held(c: Configuration) -> int:
     total = 0.0
     for tensors in tensors_of_parts(c.geometry).values():
         for name, shape in tensors.items():
-            pieces = _pieces(name, shape, c.geometry, c.precision, c.block)
+            pieces = _pieces(c, name, shape)
             others = ORT_COPIES_WIDENED if c.precision in WIDENED else ORT_COPIES
             total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
     return int(total)

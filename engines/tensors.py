@@ -8,6 +8,7 @@ from engines.geometry import Geometry
 from engines.manifest import PARTS
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
+HEAD = "lm_head.weight"
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 _HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.(weight|bias)")
 
@@ -84,10 +85,12 @@ def tensors_of_parts(geometry: Geometry) -> dict[str, dict[str, tuple[int, ...]]
     return parts
 
 
-def is_quantised(name: str, geometry: Geometry) -> bool:
-    """Whether int8 and int4 builds quantise this tensor: the weights of the decoder's linear layers, lm_head apart.
+def is_quantised(name: str, geometry: Geometry, head: bool = False) -> bool:
+    """Whether int8 and int4 builds quantise this tensor: the weights of the decoder's linear layers; `head`: lm_head's,
+    too.
 
-    Lazy bundles hand k_proj_hd and v_proj_hd to a kernel that multiplies in the model's dtype.
+    Lazy bundles hand k_proj_hd and v_proj_hd to the op flex::ProjectPages, whose kernels multiply in the model dtype:
+    there they stay as they are.
     """
     hires = _HIRES.fullmatch(name) and name.endswith("weight") and not geometry.lazy_pages
-    return bool(_LINEAR.fullmatch(name) or hires)
+    return bool(_LINEAR.fullmatch(name) or hires or (head and name == HEAD))

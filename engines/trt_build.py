@@ -37,7 +37,7 @@ from engines.manifest import (
 )
 from engines.memory import available_bytes
 from engines.pages import page_size
-from engines.plan import BUILDER_FACTOR, Configuration, builder_bytes
+from engines.plan import BLOCK, BUILDER_FACTOR, Configuration, builder_bytes
 from engines.progress import progress
 from engines.trt_options import RTX_DEFAULT, PlanOptions
 from engines.trt_worker import Built, Job
@@ -171,6 +171,8 @@ def _configuration(manifest: Manifest, options: PlanOptions) -> Configuration:
     return Configuration(
         manifest.geometry,
         manifest.precision,
+        block=manifest.block_size or BLOCK,
+        head=bool(manifest.options.get("quantize_head")),
         batch=options.batch,
         page_budget=manifest.page_budget,
         backend=options.backend,

@@ -46,7 +46,7 @@ from engines.manifest import (
     kinds,
 )
 from engines.memory import available_bytes, peak_rss
-from engines.plan import Configuration, cache_bytes, size, store_bytes, weight_bytes
+from engines.plan import BLOCK, Configuration, cache_bytes, size, store_bytes, weight_bytes
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import (
     PlanOptions,
@@ -81,7 +81,6 @@ PROJECTIONS = {
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
 KERNELS = "kernels.zip"
-DEFAULT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class BuildOptions:
     model: Path = Path("checkpoints/default")
     out: Path | None = None  # None: build/<model>-<precision>
     precision: str = "fp16"
-    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: DEFAULT_BLOCK
+    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK
     quantize_head: bool = False  # int8 and int4 alone: lm_head, too
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
@@ -137,7 +136,7 @@ class BuildOptions:
     @property
     def scheme(self) -> Scheme | None:
         """How weights are quantised, if they are."""
-        return scheme_of(self.precision, self.block_size or DEFAULT_BLOCK, self.quantize_head)
+        return scheme_of(self.precision, self.block_size or BLOCK, self.quantize_head)
 
     @property
     def engines(self) -> PlanOptions | None:
@@ -366,7 +365,7 @@ def _print_plan(
 ) -> None:
     g, c = config.geometry, _configuration(options, config.geometry)
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
-    for part, weights in weight_bytes(g, c.precision, c.block).items():
+    for part, weights in weight_bytes(c).items():
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
     console.print(table)
@@ -403,7 +402,8 @@ def _configuration(options: BuildOptions, g: Geometry) -> Configuration:
     return Configuration(
         g,
         options.precision,
-        **({"block": options.scheme.block} if options.scheme else {}),
+        block=options.scheme.block if options.scheme else BLOCK,
+        head=options.quantize_head,
         batch=engines.batch if engines else 1,
         page_budget=options.page_budget,
         backend=options.backend,
@@ -444,7 +444,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         "--block-size",
         type=int,
         help=f"with --int8 and --int4: weights that share a scale, {', '.join(map(str, BLOCK_SIZES))}; "
-        f"{DEFAULT_BLOCK} when not given",
+        f"{BLOCK} when not given",
     )
     add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")

@@ -11,7 +11,6 @@ model, or run it, to quantise it; here a 7B checkpoint passes through in pieces 
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,15 +25,13 @@ from torch import Tensor
 from engines.errors import ExportError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import BITS, BLOCK_SIZES
+from engines.tensors import is_quantised
 from export.checkpoint import Checkpoint, expected_tensors
 
 QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
-HEAD = "lm_head.weight"
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
 INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 SCALE_SUFFIX = ".scale"
-_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
-_HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.weight")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -64,16 +61,8 @@ def scheme_of(precision: str, block: int | None, head: bool = False) -> Scheme |
 
 
 def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """Name and checkpoint shape [N, K] of every weight that is quantised: the decoder's linear layers.
-
-    Lazy bundles hand k_proj_hd and v_proj_hd to the op flex::ProjectPages, whose kernels multiply in the model dtype:
-    there they stay as they are.
-    """
-    return {
-        name: shape
-        for name, shape in expected_tensors(g).items()
-        if _LINEAR.fullmatch(name) or (_HIRES.fullmatch(name) and not g.lazy_pages) or (scheme.head and name == HEAD)
-    }
+    """Name and checkpoint shape [N, K] of every weight that is quantised: see is_quantised."""
+    return {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, scheme.head)}
 
 
 def require_blocks(g: Geometry, scheme: Scheme) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines.errors import OptionError
+from engines.geometry import Geometry
 from engines.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.plan import (
     SCRATCH,
@@ -25,7 +26,9 @@ from engines.plan import (
     weight_bytes,
 )
 from engines.targets import target
+from export.build import BuildOptions, build
 from tests.bench.cost import cost
+from tests.checkpoints import write_checkpoint
 from tests.geometries import official, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -35,27 +38,33 @@ TABLE = 32000 * 4096
 NORMS = 65 * 4096
 
 
+def weights(g: Geometry, *knobs: object, **named: object) -> dict[str, int]:
+    return weight_bytes(Configuration(g, *knobs, **named))
+
+
 def test_weights_of_7b_by_hand():
-    full = weight_bytes(official(), "fp16")
+    full = weights(official(), "fp16")
     assert full["decoder"] == 2 * (LINEAR + 2 * TABLE + NORMS)
     assert 13.4e9 < full["decoder"] < 13.5e9
     assert full["pages"] == 2 * HIRES and 0.60e9 < full["vision"] < 0.63e9
-    assert weight_bytes(official(), "bf16") == full
-    assert weight_bytes(official(), "fp32")["decoder"] == 2 * full["decoder"]
-    lazy = weight_bytes(official(lazy_pages=True), "fp16")
+    assert weights(official(), "bf16") == full
+    assert weights(official(), "fp32")["decoder"] == 2 * full["decoder"]
+    lazy = weights(official(lazy_pages=True), "fp16")
     assert lazy["pages"] == 0 and lazy["decoder"] == full["decoder"] + full["pages"]
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 @pytest.mark.parametrize("block", [32, 128])
 def test_quantised_weights_by_hand(precision, bits, block):
-    found = weight_bytes(official(), precision, block)
+    found = weights(official(), precision, block)
     kept = 2 * (2 * TABLE + NORMS)
     assert found["decoder"] == LINEAR * bits // 8 + LINEAR // block * 2 + kept
     assert found["pages"] == HIRES * bits // 8 + HIRES // block * 2
-    assert found["vision"] == weight_bytes(official(), "fp16")["vision"]
-    lazy = weight_bytes(official(lazy_pages=True), precision, block)  # the kernel that projects multiplies in float16
+    assert found["vision"] == weights(official(), "fp16")["vision"]
+    lazy = weights(official(lazy_pages=True), precision, block)  # the kernel that projects multiplies in float16
     assert lazy["decoder"] == found["decoder"] + 2 * HIRES
+    head = weights(official(), precision, block, head=True)
+    assert found["decoder"] - head["decoder"] == 2 * TABLE - TABLE * bits // 8 - TABLE // block * 2
 
 
 ODD = tiny(kv_heads=2, tied_embeddings=True, projector_depth=1, attention_bias=True)
@@ -67,7 +76,16 @@ ODD = tiny(kv_heads=2, tied_embeddings=True, projector_depth=1, attention_bias=T
 def test_weights_are_the_files_of_a_bundle(random_model, name, g, precision):
     _, bundle = random_model(name, g, precision)
     found = {part: (bundle / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
-    assert weight_bytes(g, precision) == found
+    assert weights(g, precision) == found
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_quantised_weights_are_the_files_of_a_bundle(tmp_path, head):
+    checkpoint, out = write_checkpoint(tmp_path / "checkpoint", tiny()), tmp_path / "bundle"
+    options = {"precision": "int4", "block_size": 16, "quantize_head": head, "check": "none"}
+    build(BuildOptions(model=checkpoint, out=out, **options))
+    found = {part: (out / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
+    assert weights(tiny(), "int4", 16, head) == found
 
 
 def test_cache_and_pages_of_7b_by_hand():
@@ -122,8 +140,8 @@ def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages
     [("vision", False, 2.34e9), ("pages", False, 0.65e9), ("decoder", False, 6.74e9), ("decoder", True, 7.14e9)],
 )
 def test_builders_take_no_more_than_planned(part, lazy, peak):
-    weights = weight_bytes(replace(SLICE, lazy_pages=lazy), "fp16")[part]
-    assert peak - weights < builder_bytes(weights) < 1.4 * (peak - weights)
+    held = weights(replace(SLICE, lazy_pages=lazy), "fp16")[part]
+    assert peak - held < builder_bytes(held) < 1.4 * (peak - held)
 
 
 def test_a_step_reads_what_the_benchmark_counts():
