@@ -20,7 +20,7 @@ from engines.bundle import Bundle, sha256, write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
 from engines.manifest import PARTS, TENSORRT, TENSORRT_RTX, TRACED, File, plan_io
 from engines.trt_build import attributes, build_plans, profiles
-from engines.trt_options import PlanOptions, command, parse_targets
+from engines.trt_options import PlanOptions, boards_of, command, parse_targets
 from engines.trt_worker import Job
 from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
@@ -306,7 +306,7 @@ def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
     monkeypatch.setattr(trt_build.subprocess, "Popen", kill_it)
     with pytest.raises(BackendError, match="signal 9") as caught:
         run(job(built), tmp_path / "log")
-    assert "2x the weights: 2.0 GB" in caught.value.expected
+    assert "2.15x the weights and more: 2.5 GB" in caught.value.expected
 
 
 def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
@@ -402,6 +402,8 @@ def test_targets_that_do_not_exist(text, fix):
 
 def test_targets_as_people_write_them():
     assert parse_targets("sm_86, SM89,12.0") == (86, 89, 120)
+    assert parse_targets("orin-nano-8, orin-nx-16") == (87,) and boards_of("orin-nano-8, orin-nx-16")[1] == "orin-nx-16"
+    assert parse_targets("sm_89,rtx-3090,rtx-4090") == (89, 86) and boards_of("sm_89,rtx-3090") == ("rtx-3090",)
 
 
 @pytest.mark.parametrize(
