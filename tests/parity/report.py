@@ -1,0 +1,154 @@
+"""What each precision costs: `python -m tests.parity.report`, one table in Markdown.
+
+The small official model replays the recorded official runs, its tokens forced to the official ones; the default model
+answers questions about fresh scenes with digits that training never saw. Bundles are built for the purpose, unchecked:
+this is the check of what a build cannot judge, how much the rounding of weights matters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from engines.bundle import Bundle
+from engines.errors import OptionError
+from engines.manifest import BITS, BLOCK_SIZES, PRECISIONS
+from engines.ort import OrtModel
+from export.build import BuildOptions, build
+from export.default_model.evaluate import scenes_with_questions
+from runtime import Engine
+from tests.parity.conftest import DATA, Case
+
+BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
+ROWS = [(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+HEAD = (
+    "precision",
+    "logits before a flip",
+    "logits, all steps",
+    "IoU of selected pages, by layer",
+    "official tokens",
+    "numbers",
+    "yes/no",
+    "count",
+    "answers of fp32",
+)
+KINDS = (("one", "two"), ("yes/no",), ("count",))  # of questions, in the columns "numbers", "yes/no", "count"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recorded official runs against a bundle. Errors are the largest of a logit; NaN if nothing was compared."""
+
+    before: float  # in the steps of a run before any cell differs
+    always: float
+    overlap: tuple[float, ...]  # mean intersection over union of the selected pages, of each selecting layer
+    tokens: tuple[int, int]  # equal to the official ones, compared
+
+
+def official_cases() -> list[Case]:
+    """The recorded runs of the checkpoint as it is."""
+    cases = []
+    for path in sorted((DATA / "cases").glob("*.json")):
+        if not json.loads(path.read_text()).get("overrides"):
+            with np.load(path.with_suffix(".npz")) as arrays:
+                cases.append(Case(path.stem, dict(arrays), {}))
+    return cases
+
+
+def overlap(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Intersection over union of bool [M, cells] along the cells; 1 where both are empty."""
+    both, either = (found & expected).sum(-1), (found | expected).sum(-1)
+    return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+
+
+def replay(bundle: Path, cases: Sequence[Case]) -> Replay:
+    """Run the recorded cases on ONNX Runtime."""
+    model = OrtModel(Bundle(bundle))
+    before, always, layers, equal = [], [], [], 0
+    for case in cases:
+        golden, same = case.golden, True
+        for step, _, result in case.replay(model, model.geometry):
+            expected = golden["select_mask"][step][:, ::8, ::8].reshape(-1, model.geometry.pages).astype(bool)
+            found = result.cells()[0].astype(bool)
+            same = same and np.array_equal(found, expected)
+            error = float(np.abs(result.logits[0] - golden["logits"][step]).max())
+            always.append(error)
+            before += [error] if same else []
+            layers.append(overlap(found, expected))
+            equal += int(result.logits[0].argmax() == golden["output_ids"][1 + step])
+    worst = float(np.max(before)) if before else float("nan")
+    return Replay(worst, float(np.max(always)), tuple(np.mean(layers, axis=0).tolist()), (equal, len(always)))
+
+
+def answers(bundle: Path, asked: list, name: str) -> list[tuple[str, bool, tuple[int, ...]]]:
+    """(kind of question, whether the answer is right, its tokens) of every question."""
+    engine, given = Engine(bundle), []
+    for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
+        with engine.image(scene.image) as view:
+            for question in questions:
+                answer = view.ask(question.text, max_new_tokens=8)
+                given.append((question.kind, answer.text == question.answer, tuple(answer.token_ids)))
+    return given
+
+
+def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tuple[str, int | None]]) -> list[str]:
+    """The lines of the report. `models`: the official small one, the default one; answers are compared with those of
+    the first row. Where a block size does not divide a model's weights, the cells say "-" and the end says why.
+    """
+    cases, asked = official_cases(), scenes_with_questions(scenes, seed)
+    lines = ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
+    reasons: dict[str, None] = {}
+    first: list[tuple[int, ...]] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def built(index: int, precision: str, block: int | None) -> Path | None:
+            try:
+                options = BuildOptions(models[index], Path(folder) / str(index), precision, block, check="none")
+                return build(options).path
+            except OptionError as error:
+                reasons[f"- {models[index].name}, {precision}: {error.found}"] = None
+                return None
+
+        for precision, block in rows:
+            label = precision if block is None else f"{precision}, blocks of {block}"
+            cells = ["-"] * (len(HEAD) - 1)
+            if bundle := built(0, precision, block):
+                measured = replay(bundle, cases)
+                shares = " ".join(f"{share:.3f}" for share in measured.overlap)
+                before = "no such step" if np.isnan(measured.before) else f"{measured.before:.2g}"
+                errors = before, f"{measured.always:.2g}"
+                cells[:4] = [*errors, shares, "{} of {}".format(*measured.tokens)]
+            if bundle := built(1, precision, block):
+                given = answers(bundle, asked, label)
+                first = first or [tokens for *_, tokens in given]
+                right = [[correct for kind, correct, _ in given if kind in kinds] for kinds in KINDS]
+                equal = sum(tokens == other for (*_, tokens), other in zip(given, first, strict=True))
+                cells[4:] = [*(f"{100 * np.mean(share):.1f}" for share in right), f"{equal} of {len(given)}"]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+    lines.append(
+        f"\nLeft: the official small model, {len(cases)} runs, forced tokens; errors of logits are absolute. Right: "
+        f"the default model, {scenes} scenes of seed {seed}, percent of exact answers.\n"
+    )
+    return [*lines, *reasons]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BuildOptions.model, help="the default model's checkpoint")
+    parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
+    parser.add_argument("--seed", type=int, default=2026)
+    given = parser.parse_args()
+    print("\n".join(table((DATA / "weights", given.model), given.scenes, given.seed, ROWS)))
+
+
+if __name__ == "__main__":
+    main()
