@@ -1,7 +1,7 @@
 """flex::ProjectPages as an ONNX function for ONNX Runtime. Inputs and outputs: see the package docstring.
 
-With no new page every tensor of `n` pages has zero rows, and the products cost nothing. ScatterND writes in place when
-page_* and present_* are bound to one buffer.
+ScatterND writes in place when page_* and present_* are bound to one buffer; with no new page it writes nothing, and
+little else is computed.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ def ProjectPages(
 ):  # fmt: skip
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
-    rest = op.Constant(value_ints=[-1])
+    two = op.Constant(value_ints=[2])
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    heads = op.Constant(value_int=kv_heads)
-    every_head = op.Unsqueeze(heads, keep)
+    side = op.Constant(value_int=cells)
+    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
 
-    # (row, page) of every new page.
-    total = op.Squeeze(op.Shape(pages, start=1, end=2))
-    first = op.Less(op.Range(zero, total, step), op.Unsqueeze(page_count, one))
-    wanted = op.ScatterElements(op.Sub(projected, projected), pages, op.Cast(first, to=7), axis=1)
-    new = op.Transpose(op.NonZero(op.Greater(wanted, projected)), perm=[1, 0])  # [n, 2]
-
-    some = op.GatherND(features, new)  # [n, P, hidden]
-    to_heads = op.Concat(keep, keep, every_head, width, axis=0)
-    key = op.Reshape(op.MatMul(some, op.Transpose(key_weight, perm=[1, 0])), to_heads, allowzero=0)
-    value = op.Reshape(op.MatMul(some, op.Transpose(value_weight, perm=[1, 0])), to_heads, allowzero=0)
-    c = op.Unsqueeze(op.GatherND(cos, new), op.Constant(value_ints=[2]))  # [n, P, 1, hd/2]
-    s = op.Unsqueeze(op.GatherND(sin, new), op.Constant(value_ints=[2]))
-    left, right = op.Split(op.Cast(key, to=1), axis=3, num_outputs=2)
-    turned = op.Concat(op.Sub(op.Mul(left, c), op.Mul(right, s)), op.Add(op.Mul(right, c), op.Mul(left, s)), axis=3)
-
-    # Where each head of each new page goes: [n, Hkv, 3] of (row, head, page).
-    per_head = op.Concat(op.Shape(new, start=0, end=1), every_head, one, axis=0)
-    row = op.Expand(op.Unsqueeze(op.Slice(new, keep, one, one), one), per_head)
-    page = op.Expand(op.Unsqueeze(op.Slice(new, one, op.Constant(value_ints=[2]), one), one), per_head)
-    head = op.Expand(op.Reshape(op.Range(zero, heads, step), op.Concat(one, rest, one, axis=0)), per_head)
-    where = op.Concat(row, head, page, axis=2)
-    by_head = op.Transpose(op.CastLike(turned, page_key), perm=[0, 2, 1, 3])
-    present_key = op.ScatterND(page_key, where, by_head)
-    present_value = op.ScatterND(page_value, where, op.Transpose(value, perm=[0, 2, 1, 3]))
-    return present_key, present_value, op.Max(projected, wanted)
+    wanted = op.Less(op.Range(zero, op.Mul(side, side), step), op.Unsqueeze(page_count, one))
+    present = op.ScatterElements(projected, pages, op.Cast(wanted, to=7), axis=1, reduction="max")
+    new = op.Greater(present, projected)  # [B, N]
+    # (row, head, page) of each head of each new page, by row, page, head: [n*Hkv, 3].
+    by_head = op.NonZero(op.Expand(op.Unsqueeze(new, two), op.Concat(one, one, heads, axis=0)))
+    where = op.Transpose(op.Gather(by_head, op.Constant(value_ints=[0, 2, 1]), axis=0), perm=[1, 0])
+    to_heads = op.Concat(keep, keep, heads, width, axis=0)
+    # Keys and values of the new pages, the halves of one value [2, n, Hkv, P, hd], as a branch assigns one.
+    if op.Greater(op.Shape(where, start=0, end=1), zero):
+        which = op.Transpose(op.NonZero(new), perm=[1, 0])  # [n, 2]
+        some = op.GatherND(features, which)  # [n, P, hidden]
+        key = op.Reshape(op.MatMul(some, op.Transpose(key_weight, perm=[1, 0])), to_heads)
+        value = op.Reshape(op.MatMul(some, op.Transpose(value_weight, perm=[1, 0])), to_heads)
+        c = op.Unsqueeze(op.GatherND(cos, which), two)  # [n, P, 1, hd/2]
+        s = op.Unsqueeze(op.GatherND(sin, which), two)
+        left, right = op.Split(op.Cast(key, to=1), axis=3, num_outputs=2)
+        turned = op.Concat(op.Sub(op.Mul(left, c), op.Mul(right, s)), op.Add(op.Mul(right, c), op.Mul(left, s)), axis=3)
+        both = op.Concat(op.Unsqueeze(op.CastLike(turned, page_key), keep), op.Unsqueeze(value, keep), axis=0)
+        halves = op.Transpose(both, perm=[0, 1, 3, 2, 4])
+    else:
+        halves = op.CastLike(op.ConstantOfShape(op.Concat(two, keep, heads, size, width, axis=0)), page_key)
+    to_rows = op.Concat(op.Constant(value_ints=[-1]), size, width, axis=0)
+    keys = op.Reshape(op.Gather(halves, zero, axis=0), to_rows)  # [n*Hkv, P, hd]
+    values = op.Reshape(op.Gather(halves, step, axis=0), to_rows)
+    return op.ScatterND(page_key, where, keys), op.ScatterND(page_value, where, values), present
 
 
 FUNCTIONS = (ProjectPages,)

@@ -2,50 +2,67 @@
 
 from __future__ import annotations
 
-from uuid import uuid4
+from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from engines.backend import Image
-from engines.bind import for_onnxruntime
 from engines.bundle import Bundle
-from engines.manifest import TRACED
+from engines.manifest import ONNXRUNTIME, TRACED
 from engines.ort import Decoder, OrtModel
 
 LOW_INPUTS, PAGE_INPUTS = 9, 5  # of flex::CachedAttention, and what flex::HierarchicalAttention takes on top
 
 
-class PlainModel(OrtModel):
-    """An OrtModel whose decoder is a plain LLaMA: every layer a flex::CachedAttention."""
+def plain_graph(bundle: Bundle) -> Path:
+    """The decoder of `bundle`, whose pages are projected eagerly, with every layer a flex::CachedAttention, bound to
+    ONNX Runtime. Made once, in the bundle's folder, where its weights are. Takes features of any number of tokens.
+    """
+    path = bundle.path / "plain.onnx"
+    if path.exists():
+        return path
+    import onnx_ir as ir  # here: a process whose memory is measured finds the graph made, and does not import the rest
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        super().__init__(bundle, threads=threads)
-        model = ir.load(bundle.graph("decoder", TRACED))
-        for node in list(model.graph):
-            if node.op_type == "HierarchicalAttention":
-                assert len(node.inputs) == LOW_INPUTS + PAGE_INPUTS
-                node.op_type = "CachedAttention"
-                node.resize_inputs(LOW_INPUTS)
-        for values in (model.graph.inputs, model.graph.outputs):
-            for value in [value for value in values if value.name.startswith("page")]:
-                values.remove(value)
-        RemoveUnusedNodesPass()(model)
-        assert {node.op_type for node in model.graph if node.domain == "flex"} == {"CachedAttention"}
-        for_onnxruntime(model, bundle.manifest.precision)
-        left = {value.name for node in model.graph for value in node.inputs if value is not None}
-        for value in [value for value in model.graph.inputs if value.name not in left]:
-            model.graph.inputs.remove(value)
-        path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
-        ir.save(model, path)
-        self._plain = self.session(path)
-        path.unlink()
+    from engines.bind import for_onnxruntime
+
+    model = ir.load(bundle.graph("decoder", TRACED))
+    for node in list(model.graph):
+        if node.op_type == "HierarchicalAttention":
+            assert len(node.inputs) == LOW_INPUTS + PAGE_INPUTS
+            node.op_type = "CachedAttention"
+            node.resize_inputs(LOW_INPUTS)
+    for values in (model.graph.inputs, model.graph.outputs):
+        for value in [value for value in values if value.name.startswith("page")]:
+            values.remove(value)
+    RemoveUnusedNodesPass()(model)
+    assert {node.op_type for node in model.graph if node.domain == "flex"} == {"CachedAttention"}
+    for_onnxruntime(model, bundle.manifest.precision)
+    left = {value.name for node in model.graph for value in node.inputs if value is not None}
+    for value in [value for value in model.graph.inputs if value.name not in left]:
+        model.graph.inputs.remove(value)
+    for value in model.graph.inputs:
+        if value.name == "features":
+            value.shape = ir.Shape(["batch", "image_tokens", value.shape[2]])
+    ir.save(model, path)
+    return path
+
+
+class PlainModel(OrtModel):
+    """An OrtModel whose decoder is a plain LLaMA."""
+
+    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+        self._instead = {bundle.graph("decoder", ONNXRUNTIME): plain_graph(bundle)}
+        super().__init__(bundle, device=device, threads=threads)
+
+    def session(self, path: Path) -> ort.InferenceSession:
+        """See OrtModel.session."""
+        return super().session(self._instead.get(path, path))
 
     def decoder(self, image: Image, capacity: int) -> Decoder:
         """See OrtModel.decoder."""
-        return PlainDecoder(self, self._plain, image, self.rounded(capacity))
+        return PlainDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
     def fill(self, decoder: Decoder, length: int) -> None:
         """Pretend that `length` tokens were prefilled: random keys and values, as costly as real ones."""

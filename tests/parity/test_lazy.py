@@ -28,15 +28,17 @@ def test_official_tokens_and_masks(case, lazy):
     model, golden = OrtModel(Bundle(lazy(case.weights))), case.golden
     g = model.geometry
     cell = cell_of_row(g)
-    wanted = np.zeros((len(g.reading_layers), g.pages), bool)
+    wanted, again = np.zeros((len(g.reading_layers), g.pages), bool), 0
     for step, decoder, result in case.replay(model, g):
         mask = result.cells()
         assert (mask[0].reshape(-1, g.cells, g.cells)[:, cell][:, :, cell] == golden["select_mask"][step]).all(), step
         assert np.abs(result.logits[0] - golden["logits"][step]).max() <= 2e-4, step
         assert result.token[0] == golden["output_ids"][step + 1], step
         wanted |= mask[0, :-1]
+        again += int(mask[0, :-1].sum())
         projected = decoder._inputs["projected"].numpy()[0]
         assert (projected == wanted).all(), step
+        assert projected.sum() <= again, step  # the official way projects what each step selects, seen before or not
         for layer, row in zip(g.reading_layers, projected, strict=True):
             store = decoder._inputs[f"page_key.{layer}"].numpy()[0]
             assert (store.any((0, 2, 3)) == row.astype(bool)).all(), (step, layer)
