@@ -54,7 +54,7 @@ class Quantised:
     def values(self) -> np.ndarray:
         """The weight [N, K] float32 they stand for; the products are exact."""
         steps = self.scales.astype(np.float32).repeat(len(self.codes) // len(self.scales), axis=0)
-        return np.ascontiguousarray((self.integers * steps).T)
+        return np.ascontiguousarray((self.integers.astype(np.float32) * steps).T)
 
 
 def quantise(weight: torch.Tensor, format: Format) -> Quantised:
@@ -75,7 +75,7 @@ def quantise(weight: torch.Tensor, format: Format) -> Quantised:
 
 def pack(prefix: str, q: Quantised, format: Format) -> dict[str, torch.Tensor]:
     """The tensors of a packed layer."""
-    k, n = q.codes.shape
+    k = len(q.codes)
     if format.method == "awq":
         words = {"qweight": _awq(q.codes), "qzeros": _awq(q.zeros)}
     else:
