@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.errors import CheckpointError, ExportError
+from engines.errors import CheckpointError
 from engines.tensors import expected_tensors, is_quantised
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
@@ -54,8 +54,9 @@ class PackedCheckpoint(Checkpoint):
     def __init__(self, raw: Checkpoint, packing: Packing) -> None:
         """`raw`: the checkpoint with its tensors as they are in the files.
 
-        CheckpointError for tensors that are missing, of the wrong shape or dtype, or contradict the settings, and for
-        groups of inputs that are not neighbours.
+        CheckpointError for tensors that are missing, of the wrong shape or dtype, or contradict the settings, for
+        groups of inputs that are not neighbours, and for scales that are not positive float16 values. Reads everything
+        but the codes.
         """
         self._raw, self.packing, self._linears = raw, packing, {}
         tensors = {name: raw.info(name) for name in raw.names}
@@ -66,6 +67,7 @@ class PackedCheckpoint(Checkpoint):
                 raise CheckpointError(f"{raw.folder}: {prefix} is there twice, as floats and packed", fix=_DAMAGED)
             linear = self._linears[official] = _linear(raw, prefix, packing)
             _check_groups(raw, linear, packing)
+            self._zeros(linear), self._scales(linear)  # small beside the codes: errors come before the work
             for suffix in ("qweight", "qzeros", "scales", "g_idx"):
                 tensors.pop(f"{prefix}.{suffix}", None)
             parts = (linear.qweight, linear.qzeros, linear.scales, linear.g_idx)
@@ -80,10 +82,7 @@ class PackedCheckpoint(Checkpoint):
         return name in self._linears
 
     def integers(self, name: str) -> tuple[Tensor, Tensor]:
-        """A packed weight: code - zero [K, N] int8 and scales [K / group, N] float16, both exactly the checkpoint's.
-
-        ExportError for scales that are not positive, finite float16 values.
-        """
+        """A packed weight: code - zero [K, N] int8 and scales [K / group, N] float16, both exactly the checkpoint's."""
         linear, bits = self._linears[name], self.packing.bits
         zeros = self._zeros(linear)
         integers = torch.empty(linear.k, linear.n, dtype=torch.int8)
@@ -129,8 +128,8 @@ class PackedCheckpoint(Checkpoint):
         fields = _fields(self._raw.tensor(linear.qzeros.name), packing.bits)
         zeros = _in_columns(fields) if packing.method == "awq" else fields.flatten(1)
         if packing.zero_offset and int(zeros.max()) == 2**packing.bits - 1:
-            raise ExportError(
-                f"{linear.qzeros.name} in {linear.qzeros.file} stores a zero point of {2**packing.bits - 1}: "
+            raise CheckpointError(
+                f"{linear.qzeros.file}: {linear.qzeros.name} stores a zero point of {2**packing.bits - 1}: "
                 "0 less one, which overflows into its neighbours",
                 expected="zero points that every reader of this format takes for the same",
                 fix="save the checkpoint in the format gptq_v2, or quantise it with sym true",
@@ -145,8 +144,8 @@ class PackedCheckpoint(Checkpoint):
         fits = (exact.float() == scales.float()) & (exact > 0) & (exact <= most)  # False for NaN
         if not fits.all():
             worst = float(scales[~fits][0])
-            raise ExportError(
-                f"{linear.scales.name} in {linear.scales.file} holds {worst:g} ({scales.dtype})",
+            raise CheckpointError(
+                f"{linear.scales.file}: {linear.scales.name} holds {worst:g} ({scales.dtype})",
                 expected=f"positive float16 values of at most {most:g}",
                 fix="save the checkpoint's scales as float16" if 0 < worst <= most else "repair the checkpoint",
             )

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from engines import ort
 from engines.bundle import Bundle
-from engines.errors import CheckpointError, ConfigError, ExportError, FlexError, OptionError, ParityError
+from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
 from engines.manifest import BITS, TENSORRT_RTX
 from engines.ort import OrtModel
 from engines.trt_options import PlanOptions
-from export.build import BuildOptions, Planning, build, parse_arguments, plan
+from export.build import BuildOptions, build, parse_arguments, plan
 from export.check import _stages, parity
 from export.checkpoint import Checkpoint
 from export.config import read_config
@@ -133,39 +133,27 @@ def test_integers_are_read_and_stored_as_they_are(source, tmp_path, monkeypatch,
 
 @pytest.fixture
 def built(shared, source):
-    """built(name of a format) -> (packed checkpoint, checkpoint of its exact floats, bundle). k_proj_hd and v_proj_hd
-    are floats in the GPTQ ones, as its packers leave them."""
+    """built(name of a format) -> (packed checkpoint, checkpoint of its exact floats, bundle)."""
 
     def get(name: str) -> tuple[Path, Path, Path]:
-        format, bundle = FORMATS[name][0], shared / f"packed-{name}-bundle"
-        folder = shared / f"packed-{name}"
-        left = "_hd" if format.method == "gptq" else "none"
-        once(folder, lambda _: write_packed(source, folder, format, floats=lambda name: left in name))
+        folder, bundle = shared / f"packed-{name}", shared / f"packed-{name}-bundle"
+        once(folder, lambda _: write_packed(source, folder, FORMATS[name][0]))
         return folder, Path(f"{folder}-floats"), once(bundle, lambda out: build(BuildOptions(folder, out)))
 
     return get
 
 
-@pytest.mark.parametrize("name", ["awq", "awq-asymmetric", "gptq"])
+@pytest.mark.parametrize("name", ["awq", "awq-asymmetric"])
 def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, monkeypatch, name):
-    _, exact, folder = built(name)
-    bundle = Bundle(folder)
+    folder, exact, bundle = built(name)
+    manifest, (format, precision) = Bundle(bundle).manifest, FORMATS[name]
+    for knob, value in (("precision", precision), ("block_size", format.group)):  # as the checkpoint decided
+        assert getattr(manifest, knob) == manifest.options[knob] == value
+    assert manifest.options["floats"] == [] and parity(Bundle(bundle), opened(folder))[0].error == 0
     monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)  # float32 products
     reference = Reference(G, Checkpoint.open(exact, exact / "clip"))
-    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(bundle), G, bundle.manifest.precision)}
+    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(Bundle(bundle)), G, precision)}
     assert len(stages) == 6 and stages["selected cells"] == 0 and max(stages.values()) <= 1e-4, stages
-
-
-@pytest.mark.parametrize("name", ["awq", "awq-asymmetric", "gptq"])
-def test_the_manifest_says_what_the_checkpoint_decided(built, name):
-    folder, _, bundle = built(name)
-    manifest, (format, precision) = Bundle(bundle).manifest, FORMATS[name]
-    assert (manifest.precision, manifest.block_size) == (precision, format.group)
-    assert (manifest.options["precision"], manifest.options["block_size"]) == (precision, format.group)
-    hires = [name for name in opened(folder).names if "_proj_hd" in name] if format.method == "gptq" else []
-    assert manifest.options["floats"] == sorted(hires, key=lambda name: (int(name.split(".")[2]), name))
-    assert not set(hires) & set(Stored(Bundle(bundle)).quantised)
-    assert parity(Bundle(bundle), opened(folder))[0].error == 0
 
 
 @pytest.mark.parametrize("what", ["integer", "scale"])
@@ -185,36 +173,42 @@ def test_a_weight_that_is_not_the_checkpoints(built, tmp_path, what, check):
 
 
 def test_the_official_tiny_model_packed(weights, tmp_path):
-    """Hidden 64, intermediate 176: groups of 16. lm_head packed, too; the settings in a file of their own."""
-    format = Format("gptq", group=16)
-    folder, _, held = write_packed(weights, tmp_path / "packed", format, head=True, beside="quantize_config.json")
+    """Hidden 64, intermediate 176: groups of 16. Settings in a file of their own; lm_head is packed, the hi-res
+    projections are not, as GPTQ's packers leave them, and stay floats."""
+    folder, _, held = write_packed(
+        weights, tmp_path / "packed", Format("gptq"), floats=lambda name: "_hd" in name, head=True,
+        beside="quantize_config.json",
+    )  # fmt: skip
     console = Console(file=io.StringIO(), width=200)
     bundle = build(BuildOptions(folder, tmp_path / "bundle", check="weights"), console)
-    text = console.file.getvalue()
-    assert "(gptq, 4 bits, groups of 16, symmetric): its integers and scales are carried over exactly\n" in text
-    assert "half a step" not in text and "tensors equal the checkpoint's;" in text
-    stored = Stored(bundle)
-    assert "lm_head.weight" in stored.quantised and bundle.manifest.options["quantize_head"] is True
+    text = " ".join(console.file.getvalue().split())
+    assert (
+        "(gptq, 4 bits, groups of 16, symmetric): its integers and scales are carried over exactly; 6 weights" in text
+    )
+    assert "half a step" not in text and "tensors equal the checkpoint's;" in text and "projections" not in text
+    stored, manifest = Stored(bundle), bundle.manifest
+    floats = {name for name in stored.names if "_hd" in name}
+    assert manifest.precision == "int4" and manifest.options["quantize_head"] is True
+    assert set(manifest.options["floats"]) == floats and set(stored.quantised) <= set(held) and len(floats) == 6
+    assert "lm_head.weight" in stored.quantised and len(stored.quantised) == 7 * 12 + 1
     for name in stored.quantised:
-        data, _ = stored.integers(name)
+        data, scales = stored.integers(name)
         assert np.array_equal(unpack(data, 4, held[name].codes.shape).numpy(), held[name].integers)
+        assert scales == held[name].scales.tobytes()
 
 
-def test_what_a_bundle_needs_as_floats_is_dequantised(write, tmp_path):
-    """Lazy bundles read k_proj_hd and v_proj_hd in float16."""
+def test_engines_and_lazy_projection(write, tmp_path):
+    """Lazy bundles read k_proj_hd and v_proj_hd in float16: the packed ones are dequantised for that."""
+    pytest.importorskip("tensorrt_rtx")
+    engines = PlanOptions(TENSORRT_RTX, targets=(89,))
+    options = {"projection": "lazy", "backend": TENSORRT_RTX, "plans": engines, "check": "weights"}
     folder = write(ASYMMETRIC)
-    bundle = build(BuildOptions(folder, tmp_path / "bundle", projection="lazy", check="weights"))
+    bundle = build(BuildOptions(folder, tmp_path / "bundle", **options))
+    assert bundle.manifest.parts["decoder"].plans and bundle.manifest.precision == "int8"
     stored, checkpoint = Stored(bundle), opened(folder)
     name = next(name for name in stored.names if "k_proj_hd" in name)
     assert name not in stored.quantised and torch.equal(stored.tensor(name), checkpoint.tensor(name).half())
     assert b"".join(converted(checkpoint, name, torch.float32)) == checkpoint.tensor(name).numpy().tobytes()
-
-
-def test_an_engine_is_built_from_it(write, tmp_path):
-    pytest.importorskip("tensorrt_rtx")
-    options = PlanOptions(TENSORRT_RTX, targets=(89,))
-    bundle = build(BuildOptions(write(), tmp_path / "bundle", backend=TENSORRT_RTX, check="none", plans=options))
-    assert bundle.manifest.parts["decoder"].plans
 
 
 # Plans, from config.json alone.
@@ -246,7 +240,6 @@ def test_a_plan_knows_the_precision(tmp_path, settings, texts):
     assert "--int" not in planned(tmp_path, "--context", "2048")  # no other precision is proposed
     with pytest.raises(OptionError, match="quantised already"):
         planned(tmp_path, "--fp16")
-    assert isinstance(parse_arguments(["--plan"]), Planning)
 
 
 # What fails, and how.
@@ -317,41 +310,39 @@ SHAPE = (64, 64)
 
 
 @pytest.mark.parametrize(
-    ("format", "overrides", "error", "text"),
+    ("format", "overrides", "text"),
     [
-        (AWQ, {"qzeros": None}, CheckpointError, "qzeros is missing"),
-        (AWQ, {"scales": None}, CheckpointError, "scales is missing"),
-        (AWQ, {"qweight": None, "qzeros": None, "scales": None}, CheckpointError, "1 of .* keys are missing or wrong"),
-        (AWQ, {"weight": torch.ones(SHAPE)}, CheckpointError, "there twice"),
-        (AWQ, {"qweight": torch.zeros(64, 8).half()}, CheckpointError, "qweight is torch.float16"),
-        (AWQ, {"qweight": torch.zeros(72, 8, dtype=torch.int32)}, CheckpointError, "72 inputs in groups of 32"),
-        (AWQ, {"qzeros": torch.zeros(2, 4, dtype=torch.int32)}, CheckpointError, "qzeros has the shape"),
-        (AWQ, {"scales": torch.ones(4, 64).half()}, CheckpointError, "scales has the shape"),
-        (AWQ, {"qzeros": torch.zeros(2, 8, dtype=torch.int32)}, CheckpointError, "zero points other than 8"),
-        (AWQ, {"bias": torch.ones(64).half()}, CheckpointError, "bias is not zero"),
-        (AWQ, {"scales": torch.zeros(2, 64).half()}, ExportError, "scales .* holds 0"),
-        (AWQ, {"scales": torch.full((2, 64), float("nan")).half()}, ExportError, "holds nan"),
-        (AWQ, {"scales": torch.full((2, 64), 9e3).half()}, ExportError, "holds 9000"),
-        (AWQ, {"scales": torch.full((2, 64), 0.1)}, ExportError, "holds 0.1 .*float32"),
-        (GPTQ, {"g_idx": SHUFFLED}, CheckpointError, "not neighbours .desc_act"),
-        (GPTQ, {"g_idx": SHUFFLED[:9].clone()}, CheckpointError, "g_idx is torch.int32 .9"),
+        (AWQ, {"qzeros": None}, "qzeros is missing"),
+        (AWQ, {"scales": None}, "scales is missing"),
+        (AWQ, {"qweight": None, "qzeros": None, "scales": None}, "1 of .* keys are missing or wrong"),
+        (AWQ, {"weight": torch.ones(SHAPE)}, "there twice"),
+        (AWQ, {"qweight": torch.zeros(64, 8).half()}, "qweight is torch.float16"),
+        (AWQ, {"qweight": torch.zeros(72, 8, dtype=torch.int32)}, "72 inputs in groups of 32"),
+        (AWQ, {"qzeros": torch.zeros(2, 4, dtype=torch.int32)}, "qzeros has the shape"),
+        (AWQ, {"scales": torch.ones(4, 64).half()}, "scales has the shape"),
+        (AWQ, {"qzeros": torch.zeros(2, 8, dtype=torch.int32)}, "zero points other than 8"),
+        (AWQ, {"bias": torch.ones(64).half()}, "bias is not zero"),
+        (AWQ, {"scales": torch.zeros(2, 64).half()}, "scales .* holds 0"),
+        (AWQ, {"scales": torch.full((2, 64), float("nan")).half()}, "holds nan"),
+        (AWQ, {"scales": torch.full((2, 64), 9e3).half()}, "holds 9000"),
+        (AWQ, {"scales": torch.full((2, 64), 0.1)}, "holds 0.1 .*float32"),
+        (GPTQ, {"g_idx": SHUFFLED}, "not neighbours .desc_act"),
+        (GPTQ, {"g_idx": SHUFFLED[:9].clone()}, "g_idx is torch.int32 .9"),
         (
             Format("gptq", bits=8, group=32),
             {"qweight": torch.zeros(8, 64, dtype=torch.int32)},
-            CheckpointError,
             "shape",
         ),
         (
             Format("gptq", group=32, symmetric=False),
             {"qzeros": torch.full((2, 8), -1, dtype=torch.int32)},
-            ExportError,
             "0 less one",
         ),
     ],
 )
-def test_weights_that_cannot_be_loaded(write, tmp_path, format, overrides, error, text):
+def test_weights_that_cannot_be_loaded(write, tmp_path, format, overrides, text):
     folder = write(format, overrides={f"{LAYER}.{key}": value for key, value in overrides.items()})
-    with pytest.raises(error, match=text) as caught:
+    with pytest.raises(CheckpointError, match=text) as caught:
         build(BuildOptions(folder, tmp_path / "bundle", check="none"))
     assert LAYER in str(caught.value) and not (tmp_path / "bundle").exists()
 
@@ -385,16 +376,15 @@ def test_settings_and_weights_that_disagree(write, source, tmp_path):
 def test_a_scheme_that_cannot_hold_the_integers(write):
     checkpoint = opened(write(ASYMMETRIC))
     for scheme in (Scheme(4, 32), Scheme(8, 128)):
-        with pytest.raises(ExportError, match=r"integers in -1.*--int8|(?s)groups of 32"):
+        with pytest.raises(ExportError, match=r"integers in -\d+ \.\. \d+ and groups of 32"):
             next(quantised(checkpoint, [f"{LAYER}.weight"], scheme))
-    assert issubclass(ExportError, FlexError)
 
 
 def test_the_tests_own_rounding():
-    """What write_packed packs is the weight, to half a step."""
+    """What write_packed packs is the weight, to a step."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     for format, _ in FORMATS.values():
         q = quantise(weight, format)
         steps = q.scales.astype(np.float32).repeat(64 // len(q.scales), axis=0).T
-        assert (np.abs(q.values - weight.numpy()) / steps).max() < (0.51 if format.symmetric else 1.01)
+        assert (np.abs(q.values - weight.numpy()) / steps).max() < 1.01  # its rounded zero or largest code may clip
         assert set(pack("x", q, format)) >= {"x.qweight", "x.qzeros", "x.scales"}
