@@ -177,7 +177,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     config = replace(config, geometry=_adjusted(config, options))
     g, versions = config.geometry, _versions()
     options = _settled(options, config)
-    if options.scheme:
+    if options.scheme and config.packing is None:  # packed ones are checked against their own groups
         require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
     engines = options.engines

@@ -134,11 +134,11 @@ def settled(
     """
     if packing is None:
         return {"precision": precision or PRECISION}
-    own, block = packing.precision, packing.block(g)
-    flags = f"--{own} --block-size {block}" + (" --quantize-head" if packing.head else "")
+    own, block, head = packing.precision, packing.block(g), packing.head and not g.tied_embeddings
+    flags = f"--{own} --block-size {block}" + (" --quantize-head" if head else "")
     asked = [f"--{precision}"] if precision not in (None, own) else []
     asked += [f"--block-size {block_size}"] if block_size not in (None, block) else []
-    asked += ["--quantize-head"] if quantize_head and not packing.head else []
+    asked += ["--quantize-head"] if quantize_head and not head else []
     if asked:
         why = ""
         if own == "int8" and packing.bits == 4:
@@ -148,7 +148,7 @@ def settled(
             expected=f"its own integers, carried over as they are: {own} in blocks of {block}{why}",
             fix=f"{flags}, or leave these options out",
         )
-    return {"precision": own, "block_size": block, "quantize_head": packing.head, "floats": packing.floats(g)}
+    return {"precision": own, "block_size": block, "quantize_head": head, "floats": packing.floats(g)}
 
 
 def _packing(raw: Any, path: Path) -> Packing:
@@ -158,7 +158,8 @@ def _packing(raw: Any, path: Path) -> Packing:
     given = {key: value for key, value in raw.items() if value is not None} if isinstance(raw, dict) else raw
     method = str(given.get("quant_method")).lower() if isinstance(given, dict) else None
     if method not in _FORMATS:
-        refuse(f"a checkpoint quantised with {method!r}", "quant_method " + " or ".join(_FORMATS))
+        fix = f"{_UNPACKED}; if its weights are floats, remove these settings"
+        refuse(f"a checkpoint quantised with {method!r}", "quant_method " + " or ".join(_FORMATS), fix)
     s = parse(_Settings, given, path)
     formats = _FORMATS[method]
     format = "marlin" if s.is_marlin_format else (s.format or formats[0]).lower()

@@ -16,15 +16,14 @@ from safetensors.torch import save_file
 from engines import ort
 from engines.bundle import Bundle
 from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
-from engines.manifest import BITS, TENSORRT_RTX
+from engines.manifest import BITS
 from engines.ort import OrtModel
-from engines.trt_options import PlanOptions
 from export.build import BuildOptions, build, parse_arguments, plan
 from export.check import _stages, parity
 from export.checkpoint import Checkpoint
 from export.config import read_config
 from export.packed import PackedCheckpoint, open_checkpoint
-from export.packing import Packing, read_packing
+from export.packing import Packing, read_packing, settled
 from export.quantize import Scheme, quantised, unpack
 from export.reference import Reference
 from export.stored import Stored, stored_weights
@@ -133,27 +132,35 @@ def test_integers_are_read_and_stored_as_they_are(source, tmp_path, monkeypatch,
 
 @pytest.fixture
 def built(shared, source):
-    """built(name of a format) -> (packed checkpoint, checkpoint of its exact floats, bundle)."""
+    """built(name of a format, options) -> (packed checkpoint, checkpoint of its exact floats, bundle)."""
 
-    def get(name: str) -> tuple[Path, Path, Path]:
+    def get(name: str, **options: object) -> tuple[Path, Path, Path]:
         folder, bundle = shared / f"packed-{name}", shared / f"packed-{name}-bundle"
         once(folder, lambda _: write_packed(source, folder, FORMATS[name][0]))
-        return folder, Path(f"{folder}-floats"), once(bundle, lambda out: build(BuildOptions(folder, out)))
+        made = once(bundle, lambda out: build(BuildOptions(folder, out, check="weights", **options)))
+        return folder, Path(f"{folder}-floats"), made
 
     return get
 
 
-@pytest.mark.parametrize("name", ["awq", "awq-asymmetric"])
-def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, monkeypatch, name):
-    folder, exact, bundle = built(name)
-    manifest, (format, precision) = Bundle(bundle).manifest, FORMATS[name]
+@pytest.mark.parametrize(("name", "projection"), [("awq", "eager"), ("awq-asymmetric", "lazy")])
+def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, monkeypatch, name, projection):
+    folder, exact, made = built(name, projection=projection)
+    bundle, checkpoint, (format, precision) = Bundle(made), opened(folder), FORMATS[name]
+    manifest = bundle.manifest
     for knob, value in (("precision", precision), ("block_size", format.group)):  # as the checkpoint decided
         assert getattr(manifest, knob) == manifest.options[knob] == value
-    assert manifest.options["floats"] == [] and parity(Bundle(bundle), opened(folder))[0].error == 0
+    assert manifest.options["floats"] == [] and parity(bundle, checkpoint)[0].error == 0
     monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)  # float32 products
     reference = Reference(G, Checkpoint.open(exact, exact / "clip"))
-    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(Bundle(bundle)), G, precision)}
-    assert len(stages) == 6 and stages["selected cells"] == 0 and max(stages.values()) <= 1e-4, stages
+    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(bundle), manifest.geometry, precision)}
+    rounded = 1e-3 if projection == "lazy" else 1e-4  # k_proj_hd and v_proj_hd are float16 there
+    assert stages["selected cells"] == 0 and max(stages.values()) <= rounded, stages
+    if projection == "lazy":
+        stored = Stored(bundle)
+        name = next(name for name in stored.names if "k_proj_hd" in name)
+        assert name not in stored.quantised and torch.equal(stored.tensor(name), checkpoint.tensor(name).half())
+        assert b"".join(converted(checkpoint, name, torch.float32)) == checkpoint.tensor(name).numpy().tobytes()
 
 
 @pytest.mark.parametrize("what", ["integer", "scale"])
@@ -195,20 +202,6 @@ def test_the_official_tiny_model_packed(weights, tmp_path):
         data, scales = stored.integers(name)
         assert np.array_equal(unpack(data, 4, held[name].codes.shape).numpy(), held[name].integers)
         assert scales == held[name].scales.tobytes()
-
-
-def test_engines_and_lazy_projection(write, tmp_path):
-    """Lazy bundles read k_proj_hd and v_proj_hd in float16: the packed ones are dequantised for that."""
-    pytest.importorskip("tensorrt_rtx")
-    engines = PlanOptions(TENSORRT_RTX, targets=(89,))
-    options = {"projection": "lazy", "backend": TENSORRT_RTX, "plans": engines, "check": "weights"}
-    folder = write(ASYMMETRIC)
-    bundle = build(BuildOptions(folder, tmp_path / "bundle", **options))
-    assert bundle.manifest.parts["decoder"].plans and bundle.manifest.precision == "int8"
-    stored, checkpoint = Stored(bundle), opened(folder)
-    name = next(name for name in stored.names if "k_proj_hd" in name)
-    assert name not in stored.quantised and torch.equal(stored.tensor(name), checkpoint.tensor(name).half())
-    assert b"".join(converted(checkpoint, name, torch.float32)) == checkpoint.tensor(name).numpy().tobytes()
 
 
 # Plans, from config.json alone.
@@ -271,6 +264,7 @@ def test_options_that_are_not_the_checkpoints(write, tmp_path, format, options, 
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised with 'bitsandbytes'"),
         ({"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
         ({"quant_method": "fp8"}, "'fp8'"),
+        ({**Format("gptq").config, "quant_method": "auto-round"}, "'auto-round'"),
         ({"bits": 4, "group_size": 128}, "quantised with 'none'"),
         ("awq", "quantised with None"),
         ({**AWQ.config, "version": "gemv"}, "format 'gemv'"),
@@ -322,7 +316,7 @@ SHAPE = (64, 64)
         (AWQ, {"scales": torch.ones(4, 64).half()}, "scales has the shape"),
         (AWQ, {"qzeros": torch.zeros(2, 8, dtype=torch.int32)}, "zero points other than 8"),
         (AWQ, {"bias": torch.ones(64).half()}, "bias is not zero"),
-        (AWQ, {"scales": torch.zeros(2, 64).half()}, "scales .* holds 0"),
+        (AWQ, {"scales": torch.zeros(2, 64).half()}, "scales holds 0 "),
         (AWQ, {"scales": torch.full((2, 64), float("nan")).half()}, "holds nan"),
         (AWQ, {"scales": torch.full((2, 64), 9e3).half()}, "holds 9000"),
         (AWQ, {"scales": torch.full((2, 64), 0.1)}, "holds 0.1 .*float32"),
@@ -371,6 +365,17 @@ def test_settings_and_weights_that_disagree(write, source, tmp_path):
     (tmp_path / "stale" / "quantize_config.json").write_text(json.dumps(GPTQ.config))
     with pytest.raises(CheckpointError, match="no packed weights"):
         open_checkpoint(tmp_path / "stale", read_config(tmp_path / "stale"))
+
+
+def test_a_shared_head_is_not_packed(tmp_path):
+    packing = Packing("gptq", 4, 32, True, head=True)
+    shared = settled(
+        packing, tiny(hidden=64, tied_embeddings=True), precision=None, block_size=None, quantize_head=False
+    )
+    own = settled(packing, G, precision="int4", block_size=32, quantize_head=True)
+    assert (shared["quantize_head"], own["quantize_head"]) == (False, True)
+    with pytest.raises(OptionError, match="no block size divides"):
+        Packing("awq", 4, None, True).block(tiny(hidden=64, intermediate=100))
 
 
 def test_a_scheme_that_cannot_hold_the_integers(write):
