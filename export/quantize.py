@@ -27,7 +27,7 @@ from engines.geometry import Geometry
 from engines.manifest import BITS, BLOCK_SIZES
 from engines.tensors import is_quantised
 from export.checkpoint import Checkpoint, expected_tensors
-from export.packed import PackedCheckpoint, is_packed
+from export.packed import PackedCheckpoint
 
 QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
@@ -217,7 +217,7 @@ def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[by
 
 
 def _quantised(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
-    if isinstance(checkpoint, PackedCheckpoint) and is_packed(checkpoint, name):
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.packs(name):
         return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
     integers = torch.empty(k, n, dtype=torch.int8)

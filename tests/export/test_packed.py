@@ -187,7 +187,7 @@ def test_the_official_tiny_model_packed(weights, tmp_path):
         beside="quantize_config.json",
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=200)
-    bundle = build(BuildOptions(folder, tmp_path / "bundle", check="weights"), console)
+    bundle = build(BuildOptions(folder, tmp_path / "bundle", "int4", 16, True, check="weights"), console)
     text = " ".join(console.file.getvalue().split())
     assert (
         "(gptq, 4 bits, groups of 16, symmetric): its integers and scales are carried over exactly; 6 weights" in text
