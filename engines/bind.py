@@ -15,7 +15,7 @@ from onnxscript.optimizer import fold_constants
 
 from engines.errors import ExportError
 from engines.manifest import PRECISIONS, WIDENED
-from engines.tidy import drop_idle_reshapes, share_sizes
+from engines.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
@@ -48,6 +48,7 @@ def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
     _bind(model, DYNAMIC_BODIES)
     if precision in WIDENED:
         _widen(model, ir.DataType[PRECISIONS[precision].upper()])
+    drop_idle_casts(model)
     return model
 
 

@@ -36,7 +36,7 @@ from export.reference import Reference
 from tests.bench.cost import Cost, cost
 from tests.bench.official import OfficialDecoder
 from tests.bench.plain import PlainModel
-from tests.bench.random_checkpoint import write
+from tests.bench.random_checkpoint import DECODERS, write
 
 TEXT = 24  # prompt tokens around the image, half on each side
 AGREE = 1e-3  # largest logit difference allowed between ours and the official way
@@ -184,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, help="checkpoint with threshold -1 and room for all tokens; a random one when not given")
+    add("--shape", choices=DECODERS, default="mid", help="of the random one; 7b-slice takes 12 GB of disk, 17 of memory")
     add("--rounds", type=int, default=6, help="turns of each variant")
     add("--steps", type=int, default=8, help="steps in each turn")
     add("--threads", type=int, help="None = every core")
@@ -212,7 +213,7 @@ def main() -> None:
         if given.json:
             given.json.write_text(json.dumps({"caption": caption, "rows": [asdict(row) for row in rows]}, indent=1))
 
-    prepared(given.model, run)
+    prepared(given.model, run, given.shape)
 
 
 if __name__ == "__main__":
