@@ -48,7 +48,7 @@ def PageScores(map, margins, page_budget, grid: int, cells: int, threshold: int)
     square = op.Reshape(op.Add(down, right), by_cell)  # [C*C, widest*widest]
     pooled = op.ReduceMax(op.Gather(clean, square, axis=1), two, keepdims=0)  # [B, C*C]
 
-    # Scale to 0..1. A constant map becomes 0/0 = NaN everywhere (as in the official code), which no threshold lets pass.
+    # Scale to 0..1. A constant map becomes 0/0 = NaN everywhere (as in official code), which passes no threshold.
     low = op.ReduceMin(clean, one, keepdims=1)
     high = op.ReduceMax(pooled, one, keepdims=1)
     score = op.Div(op.Sub(pooled, low), op.Sub(high, low))
