@@ -190,7 +190,8 @@ def _nearest(found: Assessment) -> Assessment | None:
     The page budget and lazy projection are not among them: they save reading and computing, not memory.
     """
     c, room = found.configuration, found.room
-    steps = [p for p in SMALLER.get(c.precision, ()) if room.precisions is None or p in room.precisions]
+    smaller = () if c.fixed else SMALLER.get(c.precision, ())
+    steps = [p for p in smaller if room.precisions is None or p in room.precisions]
     ways = product((False, True), (False, True), (c.precision, *steps))
     order = sorted(
         (way for way in ways if way != (False, False, c.precision)),

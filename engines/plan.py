@@ -41,8 +41,9 @@ CUDA_CONTEXT = 400_000_000
 class Configuration:
     """What is to be built and asked. The geometry holds the context and whether pages are projected lazily.
 
-    block: weights that share a scale in int8 and int4; head: lm_head is quantised, too. batch: rows of a request.
-    page_budget: None = every page.
+    block: weights that share a scale in int8 and int4; head: lm_head is quantised, too; floats: weights of linear
+    layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
+    quantised, in no other precision.
     """
 
     geometry: Geometry
@@ -53,6 +54,8 @@ class Configuration:
     page_budget: int | None = None
     backend: str = TENSORRT
     plugins: bool = True
+    floats: tuple[str, ...] = ()
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("block", BLOCK_SIZES)):
@@ -179,7 +182,7 @@ def size(count: float) -> str:
 
 def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
-    if c.precision in BITS and is_quantised(name, c.geometry, c.head):
+    if c.precision in BITS and is_quantised(name, c.geometry, c.head) and name not in c.floats:
         return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * -(-shape[-1] // c.block) * SCALE
     return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
 

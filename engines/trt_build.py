@@ -177,6 +177,7 @@ def _configuration(manifest: Manifest, options: PlanOptions) -> Configuration:
         page_budget=manifest.page_budget,
         backend=options.backend,
         plugins=options.plugins,
+        floats=tuple(manifest.options.get("floats", ())),
     )
 
 

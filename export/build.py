@@ -61,6 +61,8 @@ from export.check import STEPS, Stage, parity
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
 from export.memory import parity_bytes
+from export.packed import PackedCheckpoint, floats_of, open_checkpoint, summary
+from export.packing import PRECISION, settled
 from export.plan import report, require_one_board, room_for
 from export.quantize import Scheme, quantised_tensors, require_blocks, rewrite, scheme_of
 from export.stored import stored_weights
@@ -80,17 +82,19 @@ PROJECTIONS = {
     "eager": "all hi-res pages when the image is encoded",
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
+OWN = "a checkpoint that comes quantised (AWQ, GPTQ) brings its own"
 KERNELS = "kernels.zip"
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """The knobs of a build and their defaults; recorded in the manifest as used."""
+    """The knobs of a build and their defaults; recorded in the manifest as used. `floats` is no knob: what a packed
+    checkpoint does not pack, as `build` finds it."""
 
     model: Path = Path("checkpoints/default")
     out: Path | None = None  # None: build/<model>-<precision>
-    precision: str = "fp16"
-    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK
+    precision: str | None = None  # None: PRECISION, or that of the integers of a packed checkpoint
+    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK, or the checkpoint's
     quantize_head: bool = False  # int8 and int4 alone: lm_head, too
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
@@ -98,29 +102,32 @@ class BuildOptions:
     backend: str = ONNXRUNTIME
     check: str = "parity"
     plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
+    floats: tuple[str, ...] = ()  # int8 and int4 alone: weights of linear layers that are not quantised
 
     def __post_init__(self) -> None:
         for knob, known in (
-            ("precision", PRECISIONS),
+            ("precision", (None, *PRECISIONS)),
             ("projection", PROJECTIONS),
             ("backend", BACKENDS),
             ("check", CHECKS),
         ):
             if getattr(self, knob) not in known:
-                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
+                names = ", ".join(name for name in known if name)
+                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {names}")
         for knob in ("page_budget", "context"):
             value = getattr(self, knob)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
-        quantises = self.precision in BITS
+        precision = self.precision or PRECISION
+        quantises = precision in BITS
         if self.block_size not in ((None, *BLOCK_SIZES) if quantises else (None,)):
             raise OptionError(
-                f"block_size {self.block_size!r} with {self.precision}",
+                f"block_size {self.block_size!r} with {precision}",
                 expected=f"one of {', '.join(map(str, BLOCK_SIZES))} with {' or '.join(BITS)}",
                 fix=None if quantises else "add --int4 or --int8, or leave out --block-size",
             )
         if self.quantize_head and not quantises:
-            raise OptionError(f"quantize_head with {self.precision}", fix="add --int4 or --int8, or leave it out")
+            raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
         if self.plans is not None and self.plans.backend != self.backend:
             raise OptionError(
                 f"options of {self.plans.backend} engines for the backend {self.backend}",
@@ -136,7 +143,7 @@ class BuildOptions:
     @property
     def scheme(self) -> Scheme | None:
         """How weights are quantised, if they are."""
-        return scheme_of(self.precision, self.block_size or BLOCK, self.quantize_head)
+        return scheme_of(self.precision, self.block_size or BLOCK, self.quantize_head, self.floats)
 
     @property
     def engines(self) -> PlanOptions | None:
@@ -146,7 +153,7 @@ class BuildOptions:
     @property
     def folder(self) -> Path:
         """Where the bundle goes."""
-        return self.out or Path("build") / f"{self.model.resolve().name}-{self.precision}"
+        return self.out or Path("build") / f"{self.model.resolve().name}-{self.precision or PRECISION}"
 
 
 @dataclass(frozen=True)
@@ -169,14 +176,18 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     config = read_config(options.model)
     config = replace(config, geometry=_adjusted(config, options))
     g, versions = config.geometry, _versions()
-    if options.scheme:
+    options = _settled(options, config)
+    if options.scheme and config.packing is None:  # packed ones are checked against their own groups
         require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
     engines = options.engines
-    for warning in require_boards(_configuration(options, g), engines.boards if engines else ()):
+    planned = replace(_configuration(options, g), fixed=config.packing is not None)
+    for warning in require_boards(planned, engines.boards if engines else ()):
         console.print(f"[yellow]{warning}[/]", soft_wrap=True)
-    checkpoint = Checkpoint.open(options.model, config.tower_folder)
+    checkpoint = open_checkpoint(options.model, config)
     checkpoint.require(expected_tensors(g))
+    if isinstance(checkpoint, PackedCheckpoint):
+        options = replace(options, floats=floats_of(checkpoint, config))
     dropped = dropped_tensors(checkpoint, g)
     _print_plan(console, options, config, checkpoint, dropped)
     _require_memory(options, config)
@@ -232,8 +243,10 @@ def plan(asked: Planning, console: Console | None = None) -> bool:
     """
     options = asked.options
     _require_checkpoint(options)
-    g = _adjusted(read_config(options.model), options)
-    c = replace(_configuration(options, g), batch=asked.batch)
+    config = read_config(options.model)
+    g = _adjusted(config, options)
+    options = _settled(options, replace(config, geometry=g))
+    c = replace(_configuration(options, g), batch=asked.batch, fixed=config.packing is not None)
     assessment = assess(c, room_for(options.backend, options.engines))
     report(assessment, options.model.resolve().name, console or Console(quiet=True))
     return assessment.fits
@@ -246,6 +259,12 @@ def _require_checkpoint(options: BuildOptions) -> None:
             expected="a folder with config.json and weights in the official layout",
             fix="name one with --model, or run this in the project's folder, where the default model lies",
         )
+
+
+def _settled(options: BuildOptions, config: ModelConfig) -> BuildOptions:
+    """The options with what a packed checkpoint decides; OptionError when they ask for something else."""
+    asked = {knob: getattr(options, knob) for knob in ("precision", "block_size", "quantize_head")}
+    return replace(options, **settled(config.packing, config.geometry, **asked))
 
 
 def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
@@ -317,6 +336,7 @@ def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, obje
     """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
     used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
     used["block_size"] = options.scheme.block if options.scheme else None
+    used["floats"] = list(options.floats)
     del used["plans"]
     if options.engines:
         used[options.backend] = json.loads(json.dumps(asdict(options.engines)))  # tuples as the manifest reads them
@@ -347,7 +367,8 @@ def _check(options: BuildOptions, bundle: Bundle, checkpoint: Checkpoint, consol
     elif options.check == "weights":
         with console.status("weight check"):
             count = stored_weights(bundle, checkpoint)
-        rounded = " (quantised ones within half a step)" if options.scheme else ""
+        rounds = options.scheme and not isinstance(checkpoint, PackedCheckpoint)
+        rounded = " (quantised ones within half a step)" if rounds else ""
         console.print(f"weights: {count} tensors equal the checkpoint's{rounded}; the graphs were not run")
     else:
         console.print("[yellow]not checked[/] (--check none)")
@@ -384,7 +405,8 @@ def _print_plan(
     )
     if options.scheme:
         what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
-        what += "" if g.lazy_pages else ", and the pages' projections"
+        projections = not g.lazy_pages and not any("_hd." in name for name in options.floats)
+        what += ", and the pages' projections" if projections else ""
         console.print(
             f"{options.precision}: in blocks of {options.scheme.block}: {what}; the rest is stored in float16. "
             "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
@@ -392,6 +414,8 @@ def _print_plan(
         )
         if g.lazy_pages:
             console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
+    if isinstance(checkpoint, PackedCheckpoint):
+        console.print(summary(checkpoint, options.precision, options.floats), soft_wrap=True)
     if options.precision == "bf16":
         console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
 
@@ -408,6 +432,7 @@ def _configuration(options: BuildOptions, g: Geometry) -> Configuration:
         page_budget=options.page_budget,
         backend=options.backend,
         plugins=engines.plugins if engines else True,
+        floats=options.floats,
     )
 
 
@@ -436,15 +461,15 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
     for name in PRECISIONS:
         weights = f"{name} weights of the decoder's linear layers, {PRECISIONS[name]} others"
         text = weights if name in BITS else f"{PRECISIONS[name]} weights"
-        text += " and activations" + (" (the default)" if name == default.precision else "")
+        text += " and activations" + (f" (the default); {OWN}" if name == PRECISION else "")
         group.add_argument(
-            f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision
+            f"--{name}", dest="precision", action="store_const", const=name, help=text, default=argparse.SUPPRESS
         )
     add(
         "--block-size",
         type=int,
         help=f"with --int8 and --int4: weights that share a scale, {', '.join(map(str, BLOCK_SIZES))}; "
-        f"{BLOCK} when not given",
+        f"{BLOCK}, or what the checkpoint has, when not given",
     )
     add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")

@@ -73,6 +73,10 @@ class Checkpoint:
         """All tensor names, sorted."""
         return list(self._tensors)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._tensors
+
     def info(self, name: str) -> TensorInfo:
         """Where tensor `name` lies. Raises CheckpointError if there is none."""
         try:

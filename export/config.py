@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.errors import ConfigError
 from engines.geometry import Geometry, Vision
 from engines.manifest import is_template
+from export.packing import Packing, read_packing
 from export.settings import parse, read_object
 from export.tower import Count, Positive, Tower, read_tower
 
@@ -41,6 +42,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]  # generation ends at any of these
     prompt_template: str  # one `<image>`, one `{prompt}`
     tower_folder: Path | None  # where the vision tower's own files are, if anywhere
+    packing: Packing | None = None  # how its linear layers are quantised, if they are
 
 
 class Decoder(BaseModel):
@@ -98,6 +100,7 @@ def read_config(folder: Path) -> ModelConfig:
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         prompt_template=_prompt_template(extra, path),
         tower_folder=tower.folder,
+        packing=read_packing(Path(folder), raw),
     )
 
 

@@ -27,6 +27,7 @@ from engines.geometry import Geometry
 from engines.manifest import BITS, BLOCK_SIZES
 from engines.tensors import is_quantised
 from export.checkpoint import Checkpoint, expected_tensors
+from export.packed import PackedCheckpoint, is_packed
 
 QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
@@ -38,11 +39,13 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` (4 or 8) for each weight, a scale for `block` of them; `head`: of lm_head, too."""
+    """`bits` (4 or 8) for each weight, a scale for `block` of them; `head`: of lm_head, too; `floats`: names of weights
+    that are not quantised though others of their kind are."""
 
     bits: int
     block: int
     head: bool = False
+    floats: tuple[str, ...] = ()
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -55,14 +58,17 @@ class Scheme:
         return count * self.bits // 8 + count // self.block * 2
 
 
-def scheme_of(precision: str, block: int | None, head: bool = False) -> Scheme | None:
+def scheme_of(
+    precision: str | None, block: int | None, head: bool = False, floats: tuple[str, ...] = ()
+) -> Scheme | None:
     """The scheme of a precision; None for those that do not quantise."""
-    return Scheme(BITS[precision], block, head) if precision in BITS and block else None
+    return Scheme(BITS[precision], block, head, floats) if precision in BITS and block else None
 
 
 def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
     """Name and checkpoint shape [N, K] of every weight that is quantised: see is_quantised."""
-    return {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, scheme.head)}
+    weights = {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, scheme.head)}
+    return {name: shape for name, shape in weights.items() if name not in scheme.floats}
 
 
 def require_blocks(g: Geometry, scheme: Scheme) -> None:
@@ -166,6 +172,7 @@ def _scales(data: bytes, n: int) -> Tensor:
 def quantised(checkpoint: Checkpoint, names: list[str], scheme: Scheme) -> Iterator[tuple[bytes, bytes]]:
     """Integers [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
 
+    Rounded from the checkpoint's floats; of a packed checkpoint its own, which are not rounded again.
     Every core works on a weight of its own. ExportError for a value that is not finite or too large for float16, which
     TensorRT computes in.
     """
@@ -193,7 +200,25 @@ def largest_errors(
     yield from _on_all_cores(error, stored)
 
 
+def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
+    """Integers, packed, and scales of a weight that the checkpoint holds as such. A group larger than the blocks gives
+    each of its blocks the same scale. ExportError when the scheme cannot hold them."""
+    integers, scales = checkpoint.integers(name)
+    low, high = (int(end) for end in integers.aminmax())
+    group = len(integers) // len(scales)
+    if low < -(2 ** (scheme.bits - 1)) or high >= 2 ** (scheme.bits - 1) or group % scheme.block:
+        raise ExportError(
+            f"{name} has integers in {low} .. {high} and groups of {group} (code less zero point)",
+            expected=f"what int{scheme.bits} in blocks of {scheme.block} holds exactly",
+            fix=f"build with --{checkpoint.packing.precision} and no --block-size",
+        )
+    scales = scales.repeat_interleave(group // scheme.block, 0)
+    return pack(integers, scheme.bits), scales.numpy().tobytes()
+
+
 def _quantised(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
+    if isinstance(checkpoint, PackedCheckpoint) and is_packed(checkpoint, name):
+        return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
     integers = torch.empty(k, n, dtype=torch.int8)
     scales = torch.empty(k // scheme.block, n, dtype=torch.float16)

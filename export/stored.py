@@ -14,7 +14,8 @@ from engines.bundle import Bundle
 from engines.errors import ParityError
 from engines.manifest import PRECISIONS, TRACED
 from export.checkpoint import Checkpoint
-from export.quantize import INTEGERS, SCALE_SUFFIX, dequantise, largest_errors, scheme_of
+from export.packed import is_packed
+from export.quantize import INTEGERS, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
 from export.weights import converted
 
 HALF_A_STEP = 0.5001  # the division by the scale rounds, too
@@ -66,13 +67,21 @@ class Stored:
 
 
 def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
-    """Largest distance of a quantised value from the checkpoint's, in quantisation steps; 0 when nothing is quantised.
+    """Largest distance of a quantised value from the checkpoint's, in quantisation steps; 0 when nothing was rounded.
 
-    Raises ParityError, which names the weight, when it is more than rounding to nearest explains.
+    Raises ParityError, which names the weight, when it is more than rounding to nearest explains, and when integers
+    and scales that a packed checkpoint has itself are not the very same.
     """
     worst = 0.0
     if stored.scheme:
-        integers = ((name, *stored.integers(name)) for name in stored.quantised)
+        own = [name for name in stored.quantised if is_packed(checkpoint, name)]
+        for name, expected in zip(own, quantised(checkpoint, own, stored.scheme), strict=True):
+            if stored.integers(name) != expected:
+                raise ParityError(
+                    f"{name} in {stored.file(name)} is not the checkpoint's", expected="its own integers and scales"
+                )
+        rounded = (name for name in stored.quantised if not is_packed(checkpoint, name))
+        integers = ((name, *stored.integers(name)) for name in rounded)
         for name, error in largest_errors(checkpoint, integers, stored.scheme):
             if not error <= HALF_A_STEP:
                 raise ParityError(
@@ -85,7 +94,7 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
 
 def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
     """Compare every tensor stored in the bundle with the checkpoint, in bounded memory: byte for byte after conversion,
-    and what is quantised to within half a step.
+    and what was rounded to integers to within half a step.
 
     Returns the number of tensors compared; raises ParityError at the first difference.
     """
