@@ -236,8 +236,9 @@ class PageProjector(PageLayout):
             return x.view(batch, -1, g.kv_heads, g.head_dim).transpose(1, 2)
 
         def kept(x: Tensor) -> list[Tensor]:
-            halves = quantise(x) if g.int8_pages else (x.to(features.dtype),)
-            return [half.unflatten(2, (g.pages, -1)) for half in halves]
+            if g.int8_pages:
+                return [*quantise(x.unflatten(2, (g.pages, -1)))]  # last: TensorRT lists few operators of int8
+            return [x.to(features.dtype).unflatten(2, (g.pages, -1))]
 
         stores: list[list[Tensor]] = []  # of each layer keys and values, each with its scales after it if it has any
         for layer in self.model.layers.values():
