@@ -83,6 +83,10 @@ PROJECTIONS = {
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
 OWN = "a checkpoint that comes quantised (AWQ, GPTQ) brings its own"
+KV = {
+    "model": "in the dtype of activations",
+    "int8": "in 8 bits, with a scale for each head of each hi-res token: half of float16, a quarter of float32",
+}
 KERNELS = "kernels.zip"
 
 
@@ -99,6 +103,7 @@ class BuildOptions:
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
+    kv: str = "model"  # of hi-res pages; the cache of tokens stays as it is
     backend: str = ONNXRUNTIME
     check: str = "parity"
     plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
@@ -108,6 +113,7 @@ class BuildOptions:
         for knob, known in (
             ("precision", (None, *PRECISIONS)),
             ("projection", PROJECTIONS),
+            ("kv", KV),
             ("backend", BACKENDS),
             ("check", CHECKS),
         ):
@@ -278,7 +284,7 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
-    return replace(g, context=context, lazy_pages=lazy)
+    return replace(g, context=context, lazy_pages=lazy, int8_pages=options.kv == "int8")
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
@@ -479,6 +485,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         choices=PROJECTIONS,
         default=default.projection,
         help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
+    )
+    add(
+        "--kv",
+        choices=KV,
+        default=default.kv,
+        help="how keys and values of hi-res pages are kept; " + "; ".join(f"{key}: {text}" for key, text in KV.items()),
     )
     add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
     text = "print what a build and a request need, and whether the board in --target (else this machine) has it"

@@ -23,11 +23,12 @@ class Weights(Protocol):
 
 
 class Reference:
-    """The whole model in PyTorch on the CPU, all pages projected at once. Same methods as engines.ort.OrtModel."""
+    """The whole model in PyTorch on the CPU, all pages projected at once and kept as they are, whatever the geometry
+    says. Same methods as engines.ort.OrtModel."""
 
     def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
-        self.geometry, self.dtype = replace(geometry, lazy_pages=False), dtype
+        self.geometry, self.dtype = replace(geometry, lazy_pages=False, int8_pages=False), dtype
         self._vision, self._pages, self._decoder = (
             load(build(part, self.geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
         )

@@ -25,6 +25,26 @@ def PageAttention(rows, low_scores, value, page_key, page_value, used, capacity)
 
 
 @script(flex, default_opset=op)
+def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
+    """Which rows see pages [B, 1, R, 1]; each row's own list [B, C*C]; which slots of each page are tokens
+    [C*C + 1, P]; the pages of the fullest row of the batch [1]."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    end = op.Constant(value_ints=[9223372036854775807])
+    zero = op.Constant(value_int=0)
+    step = op.Constant(value_int=1)
+    # Only the rows of the last query see pages.
+    last = op.Unsqueeze(op.Equal(at, op.Slice(positions, rest, end, one)), op.Constant(value_ints=[1, 3]))
+    # What follows a row's own list becomes -1: the last page where pages are gathered, but of all its tokens none.
+    own = op.Less(op.Range(zero, op.Squeeze(op.Shape(page_lengths)), step), op.Unsqueeze(page_count, one))
+    listed = op.Where(own, pages, rest)
+    token = op.Range(zero, op.Constant(value_int=page_size), step)
+    inside = op.Less(token, op.Unsqueeze(op.Concat(page_lengths, keep, axis=0), one))
+    return last, listed, inside, op.ReduceMax(page_count, keepdims=1)
+
+
+@script(flex, default_opset=op)
 def HierarchicalAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     page_key, page_value, page_lengths, pages, page_count,
@@ -37,29 +57,19 @@ def HierarchicalAttention(
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    end = op.Constant(value_ints=[9223372036854775807])
     zero = op.Constant(value_int=0)
-    step = op.Constant(value_int=1)
     around = op.Constant(value_ints=[1, 3])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
     to_mask = op.Constant(value_ints=[0, 1, 1, -1])
 
-    # Only the rows of the last query see pages.
-    last = op.Unsqueeze(op.Equal(at, op.Slice(positions, rest, end, one)), around)  # [B, 1, R, 1]
-    # What follows a row's own list becomes -1: the last page where pages are gathered, but of all its tokens none.
-    every = op.Shape(page_lengths)
-    own = op.Less(op.Range(zero, op.Squeeze(every), step), op.Unsqueeze(page_count, one))
-    listed = op.Where(own, pages, rest)  # [B, C*C]
-    token = op.Range(zero, op.Constant(value_int=page_size), step)
-    inside = op.Less(token, op.Unsqueeze(op.Concat(page_lengths, keep, axis=0), one))  # [C*C + 1, P]
+    last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
 
-    # Of the fullest row of the batch. The branches assign one value: onnxscript puts several in no certain order. The
-    # common case comes first: each If costs as much as a few operators.
-    most = op.ReduceMax(page_count, keepdims=1)
+    # The branches assign one value: onnxscript puts several in no certain order. The common case comes first: each If
+    # costs as much as a few operators.
     capacity = op.Shape(past_key, start=2, end=3)
-    few = op.LessOrEqual(most, op.Div(every, op.Constant(value_int=2)))
+    few = op.LessOrEqual(most, op.Div(op.Shape(page_lengths), op.Constant(value_int=2)))
     if op.And(op.Greater(most, zero), few):
         some = op.Slice(listed, keep, most, one)
         used = op.Reshape(op.Gather(inside, some), to_mask)
@@ -84,4 +94,4 @@ def HierarchicalAttention(
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-FUNCTIONS = (TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageAttention, HierarchicalAttention)
+FUNCTIONS = (TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageAttention, PageList, HierarchicalAttention)

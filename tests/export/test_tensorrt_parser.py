@@ -28,14 +28,15 @@ FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 NUMBERS = FLOATS | {"INT32", "INT64"}
 ANY = NUMBERS | {"BOOL"}
 SUPPORTED = {
-    "Add": NUMBERS, "And": frozenset({"BOOL"}), "ArgMax": NUMBERS, "Cast": ANY | {"UINT8"}, "Clip": FLOATS,
-    "Concat": ANY, "Constant": ANY, "ConstantOfShape": ANY, "Conv": FLOATS, "Cos": FLOATS,
+    "Abs": FLOATS, "Add": NUMBERS, "And": frozenset({"BOOL"}), "ArgMax": NUMBERS, "Cast": ANY | {"UINT8"},
+    "Clip": FLOATS, "Concat": ANY, "Constant": ANY, "ConstantOfShape": ANY, "Conv": FLOATS, "Cos": FLOATS,
     "DequantizeLinear": FLOATS | {"INT4", "INT8"}, "Div": NUMBERS, "Equal": NUMBERS, "Erf": FLOATS,
     "Expand": ANY, "Flatten": ANY, "Gather": ANY, "GatherElements": ANY, "GatherND": ANY,
     "Gelu": FLOATS, "Gemm": FLOATS, "Greater": NUMBERS, "GreaterOrEqual": NUMBERS, "Identity": ANY,
     "LayerNormalization": FLOATS, "Less": NUMBERS, "LessOrEqual": NUMBERS, "MatMul": FLOATS, "Max": NUMBERS,
     "Min": NUMBERS, "Mul": NUMBERS, "Neg": NUMBERS, "Not": frozenset({"BOOL"}), "Or": frozenset({"BOOL"}),
-    "Pow": FLOATS, "Range": NUMBERS, "Reciprocal": FLOATS, "ReduceMax": NUMBERS, "ReduceMean": NUMBERS,
+    "Pow": FLOATS, "QuantizeLinear": FLOATS | {"INT8"},
+    "Range": NUMBERS, "Reciprocal": FLOATS, "ReduceMax": NUMBERS, "ReduceMean": NUMBERS,
     "ReduceMin": NUMBERS, "ReduceSum": NUMBERS, "Reshape": ANY, "Shape": ANY, "Sigmoid": FLOATS, "Sin": FLOATS,
     "Slice": ANY, "Softmax": FLOATS, "Split": ANY, "Sqrt": FLOATS, "Squeeze": ANY, "Sub": NUMBERS, "Tanh": FLOATS,
     "Transpose": ANY, "Unsqueeze": ANY, "Where": ANY,
@@ -56,8 +57,11 @@ GEOMETRIES = {
         vision=replace(tiny().vision, activation="gelu"),
     ),
     "no zoom": tiny(zoom=1),
+    "int8 pages": tiny(int8_pages=True),
+    "int8 pages, lazy": tiny(int8_pages=True, lazy_pages=True),
 }  # fmt: skip
 COMBINATIONS = [("tiny", "float32"), ("tiny", "bfloat16"), ("everything else", "float16"), ("no zoom", "float16")]
+COMBINATIONS += [("int8 pages", "float16"), ("int8 pages", "bfloat16"), ("int8 pages, lazy", "float16")]
 
 
 def problems(model: ir.Model) -> list[str]:
@@ -71,9 +75,15 @@ def problems(model: ir.Model) -> list[str]:
         name = f"{node.op_type} {node.name}"
         types = {value.dtype.name if value.dtype else "unknown" for value in node.inputs if value is not None}
         if node.domain == "flex":
-            op = OPS.get(node.op_type)
-            expected = {*op.attribute_names, *PLUGIN_ATTRIBUTES} if op else set()
-            if set(node.attributes) != expected or len(op.inputs) != len(node.inputs):
+            kind = OPS.get(node.op_type)
+            given = {key: each.as_int() for key, each in node.attributes.items() if key not in PLUGIN_ATTRIBUTES}
+            needed = {*kind.attribute_names} - {*kind.defaults} if kind else set()
+            known = kind is not None and needed <= {*given} <= {*kind.attribute_names}
+            if (
+                not known
+                or len(kind(**given).inputs) != len(node.inputs)
+                or not {*PLUGIN_ATTRIBUTES} <= {*node.attributes}
+            ):
                 found.append(f"{name}: no plugin of these attributes and inputs")
             elif {key: node.attributes[key].as_string() for key in PLUGIN_ATTRIBUTES} != PLUGIN_ATTRIBUTES:
                 found.append(f"{name}: not found by its namespace")

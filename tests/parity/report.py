@@ -28,7 +28,8 @@ from runtime import Engine
 from tests.parity.conftest import DATA, Case
 
 BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
-ROWS = [(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS = [(name, block, "model") for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS[1:1] = [("fp32", None, "int8")]  # the pages alone; others differ from their row above by as little
 HEAD = (
     "precision",
     "logits before a flip",
@@ -99,7 +100,7 @@ def answers(bundle: Path, asked: list, name: str) -> list[tuple[str, bool, tuple
     return given
 
 
-def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tuple[str, int | None]]) -> list[str]:
+def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tuple[str, int | None, str]]) -> list[str]:
     """The lines of the report. `models`: the official small one, the default one; answers are compared with those of
     the first row. Where a block size does not divide a model's weights, the cells say "-" and the end says why.
     """
@@ -109,24 +110,25 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tupl
     first: list[tuple[int, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def built(index: int, precision: str, block: int | None) -> Path | None:
+        def built(index: int, precision: str, block: int | None, kv: str) -> Path | None:
             try:
-                options = BuildOptions(models[index], Path(folder) / str(index), precision, block, check="none")
+                options = BuildOptions(models[index], Path(folder) / str(index), precision, block, kv=kv, check="none")
                 return build(options).path
             except OptionError as error:
                 reasons[f"- {models[index].name}, {precision}: {error.found}"] = None
                 return None
 
-        for precision, block in rows:
+        for precision, block, kv in rows:
             label = precision if block is None else f"{precision}, blocks of {block}"
+            label += "" if kv == "model" else f", kv {kv}"
             cells = ["-"] * (len(HEAD) - 1)
-            if bundle := built(0, precision, block):
+            if bundle := built(0, precision, block, kv):
                 measured = replay(bundle, cases)
                 shares = " ".join(f"{share:.3f}" for share in measured.overlap)
                 before = "no such step" if np.isnan(measured.before) else f"{measured.before:.2g}"
                 errors = before, f"{measured.always:.2g}"
                 cells[:4] = [*errors, shares, "{} of {}".format(*measured.tokens)]
-            if bundle := built(1, precision, block):
+            if bundle := built(1, precision, block, kv):
                 given = answers(bundle, asked, label)
                 first = first or [tokens for *_, tokens in given]
                 right = [[correct for kind, correct, _ in given if kind in kinds] for kinds in KINDS]
