@@ -33,6 +33,6 @@ def test_overlap():
 
 
 def test_block_sizes_that_do_not_divide_are_said():
-    lines = table((DATA / "weights", DATA / "weights"), 0, 0, [("int4", 64)])
+    lines = table((DATA / "weights", DATA / "weights"), 0, 0, [("int4", 64, False)])
     assert lines[2] == "| int4, blocks of 64 | " + " | ".join(["-"] * (len(HEAD) - 1)) + " |"
     assert "down_proj.weight with its 176 inputs" in lines[-1]
