@@ -128,6 +128,7 @@ class Manifest:
     source: dict[str, object]  # identity of the checkpoint
     options: dict[str, object]  # the build's knobs, as used
     dropped: dict[str, str]  # tensors of the checkpoint that are not in the bundle, and why
+    scales: str | None = None  # file of the scales folded into the weights (export/folding.py); None: not calibrated
     block_size: int | None = None  # one of BLOCK_SIZES in the precisions in BITS, else None
 
 

@@ -16,6 +16,7 @@ from engines.geometry import Geometry
 from engines.manifest import BITS
 from engines.ort import Decoder, OrtModel
 from export.checkpoint import Checkpoint
+from export.folding import checkpoint_of
 from export.reference import Reference, ReferenceDecoder, Weights
 from export.stored import HALF_A_STEP, Stored, largest_rounding
 from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
@@ -56,9 +57,10 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     The weights of the reference are the checkpoint's, its pages float32. int8 and int4 bundles are compared in two
     steps: what they store with the checkpoint, to half a quantisation step, and what they compute with a reference that
     has what they store; what the rounding of weights costs in answers is another question (python -m
-    tests.parity.report). int8 pages likewise: what is stored with the reference's pages, to half a step beyond the
-    limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its own,
-    so rounded).
+    tests.parity.report). Of calibrated bundles, a third step before these: that the checkpoint with their scales folded
+    in is still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond
+    the limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its
+    own, so rounded).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     manifest = bundle.manifest
@@ -67,8 +69,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     if manifest.precision in BITS:
         weights = stored = Stored(bundle)
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
-    reference = Reference(manifest.geometry, weights)
-    for stage in _stages(reference, OrtModel(bundle, threads=threads), manifest.geometry, manifest.precision):
+    for stage in _all_stages(bundle, checkpoint, weights, threads):
         stages.append(stage)
         if not stage.passed:
             done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
@@ -80,7 +81,22 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     return stages
 
 
-def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) -> Iterator[Stage]:
+def _all_stages(bundle: Bundle, checkpoint: Checkpoint, weights: Weights, threads: int | None) -> Iterator[Stage]:
+    g, precision = bundle.manifest.geometry, bundle.manifest.precision
+    if bundle.manifest.scales:
+        yield from _folding(g, checkpoint, checkpoint_of(bundle, checkpoint))
+    yield from _stages(Reference(g, weights), OrtModel(bundle, threads=threads), g, precision)
+
+
+def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:
+    """The reference with the checkpoint's weights beside one with scales folded in, both float32. Page values differ:
+    scales are in them."""
+    for stage in _stages(Reference(g, checkpoint), Reference(g, folded), g, "fp32"):
+        if not stage.name.startswith(("vision ", "page ")):
+            yield Stage(f"scales folded in: {stage.name}", stage.error, stage.limit)
+
+
+def _stages(reference: Reference, model: OrtModel | Reference, g: Geometry, precision: str) -> Iterator[Stage]:
     limit = ERROR[precision]
     rng = np.random.default_rng(0)
     tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
@@ -118,7 +134,9 @@ def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) 
     yield Stage("selection (undecidable in every request tried)", float("nan"), limit)
 
 
-def _decode(slow: ReferenceDecoder, fast: Decoder, ids: np.ndarray, g: Geometry, precision: str) -> list[Stage] | None:
+def _decode(
+    slow: ReferenceDecoder, fast: Decoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, precision: str
+) -> list[Stage] | None:
     """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
     theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])
     prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), PREFILL_ERROR[precision])

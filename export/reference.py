@@ -100,11 +100,11 @@ class ReferenceDecoder:
         return Step(logits.numpy, token.numpy(), pages.numpy(), count.numpy())
 
 
-def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype) -> nn.Module:
-    """Give a module built on the meta device its tensors, by name."""
+def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype, base: str = "") -> nn.Module:
+    """Give a module built on the meta device its tensors, by name; `base`: where in the model it is, dot included."""
     for prefix, child in module.named_modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
-                tensor = checkpoint.tensor(f"{prefix}.{name}").to(dtype)
+                tensor = checkpoint.tensor(f"{base}{prefix}{'.' if prefix else ''}{name}").to(dtype)
                 child._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return module
