@@ -15,12 +15,15 @@ from onnxscript.optimizer import fold_constants
 
 from engines.errors import ExportError
 from engines.manifest import PRECISIONS, WIDENED
-from engines.tidy import drop_idle_reshapes, share_sizes
+from engines.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
 from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
+from plugins.hierarchical_attention import onnx_static_int8 as static_int8_hierarchical_attention
 from plugins.project_pages import onnx_body as project_pages
+from plugins.project_pages import onnx_int8 as int8_project_pages
 from plugins.select_pages import onnx_body as select_pages
 from plugins.select_pages import onnx_static as static_select_pages
 
@@ -28,13 +31,20 @@ BOUND_OPSET = 24  # TensorScatter
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
 DYNAMIC_BODIES = select_pages, cached_attention, project_pages, hierarchical_attention
 STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
+INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
+INT8_BODIES = {
+    hierarchical_attention: int8_hierarchical_attention,
+    static_hierarchical_attention: static_int8_hierarchical_attention,
+    project_pages: int8_project_pages,
+}
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
 # only admit more types.
 STABLE_SINCE_20 = {
-    "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Div",
+    "Abs", "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Div",
     "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
-    "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMean",
+    "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Range",
+    "Reciprocal", "ReduceMax", "ReduceMean",
     "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
     "Tanh", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
@@ -48,6 +58,7 @@ def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
     _bind(model, DYNAMIC_BODIES)
     if precision in WIDENED:
         _widen(model, ir.DataType[PRECISIONS[precision].upper()])
+    drop_idle_casts(model)
     return model
 
 
@@ -74,12 +85,15 @@ def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
             fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in engines/bind.py",
         )
     model.opset_imports[""] = BOUND_OPSET
-    used = set()
+    used, int8 = set(), False
     for node in model.graph:
         if node.domain == "flex":
             used.add(node.op_type)
-            for name in PLUGIN_ATTRIBUTES:  # no function has them
+            int8 = int8 or INT8_PAGES in node.attributes
+            for name in (*PLUGIN_ATTRIBUTES, INT8_PAGES):  # no function has them
                 node.attributes.pop(name, None)
+    if int8:
+        bodies = tuple(INT8_BODIES.get(body, body) for body in bodies)
     for body in bodies:
         names = [function.name for function in body.FUNCTIONS]
         if used.intersection(names):

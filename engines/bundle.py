@@ -128,7 +128,9 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
     if not is_template(manifest.prompt.template):
         return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
-    named = [file for file in (manifest.prompt.tokenizer, manifest.kernels) if file]
+    if manifest.scales and manifest.precision not in BITS:
+        return f"scales with {manifest.precision}, which has no quantised weights"
+    named = [file for file in (manifest.prompt.tokenizer, manifest.kernels, manifest.scales) if file]
     for name, part in manifest.parts.items():
         named += [part.weights, *(graph.file for graph in part.graphs.values())]
         named += [plan.file for plan in part.plans.values()]

@@ -50,6 +50,9 @@ class Geometry:
     # A choice of the build, like the context: project a hi-res page when a layer first selects it, instead of all pages
     # when the image is encoded. The answers are the same.
     lazy_pages: bool = False
+    # Another: keep keys and values of the pages in 8 bits, with a step for each head of each token. The answers differ
+    # as far as rounding reaches.
+    int8_pages: bool = False
 
     @property
     def highres(self) -> int:

@@ -128,6 +128,7 @@ class Manifest:
     source: dict[str, object]  # identity of the checkpoint
     options: dict[str, object]  # the build's knobs, as used
     dropped: dict[str, str]  # tensors of the checkpoint that are not in the bundle, and why
+    scales: str | None = None  # file of the scales folded into the weights (export/folding.py); None: not calibrated
     block_size: int | None = None  # one of BLOCK_SIZES in the precisions in BITS, else None
 
 
@@ -177,7 +178,8 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
 def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
     """Outputs of a decoder that share the buffer of an input, and that input: the cache, and lazily projected pages."""
     prefixes = {"present_key": "past_key", "present_value": "past_value"}
-    prefixes |= {"present_page_key": "page_key", "present_page_value": "page_value"}
+    stores = "page_key", "page_value", "page_key_scale", "page_value_scale"
+    prefixes |= {f"present_{store}": store for store in stores}
     split = ((spec.name, *spec.name.partition(".")) for spec in outputs)
     return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
 
@@ -201,8 +203,12 @@ def _cache(name: str, g: Geometry) -> list[TensorSpec]:
 
 
 def _pages(name: str, g: Geometry) -> list[TensorSpec]:
+    """Stores of every reading layer; where they are int8, then the steps that each token's head is counted in."""
     shape = ("batch", g.kv_heads, g.pages, page_size(g), g.head_dim)
-    return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in g.reading_layers]
+    if not g.int8_pages:
+        return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in g.reading_layers]
+    scales = [TensorSpec(f"{name}_scale.{layer}", "float32", shape[:-1]) for layer in g.reading_layers]
+    return [TensorSpec(f"{name}.{layer}", "int8", shape) for layer in g.reading_layers] + scales
 
 
 def graph_io(

@@ -12,6 +12,7 @@ from engines.backend import Image, Opening, Step
 from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.manifest import ONNXRUNTIME, TensorSpec, in_place, page_inputs
+from engines.memory import release_freed
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -50,6 +51,7 @@ class OrtModel:
             # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
             self._options.enable_cpu_mem_arena = part == "decoder"
             self._sessions[part] = self.session(bundle.graph(part, ONNXRUNTIME))
+            release_freed()
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
         self._in_place = in_place(described.outputs)
@@ -77,6 +79,7 @@ class OrtModel:
         """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
         found = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
         pages = dict(zip((output.name for output in self._sessions["pages"].get_outputs()), found, strict=True))
+        release_freed()
         for spec in self._page_specs:
             if spec.name not in pages:  # lazy: nothing is projected yet
                 pages[spec.name] = self._blank(spec, len(begin))

@@ -16,6 +16,7 @@ from engines.tensors import is_quantised, tensors_of_parts
 from plugins.op import ITEMSIZE
 
 BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4; its bytes
+PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page
 ALIGNMENT = 256  # bytes: tensors in a file of weights start at multiples (export/weights.py)
 MAX_BATCH = 64
 
@@ -39,7 +40,7 @@ CUDA_CONTEXT = 400_000_000
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is to be built and asked. The geometry holds the context and whether pages are projected lazily.
+    """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
 
     block: weights that share a scale in int8 and int4; head: lm_head is quantised, too; floats: weights of linear
     layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
@@ -114,7 +115,7 @@ def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
     not, since any may be selected (TrtModel._pages, OrtModel.project)."""
     g = c.geometry
-    return c.batch * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c)
+    return c.batch * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
 
 
 def builder_bytes(weights: int) -> int:
@@ -139,11 +140,12 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     else:
         what = "CUDA context (assumed), kernels" + (", Python, TensorRT" if integrated else "")
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
+    kept = ", int8 and scales" if g.int8_pages else ""
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
     return (
         Need("weights", held, _list(weights) + (", and copies" if ort else "")),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers"),
-        Need("hi-res pages", store_bytes(c), f"{rows} x all {g.pages} pages in {len(g.reading_layers)} layers"),
+        Need("hi-res pages", store_bytes(c), f"{rows} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
         Need("image, logits", rows * image, f"{rows} x pixels, features{lazy}, logits"),
         Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
         runtime,
@@ -159,8 +161,8 @@ def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
         decoder -= (g.vocab - c.batch) * g.hidden * item
     if g.lazy_pages:  # read when a page is new, not in every step
         decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
-    read = g.layers * tokens + len(g.reading_layers) * pages * page_size(g)
-    return decoder + c.batch * read * _token_bytes(c)
+    read = g.layers * tokens * _token_bytes(c) + len(g.reading_layers) * pages * page_size(g) * _page_token_bytes(c)
+    return decoder + c.batch * read
 
 
 def speed(c: Configuration, bandwidth: int) -> tuple[float, float]:
@@ -221,6 +223,12 @@ def _activations(c: Configuration) -> dict[str, int]:
 def _token_bytes(c: Configuration) -> int:
     """Bytes of a token's key and value in one layer."""
     return 2 * c.geometry.kv_heads * c.geometry.head_dim * c.item
+
+
+def _page_token_bytes(c: Configuration) -> int:
+    """Bytes of a hi-res token's key and value in one layer."""
+    g = c.geometry
+    return 2 * g.kv_heads * (g.head_dim + PAGE_SCALE) if g.int8_pages else _token_bytes(c)
 
 
 def _list(sizes: dict[str, int]) -> str:

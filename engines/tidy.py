@@ -60,3 +60,19 @@ def _same_shape(left: ir.Value, right: ir.Value) -> bool:
         return False
     named = all(isinstance(size, int) or size.value is not None for size in left.shape)
     return named and list(left.shape) == list(right.shape)
+
+
+def drop_idle_casts(model: ir.Model) -> None:
+    """Take out each Cast and CastLike to the dtype that its input has, in place; ONNX Runtime keeps those in branches.
+
+    Attention's bodies return from float32 to the model's dtype, which may be float32, too.
+    """
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    for node in list(model.graph.all_nodes()):
+        if node.domain or node.op_type not in ("Cast", "CastLike") or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        target = node.attributes["to"].as_int() if node.op_type == "Cast" else node.inputs[1].dtype
+        if source.dtype is not None and source.dtype == target:
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            node.graph.remove(node, safe=True)

@@ -79,7 +79,7 @@ def elsewhere(options: PlanOptions) -> str | None:
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
     names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
-    return {name: getattr(g, name) for name in sorted(names)} | {"page_size": page_size(g)}
+    return {name: int(getattr(g, name)) for name in sorted(names)} | {"page_size": page_size(g)}
 
 
 def profiles(part: str, g: Geometry, options: PlanOptions) -> tuple[Profile, ...]:

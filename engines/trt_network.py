@@ -41,7 +41,8 @@ def plans_of(bundle: Bundle, backend: str) -> dict[str, Plan]:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A tensor on the device; `memory` is what keeps it there. dtype: "float32", "float16", "bfloat16" or "int64"."""
+    """A tensor on the device; `memory` is what keeps it there. dtype: "float32", "float16", "bfloat16", "int8" or
+    "int64"."""
 
     memory: Buffer
     address: int

@@ -110,7 +110,7 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
     The parser takes an empty file for an empty graph, without a word.
     """
-    kinds = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+    kinds = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}
     found = [
         {(tensor.name, kinds.get(tensor.dtype.name, tensor.dtype.name)) for tensor in tensors}
         for tensors in (

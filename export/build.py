@@ -57,14 +57,16 @@ from engines.trt_options import (
     options_of,
     parse_targets,
 )
+from export.calibrate import Calibration, calibrate_on
 from export.check import STEPS, Stage, parity
 from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
 from export.config import ModelConfig, read_config
+from export.folding import to_bytes
 from export.memory import parity_bytes
 from export.packed import PackedCheckpoint, floats_of, open_checkpoint, summary
 from export.packing import PRECISION, settled
 from export.plan import report, require_one_board, room_for
-from export.quantize import Scheme, quantised_tensors, require_blocks, rewrite, scheme_of
+from export.quantize import Scheme, Source, quantised_tensors, require_blocks, rewrite, scheme_of
 from export.stored import stored_weights
 from export.tokenizer import convert_tokenizer
 from export.trace import trace
@@ -83,7 +85,12 @@ PROJECTIONS = {
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
 OWN = "a checkpoint that comes quantised (AWQ, GPTQ) brings its own"
+KV = {
+    "model": "in the dtype of activations",
+    "int8": "in 8 bits, with a scale for each head of each hi-res token: half of float16, a quarter of float32",
+}
 KERNELS = "kernels.zip"
+SCALES = "scales.npz"
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,11 @@ class BuildOptions:
     precision: str | None = None  # None: PRECISION, or that of the integers of a packed checkpoint
     block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK, or the checkpoint's
     quantize_head: bool = False  # int8 and int4 alone: lm_head, too
+    calibrate: Path | None = None  # int8 and int4 alone: data to choose scales and clips by; None: round to nearest
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
+    kv: str = "model"  # of hi-res pages; the cache of tokens stays as it is
     backend: str = ONNXRUNTIME
     check: str = "parity"
     plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
@@ -108,6 +117,7 @@ class BuildOptions:
         for knob, known in (
             ("precision", (None, *PRECISIONS)),
             ("projection", PROJECTIONS),
+            ("kv", KV),
             ("backend", BACKENDS),
             ("check", CHECKS),
         ):
@@ -128,6 +138,8 @@ class BuildOptions:
             )
         if self.quantize_head and not quantises:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
+        if self.calibrate is not None and not quantises:
+            raise OptionError(f"calibrate with {precision}", fix="add --int4 or --int8, or leave out --calibrate")
         if self.plans is not None and self.plans.backend != self.backend:
             raise OptionError(
                 f"options of {self.plans.backend} engines for the backend {self.backend}",
@@ -192,10 +204,16 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     _print_plan(console, options, config, checkpoint, dropped)
     _require_memory(options, config)
     not_here = elsewhere(engines) if engines else None
+    source, calibration = checkpoint, None
+    if options.calibrate is not None:
+        calibration = calibrate_on(options.calibrate, options.model, config, checkpoint, options.scheme, console)
+        source = calibration.folded(checkpoint, g)
 
     with write_bundle(options.folder) as writer:
         kernels = _write_kernels(engines, g, options.precision, writer, console) if engines else None
-        parts = {part: _write_part(part, g, checkpoint, options, writer, console) for part in PARTS}
+        parts = {part: _write_part(part, g, source, options, writer, console, calibration) for part in PARTS}
+        if calibration:
+            writer.write(SCALES, iter([to_bytes(calibration.scales)]))
         tokenizer = convert_tokenizer(options.model, writer.folder)
         if tokenizer is not None:
             writer.add(tokenizer.file)
@@ -219,8 +237,9 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
                 files=writer.files,
                 versions=versions,
                 source=checkpoint.identity(),
-                options=_as_used(options, budget, g.context),
+                options=_as_used(options, budget, g.context, calibration),
                 dropped=dropped,
+                scales=SCALES if calibration else None,
                 block_size=options.scheme.block if options.scheme else None,
             )
         )
@@ -263,6 +282,10 @@ def _require_checkpoint(options: BuildOptions) -> None:
 
 def _settled(options: BuildOptions, config: ModelConfig) -> BuildOptions:
     """The options with what a packed checkpoint decides; OptionError when they ask for something else."""
+    if options.calibrate is not None and config.packing is not None:
+        raise OptionError(
+            f"--calibrate for a checkpoint that is quantised already ({config.packing.text})", fix="leave it out"
+        )
     asked = {knob: getattr(options, knob) for knob in ("precision", "block_size", "quantize_head")}
     return replace(options, **settled(config.packing, config.geometry, **asked))
 
@@ -278,11 +301,13 @@ def _adjusted(config: ModelConfig, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
-    return replace(g, context=context, lazy_pages=lazy)
+    return replace(g, context=context, lazy_pages=lazy, int8_pages=options.kv == "int8")
 
 
 def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
-    needed, available = parity_bytes(config.geometry, options.precision, options.scheme), available_bytes()
+    calibrated = options.calibrate is not None
+    needed = parity_bytes(config.geometry, options.precision, options.scheme, calibrated)
+    available = available_bytes()
     if options.check == "parity" and needed > available:
         raise OptionError(
             f"the parity check needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB free",
@@ -291,7 +316,13 @@ def _require_memory(options: BuildOptions, config: ModelConfig) -> None:
 
 
 def _write_part(
-    part: str, g: Geometry, checkpoint: Checkpoint, options: BuildOptions, writer: BundleWriter, console: Console
+    part: str,
+    g: Geometry,
+    checkpoint: Source,
+    options: BuildOptions,
+    writer: BundleWriter,
+    console: Console,
+    calibration: Calibration | None,
 ) -> Part:
     precision, scheme, weights = options.precision, options.scheme, f"{part}.weights"
     dtype = getattr(torch, PRECISIONS[precision])
@@ -300,7 +331,9 @@ def _write_part(
     if scheme:
         rewrite(model, quantised_tensors(g, scheme), scheme)
     with _progress(part, stored_bytes(model), console) as advance:
-        write_weights(model, checkpoint, dtype, writer, weights, advance, scheme)
+        write_weights(
+            model, checkpoint, dtype, writer, weights, advance, scheme, calibration.clips if calibration else None
+        )
     traced, graphs = writer.folder / f"{part}.onnx", {}
     ir.save(model, traced)
     bind = {
@@ -332,11 +365,12 @@ def _write_kernels(
     return KERNELS
 
 
-def _as_used(options: BuildOptions, budget: int, context: int) -> dict[str, object]:
+def _as_used(options: BuildOptions, budget: int, context: int, calibration: Calibration | None) -> dict[str, object]:
     """The knobs as this build used them; of folders only their names, which say nothing about this machine."""
     used = {**asdict(options), "page_budget": budget, "context": context, "out": options.folder}
     used["block_size"] = options.scheme.block if options.scheme else None
     used["floats"] = list(options.floats)
+    used["calibration"] = calibration.used if calibration else None
     del used["plans"]
     if options.engines:
         used[options.backend] = json.loads(json.dumps(asdict(options.engines)))  # tuples as the manifest reads them
@@ -369,6 +403,7 @@ def _check(options: BuildOptions, bundle: Bundle, checkpoint: Checkpoint, consol
             count = stored_weights(bundle, checkpoint)
         rounds = options.scheme and not isinstance(checkpoint, PackedCheckpoint)
         rounded = " (quantised ones within half a step)" if rounds else ""
+        rounded = " times the stored scales" * (options.calibrate is not None) + rounded
         console.print(f"weights: {count} tensors equal the checkpoint's{rounded}; the graphs were not run")
     else:
         console.print("[yellow]not checked[/] (--check none)")
@@ -385,6 +420,7 @@ def _print_plan(
     console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint, dropped: dict[str, str]
 ) -> None:
     g, c = config.geometry, _configuration(options, config.geometry)
+    parity_check = parity_bytes(g, options.precision, options.scheme, options.calibrate is not None)
     table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
     for part, weights in weight_bytes(c).items():
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
@@ -401,7 +437,7 @@ def _print_plan(
     console.print(
         f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
         f"hi-res pages {size(store_bytes(c))}; "
-        f"of the parity check: {size(parity_bytes(g, options.precision, options.scheme))}"
+        f"of the parity check: {size(parity_check)}"
     )
     if options.scheme:
         what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
@@ -472,6 +508,13 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         f"{BLOCK}, or what the checkpoint has, when not given",
     )
     add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="DATA",
+        help="with --int8 and --int4: choose scales and clips (AWQ) by what these questions make the layers read: "
+        "a file as examples/examples.json, or its folder; rounded to nearest when not given",
+    )
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
     add(
@@ -479,6 +522,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         choices=PROJECTIONS,
         default=default.projection,
         help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
+    )
+    add(
+        "--kv",
+        choices=KV,
+        default=default.kv,
+        help="how keys and values of hi-res pages are kept; " + "; ".join(f"{key}: {text}" for key, text in KV.items()),
     )
     add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
     text = "print what a build and a request need, and whether the board in --target (else this machine) has it"

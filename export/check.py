@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,11 @@ from engines.geometry import Geometry
 from engines.manifest import BITS
 from engines.ort import Decoder, OrtModel
 from export.checkpoint import Checkpoint
+from export.folding import checkpoint_of
 from export.reference import Reference, ReferenceDecoder, Weights
 from export.stored import HALF_A_STEP, Stored, largest_rounding
+from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
+from plugins.project_pages.reference import quantise
 
 STEPS = 4  # decode steps compared, tokens forced to the reference's
 TAIL = 12  # prompt tokens around the image
@@ -50,9 +54,13 @@ class Stage:
 def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
-    The weights of the reference are the checkpoint's. int8 and int4 bundles are compared in two steps: what they store
-    with the checkpoint, to half a quantisation step, and what they compute with a reference that has what they store;
-    what the rounding of weights costs in answers is another question (python -m tests.parity.report).
+    The weights of the reference are the checkpoint's, its pages float32. int8 and int4 bundles are compared in two
+    steps: what they store with the checkpoint, to half a quantisation step, and what they compute with a reference that
+    has what they store; what the rounding of weights costs in answers is another question (python -m
+    tests.parity.report). Of calibrated bundles, a third step before these: that the checkpoint with their scales folded
+    in is still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond
+    the limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its
+    own, so rounded).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     manifest = bundle.manifest
@@ -61,8 +69,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     if manifest.precision in BITS:
         weights = stored = Stored(bundle)
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
-    reference = Reference(manifest.geometry, weights)
-    for stage in _stages(reference, OrtModel(bundle, threads=threads), manifest.geometry, manifest.precision):
+    for stage in _all_stages(bundle, checkpoint, weights, threads):
         stages.append(stage)
         if not stage.passed:
             done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
@@ -74,7 +81,22 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     return stages
 
 
-def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) -> Iterator[Stage]:
+def _all_stages(bundle: Bundle, checkpoint: Checkpoint, weights: Weights, threads: int | None) -> Iterator[Stage]:
+    g, precision = bundle.manifest.geometry, bundle.manifest.precision
+    if bundle.manifest.scales:
+        yield from _folding(g, checkpoint, checkpoint_of(bundle, checkpoint))
+    yield from _stages(Reference(g, weights), OrtModel(bundle, threads=threads), g, precision)
+
+
+def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:
+    """The reference with the checkpoint's weights beside one with scales folded in, both float32. Page values differ:
+    scales are in them."""
+    for stage in _stages(Reference(g, checkpoint), Reference(g, folded), g, "fp32"):
+        if not stage.name.startswith(("vision ", "page ")):
+            yield Stage(f"scales folded in: {stage.name}", stage.error, stage.limit)
+
+
+def _stages(reference: Reference, model: OrtModel | Reference, g: Geometry, precision: str) -> Iterator[Stage]:
     limit = ERROR[precision]
     rng = np.random.default_rng(0)
     tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
@@ -88,8 +110,15 @@ def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) 
     expected, found = reference.project(expected_high, begin), model.project(high, begin)
     for half in ("page_key", "page_value"):
         if not g.lazy_pages:  # else they show in the decode logits
-            errors = [_error(expected[name].numpy(), found[name].numpy()) for name in expected if half in name]
-            yield Stage(half.replace("_", " ") + "s", _worst(errors), limit)
+            names = [name for name in expected if half in name]
+            errors = [_error(expected[name].numpy(), _as_stored(found, name)) for name in names]
+            rounding = (
+                HALF_A_STEP / STEPS_OF_A_PAGE if g.int8_pages else 0.0
+            )  # of the token's, at most the layer's largest value
+            yield Stage(half.replace("_", " ") + "s", _worst(errors), limit + rounding)
+    if g.int8_pages:  # from here on the reference reads rounded pages, too
+        for name, pages in expected.items():
+            expected[name] = _rounded(pages) if g.lazy_pages else torch.from_numpy(_as_stored(found, name))
 
     wide = np.array([[g.grid // 6, 0]], np.int64)  # the padding of a 3:2 image
     for _ in range(SEEDS):
@@ -105,7 +134,9 @@ def _stages(reference: Reference, model: OrtModel, g: Geometry, precision: str) 
     yield Stage("selection (undecidable in every request tried)", float("nan"), limit)
 
 
-def _decode(slow: ReferenceDecoder, fast: Decoder, ids: np.ndarray, g: Geometry, precision: str) -> list[Stage] | None:
+def _decode(
+    slow: ReferenceDecoder, fast: Decoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, precision: str
+) -> list[Stage] | None:
     """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
     theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])
     prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), PREFILL_ERROR[precision])
@@ -133,6 +164,18 @@ def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:
     low, high = map.amin((1, 2), keepdim=True), map.amax((1, 2), keepdim=True)
     score = torch.nn.functional.adaptive_max_pool2d(255 * (map - low) / (high - low), g.cells).flatten(1)
     return ((score - g.threshold).abs() < ON_THE_EDGE).numpy()[None]
+
+
+def _as_stored(found: dict[str, Any], name: str) -> np.ndarray:
+    """A store of the bundle in floats: int8 pages times their scales."""
+    pages, scale = found[name].numpy(), found.get(name.replace(".", "_scale.", 1))
+    return pages if scale is None else pages * scale.numpy()[..., None]
+
+
+def _rounded(pages: torch.Tensor) -> torch.Tensor:
+    """Pages as an int8 store would give them back."""
+    whole, step = quantise(pages)
+    return whole.float() * step[..., None]
 
 
 def _worst(errors: Iterable[float]) -> float:

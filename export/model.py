@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from engines import pages as layout
 from engines.geometry import Geometry
 from plugins.cached_attention.reference import cached_attention, rotary
-from plugins.hierarchical_attention.reference import hierarchical_attention
-from plugins.project_pages.reference import project_pages
+from plugins.hierarchical_attention.reference import hierarchical_attention, hierarchical_attention_int8
+from plugins.project_pages.reference import project_pages, project_pages_int8, quantise
 from plugins.select_pages.reference import select_pages
 
 
@@ -62,12 +62,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(g.hidden, g.rms_eps)
         self.mlp = MLP(g)
 
-    def project(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The store with the pages it lacks. hires: features, cos, sin of all pages; store: the op's last inputs."""
         g, (features, cos, sin) = self.geometry, hires
         weights = self.self_attn.k_proj_hd.weight, self.self_attn.v_proj_hd.weight
         sizes = g.hidden, g.kv_heads, g.head_dim, layout.page_size(g), g.cells
-        return project_pages(features, *weights, cos, sin, *store, *sizes)
+        project = project_pages_int8 if g.int8_pages else project_pages
+        return project(features, *weights, cos, sin, *store, *sizes)
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]
@@ -78,7 +79,8 @@ class Layer(nn.Module):
         g, inputs = self.geometry, (*projected, *cache, *shared, *pages)
         sizes = g.heads, g.kv_heads, g.head_dim
         if self.reads:
-            context, key, value, map = hierarchical_attention(*inputs, *sizes, layout.page_size(g), g.grid)
+            attention = hierarchical_attention_int8 if g.int8_pages else hierarchical_attention
+            context, key, value, map = attention(*inputs, *sizes, layout.page_size(g), g.grid)
         else:
             context, key, value, map = cached_attention(*inputs, *sizes, g.grid)
         x = x + attend.o_proj(context)
@@ -111,7 +113,7 @@ class Decoder(nn.Module):
         page_budget: Tensor,  # [B] int64: 0 = the last token sees no pages
         past_key: list[Tensor],  # layers x [B, kv_heads, L, hd]
         past_value: list[Tensor],
-        page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]
+        page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]; int8 pages: and R x their scales, without hd
         page_value: list[Tensor],
         page_features: Tensor | None = None,  # [B, pages, P, hidden]: with lazy pages alone, as all that follows
         page_cos: Tensor | None = None,  # [B, pages, P, hd/2] float32
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor | list[Tensor], ...]:
         """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
         pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the
-        update); with lazy pages also present_page_key, present_page_value (R x the pages after the update) and
+        update); with lazy pages also present_page_key, present_page_value (as page_key, after the update) and
         present_projected; and for debugging map (M x [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output
         of each layer, then of the final norm).
         """
@@ -133,19 +135,20 @@ class Decoder(nn.Module):
         shared = (positions, self.cos, self.sin, image_begin)
         selected: list[tuple[Tensor, Tensor]] = []
         present_key, present_value, maps, hidden = [], [], [], []
-        lazy: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+        lazy: list[tuple[Tensor, ...]] = []  # what each reading layer's projection changed
+        reading = len(g.reading_layers)
         for index, layer in enumerate(self.model.layers):
             pages: tuple[Tensor, ...] = ()
             if layer.reads:
                 store = index - g.reading_layers.start
                 stored = page_key[store], page_value[store]
+                scales = (page_key[reading + store], page_value[reading + store]) if g.int8_pages else ()
                 if g.lazy_pages:
                     hires = page_features, page_cos, page_sin
-                    new = layer.project(hires, (*stored, projected[:, store], *selected[-1]))
-                    for tensors, tensor in zip(lazy, new, strict=True):
-                        tensors.append(tensor)
-                    stored = new[:2]
-                pages = (*stored, self.page_lengths, *selected[-1])
+                    new = layer.project(hires, (*stored, projected[:, store], *selected[-1], *scales))
+                    lazy.append(new)
+                    stored, scales = new[:2], new[2:-1]
+                pages = (*stored, self.page_lengths, *selected[-1], *scales)
             x, key, value, map = layer(x, (past_key[index], past_value[index]), shared, pages)
             present_key.append(key)
             present_value.append(value)
@@ -157,7 +160,10 @@ class Decoder(nn.Module):
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden[-1], head).float()
         chosen, count = (torch.stack(tensors, 1) for tensors in zip(*selected, strict=True))
-        changed = (*lazy[:2], torch.stack(lazy[2], 1)) if g.lazy_pages else ()
+        changed: tuple[Tensor | list[Tensor], ...] = ()
+        if g.lazy_pages:
+            *stores, done = zip(*lazy, strict=True)  # keys, values; of int8 pages the scales of keys, of values
+            changed = ([*sum(stores[::2], ())], [*sum(stores[1::2], ())], torch.stack(done, 1))
         return logits, logits.argmax(-1), chosen, count, present_key, present_value, *changed, maps, hidden
 
 
@@ -220,7 +226,8 @@ class PageProjector(PageLayout):
     def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Arguments as for PageLayout.
 
-        Returns page_key, page_value: R x [B, kv_heads, pages, P, hd]. Features go in raw, without a norm (official).
+        Returns page_key, page_value: R x [B, kv_heads, pages, P, hd], then for int8 pages their scales, R x
+        [B, kv_heads, pages, P] float32. Features go in raw, without a norm (official).
         """
         g, batch = self.geometry, image_begin.shape[0]
         features, cos, sin = (x.flatten(1, 2) for x in super().forward(tiles, image_begin))
@@ -228,13 +235,18 @@ class PageProjector(PageLayout):
         def heads(x: Tensor) -> Tensor:
             return x.view(batch, -1, g.kv_heads, g.head_dim).transpose(1, 2)
 
-        page_key, page_value = [], []
+        def kept(x: Tensor) -> list[Tensor]:
+            if g.int8_pages:
+                return [*quantise(x.unflatten(2, (g.pages, -1)))]  # last: TensorRT lists few operators of int8
+            return [x.to(features.dtype).unflatten(2, (g.pages, -1))]
+
+        stores: list[list[Tensor]] = []  # of each layer keys and values, each with its scales after it if it has any
         for layer in self.model.layers.values():
-            turned = rotary(heads(layer.self_attn.k_proj_hd(features)), cos[:, None], sin[:, None])
-            key = turned.to(features.dtype)
-            page_key.append(key.unflatten(2, (g.pages, -1)))
-            page_value.append(heads(layer.self_attn.v_proj_hd(features)).unflatten(2, (g.pages, -1)))
-        return page_key, page_value
+            keys = kept(rotary(heads(layer.self_attn.k_proj_hd(features)), cos[:, None], sin[:, None]))
+            stores.append(keys + kept(heads(layer.self_attn.v_proj_hd(features))))
+        by_kind = [*zip(*stores, strict=True)]
+        half = len(by_kind) // 2
+        return [*sum(by_kind[:half], ())], [*sum(by_kind[half:], ())]
 
 
 def rotary_tables(g: Geometry) -> tuple[Tensor, Tensor]:

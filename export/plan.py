@@ -69,7 +69,8 @@ def report(a: Assessment, model: str, console: Console) -> None:
 
 def _title(c: Configuration, model: str, place: str) -> str:
     budget = "" if c.page_budget is None else f", page budget {c.page_budget}"
-    return f"{model}, {c.precision}, {c.backend}{budget}, on {place}"
+    pages = ", int8 pages" if c.geometry.int8_pages else ""
+    return f"{model}, {c.precision}{pages}, {c.backend}{budget}, on {place}"
 
 
 def _speed(a: Assessment) -> str:

@@ -12,11 +12,11 @@ model, or run it, to quantise it; here a 7B checkpoint passes through in pieces 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 import torch
@@ -26,15 +26,27 @@ from engines.errors import ExportError, OptionError
 from engines.geometry import Geometry
 from engines.manifest import BITS, BLOCK_SIZES
 from engines.tensors import is_quantised
-from export.checkpoint import Checkpoint, expected_tensors
+from export.checkpoint import expected_tensors
 from export.packed import PackedCheckpoint
+from export.shards import TensorInfo
 
 QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
 INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 SCALE_SUFFIX = ".scale"
+RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or one with scales folded in (export/folding.py)."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and file of a tensor."""
+
+    def chunks(self, name: str, max_bytes: int = ...) -> Iterator[bytes]:
+        """Its bytes in order, in pieces."""
 
 
 @dataclass(frozen=True)
@@ -126,20 +138,32 @@ def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
     return count
 
 
-def quantise(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def quantise(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[n, K] of any float dtype -> integers [n, K] int8 and scales [n, K / block] float16, rounded to nearest.
 
     A scale is the smallest float16 with which no value of its block is clipped; a block of zeros has the scale 1.
+    `ratios` [n, K / block], among RATIOS: the share of a block's range that is kept; what lies outside is clipped.
     """
     low, high = scheme.limits
     blocks = values.float().unflatten(1, (-1, scheme.block))
-    least, most = blocks.aminmax(dim=2)
-    exact = torch.maximum(most / high, least / low)
-    scales = exact.half()
-    scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.float16), scales)
-    scales = torch.where(scales > 0, scales, 1.0)
+    exact = _exact_scales(blocks, scheme)
+    scales = _stored_scales(exact if ratios is None else exact * ratios)
     integers = (blocks / scales.float()[..., None]).round_().clamp_(low, high)
     return integers.to(torch.int8).flatten(1), scales
+
+
+def _exact_scales(blocks: Tensor, scheme: Scheme) -> Tensor:
+    """[n, K / block] float32 for blocks [n, K / block, block]: the smallest with which nothing is clipped."""
+    low, high = scheme.limits
+    least, most = blocks.aminmax(dim=2)
+    return torch.maximum(most / high, least / low)
+
+
+def _stored_scales(exact: Tensor) -> Tensor:
+    """Scales as float16, rounded up; 1 for 0."""
+    scales = exact.half()
+    scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.float16), scales)
+    return torch.where(scales > 0, scales, 1.0)
 
 
 def pack(integers: Tensor, bits: int) -> bytes:
@@ -169,21 +193,28 @@ def _scales(data: bytes, n: int) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.float16).view(-1, n).t().float()
 
 
-def quantised(checkpoint: Checkpoint, names: list[str], scheme: Scheme) -> Iterator[tuple[bytes, bytes]]:
+def quantised(
+    checkpoint: Source, names: list[str], scheme: Scheme, clips: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[bytes, bytes]]:
     """Integers [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
 
     Rounded from the checkpoint's floats; of a packed checkpoint its own, which are not rounded again.
-    Every core works on a weight of its own. ExportError for a value that is not finite or too large for float16, which
-    TensorRT computes in.
+    `clips`: how far to clip the blocks of a weight, uint8 [N, K / block] into RATIOS. Every core works on a weight of
+    its own. ExportError for a value that is not finite or too large for float16, which TensorRT computes in.
     """
-    yield from _on_all_cores(lambda name: _quantised(checkpoint, name, scheme), names)
+    yield from _on_all_cores(lambda name: _quantised(checkpoint, name, scheme, (clips or {}).get(name)), names)
 
 
 def largest_errors(
-    checkpoint: Checkpoint, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme
+    checkpoint: Source, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme, clipped: bool = False
 ) -> Iterator[tuple[str, float]]:
     """For each (name, packed integers, scales): the name and the largest distance of a stored value from the
-    checkpoint's, in steps (one step is the scale of its block). Rounded right, that is at most half a step."""
+    checkpoint's, in steps (one step is the scale of its block). Rounded right, that is at most half a step.
+
+    A scale that `quantise` gives for none of RATIOS (for 1, unless `clipped`) is an infinite distance; with one that it
+    gives, what the integers cannot reach is compared with the last that they can.
+    """
+    ratios = RATIOS if clipped else RATIOS[:1]
 
     def error(item: tuple[str, bytes, bytes]) -> tuple[str, float]:
         name, data, scales = item
@@ -192,9 +223,12 @@ def largest_errors(
         worst = 0.0
         for start, rows in _pieces(checkpoint, name):
             blocks = rows.float().unflatten(1, (-1, scheme.block))
-            step = steps[start : start + len(rows), :, None]
-            found = integers[start : start + len(rows)].float().unflatten(1, (-1, scheme.block)) * step
-            worst = max(worst, float(((blocks - found).abs() / step).nan_to_num(torch.inf).max()))
+            exact, step = _exact_scales(blocks, scheme), steps[start : start + len(rows)]
+            known = torch.stack([_stored_scales(exact * ratio).float() == step for ratio in ratios]).any(0)
+            wanted = (blocks / step[..., None]).clamp_(*scheme.limits)
+            found = integers[start : start + len(rows)].float().unflatten(1, (-1, scheme.block))
+            distance = torch.where(known[..., None], (wanted - found).abs(), torch.inf)
+            worst = max(worst, float(distance.nan_to_num(torch.inf).max()))
         return name, worst
 
     yield from _on_all_cores(error, stored)
@@ -216,7 +250,7 @@ def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[by
     return pack(integers, scheme.bits), scales.numpy().tobytes()
 
 
-def _quantised(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
+def _quantised(checkpoint: Source, name: str, scheme: Scheme, clips: Tensor | None) -> tuple[bytes, bytes]:
     if isinstance(checkpoint, PackedCheckpoint) and checkpoint.packs(name):
         return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
@@ -224,12 +258,13 @@ def _quantised(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[bytes
     scales = torch.empty(k // scheme.block, n, dtype=torch.float16)
     for start, rows in _pieces(checkpoint, name):
         end = start + len(rows)
-        found, steps = quantise(rows, scheme)
+        ratios = None if clips is None else torch.tensor(RATIOS)[clips[start:end].long()]
+        found, steps = quantise(rows, scheme, ratios)
         integers[:, start:end], scales[:, start:end] = found.t(), steps.t()
     return pack(integers, scheme.bits), scales.numpy().tobytes()
 
 
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+def _pieces(checkpoint: Source, name: str) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows [n, K]) of a weight, a few rows at a time, checked to be finite."""
     info = checkpoint.info(name)
     k = info.shape[1]

@@ -23,11 +23,12 @@ class Weights(Protocol):
 
 
 class Reference:
-    """The whole model in PyTorch on the CPU, all pages projected at once. Same methods as engines.ort.OrtModel."""
+    """The whole model in PyTorch on the CPU, all pages projected at once and kept as they are, whatever the geometry
+    says. Same methods as engines.ort.OrtModel."""
 
     def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
-        self.geometry, self.dtype = replace(geometry, lazy_pages=False), dtype
+        self.geometry, self.dtype = replace(geometry, lazy_pages=False, int8_pages=False), dtype
         self._vision, self._pages, self._decoder = (
             load(build(part, self.geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
         )
@@ -99,11 +100,11 @@ class ReferenceDecoder:
         return Step(logits.numpy, token.numpy(), pages.numpy(), count.numpy())
 
 
-def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype) -> nn.Module:
-    """Give a module built on the meta device its tensors, by name."""
+def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype, base: str = "") -> nn.Module:
+    """Give a module built on the meta device its tensors, by name; `base`: where in the model it is, dot included."""
     for prefix, child in module.named_modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
-                tensor = checkpoint.tensor(f"{prefix}.{name}").to(dtype)
+                tensor = checkpoint.tensor(f"{base}{prefix}{'.' if prefix else ''}{name}").to(dtype)
                 child._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return module

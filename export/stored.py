@@ -14,6 +14,7 @@ from engines.bundle import Bundle
 from engines.errors import ParityError
 from engines.manifest import PRECISIONS, TRACED
 from export.checkpoint import Checkpoint
+from export.folding import Folded, checkpoint_of
 from export.packed import is_packed
 from export.quantize import INTEGERS, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
 from export.weights import converted
@@ -49,6 +50,15 @@ class Stored:
             file.seek(self._tensors[name][1].offset)
             yield file
 
+    def source(self, checkpoint: Checkpoint) -> Checkpoint | Folded:
+        """What was stored: the checkpoint, with the scales that the bundle was built with."""
+        return checkpoint_of(self._bundle, checkpoint)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether blocks may be clipped: calibrated bundles alone."""
+        return self._bundle.manifest.scales is not None
+
     def bytes(self, name: str) -> bytes:
         """All bytes of a tensor."""
         with self.opened(name) as file:
@@ -68,6 +78,7 @@ class Stored:
 
 def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
     """Largest distance of a quantised value from the checkpoint's, in quantisation steps; 0 when nothing was rounded.
+    Values of calibrated bundles are compared with the checkpoint's times the bundle's scales.
 
     Raises ParityError, which names the weight, when it is more than rounding to nearest explains, and when integers
     and scales that a packed checkpoint has itself are not the very same.
@@ -82,11 +93,11 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
                 )
         rounded = (name for name in stored.quantised if not is_packed(checkpoint, name))
         integers = ((name, *stored.integers(name)) for name in rounded)
-        for name, error in largest_errors(checkpoint, integers, stored.scheme):
+        for name, error in largest_errors(stored.source(checkpoint), integers, stored.scheme, stored.clipped):
             if not error <= HALF_A_STEP:
                 raise ParityError(
                     f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",
-                    expected="at most half a step",
+                    expected="at most half a step, and steps that the checkpoint's values give",
                 )
             worst = max(worst, error)
     return worst
@@ -94,16 +105,17 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
 
 def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
     """Compare every tensor stored in the bundle with the checkpoint, in bounded memory: byte for byte after conversion,
-    and what was rounded to integers to within half a step.
+    and what was rounded to integers to within half a step; after folding in the scales of a calibrated bundle.
 
     Returns the number of tensors compared; raises ParityError at the first difference.
     """
     stored = Stored(bundle)
+    source = stored.source(checkpoint)
     largest_rounding(stored, checkpoint)
     for name in stored.names:
         if name not in stored.quantised:
             with stored.opened(name) as file:
-                for chunk in converted(checkpoint, name, stored.dtype):
+                for chunk in converted(source, name, stored.dtype):
                     if file.read(len(chunk)) != chunk:
                         raise ParityError(f"{name} in {stored.file(name)} is not the checkpoint's")
     return len(stored.names)

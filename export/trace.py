@@ -9,19 +9,21 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 import onnxscript
 import onnxscript.optimizer
 import torch
+from onnxscript import opset20
 from onnxscript.values import Opset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from engines.bind import PLUGIN_ATTRIBUTES
+from engines.bind import INT8_PAGES, PLUGIN_ATTRIBUTES
 from engines.geometry import Geometry
 from engines.manifest import IO_OF_PART
 from engines.pages import page_size
@@ -33,8 +35,10 @@ OP_NAMES = {
     "select_pages": ("SelectPages", 2),
     "cached_attention": ("CachedAttention", 4),
     "hierarchical_attention": ("HierarchicalAttention", 4),
+    "hierarchical_attention_int8": ("HierarchicalAttention", 4, {INT8_PAGES: 1}),
     "project_pages": ("ProjectPages", 3),
-}
+    "project_pages_int8": ("ProjectPages", 5, {INT8_PAGES: 1}),
+}  # in torch -> in ONNX: op, number of outputs, attributes that torch's op has not
 BATCH, STEPS, CAPACITY = torch.export.Dim("batch"), torch.export.Dim("steps"), torch.export.Dim("capacity")
 TILES = torch.export.Dim("tiles")
 
@@ -108,12 +112,16 @@ def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
         return [floats(batch, g.kv_heads, capacity, g.head_dim) for _ in range(g.layers)]
 
     def store() -> list[torch.Tensor]:
-        return [floats(batch, g.kv_heads, g.pages, page_size(g), g.head_dim) for _ in range(reading)]
+        shape = batch, g.kv_heads, g.pages, page_size(g), g.head_dim
+        if not g.int8_pages:
+            return [floats(*shape) for _ in range(reading)]
+        stores = [torch.zeros(shape, dtype=torch.int8) for _ in range(reading)]
+        return stores + [torch.zeros(shape[:-1]) for _ in range(reading)]
 
     features = floats(batch, g.image_tokens, g.hidden)
     rows = integers(batch), integers(batch, 2), integers(batch)
     args = (integers(batch, steps), integers(batch), features, *rows, cache(), cache(), store(), store())
-    by_cache, by_store = [{0: BATCH, 2: CAPACITY}] * g.layers, [{0: BATCH}] * reading
+    by_cache, by_store = [{0: BATCH, 2: CAPACITY}] * g.layers, [{0: BATCH}] * (reading * (1 + g.int8_pages))
     shapes = {0: BATCH, 1: STEPS}, *[{0: BATCH}] * 5, by_cache, by_cache, by_store, by_store
     if not g.lazy_pages:
         return args, shapes
@@ -174,22 +182,31 @@ def _translations() -> dict[Any, Callable]:
     """torch op -> bare node of the flex domain, attributes by keyword."""
     opset = Opset("flex", 1)
 
-    def translation(overload: torch._ops.OpOverload, name: str, outputs: int) -> Callable:
+    def translation(
+        overload: torch._ops.OpOverload, name: str, outputs: int, constants: Mapping[str, int] = MappingProxyType({})
+    ) -> Callable:
         schema = overload._schema
         tensors = [argument.name for argument in schema.arguments if isinstance(argument.type, torch.TensorType)]
         attributes = [argument.name for argument in schema.arguments if argument.name not in tensors]
-        op = onnxscript.values.Op(opset, name, _op_schema(name, tensors, attributes, outputs))
+        op = onnxscript.values.Op(opset, name, _op_schema(name, tensors, [*attributes, *constants], outputs))
 
         def emit(*args: Any) -> Sequence[Any]:
             values = dict(zip([argument.name for argument in schema.arguments], args, strict=True))
-            return op(*(values[key] for key in tensors), **{key: values[key] for key in attributes})
+            return op(*(values[key] for key in tensors), **{key: values[key] for key in attributes}, **constants)
 
         return emit
 
-    return {
+    table = {
         getattr(torch.ops.flex, torch_name).default: translation(getattr(torch.ops.flex, torch_name).default, *names)
         for torch_name, names in OP_NAMES.items()
     }
+    return table | {torch.ops.flex.to_int8.default: _to_int8}
+
+
+def _to_int8(x: Any) -> Any:
+    """In steps of 1 QuantizeLinear is the rounding to int8, ties to even."""
+    one, zero = opset20.Constant(value_float=1.0), opset20.Constant(value=ir.tensor(0, ir.DataType.INT8))
+    return opset20.QuantizeLinear(x, one, zero)
 
 
 def _op_schema(name: str, tensors: list[str], attributes: list[str], outputs: int):
@@ -203,7 +220,7 @@ def _op_schema(name: str, tensors: list[str], attributes: list[str], outputs: in
         inputs=[schema.FormalParameter(key, f"T{index}") for index, key in enumerate(tensors)],
         outputs=[schema.FormalParameter(f"out{index}", f"O{index}") for index in range(outputs)],
         type_constraints=[
-            (key, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int64)"], "")
+            (key, ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)", "tensor(int64)"], "")
             for key in [f"T{index}" for index in range(len(tensors))] + [f"O{index}" for index in range(outputs)]
         ],
         attributes=[schema.Attribute(key, schema.AttrType.INT) for key in attributes],

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 import torch
 
 from engines.bundle import BundleWriter
 from engines.errors import ExportError
-from export.checkpoint import Checkpoint
-from export.quantize import INTEGERS, SCALE_SUFFIX, Scheme, quantised
+from export.quantize import INTEGERS, SCALE_SUFFIX, Scheme, Source, quantised
 
 ALIGNMENT = 256  # bytes; what GPU copies and vector loads like
 CHUNK = 16 << 20  # bytes held at once
@@ -23,24 +22,25 @@ def stored_bytes(model: ir.Model) -> int:
 
 def write_weights(
     model: ir.Model,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     dtype: torch.dtype,
     bundle: BundleWriter,
     file: str,
     progress: Callable[[int], None] | None = None,
     scheme: Scheme | None = None,
+    clips: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Stream the tensors of a traced graph from the checkpoint into `file` and point the graph's initializers at it.
 
-    `dtype`: of those that are not quantised; `scheme`: of those that are. Raises ExportError when a value is not finite
-    or out of range. `progress` is told bytes written.
+    `dtype`: of those that are not quantised; `scheme`, `clips`: of those that are (see quantised). Raises ExportError
+    when a value is not finite or out of range. `progress` is told bytes written.
     """
     weights = sorted(_weights(model), key=lambda value: value.name)  # scales right after their weight
     integers = [value.name for value in weights if value.dtype in INTEGERS.values()]
 
     def chunks() -> Iterator[bytes]:
         offset = 0
-        made = quantised(checkpoint, integers, scheme) if scheme else iter(())
+        made = quantised(checkpoint, integers, scheme, clips) if scheme else iter(())
         scales = b""
         for value in weights:
             padding = -offset % ALIGNMENT
@@ -62,7 +62,7 @@ def write_weights(
     bundle.write(file, chunks(), progress)
 
 
-def converted(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[bytes]:
+def converted(checkpoint: Source, name: str, dtype: torch.dtype) -> Iterator[bytes]:
     """Raw little-endian bytes of a tensor in `dtype`, in chunks; ExportError for a value `dtype` cannot hold."""
     source = checkpoint.info(name).dtype
     for chunk in checkpoint.chunks(name, CHUNK):

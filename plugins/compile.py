@@ -26,7 +26,7 @@ from plugins.registry import kernels_of_model
 
 OFFICIAL_7B = {
     "hidden": 4096, "heads": 32, "kv_heads": 32, "head_dim": 128,
-    "grid": 24, "cells": 9, "page_size": 64, "threshold": 48,
+    "grid": 24, "cells": 9, "page_size": 64, "threshold": 48, "int8_pages": 0,
 }  # fmt: skip
 DTYPE_OF_PRECISION = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # as bundle.json calls it
 
@@ -129,6 +129,7 @@ def sizes_of_bundle(folder: Path) -> tuple[dict[str, int], str]:
         pages = next(tensor for tensor in inputs if tensor["name"].startswith("page_key."))
         # page_key: [batch, kv_heads, cells * cells, page_size, head_dim]
         derived = {"grid": g["lowres"] // g["vision"]["patch"], "page_size": pages["shape"][3]}
+        derived["int8_pages"] = int(pages["dtype"] == "int8")
         sizes = {name: derived[name] if name in derived else g[name] for name in OFFICIAL_7B}
         return sizes, DTYPE_OF_PRECISION[manifest["precision"]]
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, StopIteration) as error:
@@ -154,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, help="compile for this bundle's sizes and precision")
     for name, value in OFFICIAL_7B.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"without --bundle; default {value}")
-    parser.add_argument("--dtype", choices=TRITON_TYPES.keys() - {"int64"}, help="without --bundle; default float16")
+    parser.add_argument(
+        "--dtype", choices=TRITON_TYPES.keys() - {"int8", "int64"}, help="without --bundle; default float16"
+    )
     parser.add_argument("--sm", default=",".join(map(str, SMS)), help="compute capabilities, such as 87 for Orin")
     parser.add_argument("--out", type=Path, default=Path("kernels.zip"))
     options = parser.parse_args(arguments)

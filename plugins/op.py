@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8", "int64": "i64"}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
 
 
 def power_of_two(number: int) -> int:
@@ -26,7 +26,7 @@ class Kernel:
     """One variant of a Triton function: everything a compiler needs, and everything a launcher must pass.
 
     name: unique among the kernels of a model. function: "module:function". parameters: (name, type) of the run-time
-    parameters in order; a type is Triton's, a pointer "*fp16", "*bf16", "*fp32", "*i64" or the integer "i32".
+    parameters in order; a type is Triton's, a pointer "*fp16", "*bf16", "*fp32", "*i8", "*i64" or the integer "i32".
     constants: the tl.constexpr parameters. Every pointer is 16-byte aligned, and the compiler is told so.
     """
 
@@ -49,7 +49,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of an op; `dtype` is "float32", "int64", or "model" for the dtype the model computes in."""
+    """An input or output of an op; `dtype` is "float32", "int8", "int64", or "model": what the model computes in."""
 
     name: str
     dtype: str
@@ -60,12 +60,14 @@ class Op(ABC):
 
     name: ClassVar[str]  # the ONNX op type, in the domain "flex"
     attribute_names: ClassVar[tuple[str, ...]]  # integers
+    defaults: ClassVar[dict[str, int]] = {}  # of attributes a node may lack
     inputs: ClassVar[tuple[Tensor, ...]]
     outputs: ClassVar[tuple[Tensor, ...]]
     in_place: ClassVar[dict[int, int]] = {}  # output -> the input whose buffer it must share
 
     def __init__(self, **attributes: int) -> None:
-        """One integer for each of `attribute_names`."""
+        """One integer for each of `attribute_names` that has no default."""
+        attributes = self.defaults | attributes
         if set(attributes) != set(self.attribute_names):
             raise ValueError(f"{self.name}: attributes {sorted(attributes)}, expected {sorted(self.attribute_names)}")
         self.attributes = attributes

@@ -239,14 +239,15 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Plugin:
             """`fields`: attributes of an ONNX node, or everything a plan stores."""
             given = {field.name: field for field in fields}
-            missing = [name for name in self.op.attribute_names if name not in given]
+            missing = [name for name in self.op.attribute_names if name not in given and name not in self.op.defaults]
             if missing:
                 raise KernelError(
                     f"{self.op_name} ({name}) has no attribute {missing[0]}",
                     expected=", ".join(self.op.attribute_names),
                     fix="rebuild the bundle",
                 )
-            op = self.op(**{key: int(np.asarray(given[key].data).ravel()[0]) for key in self.op.attribute_names})
+            names = [key for key in self.op.attribute_names if key in given]
+            op = self.op(**{key: int(np.asarray(given[key].data).ravel()[0]) for key in names})
             if KERNELS not in given:
                 return Plugin(op, building=True)
             dtype = DTYPES[int(np.asarray(given[DTYPE].data).ravel()[0])]
@@ -256,4 +257,4 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
     return tuple(Creator(op) for op in OPS.values())
 
 
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}

@@ -15,7 +15,7 @@ OPS: dict[str, type[Op]] = {op.name: op for op in (SelectPages, CachedAttention,
 
 def ops_of_model(sizes: Mapping[str, int]) -> list[Op]:
     """One op of each kind; `sizes` holds their attributes: heads, kv_heads, head_dim, page_size, grid, cells, ..."""
-    return [op(**{name: sizes[name] for name in op.attribute_names}) for op in OPS.values()]
+    return [op(**{name: sizes[name] for name in op.attribute_names if name in sizes}) for op in OPS.values()]
 
 
 def kernels_of_model(sizes: Mapping[str, int], dtype: str) -> list[Kernel]:

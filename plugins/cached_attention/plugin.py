@@ -155,7 +155,7 @@ class CachedAttention(Op):
             ]
         low, high = self._splits(shapes)
         programs = a["heads"] + blocks(a["grid"] ** 2, MAP_BLOCK)
-        page_total, page_count = ([self._page_total(shapes)], pages[-1]) if pages else ([], 0)
+        page_total, page_count = ([self._page_total(shapes)], pages[4]) if pages else ([], 0)
         return [
             *launches,
             Launch(

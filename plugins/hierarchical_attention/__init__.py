@@ -9,10 +9,20 @@ Used by the layers after the start layer. Takes the inputs of flex::CachedAttent
 | pages | [B, C*C] | int64 | page indices; the first page_count[b] are read (flex::SelectPages of the layer before) |
 | page_count | [B] | int64 | 0 = plain causal attention |
 
-Outputs and attributes: those of flex::CachedAttention, and the attribute `page_size` (P). The last query's context
+With the attribute `int8_pages` = 1 the pages are stored in 8 bits (how: plugins/project_pages), and two inputs follow:
+
+| page_key, page_value | [B, Hkv, C*C, P, hd] | int8 | each value is that many steps of its token and head |
+| page_key_scale, page_value_scale | [B, Hkv, C*C, P] | float32 | those steps |
+
+The store is never made float: a token's score is the product of the query and its int8 key, times the step of the key;
+a token's weight is multiplied by the step of its value before it meets the int8 value; both in float32.
+
+Outputs and attributes: those of flex::CachedAttention, and the attributes `page_size` (P) and `int8_pages` (0 where a
+node lacks it). The last query's context
 comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and the map, from
 the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong beside them.
+plugins), `onnx_int8.py` and `onnx_static_int8.py` (the same of int8 pages). `kernel.py` (Triton) and `plugin.py`
+(TensorRT) belong beside them.
 """

@@ -36,6 +36,57 @@ def PageBias(page_lengths, pages, page_count, page_size: int):
 
 
 @script(flex, default_opset=op)
+def PageProducts(last_query, page_key, heads: int, kv_heads: int):
+    """Products [B, Hkv, group, C*C, P] float32 of the last query [B, H, 1, hd] with all page keys.
+
+    As products and sums, here and in PageValues: a MatMul would copy the pages.
+    """
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    group = op.Div(op.Unsqueeze(op.Constant(value_int=heads), keep), key_heads)
+    by_group = op.Reshape(op.Cast(last_query, to=1), op.Concat(keep, key_heads, group, one, one, rest, axis=0))
+    keys = op.Cast(op.Unsqueeze(page_key, op.Constant(value_ints=[2])), to=1)  # [B, Hkv, 1, C*C, P, hd]
+    return op.ReduceSum(op.Mul(by_group, keys), rest, keepdims=0)
+
+
+@script(flex, default_opset=op)
+def PageWeights(products, bias, last_scores, past_key, heads: int, kv_heads: int, page_size: int):
+    """Weights of the page tokens in one softmax of the last query over [ordinary keys | page keys], float32:
+    [B, H, 1, C*C*P], and by page [B, Hkv, group, C*C, P, 1]."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    three = op.Constant(value_ints=[3])
+    end = op.Constant(value_ints=[9223372036854775807])
+    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
+    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    group = op.Div(all_heads, key_heads)
+    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
+    page_scores = op.Add(op.Reshape(products, op.Concat(keep, all_heads, one, rest, axis=0)), bias)
+    joint = op.Softmax(op.Concat(last_scores, page_scores, axis=3), axis=-1)
+    weights = op.Slice(joint, op.Shape(past_key, start=2, end=3), end, three)
+    return weights, op.Reshape(weights, op.Concat(keep, key_heads, group, rest, size, one, axis=0))
+
+
+@script(flex, default_opset=op)
+def PageValues(last_context, weights, shared, page_value, heads: int):
+    """The last query's context [B, H, 1, hd] float32: `shared` weights on all page values, the rest on the ordinary."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    three = op.Constant(value_ints=[3])
+    from_groups = op.Concat(keep, op.Unsqueeze(op.Constant(value_int=heads), keep), one, rest, axis=0)
+    values = op.Cast(op.Unsqueeze(page_value, op.Constant(value_ints=[2])), to=1)
+    by_page = op.ReduceSum(op.Mul(shared, values), op.Constant(value_ints=[4]), keepdims=0)  # [B, Hkv, group, C*C, hd]
+    read = op.Reshape(op.ReduceSum(by_page, three, keepdims=0), from_groups)
+    # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
+    share = op.Sub(op.Constant(value_float=1.0), op.ReduceSum(weights, three, keepdims=1))
+    return op.Add(op.Mul(share, last_context), read)
+
+
+@script(flex, default_opset=op)
 def HierarchicalAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     page_key, page_value, page_lengths, pages, page_count,
@@ -45,36 +96,14 @@ def HierarchicalAttention(
         query, key, value, past_key, past_value, positions, cos, sin, image_begin,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
     )  # fmt: skip
-    keep = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    rest = op.Constant(value_ints=[-1])
-    two = op.Constant(value_ints=[2])
-    three = op.Constant(value_ints=[3])
-    end = op.Constant(value_ints=[9223372036854775807])
-    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
-    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
-    group = op.Div(all_heads, key_heads)
-    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-    from_groups = op.Concat(keep, all_heads, one, rest, axis=0)  # [B, H, 1, ...]
-
-    # Scores of the page keys, and below their values weighted, as products and sums: a MatMul would copy the pages.
-    by_group = op.Reshape(op.Cast(last_query, to=1), op.Concat(keep, key_heads, group, one, one, rest, axis=0))
-    keys = op.Cast(op.Unsqueeze(page_key, two), to=1)  # [B, Hkv, 1, C*C, P, hd]
-    products = op.ReduceSum(op.Mul(by_group, keys), rest, keepdims=0)  # [B, Hkv, group, C*C, P]
     bias = PageBias(page_lengths, pages, page_count, page_size=page_size)
-    page_scores = op.Add(op.Reshape(products, from_groups), bias)
-
-    # One softmax of the last query over [ordinary keys | page keys].
-    joint = op.Softmax(op.Concat(last_scores, page_scores, axis=3), axis=-1)
-    weights = op.Slice(joint, op.Shape(past_key, start=2, end=3), end, three)
-    shared = op.Reshape(weights, op.Concat(keep, key_heads, group, rest, size, one, axis=0))
-    values = op.Cast(op.Unsqueeze(page_value, two), to=1)
-    by_page = op.ReduceSum(op.Mul(shared, values), op.Constant(value_ints=[4]), keepdims=0)  # [B, Hkv, group, C*C, hd]
-    read = op.Reshape(op.ReduceSum(by_page, three, keepdims=0), from_groups)
-    # The ordinary context is already there: the joint softmax only scales it by the share the pages leave over.
-    share = op.Sub(op.Constant(value_float=1.0), op.ReduceSum(weights, three, keepdims=1))
-    mixed = op.Add(op.Mul(share, last_context), read)
+    products = PageProducts(last_query, page_key, heads=heads, kv_heads=kv_heads)
+    weights, shared = PageWeights(
+        products, bias, last_scores, past_key, heads=heads, kv_heads=kv_heads, page_size=page_size
+    )
+    mixed = PageValues(last_context, weights, shared, page_value, heads=heads)
     return JoinLast(context, mixed, positions), present_key, present_value, map
 
 
-FUNCTIONS = (TurnAndStore, ImageMap, StaticAttention, JoinLast, PageBias, HierarchicalAttention)
+SHARED = TurnAndStore, ImageMap, StaticAttention, JoinLast, PageBias, PageProducts, PageWeights, PageValues
+FUNCTIONS = (*SHARED, HierarchicalAttention)

@@ -12,37 +12,58 @@ from plugins.cached_attention.onnx_body import flex, op
 
 
 @script(flex, default_opset=op)
+def NewPages(projected, pages, page_count, kv_heads: int, cells: int):
+    """`projected` with the wanted pages, which of those are new [B, N] bool, and (row, head, page) of each head of each
+    new page, by row, page, head: [n*Hkv, 3]."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    side = op.Constant(value_int=cells)
+    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    every = op.Range(op.Constant(value_int=0), op.Mul(side, side), op.Constant(value_int=1))
+    wanted = op.Less(every, op.Unsqueeze(page_count, one))
+    present = op.ScatterElements(projected, pages, op.Cast(wanted, to=7), axis=1, reduction="max")
+    new = op.Greater(present, projected)
+    by_head = op.NonZero(op.Expand(op.Unsqueeze(new, op.Constant(value_ints=[2])), op.Concat(one, one, heads, axis=0)))
+    return present, new, op.Transpose(op.Gather(by_head, op.Constant(value_ints=[0, 2, 1]), axis=0), perm=[1, 0])
+
+
+@script(flex, default_opset=op)
+def Projected(features, key_weight, value_weight, cos, sin, new, kv_heads: int, head_dim: int):
+    """Keys, rotated, float32, and values T of the new pages: [n, P, Hkv, hd]."""
+    keep = op.Constant(value_ints=[0])
+    two = op.Constant(value_ints=[2])
+    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    to_heads = op.Concat(keep, keep, heads, width, axis=0)
+    which = op.Transpose(op.NonZero(new), perm=[1, 0])  # [n, 2]
+    some = op.GatherND(features, which)  # [n, P, hidden]
+    key = op.Reshape(op.MatMul(some, op.Transpose(key_weight, perm=[1, 0])), to_heads)
+    value = op.Reshape(op.MatMul(some, op.Transpose(value_weight, perm=[1, 0])), to_heads)
+    c = op.Unsqueeze(op.GatherND(cos, which), two)  # [n, P, 1, hd/2]
+    s = op.Unsqueeze(op.GatherND(sin, which), two)
+    left, right = op.Split(op.Cast(key, to=1), axis=3, num_outputs=2)
+    turned = op.Concat(op.Sub(op.Mul(left, c), op.Mul(right, s)), op.Add(op.Mul(right, c), op.Mul(left, s)), axis=3)
+    return turned, value
+
+
+@script(flex, default_opset=op)
 def ProjectPages(
     features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
     hidden: int, kv_heads: int, head_dim: int, page_size: int, cells: int,
 ):  # fmt: skip
     keep = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    side = op.Constant(value_int=cells)
     heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-
-    wanted = op.Less(op.Range(zero, op.Mul(side, side), step), op.Unsqueeze(page_count, one))
-    present = op.ScatterElements(projected, pages, op.Cast(wanted, to=7), axis=1, reduction="max")
-    new = op.Greater(present, projected)  # [B, N]
-    # (row, head, page) of each head of each new page, by row, page, head: [n*Hkv, 3].
-    by_head = op.NonZero(op.Expand(op.Unsqueeze(new, two), op.Concat(one, one, heads, axis=0)))
-    where = op.Transpose(op.Gather(by_head, op.Constant(value_ints=[0, 2, 1]), axis=0), perm=[1, 0])
-    to_heads = op.Concat(keep, keep, heads, width, axis=0)
+    present, new, where = NewPages(projected, pages, page_count, kv_heads=kv_heads, cells=cells)
     # Keys and values of the new pages, the halves of one value [2, n, Hkv, P, hd], as a branch assigns one.
     if op.Greater(op.Shape(where, start=0, end=1), zero):
-        which = op.Transpose(op.NonZero(new), perm=[1, 0])  # [n, 2]
-        some = op.GatherND(features, which)  # [n, P, hidden]
-        key = op.Reshape(op.MatMul(some, op.Transpose(key_weight, perm=[1, 0])), to_heads)
-        value = op.Reshape(op.MatMul(some, op.Transpose(value_weight, perm=[1, 0])), to_heads)
-        c = op.Unsqueeze(op.GatherND(cos, which), two)  # [n, P, 1, hd/2]
-        s = op.Unsqueeze(op.GatherND(sin, which), two)
-        left, right = op.Split(op.Cast(key, to=1), axis=3, num_outputs=2)
-        turned = op.Concat(op.Sub(op.Mul(left, c), op.Mul(right, s)), op.Add(op.Mul(right, c), op.Mul(left, s)), axis=3)
+        turned, value = Projected(
+            features, key_weight, value_weight, cos, sin, new, kv_heads=kv_heads, head_dim=head_dim
+        )
         both = op.Concat(op.Unsqueeze(op.CastLike(turned, page_key), keep), op.Unsqueeze(value, keep), axis=0)
         halves = op.Transpose(both, perm=[0, 1, 3, 2, 4])
     else:
@@ -53,4 +74,4 @@ def ProjectPages(
     return op.ScatterND(page_key, where, keys), op.ScatterND(page_value, where, values), present
 
 
-FUNCTIONS = (ProjectPages,)
+FUNCTIONS = (NewPages, Projected, ProjectPages)

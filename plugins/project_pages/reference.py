@@ -7,6 +7,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plugins.cached_attention.reference import rotary
+from plugins.project_pages import LEAST, STEPS
+
+
+@torch.library.custom_op("flex::to_int8", mutates_args=())
+def to_int8(x: Tensor) -> Tensor:
+    """x, float32 within -127 .. 127, rounded to nearest even: int8. An op because ONNX has one for it, QuantizeLinear,
+    which every TensorRT knows; a cast to int8 is not among what TensorRT 10.3's parser lists."""
+    return x.round().to(torch.int8)
+
+
+@to_int8.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values [..., hd] -> int8 [..., hd] and the steps they are counted in [...] float32."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    step = torch.where(largest < LEAST, LEAST, largest) / STEPS  # NaN stays NaN
+    return to_int8(x / step), step[..., 0]
+
+
+def _new_pages(
+    features: Tensor, weights: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor,
+    projected: Tensor, pages: Tensor, page_count: Tensor, kv_heads: int, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The official projection of selected hi-res features, each page once (official: every page in every step).
+
+    Returns keys [n, Hkv, P, hd] float32 and values T of the n new pages, the row and the page of each, `projected`.
+    """
+    first = torch.arange(pages.shape[1], device=pages.device) < page_count[:, None]
+    wanted = torch.zeros_like(projected).scatter(1, pages, first.to(projected.dtype))
+    row, page = (wanted > projected).nonzero(as_tuple=True)
+    new = features[row, page]  # [n, P, hidden]
+
+    def heads(weight: Tensor) -> Tensor:
+        return F.linear(new, weight).unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+
+    key = rotary(heads(weights[0]), cos[row, page][:, None], sin[row, page][:, None])
+    return key, heads(weights[1]), row, page, torch.maximum(projected, wanted)
 
 
 @torch.library.custom_op("flex::project_pages", mutates_args=())
@@ -27,21 +68,45 @@ def project_pages(
     page_size: int,
     cells: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The official projection of selected hi-res features, each page once (official: every page in every step)."""
-    first = torch.arange(pages.shape[1], device=pages.device) < page_count[:, None]
-    wanted = torch.zeros_like(projected).scatter(1, pages, first.to(projected.dtype))
-    row, page = (wanted > projected).nonzero(as_tuple=True)
-    new = features[row, page]  # [n, P, hidden]
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
-
-    turn = cos[row, page][:, None], sin[row, page][:, None]
-    key = rotary(heads(F.linear(new, key_weight)), *turn).to(page_key.dtype)
+    """The store with the pages it lacks."""
+    key, value, row, page, present = _new_pages(
+        features, (key_weight, value_weight), cos, sin, projected, pages, page_count, kv_heads, head_dim
+    )
     present_key, present_value = page_key.clone(), page_value.clone()
-    present_key[row, :, page] = key
-    present_value[row, :, page] = heads(F.linear(new, value_weight))
-    return present_key, present_value, torch.maximum(projected, wanted)
+    present_key[row, :, page] = key.to(page_key.dtype)
+    present_value[row, :, page] = value
+    return present_key, present_value, present
+
+
+@torch.library.custom_op("flex::project_pages_int8", mutates_args=())
+def project_pages_int8(
+    features: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    page_key: Tensor,
+    page_value: Tensor,
+    projected: Tensor,
+    pages: Tensor,
+    page_count: Tensor,
+    page_key_scale: Tensor,
+    page_value_scale: Tensor,
+    hidden: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    cells: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The int8 store and its steps with the pages they lack."""
+    key, value, row, page, present = _new_pages(
+        features, (key_weight, value_weight), cos, sin, projected, pages, page_count, kv_heads, head_dim
+    )
+    stores = [store.clone() for store in (page_key, page_value, page_key_scale, page_value_scale)]
+    (key, key_step), (value, value_step) = quantise(key), quantise(value)
+    for store, new in zip(stores, (key, value, key_step, value_step), strict=True):
+        store[row, :, page] = new
+    return (*stores, present)
 
 
 @project_pages.register_fake
@@ -63,3 +128,27 @@ def _(
     cells: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(page_key), torch.empty_like(page_value), torch.empty_like(projected)
+
+
+@project_pages_int8.register_fake
+def _(
+    features: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    page_key: Tensor,
+    page_value: Tensor,
+    projected: Tensor,
+    pages: Tensor,
+    page_count: Tensor,
+    page_key_scale: Tensor,
+    page_value_scale: Tensor,
+    hidden: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    cells: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    changed = page_key, page_value, page_key_scale, page_value_scale, projected
+    return tuple(map(torch.empty_like, changed))

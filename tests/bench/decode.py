@@ -27,8 +27,10 @@ from rich.table import Table
 from engines.backend import Image
 from engines.bundle import Bundle
 from engines.geometry import Geometry
+from engines.manifest import BLOCK_SIZES
 from engines.ort import OrtModel
 from engines.pages import page_size
+from engines.plan import SCALE
 from export.build import BuildOptions, build
 from export.checkpoint import Checkpoint
 from export.config import read_config
@@ -36,7 +38,7 @@ from export.reference import Reference
 from tests.bench.cost import Cost, cost
 from tests.bench.official import OfficialDecoder
 from tests.bench.plain import PlainModel
-from tests.bench.random_checkpoint import write
+from tests.bench.random_checkpoint import DECODERS, write
 
 TEXT = 24  # prompt tokens around the image, half on each side
 AGREE = 1e-3  # largest logit difference allowed between ours and the official way
@@ -81,14 +83,19 @@ class Runner:
         self.times = kept
 
 
-def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int | None) -> tuple[Geometry, list[Row]]:
-    """Run every variant on a checkpoint and its float32 bundle; first asserts that equal pages give equal logits."""
+def measure(
+    model: Path, bundle: Path, int4: Path, *, rounds: int, steps: int, threads: int | None
+) -> tuple[Geometry, list[Row]]:
+    """Run every variant on a checkpoint and its bundles in float32 and int4.
+
+    First asserts that equal pages give equal logits where weights are equal.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     config = read_config(model)
     reference = Reference(config.geometry, Checkpoint.open(model, config.tower_folder))
     opened = Bundle(bundle, verify=False)
-    flex, plain, g = OrtModel(opened, threads=threads), PlainModel(opened, threads=threads), config.geometry
+    flex, g = OrtModel(opened, threads=threads), config.geometry
 
     rng = np.random.default_rng(0)
     tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
@@ -98,6 +105,8 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
     length, hires = prompt.shape[1], g.hires_side**2
     low, high = flex.vision(tiles[:1]), flex.vision(tiles[1:])
     image = Image(low, flex.project(high, begin), begin, np.zeros((1, 2), np.int64))
+    keep_decoder(flex)
+    plain = keep_decoder(PlainModel(opened, threads=threads))
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
     expected = Image(expected_low, reference.project(expected_high, begin), begin, image.margins)
 
@@ -115,7 +124,12 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
         *(official("official way (projects pages again in each step), PyTorch", budget) for budget in (some, every)),
         Runner("all hi-res tokens in the sequence", exhaustive, 0, prompt, prefill=False),
     ]
-    _assert_agreement(runners)
+    _assert_agreement(runners[:-1])  # the last one's keys are other keys
+    quantised = Bundle(int4, verify=False)
+    small = OrtModel(quantised, threads=threads)
+    seen = Image(small.vision(tiles[:1]), small.project(small.vision(tiles[1:]), begin), begin, image.margins)
+    keep_decoder(small)
+    runners.insert(4, Runner("ours, int4", small.decoder(seen, length + 1), some, prompt))
     tokens = rng.integers(3, g.vocab, rounds * steps)
     for runner in runners:
         runner.times.clear()
@@ -131,15 +145,22 @@ def measure(model: Path, bundle: Path, *, rounds: int, steps: int, threads: int 
         seconds = float(np.median(runner.times))
         keys = length + (hires if runner is runners[-1] else 0)
         again = runner.budget > 0 and isinstance(runner.decoder, OfficialDecoder)
-        price = cost(g, keys, runner.budget * page_size(g), itemsize=4, project_again=again)
+        packed = 0.5 + SCALE / quantised.manifest.block_size if runner is runners[4] else None
+        price = cost(g, keys, runner.budget * page_size(g), itemsize=4, layer_itemsize=packed, project_again=again)
         rows.append(Row(runner.name, runner.budget, 1000 * seconds, seconds / base, price))
     return g, rows
+
+
+def keep_decoder(model: OrtModel) -> OrtModel:
+    """Close the sessions that run once per image: several models of 7B's width do not fit into memory with them."""
+    model._sessions = {"decoder": model._sessions["decoder"]}
+    return model
 
 
 def _assert_agreement(runners: list[Runner]) -> None:
     for token in (5, 77):
         found: dict[int, np.ndarray] = {}
-        for runner in runners[:-1]:  # the last one's keys are other keys
+        for runner in runners:
             logits = runner.step(token)
             difference = np.abs(logits - found.setdefault(runner.budget, logits)).max()
             assert difference <= AGREE, f"{runner.name} with {runner.budget} pages differs by {difference}"
@@ -169,14 +190,16 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def prepared(model: Path | None, run: Callable[[Path, Path], None], shape: str = "mid") -> None:
-    """Call `run` with a checkpoint whose every page passes the threshold, and its float32 bundle."""
+def prepared(model: Path | None, run: Callable[[Path, Path, Path], None], shape: str = "mid") -> None:
+    """Call `run` with a checkpoint whose every page passes the threshold, and its bundles in float32 and int4."""
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             model = write(shape, Path(folder) / "checkpoint", torch.float32, threshold=-1, context=8192)
-        bundle = Path(folder) / "bundle"
-        build(BuildOptions(model, bundle, precision="fp32"), Console(stderr=True))
-        run(model, bundle)
+        console, g = Console(stderr=True), read_config(model).geometry
+        block = max(size for size in BLOCK_SIZES if g.hidden % size == g.intermediate % size == 0)
+        bundle = build(BuildOptions(model, Path(folder) / "fp32", precision="fp32", check="weights"), console)
+        int4 = BuildOptions(model, Path(folder) / "int4", precision="int4", block_size=block, check="weights")
+        run(model, bundle.path, build(int4, console).path)
 
 
 def main() -> None:
@@ -184,6 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, help="checkpoint with threshold -1 and room for all tokens; a random one when not given")
+    add(
+        "--shape", choices=DECODERS, default="mid", help="of the random one; 7b-slice takes 12 GB of disk, 17 of memory"
+    )
     add("--rounds", type=int, default=6, help="turns of each variant")
     add("--steps", type=int, default=8, help="steps in each turn")
     add("--threads", type=int, help="None = every core")
@@ -191,8 +217,8 @@ def main() -> None:
     add("--json", type=Path, help="also write the rows to this file")
     given = parser.parse_args()
 
-    def run(model: Path, bundle: Path) -> None:
-        g, rows = measure(model, bundle, rounds=given.rounds, steps=given.steps, threads=given.threads)
+    def run(model: Path, bundle: Path, int4: Path) -> None:
+        g, rows = measure(model, bundle, int4, rounds=given.rounds, steps=given.steps, threads=given.threads)
         threads = given.threads or torch.get_num_threads()
         caption = (
             f"hidden {g.hidden}, {g.layers} layers ({len(g.reading_layers)} read pages), {g.heads} heads, float32, "
@@ -212,7 +238,7 @@ def main() -> None:
         if given.json:
             given.json.write_text(json.dumps({"caption": caption, "rows": [asdict(row) for row in rows]}, indent=1))
 
-    prepared(given.model, run)
+    prepared(given.model, run, given.shape)
 
 
 if __name__ == "__main__":

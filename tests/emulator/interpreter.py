@@ -16,7 +16,7 @@ from tests.emulator.memory import Memory, aligned, aligned_copy
 from tests.emulator.triton_cpu import InterpretedFunction, TensorHandle, Watch, interpreter_builder, tl, watched
 
 # bfloat16 is held as its bits.
-NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int64": np.int64}
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8, "int64": np.int64}
 
 
 def run(launches: Sequence[Launch], memory: Memory | Iterable[np.ndarray]) -> None:

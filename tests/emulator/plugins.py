@@ -53,7 +53,7 @@ CLASSES = {
     "PluginFieldType": SimpleNamespace(INT32=0, INT8=1),
     "PluginFieldCollection": list,
     "TensorRTPhase": IntEnum("TensorRTPhase", {"BUILD": 0, "RUNTIME": 1}),
-    "DataType": IntEnum("DataType", {"FLOAT": 0, "HALF": 1, "INT64": 8, "BF16": 9}),
+    "DataType": IntEnum("DataType", {"FLOAT": 0, "HALF": 1, "INT8": 2, "INT64": 8, "BF16": 9}),
     "TensorFormat": SimpleNamespace(LINEAR=0),
 }
 

@@ -12,6 +12,7 @@ from engines.errors import ExportError
 from engines.manifest import TENSORRT_RTX
 from engines.trt_build import build_plans
 from engines.trt_options import PlanOptions
+from export.build import BuildOptions, build
 from tests.conftest import once
 from tests.engines.rtx_layers import ATTENTION, Layer, layers_of, log_of
 from tests.geometries import tiny
@@ -20,6 +21,7 @@ GEOMETRIES = {
     "heads of 16": tiny(heads=2, kv_heads=2, head_dim=16),
     "grouped heads": tiny(heads=2, kv_heads=1, head_dim=16),
 }
+INT8 = "int8 pages"  # heads of 16 with them
 
 
 @pytest.fixture
@@ -28,10 +30,13 @@ def built(shared, random_model):
 
     def get(name: str, precision: str) -> list[Layer]:
         label = f"tiny {name}".replace(" ", "-")
-        _, bundle = random_model(label, GEOMETRIES[name], precision)
 
         def make(folder):
-            shutil.copytree(bundle, folder)
+            if name == INT8:
+                checkpoint = random_model("tiny-heads-of-16", GEOMETRIES["heads of 16"], precision)[0]
+                build(BuildOptions(checkpoint, folder, precision, kv="int8", check="none"))
+            else:
+                shutil.copytree(random_model(label, GEOMETRIES[name], precision)[1], folder)
             options = PlanOptions(TENSORRT_RTX, plugins=False, keep_log=True, timing_cache=False)
             build_plans(folder, options, quiet=True)
 
@@ -41,10 +46,11 @@ def built(shared, random_model):
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("heads of 16", "fp16"), ("heads of 16", "bf16"), ("grouped heads", "fp16")]
+    ("name", "precision"),
+    [("heads of 16", "fp16"), ("heads of 16", "bf16"), ("grouped heads", "fp16"), (INT8, "fp16")],
 )
 def test_attention_is_one_kernel_and_caches_and_pages_stay_where_they_are(built, name, precision):
-    g, layers = GEOMETRIES[name], built(name, precision)
+    g, layers = GEOMETRIES.get(name, GEOMETRIES["heads of 16"]), built(name, precision)
     assert len([layer for layer in layers if layer.name.startswith(ATTENTION)]) == g.layers
 
     # Present and past are one buffer, written in place: no layer reads past_*, the writer of present_* reads that.

@@ -300,12 +300,15 @@ def test_no_driver_here(bundles):
 # With plugins: the decoder's custom ops through plugins/plugin.py, the driver's wrapper and the interpreted kernels.
 
 
-@pytest.fixture(scope="module", params=["eager", "lazy"])
+@pytest.fixture(scope="module", params=["eager", "lazy", "lazy-int8"])
 def plugin_bundle(request, random_model, shared):
-    """A bundle whose emulated decoder has plugins; its pages are projected at once, or when first selected."""
+    """A bundle whose emulated decoder has plugins; its pages are projected at once, or when first selected, and kept in
+    float32 or in 8 bits."""
     checkpoint, plain = random_model("engine", GEOMETRY, tokenizer=True)
-    if request.param == "lazy":
-        options = BuildOptions(checkpoint, shared / "engine-lazy", precision="fp32", projection="lazy")
+    projection, _, kv = request.param.partition("-")
+    if request.param != "eager":
+        out, kv = shared / f"engine-{request.param}", kv or "model"
+        options = BuildOptions(checkpoint, out, precision="fp32", projection=projection, kv=kv)
         plain = once(options.out, lambda _: build(options))
     folder = shared / f"engine-plugins-{request.param}"
     return once(folder, lambda folder: with_plans(plain, folder, "tensorrt-rtx", plugins=True))
@@ -325,8 +328,9 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
         assert left.token_ids == right.token_ids
         assert np.array_equal(left.trace.cells, right.trace.cells)
         assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
-    kernels = {"append", "prefill", "attend", "attend_pages", "combine", "select_pages"}
-    assert set(driver.launches) == kernels | ({"project_pages"} if ours.geometry.lazy_pages else set())
+    pages = "int8_pages" if ours.geometry.int8_pages else "pages"
+    kernels = {"append", "prefill", "attend", f"attend_{pages}", "combine", "select_pages"}
+    assert set(driver.launches) == kernels | ({f"project_{pages}"} if ours.geometry.lazy_pages else set())
     assert driver.counts["cuGraphInstantiate"] == 2  # one for the view, one without an image
 
 

@@ -58,7 +58,12 @@ def test_defaults_are_those_of_the_dataclass():
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["--model", "nowhere"], "nowhere"), (["--fp16", "--fp32"], "not allowed"), (["--int3"], "--int3")],
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--fp16", "--fp32"], "not allowed"),
+        (["--int3"], "--int3"),
+        (["--kv", "int4"], "--kv"),
+    ],
 )
 def test_errors_are_messages(arguments, text):
     result = command(*arguments)

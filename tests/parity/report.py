@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,34 @@ from engines.manifest import BITS, BLOCK_SIZES, PRECISIONS
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.default_model.evaluate import scenes_with_questions
+from export.default_model.questions import ask
+from export.default_model.scenes import make_scene
 from runtime import Engine
 from tests.parity.conftest import DATA, Case
 
+
+@dataclass(frozen=True)
+class Row:
+    """A build whose cost the report shows. block: of int8 and int4 alone; kv: of the hi-res pages."""
+
+    precision: str
+    block: int | None = None
+    calibrated: bool = False
+    kv: str = "model"
+
+    @property
+    def label(self) -> str:
+        """As the table calls it."""
+        label = self.precision if self.block is None else f"{self.precision}, blocks of {self.block}"
+        return label + ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
+
+
 BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
-ROWS = [(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS = [Row(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS[1:1] = [Row("fp32", kv="int8")]  # the pages alone; others differ from their row above by as little
+ROWS += [Row("int4", block, calibrated=True) for block in BLOCK_SIZES]
+CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
+CALIBRATION_STEPS = 12
 HEAD = (
     "precision",
     "logits before a flip",
@@ -39,6 +63,7 @@ HEAD = (
     "yes/no",
     "count",
     "answers of fp32",
+    "their logits",
 )
 KINDS = (("one", "two"), ("yes/no",), ("count",))  # of questions, in the columns "numbers", "yes/no", "count"
 
@@ -88,54 +113,101 @@ def replay(bundle: Path, cases: Sequence[Case]) -> Replay:
     return Replay(worst, float(np.max(always)), tuple(np.mean(layers, axis=0).tolist()), (equal, len(always)))
 
 
-def answers(bundle: Path, asked: list, name: str) -> list[tuple[str, bool, tuple[int, ...]]]:
-    """(kind of question, whether the answer is right, its tokens) of every question."""
+@dataclass(frozen=True)
+class Given:
+    """An answer of the default model."""
+
+    kind: str  # of the question
+    right: bool
+    tokens: tuple[int, ...]
+    logits: np.ndarray  # [tokens, vocab] float32
+
+
+def calibration_data(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Data to calibrate both models on, written below `folder`, none of which the report asks about.
+
+    The small official model has random weights and no tokenizer: random tokens about the pictures that its
+    preprocessing was recorded with. The default model: questions about scenes with digits of its training split.
+    """
+    small, default = folder / "small", folder / "default"
+    for path in (small, default):
+        path.mkdir()
+    rng, rows = np.random.default_rng(seed), []
+    for image in sorted((DATA / "preprocess").glob("*.png")):
+        shutil.copy(image, small)
+        tokens = rng.integers(3, 512, 24 + CALIBRATION_STEPS).tolist()
+        prompt = [1, *tokens[:12], -200, *tokens[12:24]]
+        rows.append({"image": image.name, "input_ids": prompt, "answer_ids": tokens[24:]})
+    (small / "data.json").write_text(json.dumps(rows))
+    rows = []
+    for index in range(CALIBRATION_SCENES):
+        rng = np.random.default_rng([seed + 1, index])
+        scene = make_scene(rng, "train")
+        scene.image.save(default / f"{index}.png")
+        for kind in ("one", "two", "yes/no", "count"):
+            if kind != "two" or len(scene.things) > 1:
+                question = ask(rng, scene.things, kind)
+                rows.append({"image": f"{index}.png", "question": question.text, "answer": question.answer})
+    (default / "data.json").write_text(json.dumps(rows))
+    return small, default
+
+
+def answers(bundle: Path, asked: list, name: str) -> list[Given]:
+    """The answer to every question."""
     engine, given = Engine(bundle), []
     for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
         with engine.image(scene.image) as view:
             for question in questions:
-                answer = view.ask(question.text, max_new_tokens=8)
-                given.append((question.kind, answer.text == question.answer, tuple(answer.token_ids)))
+                answer = view.ask(question.text, max_new_tokens=8, trace=True)
+                right = answer.text == question.answer
+                given.append(Given(question.kind, right, tuple(answer.token_ids), answer.trace.logits))
     return given
 
 
-def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tuple[str, int | None]]) -> list[str]:
+def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]) -> list[str]:
     """The lines of the report. `models`: the official small one, the default one; answers are compared with those of
     the first row. Where a block size does not divide a model's weights, the cells say "-" and the end says why.
     """
     cases, asked = official_cases(), scenes_with_questions(scenes, seed)
     lines = ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
     reasons: dict[str, None] = {}
-    first: list[tuple[int, ...]] = []
+    first: list[Given] = []
     with tempfile.TemporaryDirectory() as folder:
+        data = calibration_data(Path(folder), seed)
 
-        def built(index: int, precision: str, block: int | None) -> Path | None:
+        def built(index: int, row: Row) -> Path | None:
             try:
-                options = BuildOptions(models[index], Path(folder) / str(index), precision, block, check="none")
+                out, calibrate = Path(folder) / str(index), data[index] if row.calibrated else None
+                options = BuildOptions(
+                    models[index], out, row.precision, row.block, calibrate=calibrate, kv=row.kv, check="none"
+                )
                 return build(options).path
             except OptionError as error:
-                reasons[f"- {models[index].name}, {precision}: {error.found}"] = None
+                reasons[f"- {models[index].name}, {row.precision}: {error.found}"] = None
                 return None
 
-        for precision, block in rows:
-            label = precision if block is None else f"{precision}, blocks of {block}"
+        for row in rows:
             cells = ["-"] * (len(HEAD) - 1)
-            if bundle := built(0, precision, block):
+            if bundle := built(0, row):
                 measured = replay(bundle, cases)
                 shares = " ".join(f"{share:.3f}" for share in measured.overlap)
                 before = "no such step" if np.isnan(measured.before) else f"{measured.before:.2g}"
                 errors = before, f"{measured.always:.2g}"
                 cells[:4] = [*errors, shares, "{} of {}".format(*measured.tokens)]
-            if bundle := built(1, precision, block):
-                given = answers(bundle, asked, label)
-                first = first or [tokens for *_, tokens in given]
-                right = [[correct for kind, correct, _ in given if kind in kinds] for kinds in KINDS]
-                equal = sum(tokens == other for (*_, tokens), other in zip(given, first, strict=True))
-                cells[4:] = [*(f"{100 * np.mean(share):.1f}" for share in right), f"{equal} of {len(given)}"]
-            lines.append("| " + " | ".join([label, *cells]) + " |")
+            if bundle := built(1, row):
+                given = answers(bundle, asked, row.label)
+                first = first or given
+                right = [[answer.right for answer in given if answer.kind in kinds] for kinds in KINDS]
+                pairs = zip(given, first, strict=True)
+                equal = [(answer, other) for answer, other in pairs if answer.tokens == other.tokens]
+                errors = [np.abs(answer.logits - other.logits).mean() for answer, other in equal]
+                cells[4:8] = [*(f"{100 * np.mean(share):.1f}" for share in right), f"{len(equal)} of {len(given)}"]
+                cells[8] = f"{np.mean(errors):.3f}" if errors else "-"
+            lines.append("| " + " | ".join([row.label, *cells]) + " |")
     lines.append(
         f"\nLeft: the official small model, {len(cases)} runs, forced tokens; errors of logits are absolute. Right: "
-        f"the default model, {scenes} scenes of seed {seed}, percent of exact answers.\n"
+        f"the default model, {scenes} scenes of seed {seed}, percent of exact answers; where they equal the first "
+        "row's, the mean error of their logits.\n"
     )
     return [*lines, *reasons]
 

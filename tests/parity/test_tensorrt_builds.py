@@ -10,7 +10,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.manifest import PARTS, TENSORRT_RTX
 from engines.trt_options import PlanOptions
-from export.build import BuildOptions, build
+from export.build import KV, BuildOptions, build
 from tests.conftest import once
 from tests.engines.rtx_layers import ATTENTION, layers_of, log_of, plugins_of
 
@@ -20,31 +20,33 @@ SMS = (86, 89, 120)
 
 @pytest.fixture
 def engines(shared, checkpoint):
-    """engines(projection, plugins) -> bundle in float16; the builder's logs lie beside it."""
+    """engines(projection, plugins, kv="model") -> bundle in float16; the builder's logs lie beside it."""
 
-    def get(projection: str, plugins: bool):
+    def get(projection: str, plugins: bool, kv: str = "model"):
         knobs = PlanOptions(TENSORRT_RTX, plugins=plugins, targets=SMS, keep_log=True, timing_cache=False)
 
         def make(folder):
             model = checkpoint("plain")
-            build(BuildOptions(model, folder, backend=TENSORRT_RTX, projection=projection, check="none", plans=knobs))
+            how = {"projection": projection, "kv": kv, "check": "none"}
+            build(BuildOptions(model, folder, backend=TENSORRT_RTX, plans=knobs, **how))
 
-        return once(shared / f"official-{projection}-{'plugins' if plugins else 'free'}", make)
+        return once(shared / f"official-{projection}-{kv}-{'plugins' if plugins else 'free'}", make)
 
     return get
 
 
-@pytest.mark.parametrize("projection", ["eager", "lazy"])
-def test_every_op_is_a_plugin(engines, projection):
-    folder = engines(projection, plugins=True)
+@pytest.mark.parametrize(("projection", "kv"), [("eager", "model"), ("lazy", "model"), ("lazy", "int8")])
+def test_every_op_is_a_plugin(engines, projection, kv):
+    folder = engines(projection, plugins=True, kv=kv)
     manifest = Bundle(folder).manifest
     g = manifest.geometry
+    on_int8 = "_int8" if kv == "int8" else ""  # the tracer's name of the node; the plugin is the same
     expected = {
         "cached_attention": g.start_layer + 1,
-        "hierarchical_attention": len(g.reading_layers),
+        f"hierarchical_attention{on_int8}": len(g.reading_layers),
         "select_pages": len(g.selecting_layers),
     }
-    expected |= {"project_pages": len(g.reading_layers)} if projection == "lazy" else {}
+    expected |= {f"project_pages{on_int8}": len(g.reading_layers)} if projection == "lazy" else {}
     assert Counter(plugins_of(log_of(folder, "decoder"))) == expected
     for part in PARTS:
         plan = manifest.parts[part].plans[TENSORRT_RTX]
@@ -52,8 +54,9 @@ def test_every_op_is_a_plugin(engines, projection):
         assert not plugins_of(log_of(folder, part)) or part == "decoder"
 
 
-def test_without_plugins_attention_is_fused_by_tensorrt(engines):
-    folder = engines("eager", plugins=False)
+@pytest.mark.parametrize("kv", KV)
+def test_without_plugins_attention_is_fused_by_tensorrt(engines, kv):
+    folder = engines("eager", plugins=False, kv=kv)
     g, log = Bundle(folder).manifest.geometry, log_of(folder, "decoder")
     assert not plugins_of(log)
     kernels = Counter(re.sub(r"_0x\w+$|_myl\d+_\d+$", "", layer.name) for layer in layers_of(log))

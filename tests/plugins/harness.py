@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.int64: TensorProto.INT64}
+TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+TYPES |= {np.int8: TensorProto.INT8, np.int64: TensorProto.INT64}
 
 
 def run_body(functions, inputs: list[np.ndarray], outputs: list[type], **attributes: int) -> list[np.ndarray]:

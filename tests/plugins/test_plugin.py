@@ -17,8 +17,15 @@ from tests.geometries import tiny
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
 trt = tensorrt.load(TENSORRT_RTX)
 SIZES = attributes(tiny())
-KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int64": "INT64"}
 SMS = (86, 89)
+INT8_SIZES = attributes(tiny(int8_pages=True))
+OPS_OF_MODELS = [*ops_of_model(SIZES), *(op for op in ops_of_model(INT8_SIZES) if op.attributes.get("int8_pages"))]
+_KEPT: list[dict[str, np.ndarray]] = []  # a field is but a pointer
+
+
+def id_of(op) -> str:
+    return f"{op.name}-int8" if op.attributes.get("int8_pages") else op.name
 
 
 def artifacts(dtype: str) -> Artifacts:
@@ -27,7 +34,7 @@ def artifacts(dtype: str) -> Artifacts:
     return Artifacts(
         tuple(
             Compiled(kernel, kernel.name, 0, 128, b"text", code, dict.fromkeys(code, 32))
-            for kernel in kernels_of_model(SIZES, dtype)
+            for kernel in dict.fromkeys(kernels_of_model(SIZES, dtype) + kernels_of_model(INT8_SIZES, dtype))
         ),
         {},
     )
@@ -41,8 +48,9 @@ def clean():
 
 def attribute_fields(op, kind=np.int64):
     type_ = {np.int64: trt.PluginFieldType.INT64, np.int32: trt.PluginFieldType.INT32}[kind]
-    fields = [trt.PluginField(name, np.array([value], kind), type_) for name, value in op.attributes.items()]
-    return trt.PluginFieldCollection(fields)
+    data = {name: np.array([value], kind) for name, value in op.attributes.items()}
+    _KEPT.append(data)
+    return trt.PluginFieldCollection([trt.PluginField(name, array, type_) for name, array in data.items()])
 
 
 def creator(name: str):
@@ -96,7 +104,7 @@ def call(made, op, dtype: str, buffers=None):
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32])
 @pytest.mark.parametrize("dtype", plugin.DTYPES)
-@pytest.mark.parametrize("op", ops_of_model(SIZES), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS_OF_MODELS, ids=id_of)
 def test_a_plan_restores_and_launches(op, dtype, kind):
     plugin.register(trt, artifacts=artifacts(dtype), sms=SMS)
     stored = configured(op, dtype, kind)
@@ -114,7 +122,7 @@ def test_a_plan_restores_and_launches(op, dtype, kind):
     assert [bytes(field.data) for field in again] == [bytes(field.data) for field in fields]
 
 
-@pytest.mark.parametrize("op", [op for op in ops_of_model(SIZES) if op.in_place], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS_OF_MODELS if op.in_place], ids=id_of)
 def test_caches_in_two_buffers_are_refused(op):
     plugin.register(trt, artifacts=artifacts("float16"), sms=SMS)
     made = restored(op, "float16")
@@ -166,7 +174,7 @@ def test_missing_kernels_or_attributes():
         creator(op.name).create_plugin("node", trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD)
 
 
-@pytest.mark.parametrize("op", ops_of_model(SIZES), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS_OF_MODELS, ids=id_of)
 def test_formats(op):
     made = configured(op, "float16")
     count = len(op.inputs)

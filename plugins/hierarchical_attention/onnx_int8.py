@@ -1,0 +1,74 @@
+"""flex::HierarchicalAttention of int8 pages as an ONNX function for ONNX Runtime: gathers the selected ones, in 8 bits.
+
+Inputs and outputs: see the package docstring. `0` in a Reshape keeps the dimension. All listed pages are gathered,
+however many: to read the whole store in place would mean to convert it, and what is gathered is a quarter of float32.
+The cast is what ONNX Runtime is quick at; its blocked DequantizeLinear takes eight times as long, and MatMulInteger
+would need a query in 8 bits and gains nothing (measured on the CPU).
+"""
+
+from __future__ import annotations
+
+from onnxscript import script
+
+from plugins.cached_attention import MASKED
+from plugins.cached_attention.onnx_body import ImageMap, JoinHeads, LowAttention, Scores, TurnAndStore, flex, op
+from plugins.hierarchical_attention.onnx_body import PageList
+
+
+@script(flex, default_opset=op)
+def Int8PageAttention(rows, low_scores, value, page_key, page_value, key_scale, value_scale, used):
+    """PageAttention of plugins/hierarchical_attention/onnx_body.py for int8 page_key, page_value [B, Hkv, n, hd] and
+    their steps [B, Hkv, 1, n] float32."""
+    three = op.Constant(value_ints=[3])
+    capacity = op.Shape(value, start=2, end=3)
+    # In float32 whatever the model's dtype: products of int8 keys are larger than scores, float16 might not hold them.
+    keys = op.Transpose(op.Cast(page_key, to=1), perm=[0, 1, 3, 2])
+    products = op.Mul(op.MatMul(op.Cast(rows, to=1), keys), key_scale)
+    scores = op.Concat(low_scores, op.Where(used, products, op.Constant(value_float=MASKED)), axis=3)
+    weights = op.Softmax(scores, axis=-1)
+    low = op.MatMul(op.CastLike(op.Slice(weights, op.Constant(value_ints=[0]), capacity, three), rows), value)
+    end = op.Constant(value_ints=[9223372036854775807])
+    shared = op.Mul(op.Slice(weights, capacity, end, three), value_scale)
+    return op.Add(low, op.CastLike(op.MatMul(shared, op.Cast(page_value, to=1)), rows))
+
+
+@script(flex, default_opset=op)
+def HierarchicalAttention(
+    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+    page_key, page_value, page_lengths, pages, page_count, page_key_scale, page_value_scale,
+    heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
+):  # fmt: skip
+    rows, at, present_key, present_value, scores, weights, map = LowAttention(
+        query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
+    )  # fmt: skip
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
+    to_steps = op.Concat(keep, key_heads, one, rest, axis=0)
+    last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
+    # The branches assign one value: onnxscript puts several in no certain order.
+    if op.Equal(most, op.Constant(value_int=0)):
+        context = op.MatMul(op.CastLike(weights, query), present_value)
+    else:
+        some = op.Slice(listed, keep, most, one)
+        used = op.Reshape(op.Gather(inside, some), op.Constant(value_ints=[0, 1, 1, -1]))
+        around = op.Constant(value_ints=[1, 3])
+        index = op.Expand(op.Unsqueeze(some, around), op.Concat(one, key_heads, one, one, axis=0))
+        context = Int8PageAttention(
+            rows, scores, present_value,
+            op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens),
+            op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens),
+            op.Reshape(op.GatherND(page_key_scale, index, batch_dims=2), to_steps),
+            op.Reshape(op.GatherND(page_value_scale, index, batch_dims=2), to_steps),
+            op.And(used, last),
+        )  # fmt: skip
+    return JoinHeads(context, heads=heads), present_key, present_value, map
+
+
+FUNCTIONS = (
+    TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, Int8PageAttention, HierarchicalAttention,
+)  # fmt: skip
