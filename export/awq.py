@@ -30,6 +30,7 @@ class Search:
 
     rows: int = 512  # activations kept of each linear layer's input, over all examples
     alphas: int = 20  # exponents between 0 (rounding to nearest) and 1
+    outputs: int = 1024  # of a weight, computed for every exponent; whether the best one is one is told from all
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,28 @@ def best_scales(
 ) -> Found:
     """The scales [K] under which rounding `weights` (each [N, K], float32) changes their outputs for `inputs` [m, K]
     least. `magnitude` [K]: mean |x| of the channels; of `inputs` when not given."""
-    outputs = [float((inputs @ weight.t()).square().sum()) or 1.0 for weight in weights]
     magnitude = inputs.abs().mean(0) if magnitude is None else magnitude
     magnitude = magnitude.clamp(min=float(magnitude.mean()) * QUIET)
-
-    def error(scales: Tensor) -> float:
-        return sum(
-            float(sum(output_errors(w, inputs, scales, scheme).sum() for w in _pieces(weight))) / total
-            for weight, total in zip(weights, outputs, strict=True)
-        ) / len(weights)
-
-    best = torch.ones(inputs.shape[1])
-    before = after = error(best)
+    few = [weight[torch.linspace(0, len(weight) - 1, min(search.outputs, len(weight))).long()] for weight in weights]
+    none = torch.ones(inputs.shape[1])
+    best, least = none, _error(few, inputs, none, scheme)
     for step in range(1, search.alphas + 1 if float(magnitude.max()) > 0 else 1):
         exponents = magnitude.log2() * (step / search.alphas)
         scales = torch.exp2(exponents - (exponents.max() + exponents.min()) / 2)  # around 1
-        if (found := error(scales)) < after:
-            best, after = scales, found
-    return Found(best, before, after)
+        if (found := _error(few, inputs, scales, scheme)) < least:
+            best, least = scales, found
+    before = _error(weights, inputs, none, scheme)
+    after = before if best is none else _error(weights, inputs, best, scheme)
+    return Found(best, before, after) if after < before else Found(none, before, before)
+
+
+def _error(weights: Sequence[Tensor], inputs: Tensor, scales: Tensor, scheme: Scheme) -> float:
+    """Mean over `weights` of their outputs' squared error, as a share of the outputs squared."""
+    shares = []
+    for weight in weights:
+        lost = sum(float(output_errors(piece, inputs, scales, scheme).sum()) for piece in _pieces(weight))
+        shares.append(lost / (sum(float((inputs @ piece.t()).square().sum()) for piece in _pieces(weight)) or 1.0))
+    return sum(shares) / len(shares)
 
 
 def output_errors(

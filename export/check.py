@@ -18,7 +18,7 @@ from engines.ort import Decoder, OrtModel
 from export.checkpoint import Checkpoint
 from export.folding import checkpoint_of
 from export.reference import Reference, ReferenceDecoder, Weights
-from export.stored import HALF_A_STEP, Stored, largest_rounding
+from export.stored import HALF_A_STEP, Stored, largest_rounding, require_others
 from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
 from plugins.project_pages.reference import quantise
 
@@ -55,12 +55,12 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
     The weights of the reference are the checkpoint's, its pages float32. int8 and int4 bundles are compared in two
-    steps: what they store with the checkpoint, to half a quantisation step, and what they compute with a reference that
-    has what they store; what the rounding of weights costs in answers is another question (python -m
-    tests.parity.report). Of calibrated bundles, a third step before these: that the checkpoint with their scales folded
-    in is still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond
-    the limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its
-    own, so rounded).
+    steps: what they store with the checkpoint, to half a quantisation step or byte for byte, and what they compute with
+    a reference that has what they store; what the rounding of weights costs in answers is another question (python -m
+    tests.parity.report). Of calibrated bundles, a step between: that the checkpoint with their scales folded in is
+    still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond the
+    limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its own,
+    so rounded).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     manifest = bundle.manifest
@@ -69,6 +69,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     if manifest.precision in BITS:
         weights = stored = Stored(bundle)
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
+        require_others(stored, checkpoint)
     for stage in _all_stages(bundle, checkpoint, weights, threads):
         stages.append(stage)
         if not stage.passed:

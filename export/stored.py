@@ -110,12 +110,17 @@ def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
     Returns the number of tensors compared; raises ParityError at the first difference.
     """
     stored = Stored(bundle)
-    source = stored.source(checkpoint)
     largest_rounding(stored, checkpoint)
+    require_others(stored, checkpoint)
+    return len(stored.names)
+
+
+def require_others(stored: Stored, checkpoint: Checkpoint) -> None:
+    """ParityError unless every tensor that is not quantised is the checkpoint's, byte for byte after conversion."""
+    source = stored.source(checkpoint)
     for name in stored.names:
         if name not in stored.quantised:
             with stored.opened(name) as file:
                 for chunk in converted(source, name, stored.dtype):
                     if file.read(len(chunk)) != chunk:
                         raise ParityError(f"{name} in {stored.file(name)} is not the checkpoint's")
-    return len(stored.names)
