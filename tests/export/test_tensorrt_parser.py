@@ -24,7 +24,8 @@ NUMBERS = FLOATS | {"INT32", "INT64"}
 ANY = NUMBERS | {"BOOL"}
 SUPPORTED = {
     "Abs": FLOATS, "Add": NUMBERS, "And": frozenset({"BOOL"}), "ArgMax": NUMBERS, "Cast": ANY | {"UINT8"},
-    "Clip": FLOATS, "Concat": ANY, "Constant": ANY, "ConstantOfShape": ANY, "Conv": FLOATS, "Cos": FLOATS, "Div": NUMBERS,
+    "Clip": FLOATS, "Concat": ANY, "Constant": ANY, "ConstantOfShape": ANY, "Conv": FLOATS, "Cos": FLOATS,
+    "Div": NUMBERS,
     "Equal": NUMBERS, "Erf": FLOATS, "Expand": ANY, "Flatten": ANY, "Gather": ANY, "GatherElements": ANY,
     "GatherND": ANY, "Gelu": FLOATS, "Gemm": FLOATS, "Greater": NUMBERS, "GreaterOrEqual": NUMBERS, "Identity": ANY,
     "LayerNormalization": FLOATS, "Less": NUMBERS, "LessOrEqual": NUMBERS, "MatMul": FLOATS, "Max": NUMBERS,
