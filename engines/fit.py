@@ -167,6 +167,7 @@ def changes(old: Configuration, new: Configuration) -> str:
     """The command-line options that make `new` of `old`."""
     options = [f"--context {new.geometry.context}"] if new.geometry.context != old.geometry.context else []
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
+    options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
     return " ".join(options)
 
@@ -185,23 +186,25 @@ def _assess(c: Configuration, room: Room) -> Assessment:
 
 def _nearest(found: Assessment) -> Assessment | None:
     """What fits with the fewest knobs changed; of equally many, first those that change a smaller context, then the
-    batch, then the precision, int8 before int4. Each knob is changed as little as fits.
+    batch, then int8 pages, then the precision, int8 before int4. Each knob is changed as little as fits.
 
     The page budget and lazy projection are not among them: they save reading and computing, not memory.
     """
     c, room = found.configuration, found.room
     smaller = () if c.fixed else SMALLER.get(c.precision, ())
     steps = [p for p in smaller if room.precisions is None or p in room.precisions]
-    ways = product((False, True), (False, True), (c.precision, *steps))
+    precisions, kept = (c.precision, *steps), c.geometry.int8_pages
+    ways = product((False, True), (False, True), (False,) if kept else (False, True), precisions)
     order = sorted(
-        (way for way in ways if way != (False, False, c.precision)),
-        key=lambda way: (way[0] + way[1] + (way[2] != c.precision), (c.precision, *steps).index(way[2]), not way[0]),
+        (way for way in ways if way != (False, False, False, c.precision)),
+        key=lambda way: (sum(way[:3]) + (way[3] != c.precision), precisions.index(way[3]), way[2], not way[0]),
     )
     goals = [lambda a: a.fits] if found.runs else [lambda a: a.fits, lambda a: a.runs]
     for wanted in goals:  # with the builder if that is possible
-        for context, batch, precision in order:
+        for context, batch, int8_pages, precision in order:
+            geometry = replace(c.geometry, int8_pages=kept or int8_pages)
             for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
-                other = replace(c, precision=precision, batch=rows)
+                other = replace(c, precision=precision, batch=rows, geometry=geometry)
                 smaller = _largest_context(other, room, wanted) if context else other
                 if smaller is not None and wanted(fitting := _assess(smaller, room)):
                     return fitting

@@ -207,7 +207,8 @@ def _activations(c: Configuration) -> dict[str, int]:
     item = 4 if ort else c.item  # its CPU computes float16 in float32
     tiles, tokens, hires = rows * g.zoom**2, g.image_tokens + 1, rows * g.hires_side**2
     vision = tiles * tokens * (4 * v.hidden + 2 * v.intermediate) * item
-    pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 12) + g.head_dim * 8)
+    floats = 4 if g.int8_pages else 3  # of each key or value, in float32: int8 ones are rounded from them
+    pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)
     if g.lazy_pages:
         pages = hires * g.head_dim * 32
     decoder = rows * g.context * 3 * (g.intermediate + g.hidden) * item

@@ -75,7 +75,8 @@ def test_another_sm_does_not_build_for_this_one():
         (12_300_000_000, {}, "--int4"),  # before two knobs, which would be --context 1088 --int8;
         (8_900_000_000, {}, "--context 1792 --int4"),  # and at last all that is needed
         (8_900_000_000, {"batch": 3}, "--context 1792 --batch 1 --int4"),
-        (8_000_000_000, {}, None),
+        (8_000_000_000, {}, "--context 1728 --kv int8 --int4"),
+        (7_400_000_000, {}, None),
     ],
 )
 def test_the_nearest_configuration(room, knobs, proposed):

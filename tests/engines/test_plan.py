@@ -98,6 +98,19 @@ def test_cache_and_pages_of_7b_by_hand():
     assert store_bytes(grouped) * 4 == store_bytes(c)
 
 
+def test_int8_pages_of_7b_by_hand():
+    c = Configuration(official(int8_pages=True))
+    token = 2 * 32 * (128 + 4)  # key and value: a byte for each value, a float32 scale for each head
+    assert store_bytes(c) == 23 * 5184 * token
+    assert store_bytes(replace(c, backend=ONNXRUNTIME, precision="int4")) == store_bytes(c)
+    assert cache_bytes(c) == cache_bytes(Configuration(official()))
+    saved = step_bytes(Configuration(official()), 2048, 81) - step_bytes(c, 2048, 81)
+    assert saved == 23 * 5184 * (2 * 32 * 128 * 2 - token)
+    assert step_bytes(Configuration(official()), 2048, 0) == step_bytes(c, 2048, 0)
+    named = {need.name: need for need in needs(c, integrated=True)}
+    assert named["hi-res pages"].bytes == store_bytes(c) and "int8" in named["hi-res pages"].how
+
+
 def test_neither_page_budget_nor_lazy_projection_saves_memory():
     c = Configuration(official())
     few, lazy = replace(c, page_budget=1), replace(c, geometry=official(lazy_pages=True))
@@ -123,6 +136,7 @@ SLICE = official(layers=4, start_layer=1)
         ({"context": 1024}, 1, 127_623_168, 345_047_040, 123_530_752),
         ({}, 2, 255_246_336, 690_094_080, 404_790_784),
         ({"lazy_pages": True}, 1, 127_623_168, 19_922_944, 216_339_968),
+        ({"int8_pages": True}, 1, 127_623_168, 429_981_696, 216_337_920),  # vision and decoder: as without
     ],
 )
 def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages, decoder):

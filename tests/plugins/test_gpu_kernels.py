@@ -19,7 +19,7 @@ from plugins.registry import ops_of_model
 from plugins.select_pages.reference import select_pages
 from tests.bench import kernels as estimates
 from tests.gpu import require_gpu
-from tests.plugins import test_kernels, test_project_pages
+from tests.plugins import test_int8_pages, test_kernels, test_project_pages
 from tests.plugins.launcher import Launcher
 from tests.shapes import input_shapes, sizes
 
@@ -46,6 +46,7 @@ def bounds(monkeypatch):
     for dtype, bound in BOUND.items():
         monkeypatch.setitem(test_kernels.BOUND, dtype, bound)
         monkeypatch.setitem(test_project_pages.BOUND, dtype, bound)
+        monkeypatch.setitem(test_int8_pages.BOUND, dtype, bound)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -64,6 +65,15 @@ def test_projection(case, dtype, launcher):
         return launcher(op, dtype, arrays)
 
     test_project_pages.test_equals_the_reference(case, by_driver, dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_int8_pages(dtype, launcher, monkeypatch):
+    monkeypatch.setattr(test_int8_pages, "call", launcher)
+    for case in test_int8_pages.ATTENTION_CASES:
+        test_int8_pages.test_attention_by_kernel(case, dtype)
+    for case in test_project_pages.CASES:
+        test_int8_pages.test_projection(case, test_int8_pages.project_by_kernel, dtype)
 
 
 @pytest.mark.parametrize("grid", [9, 24])

@@ -13,6 +13,7 @@ from tests.geometries import tiny
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")
+ONNX_FACES = ("onnx_body.py", "onnx_int8.py", "onnx_static.py", "onnx_static_int8.py")
 COMPILERS = {"kernel.py", "compile.py", "ptx.py"}  # of plugins: not for running
 # Of engines, what no runtime imports, and the packages it takes beyond those: the extras of pyproject.toml.
 BUILDERS = {
