@@ -68,7 +68,7 @@ def test_projection(case, dtype, launcher):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_int8_pages(dtype, launcher, monkeypatch):
+def test_pages_in_8_bits(dtype, launcher, monkeypatch):
     monkeypatch.setattr(test_int8_pages, "call", launcher)
     for case in test_int8_pages.ATTENTION_CASES:
         test_int8_pages.test_attention_by_kernel(case, dtype)
