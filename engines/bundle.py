@@ -18,8 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from engines.errors import BundleError, ExportError
 from engines.manifest import (
     BACKENDS,
-    BITS,
-    BLOCK_SIZES,
+    BLOCKS,
     FORMAT,
     ONNXRUNTIME,
     PARTS,
@@ -117,7 +116,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
         return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
-    sizes = BLOCK_SIZES if manifest.precision in BITS else (None,)
+    sizes = BLOCKS.get(manifest.precision, (None,))
     if manifest.block_size not in sizes:
         return f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
     if manifest.backend not in BACKENDS:

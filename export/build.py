@@ -26,12 +26,13 @@ from rich.table import Table
 from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
-from engines.fit import assess, require_boards
+from engines.fit import assess, require_boards, require_sms
 from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
     BITS,
-    BLOCK_SIZES,
+    BLOCKS,
+    COLUMN,
     FORMAT,
     ONNXRUNTIME,
     PARTS,
@@ -42,11 +43,13 @@ from engines.manifest import (
     Manifest,
     Part,
     Prompt,
+    block_name,
     graph_io,
     kinds,
 )
 from engines.memory import available_bytes, peak_rss
-from engines.plan import BLOCK, Configuration, cache_bytes, size, store_bytes, weight_bytes
+from engines.plan import Configuration, cache_bytes, default_block, size, store_bytes, weight_bytes
+from engines.targets import LEAST_SM
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import (
     PlanOptions,
@@ -90,8 +93,8 @@ class BuildOptions:
     model: Path = Path("checkpoints/default")
     out: Path | None = None  # None: build/<model>-<precision>
     precision: str = "fp16"
-    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK
-    quantize_head: bool = False  # int8 and int4 alone: lm_head, too
+    block_size: int | None = None  # int8, int4, fp8 alone: weights that share a scale, or COLUMN; None: default_block
+    quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
@@ -113,10 +116,14 @@ class BuildOptions:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
         quantises = self.precision in BITS
-        if self.block_size not in ((None, *BLOCK_SIZES) if quantises else (None,)):
+        sizes = BLOCKS.get(self.precision, ())
+        if isinstance(self.block_size, bool) or self.block_size not in (None, *sizes):
+            known = {
+                name: ", ".join(map(block_name, of)) for name, of in BLOCKS.items() if name in (self.precision, *BITS)
+            }
             raise OptionError(
                 f"block_size {self.block_size!r} with {self.precision}",
-                expected=f"one of {', '.join(map(str, BLOCK_SIZES))} with {' or '.join(BITS)}",
+                expected="; ".join(f"{name}: {text}" for name, text in known.items()),
                 fix=None if quantises else "add --int4 or --int8, or leave out --block-size",
             )
         if self.quantize_head and not quantises:
@@ -136,7 +143,8 @@ class BuildOptions:
     @property
     def scheme(self) -> Scheme | None:
         """How weights are quantised, if they are."""
-        return scheme_of(self.precision, self.block_size or BLOCK, self.quantize_head)
+        block = default_block(self.precision) if self.block_size is None else self.block_size
+        return scheme_of(self.precision, block, self.quantize_head)
 
     @property
     def engines(self) -> PlanOptions | None:
@@ -173,7 +181,9 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
     engines = options.engines
-    for warning in require_boards(_configuration(options, g), engines.boards if engines else ()):
+    asked = _configuration(options, g)
+    warnings = require_boards(asked, engines.boards) + require_sms(asked, engines.sms) if engines else ()
+    for warning in warnings:
         console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     checkpoint = Checkpoint.open(options.model, config.tower_folder)
     checkpoint.require(expected_tensors(g))
@@ -385,11 +395,15 @@ def _print_plan(
     if options.scheme:
         what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
         what += "" if g.lazy_pages else ", and the pages' projections"
+        block = options.scheme.block
+        layout = "one scale for a column" if block == COLUMN else f"in blocks of {block}"
         console.print(
-            f"{options.precision}: in blocks of {options.scheme.block}: {what}; the rest is stored in float16. "
+            f"{options.precision}: {layout}: {what}; the rest is stored in float16. "
             "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
             soft_wrap=True,
         )
+        if options.precision == "fp8":
+            console.print("fp8: ONNX Runtime runs it, slowly: it unpacks the weights in every step; it is for TensorRT")
         if g.lazy_pages:
             console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
     if options.precision == "bf16":
@@ -402,7 +416,7 @@ def _configuration(options: BuildOptions, g: Geometry) -> Configuration:
     return Configuration(
         g,
         options.precision,
-        block=options.scheme.block if options.scheme else BLOCK,
+        block=options.scheme.block if options.scheme else None,
         head=options.quantize_head,
         batch=engines.batch if engines else 1,
         page_budget=options.page_budget,
@@ -437,16 +451,21 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         weights = f"{name} weights of the decoder's linear layers, {PRECISIONS[name]} others"
         text = weights if name in BITS else f"{PRECISIONS[name]} weights"
         text += " and activations" + (" (the default)" if name == default.precision else "")
+        text += f"; TensorRT engines for SM {LEAST_SM[name] / 10} and newer" if name in LEAST_SM else ""
         group.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text, default=default.precision
         )
     add(
         "--block-size",
-        type=int,
-        help=f"with --int8 and --int4: weights that share a scale, {', '.join(map(str, BLOCK_SIZES))}; "
-        f"{BLOCK} when not given",
+        type=_block_size,
+        metavar="SIZE",
+        help="weights that share a scale: "
+        + "; ".join(
+            f"--{name}: {', '.join(map(block_name, sizes))} ({block_name(default_block(name))} when not given)"
+            for name, sizes in BLOCKS.items()
+        ),
     )
-    add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
+    add("--quantize-head", action="store_true", help=f"with --{', --'.join(BITS)}: lm_head, too")
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
     add(
@@ -478,6 +497,10 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
     plans = options_of(given, backend)
     options = BuildOptions(**given, plans=plans)
     return Planning(options, batch) if planning else options
+
+
+def _block_size(text: str) -> int:
+    return COLUMN if text == block_name(COLUMN) else int(text)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from engines.bundle import Bundle
 from engines.errors import ParityError
 from engines.manifest import PRECISIONS, TRACED
 from export.checkpoint import Checkpoint
-from export.quantize import INTEGERS, SCALE_SUFFIX, dequantise, largest_errors, scheme_of
+from export.quantize import CODES, SCALE_SUFFIX, dequantise, largest_errors, scheme_of
 from export.weights import converted
 
 HALF_A_STEP = 0.5001  # the division by the scale rounds, too
@@ -33,7 +33,7 @@ class Stored:
             for value in ir.load(bundle.graph(part, TRACED)).graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     self._tensors[value.name] = description.weights, value.const_value
-        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in INTEGERS.values()]
+        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in CODES]
         self.names = [name for name in self._tensors if name.removesuffix(SCALE_SUFFIX) not in self.quantised]
         self.names += self.quantised
 
@@ -53,15 +53,15 @@ class Stored:
         with self.opened(name) as file:
             return file.read(self._tensors[name][1].length)
 
-    def integers(self, name: str) -> tuple[bytes, bytes]:
-        """A quantised weight: integers [K, N] as packed in the file, and its scales [K / block, N]."""
+    def codes(self, name: str) -> tuple[bytes, bytes]:
+        """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
         return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
 
     def tensor(self, name: str) -> Tensor:
-        """A weight as the graphs see it, in the checkpoint's layout; integers times their scales in float32."""
+        """A weight as the graphs see it, in the checkpoint's layout; codes times their scales in float32."""
         _, tensor = self._tensors[name]
         if name in self.quantised and self.scheme:
-            return dequantise(*self.integers(name), self.scheme, tuple(tensor.shape.numpy()))
+            return dequantise(*self.codes(name), self.scheme, tuple(tensor.shape.numpy()))
         return torch.frombuffer(bytearray(self.bytes(name)), dtype=self.dtype).reshape(tensor.shape.numpy())
 
 
@@ -72,8 +72,8 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
     """
     worst = 0.0
     if stored.scheme:
-        integers = ((name, *stored.integers(name)) for name in stored.quantised)
-        for name, error in largest_errors(checkpoint, integers, stored.scheme):
+        codes = ((name, *stored.codes(name)) for name in stored.quantised)
+        for name, error in largest_errors(checkpoint, codes, stored.scheme):
             if not error <= HALF_A_STEP:
                 raise ParityError(
                     f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from engines.manifest import BITS, BLOCK_SIZES, PRECISIONS
+from engines.manifest import BLOCKS, COLUMN, PRECISIONS
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.default_model.evaluate import scenes_with_questions
@@ -28,7 +28,7 @@ from runtime import Engine
 from tests.parity.conftest import DATA, Case
 
 BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
-ROWS = [(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS = [(name, block) for name in BY_PRECISION for block in BLOCKS.get(name, (None,))]
 HEAD = (
     "precision",
     "logits before a flip",
@@ -118,7 +118,8 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[tupl
                 return None
 
         for precision, block in rows:
-            label = precision if block is None else f"{precision}, blocks of {block}"
+            layout = "columns" if block == COLUMN else f"blocks of {block}"
+            label = precision if block is None else f"{precision}, {layout}"
             cells = ["-"] * (len(HEAD) - 1)
             if bundle := built(0, precision, block):
                 measured = replay(bundle, cases)
