@@ -18,8 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from engines.errors import BundleError, ExportError
 from engines.manifest import (
     BACKENDS,
-    BITS,
-    BLOCK_SIZES,
+    BLOCKS,
     FORMAT,
     ONNXRUNTIME,
     PARTS,
@@ -117,7 +116,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
         return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
-    sizes = BLOCK_SIZES if manifest.precision in BITS else (None,)
+    sizes = BLOCKS.get(manifest.precision, (None,))
     if manifest.block_size not in sizes:
         return f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
     if manifest.backend not in BACKENDS:
@@ -128,7 +127,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
     if not is_template(manifest.prompt.template):
         return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
-    if manifest.scales and manifest.precision not in BITS:
+    if manifest.scales and manifest.precision not in BLOCKS:
         return f"scales with {manifest.precision}, which has no quantised weights"
     named = [file for file in (manifest.prompt.tokenizer, manifest.kernels, manifest.scales) if file]
     for name, part in manifest.parts.items():

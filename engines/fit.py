@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
 from engines.errors import BackendError, OptionError
 from engines.machine import look_at
-from engines.manifest import ONNXRUNTIME, TENSORRT
+from engines.manifest import BLOCKS, COLUMN, ONNXRUNTIME, TENSORRT
 from engines.memory import available_bytes
-from engines.plan import Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
-from engines.targets import TARGETS, Target, target
+from engines.plan import Configuration, Need, builder_bytes, default_block, needs, size, speed, weight_bytes
+from engines.targets import LEAST_SM, TARGETS, Target, target
 
 if TYPE_CHECKING:
     from engines.cuda import Cuda
@@ -22,7 +22,8 @@ SYSTEM_RESERVE = 1_500_000_000  # of a board that shares its memory: carve-outs,
 DISPLAY_RESERVE = 500_000_000  # of a card's own memory
 
 ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
-SMALLER = {"fp32": ("fp16", "int8", "int4"), "fp16": ("int8", "int4"), "bf16": ("int8", "int4"), "int8": ("int4",)}
+_INTEGERS = "int8", "int4"
+SMALLER = {"fp32": ("fp16", *_INTEGERS), "fp16": _INTEGERS, "bf16": _INTEGERS, "int8": ("int4",), "fp8": ("int4",)}
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,29 @@ def require_boards(c: Configuration, boards: tuple[str, ...]) -> list[str]:
     return warnings
 
 
+def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
+    """OptionError when TensorRT cannot build the precision for one of these SMs; what to know about the engines of
+    those it can build.
+
+    What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/test_trt_weights.py).
+    """
+    old = [sm for sm in sms if sm < LEAST_SM.get(c.precision, 0)]
+    if old:
+        able = [sm for sm in sms if sm not in old]
+        fix = f"--target {','.join(f'sm_{sm}' for sm in able)}, or " if able else ""
+        raise OptionError(
+            f"precision {c.precision} on {', '.join(f'sm_{sm}' for sm in old)}",
+            expected=f"GPUs of SM {LEAST_SM[c.precision] / 10} or newer",
+            fix=f"{fix}--int8 --block-size column",
+        )
+    if c.precision == "int8" and (default_block("int8") if c.block is None else c.block) != COLUMN:
+        return [
+            "int8 in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "
+            "float16; --block-size column is read as it is stored, by the product itself"
+        ]
+    return []
+
+
 def verdict(a: Assessment) -> str:
     """Needs and has, of a request."""
     of = f" of {size(a.room.memory)}" if a.room.reserved else ""
@@ -204,7 +228,8 @@ def _nearest(found: Assessment) -> Assessment | None:
         for context, batch, int8_pages, precision in order:
             geometry = replace(c.geometry, int8_pages=kept or int8_pages)
             for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
-                other = replace(c, precision=precision, batch=rows, geometry=geometry)
+                block = c.block if c.block in BLOCKS.get(precision, ()) else None
+                other = replace(c, precision=precision, batch=rows, block=block, geometry=geometry)
                 smaller = _largest_context(other, room, wanted) if context else other
                 if smaller is not None and wanted(fitting := _assess(smaller, room)):
                     return fitting

@@ -10,12 +10,12 @@ from math import prod
 
 from engines.errors import OptionError
 from engines.geometry import Geometry
-from engines.manifest import BACKENDS, BITS, BLOCK_SIZES, ONNXRUNTIME, PRECISIONS, TENSORRT, WIDENED
+from engines.manifest import BACKENDS, BITS, BLOCKS, COLUMN, ONNXRUNTIME, PRECISIONS, TENSORRT, WIDENED
 from engines.pages import page_size
 from engines.tensors import is_quantised, tensors_of_parts
 from plugins.op import ITEMSIZE
 
-BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4; its bytes
+BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4 unless told otherwise; its bytes
 PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page
 ALIGNMENT = 256  # bytes: tensors in a file of weights start at multiples (export/weights.py)
 MAX_BATCH = 64
@@ -38,18 +38,24 @@ ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, 
 CUDA_CONTEXT = 400_000_000
 
 
+def default_block(precision: str) -> int | None:
+    """The block size of a precision unless told otherwise; None for those that do not quantise."""
+    sizes = BLOCKS.get(precision, (None,))
+    return BLOCK if BLOCK in sizes else sizes[0]
+
+
 @dataclass(frozen=True)
 class Configuration:
     """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
 
-    block: weights that share a scale in int8 and int4; head: lm_head is quantised, too; floats: weights of linear
+    block: one of the precision's BLOCKS, None = its default; head: lm_head is quantised, too; floats: weights of linear
     layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
     quantised, in no other precision.
     """
 
     geometry: Geometry
     precision: str = "fp16"
-    block: int = BLOCK
+    block: int | None = None
     head: bool = False
     batch: int = 1
     page_budget: int | None = None
@@ -59,9 +65,14 @@ class Configuration:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS), ("block", BLOCK_SIZES)):
+        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS)):
             if getattr(self, knob) not in known:
-                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(map(str, known))}")
+                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
+        sizes = BLOCKS.get(self.precision, ())
+        if self.block is not None and self.block not in sizes:
+            raise OptionError(
+                f"block {self.block!r} with {self.precision}", expected=f"one of {sizes}" if sizes else "None"
+            )
         pages, tokens = self.geometry.pages, self.geometry.image_tokens
         for knob, value, low, high in (
             ("batch", self.batch, 1, MAX_BATCH),
@@ -185,7 +196,9 @@ def size(count: float) -> str:
 def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
     if c.precision in BITS and is_quantised(name, c.geometry, c.head) and name not in c.floats:
-        return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * -(-shape[-1] // c.block) * SCALE
+        block = default_block(c.precision) if c.block is None else c.block
+        blocks = 1 if block == COLUMN else -(-shape[-1] // block)
+        return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * blocks * SCALE
     return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
 
 

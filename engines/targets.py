@@ -59,6 +59,7 @@ _SERVER = (Software(None, "12-13", "10-11"),)
 _AMPERE = ("fp16", "bf16", "int8", "int4")
 _FP8 = (*_AMPERE, "fp8")
 _FP4 = (*_FP8, "nvfp4")
+LEAST_SM = {"fp8": 89}  # of precisions that TensorRT has for some GPUs only: Ada, and all that came after it
 _GB = 10**9  # boards are named by the round number; what is free is less: engines/fit.py
 _UNTESTED, _BUILT = Status("compiled", "untested"), Status("compiled", "built")
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from engines import trt
 from engines.bundle import REBUILD, Bundle, sha256, write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
-from engines.fit import require_boards
+from engines.fit import require_boards, require_sms
 from engines.geometry import Geometry
 from engines.manifest import (
     PARTS,
@@ -37,9 +37,9 @@ from engines.manifest import (
 )
 from engines.memory import available_bytes
 from engines.pages import page_size
-from engines.plan import BLOCK, BUILDER_FACTOR, Configuration, builder_bytes
+from engines.plan import BUILDER_FACTOR, Configuration, builder_bytes
 from engines.progress import progress
-from engines.trt_options import RTX_DEFAULT, PlanOptions
+from engines.trt_options import PlanOptions
 from engines.trt_worker import Built, Job
 from plugins.artifacts import Artifacts, KernelError
 from plugins.registry import OPS, kernels_of_model
@@ -51,7 +51,7 @@ def sms_to_build(options: PlanOptions) -> tuple[int, ...]:
     """The SMs an engine made here would run on. BackendError or OptionError when it cannot be made here."""
     trt.load(options.backend)
     if options.backend == TENSORRT_RTX:
-        return tuple(sorted(options.targets or RTX_DEFAULT))
+        return tuple(sorted(options.sms))
     from engines.cuda import Cuda
 
     own = Cuda().sm
@@ -110,7 +110,8 @@ def build_plans(
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
-    for warning in require_boards(_configuration(manifest, options), options.boards):
+    asked = _configuration(manifest, options)
+    for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
         if not quiet:
             print(warning)
     kernels = _require_kernels(bundle, name, options, sms)
@@ -171,7 +172,7 @@ def _configuration(manifest: Manifest, options: PlanOptions) -> Configuration:
     return Configuration(
         manifest.geometry,
         manifest.precision,
-        block=manifest.block_size or BLOCK,
+        block=manifest.block_size,
         head=bool(manifest.options.get("quantize_head")),
         batch=options.batch,
         page_budget=manifest.page_budget,

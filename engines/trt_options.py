@@ -53,6 +53,11 @@ class PlanOptions:
         if self.targets is not None:
             _check_targets(self.backend, self.targets)
 
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The SMs to build for as far as options alone tell: none when it is up to the GPU of the machine."""
+        return self.targets or (RTX_DEFAULT if self.backend == TENSORRT_RTX else ())
+
 
 def parse_targets(text: str) -> tuple[int, ...]:
     """ "sm_86,sm_89" (or 86, or 8.6, or boards) -> (86, 89); boards of one SM count once. OptionError for the rest."""

@@ -26,12 +26,13 @@ from rich.table import Table
 from engines.bind import for_onnxruntime, for_plugin_free
 from engines.bundle import Bundle, BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
-from engines.fit import assess, require_boards
+from engines.fit import assess, require_boards, require_sms
 from engines.geometry import Geometry
 from engines.manifest import (
     BACKENDS,
     BITS,
-    BLOCK_SIZES,
+    BLOCKS,
+    COLUMN,
     FORMAT,
     ONNXRUNTIME,
     PARTS,
@@ -42,11 +43,13 @@ from engines.manifest import (
     Manifest,
     Part,
     Prompt,
+    block_name,
     graph_io,
     kinds,
 )
 from engines.memory import available_bytes, peak_rss
-from engines.plan import BLOCK, Configuration, cache_bytes, size, store_bytes, weight_bytes
+from engines.plan import Configuration, cache_bytes, default_block, size, store_bytes, weight_bytes
+from engines.targets import LEAST_SM
 from engines.trt_build import attributes, build_plans, elsewhere
 from engines.trt_options import (
     PlanOptions,
@@ -101,8 +104,8 @@ class BuildOptions:
     model: Path = Path("checkpoints/default")
     out: Path | None = None  # None: build/<model>-<precision>
     precision: str | None = None  # None: PRECISION, or that of the integers of a packed checkpoint
-    block_size: int | None = None  # int8 and int4 alone: weights that share a scale; None: BLOCK, or the checkpoint's
-    quantize_head: bool = False  # int8 and int4 alone: lm_head, too
+    block_size: int | None = None  # int8, int4, fp8: weights that share a scale, or COLUMN; None: default, or packed
+    quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too
     calibrate: Path | None = None  # int8 and int4 alone: data to choose scales and clips by; None: round to nearest
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
@@ -130,16 +133,24 @@ class BuildOptions:
                 raise OptionError(f"{knob} {value!r}", expected="an integer, or None")
         precision = self.precision or PRECISION
         quantises = precision in BITS
-        if self.block_size not in ((None, *BLOCK_SIZES) if quantises else (None,)):
+        sizes = BLOCKS.get(precision, ())
+        if isinstance(self.block_size, bool) or self.block_size not in (None, *sizes):
+            known = {name: ", ".join(map(block_name, of)) for name, of in BLOCKS.items() if name in (precision, *BITS)}
             raise OptionError(
                 f"block_size {self.block_size!r} with {precision}",
-                expected=f"one of {', '.join(map(str, BLOCK_SIZES))} with {' or '.join(BITS)}",
+                expected="; ".join(f"{name}: {text}" for name, text in known.items()),
                 fix=None if quantises else "add --int4 or --int8, or leave out --block-size",
             )
         if self.quantize_head and not quantises:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
         if self.calibrate is not None and not quantises:
             raise OptionError(f"calibrate with {precision}", fix="add --int4 or --int8, or leave out --calibrate")
+        if self.calibrate is not None and (precision == "fp8" or self.block_size == COLUMN):
+            raise OptionError(
+                f"calibrate with {precision} and one scale for a column",
+                expected="--int4 or --int8 in blocks: scales are searched for those",
+                fix="leave out --calibrate",
+            )
         if self.plans is not None and self.plans.backend != self.backend:
             raise OptionError(
                 f"options of {self.plans.backend} engines for the backend {self.backend}",
@@ -155,7 +166,8 @@ class BuildOptions:
     @property
     def scheme(self) -> Scheme | None:
         """How weights are quantised, if they are."""
-        return scheme_of(self.precision, self.block_size or BLOCK, self.quantize_head, self.floats)
+        block = default_block(self.precision) if self.block_size is None else self.block_size
+        return scheme_of(self.precision, block, self.quantize_head, self.floats)
 
     @property
     def engines(self) -> PlanOptions | None:
@@ -193,8 +205,9 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         require_blocks(g, options.scheme)
     budget = g.pages if options.page_budget is None else options.page_budget
     engines = options.engines
-    planned = replace(_configuration(options, g), fixed=config.packing is not None)
-    for warning in require_boards(planned, engines.boards if engines else ()):
+    asked = replace(_configuration(options, g), fixed=config.packing is not None)
+    warnings = require_boards(asked, engines.boards) + require_sms(asked, engines.sms) if engines else ()
+    for warning in warnings:
         console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     checkpoint = open_checkpoint(options.model, config)
     checkpoint.require(expected_tensors(g))
@@ -443,11 +456,15 @@ def _print_plan(
         what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
         projections = not g.lazy_pages and not any("_hd." in name for name in options.floats)
         what += ", and the pages' projections" if projections else ""
+        block = options.scheme.block
+        layout = "one scale for a column" if block == COLUMN else f"in blocks of {block}"
         console.print(
-            f"{options.precision}: in blocks of {options.scheme.block}: {what}; the rest is stored in float16. "
+            f"{options.precision}: {layout}: {what}; the rest is stored in float16. "
             "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
             soft_wrap=True,
         )
+        if options.precision == "fp8":
+            console.print("fp8: ONNX Runtime runs it, slowly: it unpacks the weights in every step; it is for TensorRT")
         if g.lazy_pages:
             console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
     if isinstance(checkpoint, PackedCheckpoint):
@@ -462,7 +479,7 @@ def _configuration(options: BuildOptions, g: Geometry) -> Configuration:
     return Configuration(
         g,
         options.precision,
-        block=options.scheme.block if options.scheme else BLOCK,
+        block=options.scheme.block if options.scheme else None,
         head=options.quantize_head,
         batch=engines.batch if engines else 1,
         page_budget=options.page_budget,
@@ -498,22 +515,28 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
         weights = f"{name} weights of the decoder's linear layers, {PRECISIONS[name]} others"
         text = weights if name in BITS else f"{PRECISIONS[name]} weights"
         text += " and activations" + (f" (the default); {OWN}" if name == PRECISION else "")
+        text += f"; TensorRT engines for SM {LEAST_SM[name] / 10} and newer" if name in LEAST_SM else ""
         group.add_argument(
             f"--{name}", dest="precision", action="store_const", const=name, help=text, default=argparse.SUPPRESS
         )
     add(
         "--block-size",
-        type=int,
-        help=f"with --int8 and --int4: weights that share a scale, {', '.join(map(str, BLOCK_SIZES))}; "
-        f"{BLOCK}, or what the checkpoint has, when not given",
+        type=_block_size,
+        metavar="SIZE",
+        help="weights that share a scale: "
+        + "; ".join(
+            f"--{name}: {', '.join(map(block_name, sizes))} ({block_name(default_block(name))} when not given)"
+            for name, sizes in BLOCKS.items()
+        )
+        + f"; {OWN}",
     )
-    add("--quantize-head", action="store_true", help="with --int8 and --int4: lm_head, too")
+    add("--quantize-head", action="store_true", help=f"with --{', --'.join(BITS)}: lm_head, too")
     add(
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="with --int8 and --int4: choose scales and clips (AWQ) by what these questions make the layers read: "
-        "a file as examples/examples.json, or its folder; rounded to nearest when not given",
+        help="with --int8 and --int4 in blocks: choose scales and clips (AWQ) by what these questions make the layers "
+        "read: a file as examples/examples.json, or its folder; rounded to nearest when not given",
     )
     add("--page-budget", type=int, help="pages each layer may read at most; every page when not given")
     add("--context", type=int, help="longest sequence in tokens; the checkpoint's when not given")
@@ -552,6 +575,10 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
     plans = options_of(given, backend)
     options = BuildOptions(**given, plans=plans)
     return Planning(options, batch) if planning else options
+
+
+def _block_size(text: str) -> int:
+    return COLUMN if text == block_name(COLUMN) else int(text)
 
 
 def main() -> int:

@@ -29,13 +29,13 @@ ON_THE_EDGE = 0.01  # distance from the threshold, on the 0..255 scale, within w
 # Largest error allowed of features and pages, as a share of the reference's largest value. float32 leaves room for the
 # order of summation alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value on the way through all
 # layers; int8 and int4 bundles, compared with the weights they store, round what enters a linear layer to int8.
-ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-2, "int4": 2e-2}
+ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-2, "int4": 2e-2, "fp8": 2e-2}
 # The same of the prompt's logits, which that rounding reaches through all layers.
 PREFILL_ERROR = {**ERROR, "int8": 2e-1, "int4": 2e-1}
 # And once pages are read: a cell that crosses the threshold changes what the next layers see.
-DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1, "int8": 5e-1, "int4": 5e-1}
+DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1, "int8": 5e-1, "int4": 5e-1, "fp8": 5e-2}
 # Share of cells that may differ: none in float32; reduced precision moves scores across the threshold.
-CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10, "int8": 0.10, "int4": 0.10}
+CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10, "int8": 0.10, "int4": 0.10, "fp8": 0.02}
 # Limits of float32 bundles with lazy int8 pages, once pages are read. There the reference rounds its own pages, and a
 # projection that differs in its last bit may be a tie that goes the other way, by a whole step. Measured, 16 requests
 # of two models: 9e-6 in 15 of them, 5e-4 in one; and what moves a score by as much may flip a cell as float16 does.

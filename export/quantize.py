@@ -1,9 +1,13 @@
-"""Weight-only int8 and int4: which weights, how the graph reads them, and how they are made from the checkpoint.
+"""Weight-only int8, int4 and fp8: which weights, how the graph reads them, and how they are made from the checkpoint.
 
-A linear layer's weight [N, K] is stored as integers [K, N] with one scale for each block of `block` values along K,
-both read by a DequantizeLinear (axis 0) right before the MatMul: the layout that ONNX Runtime fuses to MatMulNBits and
-TensorRT to a product of its own. A value is integer * scale, symmetric, without zero points: TensorRT takes no other,
-nor a scale that is not positive.
+A linear layer's weight [N, K] is stored as codes [K, N] with one scale for each block of `block` values along K, or
+for each column, both read by a DequantizeLinear right before the MatMul (axis 0 with blocks, 1 with columns). A code
+is an integer, or in fp8 a float of 8 bits (E4M3); a value is code * scale, symmetric, without zero points: TensorRT
+takes no other, nor a scale that is not positive.
+
+ONNX Runtime fuses all integers to MatMulNBits, and unpacks fp8 in every step. TensorRT-RTX 1.7 unpacks int4 blocks, and
+int8 and fp8 columns, inside the product that reads them; int8 or fp8 in blocks it unpacks in kernels of their own
+(tests/engines/test_trt_weights.py), so that fp8 is made in columns only.
 
 No library does this part: NVIDIA's modelopt, Intel's neural-compressor and ONNX Runtime's own quantiser read a whole
 model, or run it, to quantise it; here a 7B checkpoint passes through in pieces of a megabyte.
@@ -24,15 +28,15 @@ from torch import Tensor
 
 from engines.errors import ExportError, OptionError
 from engines.geometry import Geometry
-from engines.manifest import BITS, BLOCK_SIZES
+from engines.manifest import BITS, BLOCK_SIZES, BLOCKS, COLUMN, block_name
 from engines.tensors import is_quantised
 from export.checkpoint import expected_tensors
 from export.packed import PackedCheckpoint
 from export.shards import TensorInfo
 
-QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear
+QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear; float8 is older
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
-INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+CODES = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN  # what no other initializer is
 SCALE_SUFFIX = ".scale"
 RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
 
@@ -51,30 +55,45 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` (4 or 8) for each weight, a scale for `block` of them; `head`: of lm_head, too; `floats`: names of weights
-    that are not quantised though others of their kind are."""
+    """`bits` (4 or 8) for each weight, a scale for `block` of them (COLUMN: for all of a column); `head`: of lm_head,
+    too; `floats`: names of weights that are not quantised though others of their kind are; `e4m3`: 8-bit floats
+    instead of integers."""
 
     bits: int
     block: int
     head: bool = False
     floats: tuple[str, ...] = ()
+    e4m3: bool = False
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of the codes."""
+        integers = ir.DataType.INT4 if self.bits == 4 else ir.DataType.INT8
+        return ir.DataType.FLOAT8E4M3FN if self.e4m3 else integers
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer stored. int4 uses -8 as well; in int8 one more code would make no difference."""
+        """Smallest and largest code stored. int4 uses -8 as well; in int8 one more code would make no difference."""
+        if self.floats:
+            return (-448, 448)  # E4M3 has no infinities, only NaN beyond
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
+    def span(self, k: int) -> int:
+        """How many of a weight's K inputs share a scale."""
+        return k if self.block == COLUMN else self.block
+
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a quantised weight with its float16 scales."""
+        """Bytes of a quantised weight [N, K] with its float16 scales."""
         count = torch.Size(shape).numel()
-        return count * self.bits // 8 + count // self.block * 2
+        return count * self.bits // 8 + count // self.span(shape[-1]) * 2
 
 
 def scheme_of(
     precision: str | None, block: int | None, head: bool = False, floats: tuple[str, ...] = ()
 ) -> Scheme | None:
     """The scheme of a precision; None for those that do not quantise."""
-    return Scheme(BITS[precision], block, head, floats) if precision in BITS and block else None
+    known = block is not None and precision in BITS
+    return Scheme(BITS[precision], block, head, floats, precision == "fp8") if known else None
 
 
 def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
@@ -90,15 +109,26 @@ def require_blocks(g: Geometry, scheme: Scheme) -> None:
             "lm_head cannot be quantised: it shares its weight with the embeddings", fix="leave out --quantize-head"
         )
     weights = quantised_tensors(g, scheme)
-    wrong = {name: shape for name, shape in weights.items() if shape[1] % scheme.block}
+    wrong = {name: shape for name, shape in weights.items() if shape[1] % scheme.span(shape[1])}
     if wrong:
         name, shape = next(iter(wrong.items()))
         fits = [size for size in BLOCK_SIZES if not any(k % size for _, k in weights.values())]
         raise OptionError(
             f"blocks of {scheme.block} do not divide {name} with its {shape[1]} inputs ({len(wrong)} such weights)",
             expected=f"a block size that divides them all: {' or '.join(map(str, fits)) or f'none of {BLOCK_SIZES}'}",
-            fix=f"--block-size {fits[-1]}" if fits else "build this model with --fp16",
+            fix=f"--block-size {fits[-1]}" if fits else _without_blocks(scheme),
         )
+
+
+def _without_blocks(scheme: Scheme) -> str:
+    """What to build instead where no block size divides the weights."""
+    (precision,) = [name for name, bits in BITS.items() if bits == scheme.bits and (name == "fp8") == scheme.e4m3]
+    columns = (
+        f"--block-size {block_name(COLUMN)}"
+        if COLUMN in BLOCKS[precision]
+        else f"--int8 --block-size {block_name(COLUMN)}"
+    )
+    return f"{columns}, or --fp16"
 
 
 def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
@@ -116,10 +146,12 @@ def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
             raise ExportError(f"the graph does not read {name} as the weight of one linear layer")
         n, k = weight.shape.numpy()
         dtype = weight.dtype
-        weight.shape, weight.dtype = ir.Shape((k, n)), INTEGERS[scheme.bits]
-        scale = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape((k // scheme.block, n)), type=ir.TensorType(dtype))
+        weight.shape, weight.dtype = ir.Shape((k, n)), scheme.dtype
+        columns = scheme.block == COLUMN
+        shape = (n,) if columns else (k // scheme.block, n)
+        scale = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         graph.initializers[scale.name] = scale
-        attributes = {"axis": 0, "block_size": scheme.block}
+        attributes = {"axis": 1} if columns else {"axis": 0, "block_size": scheme.block}
         read = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"node_dequantize_{name}")
         read.outputs[0].name, read.outputs[0].dtype, read.outputs[0].shape = f"{name}.float", dtype, ir.Shape((k, n))
         graph.insert_before(user, read)
@@ -139,17 +171,19 @@ def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
 
 
 def quantise(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[n, K] of any float dtype -> integers [n, K] int8 and scales [n, K / block] float16, rounded to nearest.
+    """[n, K] of any float dtype -> codes [n, K] int8 (of E4M3 their bits) and scales [n, K / block] float16, rounded to
+    nearest.
 
     A scale is the smallest float16 with which no value of its block is clipped; a block of zeros has the scale 1.
     `ratios` [n, K / block], among RATIOS: the share of a block's range that is kept; what lies outside is clipped.
     """
     low, high = scheme.limits
-    blocks = values.float().unflatten(1, (-1, scheme.block))
+    blocks = values.float().unflatten(1, (-1, scheme.span(values.shape[1])))
     exact = _exact_scales(blocks, scheme)
     scales = _stored_scales(exact if ratios is None else exact * ratios)
-    integers = (blocks / scales.float()[..., None]).round_().clamp_(low, high)
-    return integers.to(torch.int8).flatten(1), scales
+    codes = (blocks / scales.float()[..., None]).clamp_(low, high)
+    codes = codes.to(torch.float8_e4m3fn).view(torch.int8) if scheme.e4m3 else codes.round_().to(torch.int8)
+    return codes.flatten(1), scales
 
 
 def _exact_scales(blocks: Tensor, scheme: Scheme) -> Tensor:
@@ -167,7 +201,7 @@ def _stored_scales(exact: Tensor) -> Tensor:
 
 
 def pack(integers: Tensor, bits: int) -> bytes:
-    """int8 integers -> bytes as ONNX stores them: two int4 values in a byte, the first in its lower half."""
+    """int8 codes -> bytes as ONNX stores them: two int4 values in a byte, the first in its lower half."""
     if bits == 4:
         pairs = integers.reshape(-1, 2)
         integers = (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
@@ -175,7 +209,7 @@ def pack(integers: Tensor, bits: int) -> bytes:
 
 
 def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: int8 integers of `shape`."""
+    """The inverse of `pack`: int8 codes of `shape`."""
     values = torch.frombuffer(bytearray(data), dtype=torch.int8)
     if bits == 4:
         values = torch.stack(((values << 4) >> 4, values >> 4), dim=-1)  # shifts of int8 keep the sign
@@ -183,9 +217,21 @@ def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def dequantise(data: bytes, scales: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
-    """Packed integers of `shape` [K, N] and their scales -> the weight [N, K] they stand for, float32."""
-    blocks = unpack(data, scheme.bits, shape).t().float().unflatten(1, (-1, scheme.block))
+    """Packed codes of `shape` [K, N] and their scales -> the weight [N, K] they stand for, float32."""
+    codes = _floats(unpack(data, scheme.bits, shape), scheme).t()
+    blocks = codes.unflatten(1, (-1, scheme.span(shape[0])))
     return (blocks * _scales(scales, shape[1])[..., None]).flatten(1)
+
+
+def _floats(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes as `unpack` gives them -> the float32 values they stand for, without their scales."""
+    return codes.view(torch.float8_e4m3fn).float() if scheme.e4m3 else codes.float()
+
+
+def _spacing(values: Tensor) -> Tensor:
+    """Distance of the E4M3 numbers around each of `values`, float32: three bits after the first, none below 2**-9."""
+    exponents = torch.where(values == 0, -5, torch.frexp(values).exponent.clamp(min=-5))
+    return torch.ldexp(torch.ones_like(values), exponents - 4)
 
 
 def _scales(data: bytes, n: int) -> Tensor:
@@ -196,7 +242,7 @@ def _scales(data: bytes, n: int) -> Tensor:
 def quantised(
     checkpoint: Source, names: list[str], scheme: Scheme, clips: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Integers [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
+    """Codes [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
 
     Rounded from the checkpoint's floats; of a packed checkpoint its own, which are not rounded again.
     `clips`: how far to clip the blocks of a weight, uint8 [N, K / block] into RATIOS. Every core works on a weight of
@@ -208,27 +254,28 @@ def quantised(
 def largest_errors(
     checkpoint: Source, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme, clipped: bool = False
 ) -> Iterator[tuple[str, float]]:
-    """For each (name, packed integers, scales): the name and the largest distance of a stored value from the
-    checkpoint's, in steps (one step is the scale of its block). Rounded right, that is at most half a step.
+    """For each (name, packed codes, scales): the name and the largest distance of a stored value from the checkpoint's,
+    in steps. A step is the scale of a block, and of E4M3 the distance of those around the value. Rounded right, that is
+    at most half a step.
 
     A scale that `quantise` gives for none of RATIOS (for 1, unless `clipped`) is an infinite distance; with one that it
-    gives, what the integers cannot reach is compared with the last that they can.
+    gives, what the codes cannot reach is compared with the last that they can.
     """
     ratios = RATIOS if clipped else RATIOS[:1]
 
     def error(item: tuple[str, bytes, bytes]) -> tuple[str, float]:
         name, data, scales = item
         n, k = checkpoint.info(name).shape
-        integers, steps = unpack(data, scheme.bits, (k, n)).t(), _scales(scales, n)
+        codes, factors = unpack(data, scheme.bits, (k, n)).t(), _scales(scales, n)
         worst = 0.0
         for start, rows in _pieces(checkpoint, name):
-            blocks = rows.float().unflatten(1, (-1, scheme.block))
-            exact, step = _exact_scales(blocks, scheme), steps[start : start + len(rows)]
+            blocks = rows.float().unflatten(1, (-1, scheme.span(k)))
+            exact, step = _exact_scales(blocks, scheme), factors[start : start + len(rows)]
             known = torch.stack([_stored_scales(exact * ratio).float() == step for ratio in ratios]).any(0)
             wanted = (blocks / step[..., None]).clamp_(*scheme.limits)
-            found = integers[start : start + len(rows)].float().unflatten(1, (-1, scheme.block))
-            distance = torch.where(known[..., None], (wanted - found).abs(), torch.inf)
-            worst = max(worst, float(distance.nan_to_num(torch.inf).max()))
+            found = _floats(codes[start : start + len(rows)], scheme).unflatten(1, (-1, scheme.span(k)))
+            distance = (wanted - found).abs() / (_spacing(wanted) if scheme.e4m3 else 1.0)
+            worst = max(worst, float(torch.where(known[..., None], distance, torch.inf).nan_to_num(torch.inf).max()))
         return name, worst
 
     yield from _on_all_cores(error, stored)
@@ -254,14 +301,14 @@ def _quantised(checkpoint: Source, name: str, scheme: Scheme, clips: Tensor | No
     if isinstance(checkpoint, PackedCheckpoint) and checkpoint.packs(name):
         return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
-    integers = torch.empty(k, n, dtype=torch.int8)
-    scales = torch.empty(k // scheme.block, n, dtype=torch.float16)
+    codes = torch.empty(k, n, dtype=torch.int8)
+    scales = torch.empty(k // scheme.span(k), n, dtype=torch.float16)
     for start, rows in _pieces(checkpoint, name):
         end = start + len(rows)
         ratios = None if clips is None else torch.tensor(RATIOS)[clips[start:end].long()]
         found, steps = quantise(rows, scheme, ratios)
-        integers[:, start:end], scales[:, start:end] = found.t(), steps.t()
-    return pack(integers, scheme.bits), scales.numpy().tobytes()
+        codes[:, start:end], scales[:, start:end] = found.t(), steps.t()
+    return pack(codes, scheme.bits), scales.numpy().tobytes()
 
 
 def _pieces(checkpoint: Source, name: str) -> Iterator[tuple[int, Tensor]]:

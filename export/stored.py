@@ -16,7 +16,7 @@ from engines.manifest import PRECISIONS, TRACED
 from export.checkpoint import Checkpoint
 from export.folding import Folded, checkpoint_of
 from export.packed import is_packed
-from export.quantize import INTEGERS, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
+from export.quantize import CODES, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
 from export.weights import converted
 
 HALF_A_STEP = 0.5001  # the division by the scale rounds, too
@@ -35,7 +35,7 @@ class Stored:
             for value in ir.load(bundle.graph(part, TRACED)).graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     self._tensors[value.name] = description.weights, value.const_value
-        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in INTEGERS.values()]
+        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in CODES]
         self.names = [name for name in self._tensors if name.removesuffix(SCALE_SUFFIX) not in self.quantised]
         self.names += self.quantised
 
@@ -64,15 +64,15 @@ class Stored:
         with self.opened(name) as file:
             return file.read(self._tensors[name][1].length)
 
-    def integers(self, name: str) -> tuple[bytes, bytes]:
-        """A quantised weight: integers [K, N] as packed in the file, and its scales [K / block, N]."""
+    def codes(self, name: str) -> tuple[bytes, bytes]:
+        """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
         return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
 
     def tensor(self, name: str) -> Tensor:
-        """A weight as the graphs see it, in the checkpoint's layout; integers times their scales in float32."""
+        """A weight as the graphs see it, in the checkpoint's layout; codes times their scales in float32."""
         _, tensor = self._tensors[name]
         if name in self.quantised and self.scheme:
-            return dequantise(*self.integers(name), self.scheme, tuple(tensor.shape.numpy()))
+            return dequantise(*self.codes(name), self.scheme, tuple(tensor.shape.numpy()))
         return torch.frombuffer(bytearray(self.bytes(name)), dtype=self.dtype).reshape(tensor.shape.numpy())
 
 
@@ -87,13 +87,13 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
     if stored.scheme:
         own = [name for name in stored.quantised if is_packed(checkpoint, name)]
         for name, expected in zip(own, quantised(checkpoint, own, stored.scheme), strict=True):
-            if stored.integers(name) != expected:
+            if stored.codes(name) != expected:
                 raise ParityError(
                     f"{name} in {stored.file(name)} is not the checkpoint's", expected="its own integers and scales"
                 )
         rounded = (name for name in stored.quantised if not is_packed(checkpoint, name))
-        integers = ((name, *stored.integers(name)) for name in rounded)
-        for name, error in largest_errors(stored.source(checkpoint), integers, stored.scheme, stored.clipped):
+        codes = ((name, *stored.codes(name)) for name in rounded)
+        for name, error in largest_errors(stored.source(checkpoint), codes, stored.scheme, stored.clipped):
             if not error <= HALF_A_STEP:
                 raise ParityError(
                     f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",

@@ -9,7 +9,7 @@ import torch
 
 from engines.bundle import BundleWriter
 from engines.errors import ExportError
-from export.quantize import INTEGERS, SCALE_SUFFIX, Scheme, Source, quantised
+from export.quantize import CODES, SCALE_SUFFIX, Scheme, Source, quantised
 
 ALIGNMENT = 256  # bytes; what GPU copies and vector loads like
 CHUNK = 16 << 20  # bytes held at once
@@ -36,7 +36,7 @@ def write_weights(
     when a value is not finite or out of range. `progress` is told bytes written.
     """
     weights = sorted(_weights(model), key=lambda value: value.name)  # scales right after their weight
-    integers = [value.name for value in weights if value.dtype in INTEGERS.values()]
+    integers = [value.name for value in weights if value.dtype in CODES]
 
     def chunks() -> Iterator[bytes]:
         offset = 0
@@ -51,7 +51,7 @@ def write_weights(
                 file, offset, size, value.dtype, shape=value.shape, name=value.name, base_dir=bundle.folder
             )
             offset += size
-            if value.dtype in INTEGERS.values():
+            if value.dtype in CODES:
                 data, scales = next(made)
                 yield data
             elif value.name.endswith(SCALE_SUFFIX):

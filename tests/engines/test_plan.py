@@ -11,7 +11,7 @@ import pytest
 
 from engines.errors import OptionError
 from engines.geometry import Geometry
-from engines.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.manifest import COLUMN, ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.plan import (
     SCRATCH,
     Configuration,
@@ -65,6 +65,21 @@ def test_quantised_weights_by_hand(precision, bits, block):
     assert lazy["decoder"] == found["decoder"] + 2 * HIRES
     head = weights(official(), precision, block, head=True)
     assert found["decoder"] - head["decoder"] == 2 * TABLE - TABLE * bits // 8 - TABLE // block * 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_columns_by_hand(precision):
+    found = weights(official(), precision, COLUMN)
+    rows = 32 * (6 * 4096 + 2 * 11008 - 4096)  # outputs of a layer's seven products
+    assert found["decoder"] == LINEAR + 2 * rows + 2 * (2 * TABLE + NORMS)
+    assert found["pages"] == HIRES + 2 * 23 * 2 * 4096
+    assert weights(official(), "fp8") == weights(official(), "fp8", COLUMN)
+
+
+def test_blocks_nobody_knows():
+    for precision, block in (("int4", COLUMN), ("fp8", 128), ("fp16", 128), ("int8", 48)):
+        with pytest.raises(OptionError, match=f"block {block} with {precision}"):
+            Configuration(official(), precision, block)
 
 
 ODD = tiny(kv_heads=2, tied_embeddings=True, projector_depth=1, attention_bias=True)

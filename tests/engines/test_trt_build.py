@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
-from tests.engines.rtx_layers import layers_of, log_of, plugins_of
+from tests.engines.rtx_layers import log_of, plugins_of
 from tests.geometries import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
@@ -108,32 +107,6 @@ def test_manifest_says_what_the_engines_are(built):
         assert plan.file in manifest.files
     caches = [spec for spec in manifest.parts["decoder"].plans[TENSORRT_RTX].inputs if spec.name.startswith("past_key")]
     assert {spec.shape[2] for spec in caches} == {tiny().context}
-
-
-@pytest.mark.parametrize(("precision", "share"), [("int4", 0.7), ("int8", 0.3)])
-def test_quantised_weights_in_the_engine(shared, random_model, precision, share):
-    """int4 stays packed, but for what a plan needs besides weights, and is unpacked inside the product that reads it.
-
-    Blocks of int8 are unpacked by kernels of their own in every step, some already by the builder: the engine is
-    smaller than float16's, not faster. With one scale for a whole column it would be as with int4.
-    """
-    g, plans, weights = tiny(hidden=256, intermediate=512, head_dim=64), [], []
-    checkpoint, _ = random_model("wide", g)
-    for name in ("fp16", precision):
-        knobs = PlanOptions(TENSORRT_RTX, targets=(86,), keep_log=True)
-        options = BuildOptions(
-            checkpoint, shared / f"wide-rtx-{name}", precision=name, backend=TENSORRT_RTX, check="none", plans=knobs
-        )
-        manifest = Bundle(once(options.out, lambda _, options=options: build(options))).manifest
-        decoder = manifest.parts["decoder"]
-        plans.append(manifest.files[decoder.plans[TENSORRT_RTX].file].bytes)
-        weights.append(manifest.files[decoder.weights].bytes)
-        assert len(plugins_of(log_of(options.out, "decoder"))) == g.layers + len(g.selecting_layers)
-    assert plans[0] - plans[1] > share * (weights[0] - weights[1]) > 0, (plans, weights)
-    if precision == "int4":
-        kinds = Counter(layer.name.split("_myl0")[0] for layer in layers_of(log_of(options.out, "decoder")))
-        unpacked = [name for name in kinds if "CastMulCast" in name and not name.endswith("Fc")]
-        assert any("CastMulCastFc" in name for name in kinds) and not unpacked, kinds
 
 
 def test_the_plan_holds_attributes_and_the_kernels_of_its_targets(built):

@@ -199,7 +199,7 @@ def test_the_official_tiny_model_packed(weights, tmp_path):
     assert set(manifest.options["floats"]) == floats and set(stored.quantised) <= set(held) and len(floats) == 6
     assert "lm_head.weight" in stored.quantised and len(stored.quantised) == 7 * 12 + 1
     for name in stored.quantised:
-        data, scales = stored.integers(name)
+        data, scales = stored.codes(name)
         assert np.array_equal(unpack(data, 4, held[name].codes.shape).numpy(), held[name].integers)
         assert scales == held[name].scales.tobytes()
 

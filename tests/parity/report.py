@@ -21,7 +21,7 @@ from rich.progress import track
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from engines.manifest import BITS, BLOCK_SIZES, PRECISIONS
+from engines.manifest import BLOCKS, COLUMN, PRECISIONS
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.default_model.evaluate import scenes_with_questions
@@ -33,7 +33,7 @@ from tests.parity.conftest import DATA, Case
 
 @dataclass(frozen=True)
 class Row:
-    """A build whose cost the report shows. block: of int8 and int4 alone; kv: of the hi-res pages."""
+    """A build whose cost the report shows. block: of int8, int4 and fp8 alone; kv: of the hi-res pages."""
 
     precision: str
     block: int | None = None
@@ -43,14 +43,15 @@ class Row:
     @property
     def label(self) -> str:
         """As the table calls it."""
-        label = self.precision if self.block is None else f"{self.precision}, blocks of {self.block}"
+        layout = "columns" if self.block == COLUMN else f"blocks of {self.block}"
+        label = self.precision if self.block is None else f"{self.precision}, {layout}"
         return label + ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
 
 
 BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
-ROWS = [Row(name, block) for name in BY_PRECISION for block in (BLOCK_SIZES if name in BITS else (None,))]
+ROWS = [Row(name, block) for name in BY_PRECISION for block in BLOCKS.get(name, (None,))]
 ROWS[1:1] = [Row("fp32", kv="int8")]  # the pages alone; others differ from their row above by as little
-ROWS += [Row("int4", block, calibrated=True) for block in BLOCK_SIZES]
+ROWS += [Row("int4", block, calibrated=True) for block in BLOCKS["int4"]]
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (
