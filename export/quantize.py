@@ -74,7 +74,7 @@ class Scheme:
     @property
     def limits(self) -> tuple[int, int]:
         """Smallest and largest code stored. int4 uses -8 as well; in int8 one more code would make no difference."""
-        if self.floats:
+        if self.e4m3:
             return (-448, 448)  # E4M3 has no infinities, only NaN beyond
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
