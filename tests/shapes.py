@@ -9,7 +9,7 @@ from engines.pages import page_size
 def sizes(g: Geometry) -> dict[str, int]:
     """The attributes of the ops of a model."""
     names = "hidden", "heads", "kv_heads", "head_dim", "grid", "cells", "threshold"
-    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)}
+    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g), "int8_pages": int(g.int8_pages)}
 
 
 def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, list[tuple[int, ...]]]:
