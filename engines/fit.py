@@ -152,6 +152,11 @@ def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
             expected=f"GPUs of SM {LEAST_SM[c.precision] / 10} or newer",
             fix=f"{fix}--int8 --block-size column",
         )
+    if c.precision == "fp8":
+        return [
+            "fp8: TensorRT-RTX unpacks gate_proj and up_proj of each layer in a kernel of its own in every step; "
+            "--int8 --block-size column takes as many bytes, is unpacked by the products alone, and rounds less"
+        ]
     if c.precision == "int8" and (default_block("int8") if c.block is None else c.block) != COLUMN:
         return [
             "int8 in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "

@@ -225,7 +225,7 @@ print(peak_rss())
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"precision": "fp8"},
+        {"precision": "nvfp4"},
         {"backend": "tensorflow"},
         {"block": 48},
         {"batch": 0},

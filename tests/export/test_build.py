@@ -102,7 +102,7 @@ def test_bad_knobs(checkpoint, tmp_path, options, text):
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"precision": "fp8"}, {"backend": "tensorflow"}, {"check": "parrity"}, {"page_budget": True}, {"context": 9.5}],
+    [{"precision": "nvfp4"}, {"backend": "tensorflow"}, {"check": "parrity"}, {"page_budget": True}, {"context": 9.5}],
 )
 def test_knobs_nobody_knows(knobs):
     with pytest.raises(OptionError, match=next(iter(knobs))):
