@@ -16,7 +16,8 @@ from rich.console import Console
 from engines.backend import Image
 from engines.bundle import Bundle
 from engines.ort import OrtModel
-from export.build import KV, BuildOptions, build
+from export.build import BuildOptions, build
+from export.options import KV
 from tests.bench.decode import TEXT, Runner, processor
 from tests.bench.random_checkpoint import write
 

@@ -10,7 +10,8 @@ import pytest
 from engines.bundle import Bundle
 from engines.manifest import PARTS, TENSORRT_RTX
 from engines.trt_options import PlanOptions
-from export.build import KV, BuildOptions, build
+from export.build import BuildOptions, build
+from export.options import KV
 from tests.conftest import once
 from tests.engines.rtx_layers import ATTENTION, layers_of, log_of, plugins_of
 

@@ -1,0 +1,87 @@
+"""What a build says of itself: before the work, during and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engines.manifest import COLUMN, TRACED, kinds
+from engines.plan import cache_bytes, size, store_bytes, weight_bytes
+from export.check import Stage
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.memory import parity_bytes
+from export.options import BuildOptions, configuration
+from export.packed import PackedCheckpoint, summary
+
+
+def outline(
+    console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint, dropped: dict[str, str]
+) -> None:
+    """Print what a build is about to write and to leave out, what a request will need, and what the options imply."""
+    g, c = config.geometry, configuration(options, config.geometry)
+    parity_check = parity_bytes(g, options.precision, options.scheme, options.calibrate is not None)
+    table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
+    for part, weights in weight_bytes(c).items():
+        graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
+        table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
+    console.print(table)
+    if dropped:
+        saved = sum(checkpoint.info(name).nbytes for name in dropped)
+        console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")
+        for reason in dict.fromkeys(dropped.values()):
+            names = [name for name in dropped if dropped[name] == reason]
+            console.print(
+                f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True
+            )
+    console.print(
+        f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
+        f"hi-res pages {size(store_bytes(c))}; "
+        f"of the parity check: {size(parity_check)}"
+    )
+    if options.scheme:
+        what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
+        projections = not g.lazy_pages and not any("_hd." in name for name in options.floats)
+        what += ", and the pages' projections" if projections else ""
+        block = options.scheme.block
+        layout = "one scale for a column" if block == COLUMN else f"in blocks of {block}"
+        console.print(
+            f"{options.precision}: {layout}: {what}; the rest is stored in float16. "
+            "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
+            soft_wrap=True,
+        )
+        if options.precision == "fp8":
+            console.print("fp8: ONNX Runtime runs it, slowly: it unpacks the weights in every step; it is for TensorRT")
+        if g.lazy_pages:
+            console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
+    if isinstance(checkpoint, PackedCheckpoint):
+        console.print(summary(checkpoint, options.precision, options.floats), soft_wrap=True)
+    if options.precision == "bf16":
+        console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
+
+
+class progress_of:
+    """A byte progress bar; the block gets the function that advances it."""
+
+    def __init__(self, part: str, total: int, console: Console) -> None:
+        columns = TextColumn(f"{part}: weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(part, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.start()
+        return lambda size: self._bar.advance(self._task, size)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def parity_table(stages: list[Stage], precision: str) -> Table:
+    """The stages of the parity check."""
+    table = Table("stage", "largest difference", "limit", title=f"parity with the float32 reference, {precision}")
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.error:.1e}", f"{stage.limit:.0e}")
+    return table
