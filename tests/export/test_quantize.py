@@ -39,6 +39,7 @@ G = tiny(hidden=64, intermediate=128, head_dim=16)
 LINEARS = 7  # of a decoder layer
 WEIGHT = "model.layers.2.self_attn.q_proj.weight"
 KINDS = [("int8", 32), ("int8", COLUMN), ("int4", 32), ("fp8", COLUMN)]
+BUILDS = [(*kind, "eager") for kind in KINDS] + [("int4", 32, "lazy")]  # lazily, what is quantised is the same for all
 INTEGERS = [kind for kind in KINDS if kind[0] != "fp8"]
 
 
@@ -154,8 +155,7 @@ def test_threads_are_given_back(tmp_path):
 # Graphs.
 
 
-@pytest.mark.parametrize("projection", ["eager", "lazy"])
-@pytest.mark.parametrize(("precision", "block"), KINDS)
+@pytest.mark.parametrize(("precision", "block", "projection"), BUILDS)
 def test_linear_layers_are_read_through_dequantize_linear(built, precision, block, projection):
     bundle = Bundle(built(precision, block, projection)[1])
     g, scheme = bundle.manifest.geometry, scheme_of(precision, block, head=True)
@@ -208,8 +208,7 @@ def test_onnxruntime_unpacks_floats_in_every_step(built, tmp_path):
     assert {node.inputs[0].dtype for node in unpacked} == {ir.DataType.FLOAT8E4M3FN}
 
 
-@pytest.mark.parametrize("projection", ["eager", "lazy"])
-@pytest.mark.parametrize(("precision", "block"), KINDS)
+@pytest.mark.parametrize(("precision", "block", "projection"), BUILDS)
 def test_with_exact_products_the_graphs_are_the_model(built, precision, block, projection, monkeypatch):
     """float32 products leave nothing but the order of summation: everything else the parity check allows is theirs."""
     checkpoint, bundle = built(precision, block, projection)
