@@ -1,6 +1,6 @@
 """Random checkpoints in the official layout: `python tests/bench/random_checkpoint.py --shape 7b --out DIR`.
 
-Answers are meaningless as text; shapes, names, shards and sizes are those of a trained checkpoint. "7b" takes 13.5 GB.
+Answers are meaningless as text; shapes, names, shards and sizes are those of a trained checkpoint. "7b" takes 16.2 GB.
 """
 
 from __future__ import annotations

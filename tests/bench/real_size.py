@@ -1,8 +1,8 @@
 """A 7B-shaped model on this machine, from nothing to an answer: `python -m tests.bench.real_size --folder DIR`.
 
-Makes a random checkpoint of LLaVA-1.5-7B-FlexAttention's shape (13.5 GB, kept for the next time), exports it, opens it
+Makes a random checkpoint of LLaVA-1.5-7B-FlexAttention's shape (16.2 GB, kept for the next time), exports it, opens it
 in ONNX Runtime and asks about a 1008-pixel image. Every stage is a process of its own; its wall time and its largest
-resident memory are printed as Markdown. Needs 20 GB of disk.
+resident memory are printed as Markdown. Needs 25 GB of disk.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ def answers(bundle: Path, asked: list, name: str) -> list[Given]:
 
 def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]) -> list[str]:
     """The lines of the report. `models`: the official small one, the default one; answers are compared with those of
-    the first row. Where a block size does not divide a model's weights, the cells say "-" and the end says why.
+    the first row. Where a block size does not divide a model's weights, the cells say "-", and the end says why; a row
+    of nothing else is left out.
     """
     cases, asked = official_cases(), scenes_with_questions(scenes, seed)
     lines = ["| " + " | ".join(HEAD) + " |", "| --- |" + " ---: |" * (len(HEAD) - 1)]
@@ -184,7 +185,7 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]
                 )
                 return build(options).path
             except OptionError as error:
-                reasons[f"- {models[index].name}, {row.precision}: {error.found}"] = None
+                reasons[f"- {models[index].name}: {error.found}"] = None
                 return None
 
         for row in rows:
@@ -204,7 +205,8 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]
                 errors = [np.abs(answer.logits - other.logits).mean() for answer, other in equal]
                 cells[4:8] = [*(f"{100 * np.mean(share):.1f}" for share in right), f"{len(equal)} of {len(given)}"]
                 cells[8] = f"{np.mean(errors):.3f}" if errors else "-"
-            lines.append("| " + " | ".join([row.label, *cells]) + " |")
+            if set(cells) != {"-"}:
+                lines.append("| " + " | ".join([row.label, *cells]) + " |")
     lines.append(
         f"\nLeft: the official small model, {len(cases)} runs, forced tokens; errors of logits are absolute. Right: "
         f"the default model, {scenes} scenes of seed {seed}, percent of exact answers; where they equal the first "

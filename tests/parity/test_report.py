@@ -9,7 +9,7 @@ from engines.manifest import COLUMN
 from export.build import BuildOptions, build
 from tests.conftest import once
 from tests.parity.conftest import DATA
-from tests.parity.report import HEAD, Row, official_cases, overlap, replay, table
+from tests.parity.report import Row, official_cases, overlap, replay, table
 
 # precision, block: logits before any flip, IoU of the worst layer, tokens of 65 that may differ. Measured: 0.097, 0.927
 # and 10; int4 flips in the first step, 0.623, 31: its weights are random, and no larger block than 16 divides them.
@@ -42,5 +42,5 @@ def test_overlap():
 
 def test_block_sizes_that_do_not_divide_are_said():
     lines = table((DATA / "weights", DATA / "weights"), 0, 0, [Row("int4", 64)])
-    assert lines[2] == "| int4, blocks of 64 | " + " | ".join(["-"] * (len(HEAD) - 1)) + " |"
+    assert not any(line.startswith("| int4") for line in lines)
     assert "down_proj.weight with its 176 inputs" in lines[-1]
