@@ -48,15 +48,16 @@ def PageScores(map, margins, page_budget, grid: int, cells: int, threshold: int)
     square = op.Reshape(op.Add(down, right), by_cell)  # [C*C, widest*widest]
     pooled = op.ReduceMax(op.Gather(clean, square, axis=1), two, keepdims=0)  # [B, C*C]
 
-    # Scale to 0..1. A constant map becomes 0/0 = NaN everywhere (as in official code), which passes no threshold.
+    # Scale to 0..1; a constant map selects nothing (official: 0/0 = NaN).
     low = op.ReduceMin(clean, one, keepdims=1)
     high = op.ReduceMax(pooled, one, keepdims=1)
-    score = op.Div(op.Sub(pooled, low), op.Sub(high, low))
+    uneven = op.Greater(high, low)
+    score = op.Div(op.Sub(pooled, low), op.Where(uneven, op.Sub(high, low), op.Constant(value_float=1.0)))
 
     # Eligibility grows with the score: the selected pages are the first of the order by score.
     limit = op.Cast(op.Constant(value_int=threshold), to=1)
     passes = op.Greater(op.Mul(score, op.Constant(value_float=255.0)), limit)
-    total = op.ReduceSum(op.Cast(passes, to=7), one, keepdims=0)
+    total = op.ReduceSum(op.Cast(op.And(passes, uneven), to=7), one, keepdims=0)
     return score, op.Min(total, page_budget)
 
 
