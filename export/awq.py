@@ -1,7 +1,7 @@
 """Activation-aware rounding (AWQ, arXiv 2306.00978): which input channels of a linear layer to enlarge before its
 weight is rounded to blocks of integers, and how far to clip a block, measured on inputs of that layer.
 
-Own code, 150 lines, and not nvidia-modelopt or llm-compressor: both need the whole model in memory (llm-compressor a
+Own code, 120 lines, and not nvidia-modelopt or llm-compressor: both need the whole model in memory (llm-compressor a
 Transformers model, and Transformers, datasets and accelerate with it); neither knows the two projections of hi-res
 pages, whose values share a softmax with v_proj's, so that o_proj's scales must go into both; and both hand back a model
 in their own format, not the blocks along K with float16 steps that are stored here.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.quantize import RATIOS, Scheme, quantise
+from export.quantize import RATIOS, Scheme, quantise, ratios_of
 
 PIECE = 1 << 22  # values of a weight tried at once
 QUIET = 1 / 64  # of the mean magnitude: a channel is taken to be no quieter, it may be louder in other pictures
@@ -109,11 +109,6 @@ def best_clips(weight: Tensor, inputs: Tensor, scales: Tensor, scheme: Scheme) -
         best[clipped >= plain] = 0
         chosen.append(best)
     return torch.cat(chosen)
-
-
-def ratios_of(index: Tensor) -> Tensor:
-    """The ratios that uint8 indices stand for, float32."""
-    return torch.tensor(RATIOS)[index.long()]
 
 
 def _pieces(weight: Tensor) -> Iterator[Tensor]:

@@ -2,8 +2,7 @@
 
 The PyTorch modules of the reference, in float32. One decoder layer is in memory at a time: it takes every request a
 layer further, then its weights are searched (export/awq.py), then it goes; export/memory.py counts what that needs.
-Answer tokens are decoding steps, as in a real request: they read the pages that the
-layer below selected.
+Answer tokens are decoding steps, as in a real request: they read the pages that the layer below selected.
 """
 
 from __future__ import annotations

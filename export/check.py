@@ -118,9 +118,8 @@ def _stages(reference: Reference, model: OrtModel | Reference, g: Geometry, prec
         if not g.lazy_pages:  # else they show in the decode logits
             names = [name for name in expected if half in name]
             errors = [_error(expected[name].numpy(), _as_stored(found, name)) for name in names]
-            rounding = (
-                HALF_A_STEP / STEPS_OF_A_PAGE if g.int8_pages else 0.0
-            )  # of the token's, at most the layer's largest value
+            # A step is a share of the token's largest value, which is at most the layer's.
+            rounding = HALF_A_STEP / STEPS_OF_A_PAGE if g.int8_pages else 0.0
             yield Stage(half.replace("_", " ") + "s", _worst(errors), limit + rounding)
     if g.int8_pages:  # from here on the reference reads rounded pages, too
         for name, pages in expected.items():

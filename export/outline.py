@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,20 +64,13 @@ def outline(
         console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
 
 
-class progress_of:
+@contextmanager
+def progress_of(part: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
     """A byte progress bar; the block gets the function that advances it."""
-
-    def __init__(self, part: str, total: int, console: Console) -> None:
-        columns = TextColumn(f"{part}: weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=console)
-        self._task = self._bar.add_task(part, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bar.start()
-        return lambda size: self._bar.advance(self._task, size)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    columns = TextColumn(f"{part}: weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(part, total=total)
+        yield lambda size: bar.advance(task, size)
 
 
 def parity_table(stages: list[Stage], precision: str) -> Table:

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from engines.errors import ExportError, OptionError
 from engines.geometry import Geometry
-from engines.manifest import BITS, BLOCK_SIZES, BLOCKS, COLUMN, block_name
+from engines.manifest import BITS, BLOCK_SIZES, COLUMN, block_name
 from engines.tensors import is_quantised
 from export.checkpoint import expected_tensors
-from export.packed import PackedCheckpoint
+from export.packed import PackedCheckpoint, is_packed
 from export.shards import TensorInfo
 
 QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear; float8 is older
@@ -122,13 +122,7 @@ def require_blocks(g: Geometry, scheme: Scheme) -> None:
 
 def _without_blocks(scheme: Scheme) -> str:
     """What to build instead where no block size divides the weights."""
-    (precision,) = [name for name, bits in BITS.items() if bits == scheme.bits and (name == "fp8") == scheme.e4m3]
-    columns = (
-        f"--block-size {block_name(COLUMN)}"
-        if COLUMN in BLOCKS[precision]
-        else f"--int8 --block-size {block_name(COLUMN)}"
-    )
-    return f"{columns}, or --fp16"
+    return f"{'' if scheme.bits == 8 else '--int8 '}--block-size {block_name(COLUMN)}, or --fp16"
 
 
 def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
@@ -198,6 +192,11 @@ def _stored_scales(exact: Tensor) -> Tensor:
     scales = exact.half()
     scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.float16), scales)
     return torch.where(scales > 0, scales, 1.0)
+
+
+def ratios_of(index: Tensor) -> Tensor:
+    """The ratios that uint8 indices stand for, float32."""
+    return torch.tensor(RATIOS)[index.long()]
 
 
 def pack(integers: Tensor, bits: int) -> bytes:
@@ -298,15 +297,14 @@ def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[by
 
 
 def _quantised(checkpoint: Source, name: str, scheme: Scheme, clips: Tensor | None) -> tuple[bytes, bytes]:
-    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.packs(name):
+    if is_packed(checkpoint, name):
         return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
     codes = torch.empty(k, n, dtype=torch.int8)
     scales = torch.empty(k // scheme.span(k), n, dtype=torch.float16)
     for start, rows in _pieces(checkpoint, name):
         end = start + len(rows)
-        ratios = None if clips is None else torch.tensor(RATIOS)[clips[start:end].long()]
-        found, steps = quantise(rows, scheme, ratios)
+        found, steps = quantise(rows, scheme, None if clips is None else ratios_of(clips[start:end]))
         codes[:, start:end], scales[:, start:end] = found.t(), steps.t()
     return pack(codes, scheme.bits), scales.numpy().tobytes()
 

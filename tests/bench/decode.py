@@ -39,8 +39,8 @@ from tests.bench.cost import Cost, cost
 from tests.bench.official import OfficialDecoder
 from tests.bench.plain import PlainModel
 from tests.bench.random_checkpoint import DECODERS, write
+from tests.bench.ways import TEXT, question
 
-TEXT = 24  # prompt tokens around the image, half on each side
 AGREE = 1e-3  # largest logit difference allowed between ours and the official way
 
 
@@ -97,11 +97,8 @@ def measure(
     opened = Bundle(bundle, verify=False)
     flex, g = OrtModel(opened, threads=threads), config.geometry
 
-    rng = np.random.default_rng(0)
-    tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
-    begin = np.array([TEXT // 2])
-    words = rng.integers(3, g.vocab, (1, TEXT))
-    prompt = np.concatenate((words[:, : begin[0]], -1 - np.arange(g.image_tokens)[None], words[:, begin[0] :]), 1)
+    asked, begin = question(g, rounds * steps), np.array([TEXT // 2])
+    tiles, tokens, prompt = asked.tiles, asked.answer, asked.prompt(g.image_tokens)
     length, hires = prompt.shape[1], g.hires_side**2
     low, high = flex.vision(tiles[:1]), flex.vision(tiles[1:])
     image = Image(low, flex.project(high, begin), begin, np.zeros((1, 2), np.int64))
@@ -130,7 +127,6 @@ def measure(
     seen = Image(small.vision(tiles[:1]), small.project(small.vision(tiles[1:]), begin), begin, image.margins)
     keep_decoder(small)
     runners.insert(4, Runner("ours, int4", small.decoder(seen, length + 1), some, prompt))
-    tokens = rng.integers(3, g.vocab, rounds * steps)
     for runner in runners:
         runner.times.clear()
     for start in range(0, len(tokens), steps):

@@ -18,8 +18,9 @@ from engines.bundle import Bundle
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.options import KV
-from tests.bench.decode import TEXT, Runner, processor
+from tests.bench.decode import Runner, processor
 from tests.bench.random_checkpoint import write
+from tests.bench.ways import TEXT, question
 
 AGREE = 0.05  # largest difference of a logit, as a share of the largest
 
@@ -41,10 +42,9 @@ def measure(found: dict[str, Path], rounds: int, steps: int, threads: int | None
     runners, stores = [], []
     for kv, path in found.items():
         model = OrtModel(Bundle(path, verify=False), threads=threads)
-        g, rng = model.geometry, np.random.default_rng(0)
-        tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
-        begin, words = np.array([TEXT // 2]), rng.integers(3, g.vocab, (1, TEXT))
-        prompt = np.concatenate((words[:, : begin[0]], -1 - np.arange(g.image_tokens)[None], words[:, begin[0] :]), 1)
+        g, begin = model.geometry, np.array([TEXT // 2])
+        asked = question(g, 0)
+        tiles, prompt = asked.tiles, asked.prompt(g.image_tokens)
         pages = model.project(model.vision(tiles[1:]), begin)
         image = Image(model.vision(tiles[:1]), pages, begin, np.zeros((1, 2), np.int64))
         for budget in (0, 22 * g.pages // 81, g.pages):
