@@ -16,7 +16,7 @@ Array = TypeVar("Array")
 class Opening:
     """How a bundle is opened, and the defaults.
 
-    backend: one of engines.manifest.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
+    backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
     core. verify: check the SHA-256 of every file.
     """

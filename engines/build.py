@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from engines.errors import FlexError
-from engines.trt_build import build_plans
-from engines.trt_options import BACKENDS_WITH_ENGINES, add_arguments, options_of
+from engines.trt.build import build_engines
+from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, options_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
-        build_plans(bundle, options_of(given, backend), make_default=default)
+        build_engines(bundle, options_of(given, backend), make_default=default)
     except FlexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,14 +6,15 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines import ort, trt
+from engines import ort
+from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.cuda import Cuda
 from engines.errors import FlexError
-from engines.machine import Gpu, attempt, host, jetson, look_at, matching
-from engines.manifest import TENSORRT, TENSORRT_RTX
-from engines.plan import size
+from engines.sizing.machine import Gpu, attempt, host, jetson, look_at, matching
+from engines.sizing.needs import size
 from engines.targets import TARGETS, Target
-from engines.trt_options import RTX_SMS
+from engines.trt import library as trt
+from engines.trt.options import RTX_SMS
 from plugins.compile import SMS
 
 

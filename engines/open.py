@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engines.backend import Opening
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.errors import BackendError
-from engines.manifest import BACKENDS, ONNXRUNTIME
 
 if TYPE_CHECKING:
-    from engines import ort, trt_model
+    from engines import ort
+    from engines.trt import model as trt_model
 
     Model = ort.OrtModel | trt_model.TrtModel
-    Decoder = ort.Decoder | trt_model.Decoder
+    Decoder = ort.OrtDecoder | trt_model.TrtDecoder
 
 DEVICES = ("cpu", "cuda")
 
@@ -41,6 +42,6 @@ def open_model(bundle: Bundle, opening: Opening) -> Model:
         raise BackendError(
             f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"
         )
-    from engines.trt_model import TrtModel
+    from engines.trt.model import TrtModel
 
     return TrtModel(bundle, backend)

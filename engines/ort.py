@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.backend import Image, Opening, Step
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.specs import TensorSpec, in_place, page_inputs
 from engines.errors import BackendError
-from engines.manifest import ONNXRUNTIME, TensorSpec, in_place, page_inputs
 from engines.memory import release_freed
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ class OrtModel:
         features = self.zeros((batch, g.image_tokens, g.hidden))
         return Image(features, pages, row, np.zeros((batch, 2), np.int64))
 
-    def decoder(self, image: Image, capacity: int) -> Decoder:
+    def decoder(self, image: Image, capacity: int) -> OrtDecoder:
         """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
-        return Decoder(self, self._sessions["decoder"], image, self.rounded(capacity))
+        return OrtDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
     def rounded(self, capacity: int) -> int:
         """The capacity a cache really gets: a multiple of ROUND with room for the image tokens, which the map reads."""
@@ -127,7 +128,7 @@ class OrtModel:
         return list(binding.get_outputs())
 
 
-class Decoder:
+class OrtDecoder:
     """One request: a key/value cache bound in place, and the number of valid tokens in each row."""
 
     def __init__(self, model: OrtModel, session: ort.InferenceSession, image: Image, capacity: int) -> None:
@@ -182,7 +183,7 @@ class Decoder:
         logits, *others = (self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count"))
         return Step(lambda: logits, *others)
 
-    def enlarged(self, capacity: int) -> Decoder:
+    def enlarged(self, capacity: int) -> OrtDecoder:
         """A decoder with room for `capacity` tokens that has seen what this one has, which then has had its day."""
         other, used = self._model.decoder(self._image, capacity), int(self.length.max())
         for name, value in self._cache.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
+from engines.bundle.precision import PRECISIONS
 from engines.errors import OptionError
-from engines.manifest import PRECISIONS, TENSORRT, TENSORRT_RTX
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ _AMPERE = ("fp16", "bf16", "int8", "int4")
 _FP8 = (*_AMPERE, "fp8")
 _FP4 = (*_FP8, "nvfp4")
 LEAST_SM = {"fp8": 89}  # of precisions that TensorRT has for some GPUs only: Ada, and all that came after it
-_GB = 10**9  # boards are named by the round number; what is free is less: engines/fit.py
+_GB = 10**9  # boards are named by the round number; what is free is less: engines/sizing/fit.py
 _UNTESTED, _BUILT = Status("compiled", "untested"), Status("compiled", "built")
 
 TARGETS: dict[str, Target] = {

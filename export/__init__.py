@@ -1,0 +1,1 @@
+"""From a PyTorch checkpoint to a bundle: checkpoint, network, graph, weights. Needs torch."""

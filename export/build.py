@@ -15,47 +15,38 @@ if __package__ in (None, ""):  # run as a script: the packages lie beside this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import onnx_ir as ir
-import onnxruntime
 import torch
 from rich.console import Console
 
-from engines.bind import for_onnxruntime, for_plugin_free
-from engines.bundle import Bundle, BundleWriter, write_bundle
+from engines import ort
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
+from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
+from engines.bundle.precision import PRECISIONS
+from engines.bundle.specs import graph_io
+from engines.bundle.writer import BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
-from engines.fit import assess, require_boards, require_sms
-from engines.geometry import Geometry
-from engines.manifest import (
-    FORMAT,
-    ONNXRUNTIME,
-    PARTS,
-    PLUGIN_FREE,
-    PRECISIONS,
-    TRACED,
-    Graph,
-    Manifest,
-    Part,
-    Prompt,
-    graph_io,
-    kinds,
-)
 from engines.memory import available_bytes, peak_rss
-from engines.trt_build import attributes, build_plans, elsewhere
-from engines.trt_options import PlanOptions, command
-from export.calibrate import Calibration, calibrate_on
+from engines.sizing.fit import assess, require_boards, require_sms
+from engines.trt.build import attributes, build_engines, elsewhere
+from engines.trt.options import EngineOptions, command
 from export.check import parity
-from export.checkpoint import Checkpoint, dropped_tensors, expected_tensors
-from export.config import ModelConfig, read_config
-from export.folding import to_bytes
-from export.memory import parity_bytes
-from export.options import BuildOptions, Planning, adjusted, configuration, parse_arguments, settled_options
+from export.checkpoint.config import ModelConfig, read_config
+from export.checkpoint.folder import Checkpoint, dropped_tensors, expected_tensors
+from export.checkpoint.packed import PackedCheckpoint, floats_of, open_checkpoint
+from export.checkpoint.tokenizer import convert_tokenizer
+from export.fit_report import report, room_for
+from export.graph.bind import for_onnxruntime, for_plugin_free
+from export.graph.trace import trace
+from export.options import BuildOptions, SizingRequest, adjusted, configuration, parse_arguments, settled_options
 from export.outline import outline, parity_table, progress_of
-from export.packed import PackedCheckpoint, floats_of, open_checkpoint
-from export.plan import report, room_for
-from export.quantize import Source, quantised_tensors, require_blocks, rewrite
-from export.stored import stored_weights
-from export.tokenizer import convert_tokenizer
-from export.trace import trace
-from export.weights import stored_bytes, write_weights
+from export.weights.calibrate import Calibration, calibrate_on
+from export.weights.folding import to_bytes
+from export.weights.memory import parity_bytes
+from export.weights.quantize import Source, quantised_tensors, require_blocks, rewrite
+from export.weights.stored import stored_weights
+from export.weights.write import stored_bytes, write_weights
 from plugins.artifacts import KernelError
 from plugins.compile import SMS, compile_kernels
 from plugins.registry import kernels_of_model
@@ -134,7 +125,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         )
         _check(options, Bundle(writer.folder, verify=False), checkpoint, console)
         if engines and not not_here:
-            build_plans(writer.folder, engines, name=options.folder, quiet=console.quiet)
+            build_engines(writer.folder, engines, name=options.folder, quiet=console.quiet)
     if engines and not_here:
         console.print(f"[yellow]no engines yet[/]: {not_here}", soft_wrap=True)
         console.print(f"copy {options.folder} to the board and run there: {command('BUNDLE', engines)}", soft_wrap=True)
@@ -144,7 +135,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     return Bundle(options.folder, verify=False)
 
 
-def plan(asked: Planning, console: Console | None = None) -> bool:
+def plan(asked: SizingRequest, console: Console | None = None) -> bool:
     """Print what a build and a request would need; whether it fits. Reads nothing but the checkpoint's configuration.
 
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
@@ -215,7 +206,7 @@ def _write_part(
 
 
 def _write_kernels(
-    engines: PlanOptions, g: Geometry, precision: str, writer: BundleWriter, console: Console
+    engines: EngineOptions, g: Geometry, precision: str, writer: BundleWriter, console: Console
 ) -> str | None:
     """Compile the plugins' kernels, for the targets or for every GPU there is code for; the file's name."""
     if not engines.plugins:
@@ -267,7 +258,7 @@ def _versions() -> dict[str, str]:
     versions = {
         "python": platform.python_version(),
         "flexattention-deploy": own,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": ort.installed()[0],
     }
     return versions | {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
@@ -277,7 +268,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asked, console = parse_arguments(), Console()
-        if isinstance(asked, Planning):
+        if isinstance(asked, SizingRequest):
             return 0 if plan(asked, console) else 1
         build(asked, console)
     except FlexError as error:

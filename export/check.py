@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from engines.backend import Image
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
+from engines.bundle.precision import BITS
 from engines.errors import ParityError
-from engines.geometry import Geometry
-from engines.manifest import BITS
-from engines.ort import Decoder, OrtModel
-from export.checkpoint import Checkpoint
-from export.folding import checkpoint_of
-from export.reference import Reference, ReferenceDecoder, Weights
-from export.stored import HALF_A_STEP, Stored, largest_rounding, require_others
+from engines.ort import OrtDecoder, OrtModel
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceDecoder, ReferenceModel, Weights
+from export.weights.folding import checkpoint_of
+from export.weights.stored import HALF_A_STEP, Stored, largest_rounding, require_others
 from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
 from plugins.project_pages.reference import quantise
 
@@ -91,18 +91,20 @@ def _all_stages(bundle: Bundle, checkpoint: Checkpoint, weights: Weights, thread
     g, precision = bundle.manifest.geometry, bundle.manifest.precision
     if bundle.manifest.scales:
         yield from _folding(g, checkpoint, checkpoint_of(bundle, checkpoint))
-    yield from _stages(Reference(g, weights), OrtModel(bundle, threads=threads), g, precision)
+    yield from _stages(ReferenceModel(g, weights), OrtModel(bundle, threads=threads), g, precision)
 
 
 def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:
     """The reference with the checkpoint's weights beside one with scales folded in, both float32. Page values differ:
     scales are in them."""
-    for stage in _stages(Reference(g, checkpoint), Reference(g, folded), g, "fp32"):
+    for stage in _stages(ReferenceModel(g, checkpoint), ReferenceModel(g, folded), g, "fp32"):
         if not stage.name.startswith(("vision ", "page ")):
             yield Stage(f"scales folded in: {stage.name}", stage.error, stage.limit)
 
 
-def _stages(reference: Reference, model: OrtModel | Reference, g: Geometry, precision: str) -> Iterator[Stage]:
+def _stages(
+    reference: ReferenceModel, model: OrtModel | ReferenceModel, g: Geometry, precision: str
+) -> Iterator[Stage]:
     limit = ERROR[precision]
     rng = np.random.default_rng(0)
     tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
@@ -140,7 +142,7 @@ def _stages(reference: Reference, model: OrtModel | Reference, g: Geometry, prec
 
 
 def _decode(
-    slow: ReferenceDecoder, fast: Decoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, precision: str
+    slow: ReferenceDecoder, fast: OrtDecoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, precision: str
 ) -> list[Stage] | None:
     """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
     theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])

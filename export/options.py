@@ -6,17 +6,18 @@ import argparse
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
+from engines.bundle.precision import BITS, BLOCKS, COLUMN, PRECISIONS, block_name
 from engines.errors import OptionError
-from engines.geometry import Geometry
-from engines.manifest import BACKENDS, BITS, BLOCKS, COLUMN, ONNXRUNTIME, PRECISIONS, block_name
-from engines.plan import Configuration, default_block
+from engines.sizing.needs import Configuration, default_block
 from engines.targets import LEAST_SM
-from engines.trt_options import PlanOptions, add_arguments, backend_of, boards_of, options_of, parse_targets
+from engines.trt.options import EngineOptions, add_arguments, backend_of, boards_of, options_of, parse_targets
 from export.check import STEPS
-from export.config import ModelConfig
-from export.packing import PRECISION, settled
-from export.plan import require_one_board
-from export.quantize import Scheme, scheme_of
+from export.checkpoint.config import ModelConfig
+from export.checkpoint.packed_settings import PRECISION, settled
+from export.fit_report import require_one_board
+from export.weights.quantize import Scheme, scheme_of
 
 CHECKS = {
     "parity": "run the bundle beside the PyTorch reference",
@@ -51,7 +52,7 @@ class BuildOptions:
     kv: str = "model"  # of hi-res pages; the cache of tokens stays as it is
     backend: str = ONNXRUNTIME
     check: str = "parity"
-    plans: PlanOptions | None = None  # of the TensorRT engines; None: their defaults
+    plans: EngineOptions | None = None  # of the TensorRT engines; None: their defaults
     floats: tuple[str, ...] = ()  # int8 and int4 alone: weights of linear layers that are not quantised
 
     def __post_init__(self) -> None:
@@ -108,9 +109,9 @@ class BuildOptions:
         return scheme_of(self.precision, block, self.quantize_head, self.floats)
 
     @property
-    def engines(self) -> PlanOptions | None:
+    def engines(self) -> EngineOptions | None:
         """The TensorRT engines to build, if any."""
-        return None if self.backend == ONNXRUNTIME else self.plans or PlanOptions(self.backend)
+        return None if self.backend == ONNXRUNTIME else self.plans or EngineOptions(self.backend)
 
     @property
     def folder(self) -> Path:
@@ -119,7 +120,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Planning:
+class SizingRequest:
     """A plan that is asked for instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit."""
 
     options: BuildOptions = field(default_factory=BuildOptions)
@@ -167,7 +168,7 @@ def configuration(options: BuildOptions, g: Geometry) -> Configuration:
     )
 
 
-def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planning:
+def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | SizingRequest:
     """Command line -> options, of a plan if --plan is among them; --help shows every default."""
     default = BuildOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -235,10 +236,10 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Planni
             require_one_board(boards_of(named))
     given["backend"] = backend = given["backend"] or backend_of(named)
     if planning and backend == ONNXRUNTIME:
-        given["batch"] = PlanOptions.batch  # of a build there it would be an error
+        given["batch"] = EngineOptions.batch  # of a build there it would be an error
     plans = options_of(given, backend)
     options = BuildOptions(**given, plans=plans)
-    return Planning(options, batch) if planning else options
+    return SizingRequest(options, batch) if planning else options
 
 
 def _block_size(text: str) -> int:

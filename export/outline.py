@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engines.manifest import COLUMN, TRACED, kinds
-from engines.plan import cache_bytes, size, store_bytes, weight_bytes
+from engines.bundle.kinds import TRACED, kinds
+from engines.bundle.precision import COLUMN
+from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage
-from export.checkpoint import Checkpoint
-from export.config import ModelConfig
-from export.memory import parity_bytes
+from export.checkpoint.config import ModelConfig
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.packed import PackedCheckpoint, summary
 from export.options import BuildOptions, configuration
-from export.packed import PackedCheckpoint, summary
+from export.weights.memory import parity_bytes
 
 
 def outline(

@@ -1,7 +1,7 @@
 """Kernels -> code for every board, without a GPU: `python -m plugins.compile --bundle BUNDLE --out kernels.zip`.
 
-Triton writes one PTX text per kernel, old enough for the oldest CUDA served (plugins/ptx.py); ptxas makes a cubin of it
-for each SM (plugins/ptxas.py). Boards need neither.
+Triton writes one PTX text per kernel, old enough for the oldest CUDA served (plugins/compiler/ptx.py); ptxas makes
+a cubin of it for each SM (plugins/compiler/ptxas.py). Boards need neither.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from plugins.artifacts import Artifacts, Compiled, KernelError
+from plugins.compiler.ptxas import SMS, Code, assemble, find_assemblers
 from plugins.op import TRITON_TYPES, Kernel
-from plugins.ptxas import SMS, Code, assemble, find_assemblers
 from plugins.registry import kernels_of_model
 
 OFFICIAL_7B = {
@@ -93,14 +93,14 @@ def _cores() -> int:
 
 
 def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[str, Any]]:
-    """What `plugins.ptx.to_ptx` returns for each kernel, from a fresh process that writes it to the file `result`."""
+    """What plugins.compiler.ptx.to_ptx returns for each kernel, from a fresh process that writes it to `result`."""
     # No TRITON_INTERPRET, and nothing else that would make another machine's code differ; a cache that goes away again;
     # no line numbers, whose file names do.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"TRITON_CACHE_DIR": str(result.with_suffix(".cache")), "TRITON_DISABLE_LINE_INFO": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     run = subprocess.run(
-        [sys.executable, "-m", "plugins.ptx", str(result)],
+        [sys.executable, "-m", "plugins.compiler.ptx", str(result)],
         input=json.dumps([asdict(kernel) for kernel in kernels]),
         env=environment,
         capture_output=True,

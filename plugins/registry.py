@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from plugins.cached_attention.plugin import CachedAttention
-from plugins.hierarchical_attention.plugin import HierarchicalAttention
+from plugins.cached_attention.launch import CachedAttention
+from plugins.hierarchical_attention.launch import HierarchicalAttention
 from plugins.op import Kernel, Op
-from plugins.project_pages.plugin import ProjectPages
-from plugins.select_pages.plugin import SelectPages
+from plugins.project_pages.launch import ProjectPages
+from plugins.select_pages.launch import SelectPages
 
 OPS: dict[str, type[Op]] = {op.name: op for op in (SelectPages, CachedAttention, ProjectPages, HierarchicalAttention)}
 

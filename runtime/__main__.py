@@ -11,8 +11,8 @@ from pathlib import Path
 import PIL.Image
 
 from engines.backend import Opening
+from engines.bundle.kinds import BACKENDS
 from engines.errors import FlexError, OptionError
-from engines.manifest import BACKENDS
 from engines.open import DEVICES
 from runtime.engine import Engine
 from runtime.image import load_image

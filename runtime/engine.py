@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.backend import Image, Opening, Step
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.pages import margins
 from engines.errors import BundleError, OptionError, PromptError
 from engines.memory import peak_rss
 from engines.open import open_model
-from engines.pages import margins
 from runtime.image import ImageSource, load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import PIL.Image
 
-from engines.geometry import Geometry
+from engines.bundle.geometry import Geometry
 
 _BICUBIC = PIL.Image.Resampling.BICUBIC
 _BAND = 64  # rows padded at a time: 1 MB of a 4000-pixel side, which stays in the processor's cache

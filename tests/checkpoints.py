@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engines.geometry import Geometry
-from export.checkpoint import expected_tensors
+from engines.bundle.geometry import Geometry
+from export.checkpoint.folder import expected_tensors
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 from filelock import FileLock
 
-from engines.geometry import Geometry
+from engines.bundle.geometry import Geometry
 from export.build import BuildOptions, build
 from tests.checkpoints import write_checkpoint
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.tensors import is_quantised
-from export.config import read_config
+from engines.bundle.tensors import is_quantised
+from export.checkpoint.config import read_config
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns is in bits 0-3, 4-7, ...
 

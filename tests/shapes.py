@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engines.geometry import Geometry
-from engines.pages import page_size
+from engines.bundle.geometry import Geometry
+from engines.bundle.pages import page_size
 
 
 def sizes(g: Geometry) -> dict[str, int]:

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import track
 
 from engines.backend import Image
-from engines.pages import margins
+from engines.bundle.pages import margins
 from export.build import BuildOptions, build
-from export.checkpoint import Checkpoint
-from export.config import read_config
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
 from export.default_model.questions import KINDS, Question, ask, build_tokenizer
 from export.default_model.scenes import Scene, make_scene
-from export.reference import Reference
+from export.network.reference import ReferenceModel
 from runtime import Answer, Engine
 from runtime.preprocess import preprocess
 
@@ -101,7 +101,7 @@ def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[
     """(answers that equal the float32 PyTorch reference's token for token, answers)."""
     config = read_config(model)
     g = config.geometry
-    reference = Reference(g, Checkpoint.open(model, config.tower_folder))
+    reference = ReferenceModel(g, Checkpoint.open(model, config.tower_folder))
     equal = total = 0
     for scene, questions in track(asked, "reference", console=Console(stderr=True), transient=True):
         tiles = preprocess(scene.image, g)

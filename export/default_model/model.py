@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.geometry import Geometry, Vision
-from export.checkpoint import TOWER_PREFIX, expected_tensors
+from engines.bundle.geometry import Geometry, Vision
+from export.checkpoint.folder import TOWER_PREFIX, expected_tensors
+from export.checkpoint.tower import Pixels
 from export.default_model.questions import TEMPLATE, build_tokenizer
-from export.tower import Pixels
 
 CLIP_MEAN, CLIP_STD = Pixels().image_mean, Pixels().image_std
 GEOMETRY = Geometry(

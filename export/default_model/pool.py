@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from engines.pages import margins
+from engines.bundle.pages import margins
 from export.default_model.digits import PATCH
 from export.default_model.model import CLIP_MEAN, CLIP_STD
 from export.default_model.scenes import CANVAS, COLOURS, SHAPES, Scene, Thing, make_scene, outline

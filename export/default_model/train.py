@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.pages import tile_order
+from engines.bundle.pages import tile_order
 from export.default_model.model import GEOMETRY, official_names, write_checkpoint
 from export.default_model.pool import Pool, lowres, margins_of, normalised
 from export.default_model.questions import build_tokenizer

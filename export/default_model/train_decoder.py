@@ -21,8 +21,8 @@ from export.default_model.packing import READS, Batch, pack, prefix_ids
 from export.default_model.questions import KINDS
 from export.default_model.scenes import COLOURS, SHAPES
 from export.default_model.train_vision import Bfloat16
-from export.model import Decoder, PageProjector
-from export.vision import projector
+from export.network.decoder import FlexDecoder, PageProjector
+from export.network.vision import projector
 from plugins.cached_attention.reference import rotary
 from plugins.select_pages.reference import select_pages
 
@@ -40,7 +40,7 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.projector = projector(G.vision.hidden, G)
-        self.decoder, self.pages = Decoder(G), PageProjector(G)
+        self.decoder, self.pages = FlexDecoder(G), PageProjector(G)
         # Training aids: what the question asks for must be readable where the first selection is made.
         self.asked = nn.ModuleList([nn.Linear(G.hidden, len(COLOURS)), nn.Linear(G.hidden, len(SHAPES))])
         for name, parameter in self.named_parameters():

@@ -14,7 +14,7 @@ from export.default_model import digits
 from export.default_model.model import GEOMETRY
 from export.default_model.pool import FIRST, LOWRES, NOTHING, SECOND, SINGLE, Pool, lowres, normalised
 from export.default_model.scenes import INK, PLATE
-from export.vision import Encoder
+from export.network.vision import Encoder
 
 TILE = GEOMETRY.lowres
 PATCH = GEOMETRY.vision.patch

@@ -1,4 +1,4 @@
-"""flex::CachedAttention as Triton kernels; which runs when: plugin.py. Tensors: see the package docstring.
+"""flex::CachedAttention as Triton kernels; which runs when: launch.py. Tensors: see the package docstring.
 
 B rows, S = `steps` new tokens each, L = `capacity`; hd = HEAD_DIM, WIDTH the power of two above it. All arithmetic is
 in float32; rotated queries and keys are rounded to the model dtype, as in the reference. Addresses are 64-bit, indices

@@ -3,7 +3,7 @@
 Whole requests on the same weights and question: low-res only, FlexAttention here (pages projected eagerly and lazily,
 several budgets), FlexAttention the official way, and every hi-res token in the sequence. Measured on a random model of
 middle size, whose threshold lets every page pass, so that the budget is what is read; taking turns, after their logits
-were compared. Computed for LLaVA-1.5-7B-FlexAttention from its graphs (tests/bench/graphs.py).
+were compared. Computed for LLaVA-1.5-7B-FlexAttention from its graphs (tests/bench/contenders/graphs.py).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 
-from engines.bundle import Bundle
-from engines.geometry import Geometry
-from engines.manifest import TRACED
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import TRACED
 from engines.ort import PROVIDERS
 from export.build import BuildOptions, build
-from export.trace import trace
+from export.graph.trace import trace
+from tests.bench.contenders.graphs import Graph
+from tests.bench.contenders.requests import WAYS, Graphs, held, work
+from tests.bench.contenders.ways import TEXT, Models, Question, Timing, Way, question
 from tests.bench.decode import processor
-from tests.bench.graphs import Graph
 from tests.bench.random_checkpoint import write
-from tests.bench.requests import WAYS, Graphs, held, work
-from tests.bench.ways import TEXT, Models, Question, Timing, Way, question
 from tests.geometries import official
 
 ROOT = Path(__file__).resolve().parents[2]

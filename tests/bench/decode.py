@@ -25,21 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.backend import Image
-from engines.bundle import Bundle
-from engines.geometry import Geometry
-from engines.manifest import BLOCK_SIZES
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
+from engines.bundle.pages import page_size
+from engines.bundle.precision import BLOCK_SIZES
 from engines.ort import OrtModel
-from engines.pages import page_size
-from engines.plan import SCALE
+from engines.sizing.needs import SCALE
 from export.build import BuildOptions, build
-from export.checkpoint import Checkpoint
-from export.config import read_config
-from export.reference import Reference
-from tests.bench.cost import Cost, cost
-from tests.bench.official import OfficialDecoder
-from tests.bench.plain import PlainModel
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceModel
+from tests.bench.contenders.cost import Cost, cost
+from tests.bench.contenders.official import OfficialDecoder
+from tests.bench.contenders.plain import PlainModel
+from tests.bench.contenders.ways import TEXT, question
 from tests.bench.random_checkpoint import DECODERS, write
-from tests.bench.ways import TEXT, question
 
 AGREE = 1e-3  # largest logit difference allowed between ours and the official way
 
@@ -93,7 +93,7 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     config = read_config(model)
-    reference = Reference(config.geometry, Checkpoint.open(model, config.tower_folder))
+    reference = ReferenceModel(config.geometry, Checkpoint.open(model, config.tower_folder))
     opened = Bundle(bundle, verify=False)
     flex, g = OrtModel(opened, threads=threads), config.geometry
 

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from engines.backend import Image
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.options import KV
+from tests.bench.contenders.ways import TEXT, question
 from tests.bench.decode import Runner, processor
 from tests.bench.random_checkpoint import write
-from tests.bench.ways import TEXT, question
 
 AGREE = 0.05  # largest difference of a logit, as a share of the largest
 

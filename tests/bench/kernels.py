@@ -14,13 +14,13 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from engines.geometry import Geometry
-from engines.pages import page_size
+from engines.bundle.geometry import Geometry
+from engines.bundle.pages import page_size
 from engines.targets import TARGETS, Target
-from plugins.cached_attention.plugin import PAGES_PER_SPLIT, SPLIT
+from plugins.cached_attention.launch import PAGES_PER_SPLIT, SPLIT
 from plugins.op import ITEMSIZE, blocks
 from plugins.registry import ops_of_model
-from tests.bench.cost import cost
+from tests.bench.contenders.cost import cost
 from tests.geometries import official
 from tests.shapes import input_shapes, sizes
 

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from tests.bench.requests import WAYS, Graphs, work
+from tests.bench.contenders.requests import WAYS, Graphs, work
 
 COLOURS = {"low": "#7f7f7f", "eager": "#6baed6", "lazy": "#08519c", "official": "#d95f02", "exhaustive": "#7b3294"}
 DRAWN = (("low", 0), ("eager", 16), ("lazy", 16), ("official", 16), ("official", 81), ("exhaustive", 0))

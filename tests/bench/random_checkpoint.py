@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engines.geometry import Geometry
-from export.checkpoint import expected_tensors
-from export.config import read_config
+from engines.bundle.geometry import Geometry
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import expected_tensors
 
 SHARD = 1 << 30  # bytes
 BLOCK = 1 << 24  # random numbers drawn once; tensors are windows of them

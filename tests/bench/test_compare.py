@@ -10,13 +10,13 @@ import onnxruntime
 import pytest
 import torch
 
-from engines.bundle import Bundle
-from engines.manifest import TRACED
-from engines.pages import page_size
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import TRACED
+from engines.bundle.pages import page_size
 from tests.bench import compare
-from tests.bench.cost import cost
-from tests.bench.graphs import Graph, Run
-from tests.bench.requests import Graphs, work
+from tests.bench.contenders.cost import cost
+from tests.bench.contenders.graphs import Graph, Run
+from tests.bench.contenders.requests import Graphs, work
 from tests.checkpoints import write_checkpoint
 from tests.geometries import tiny
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engines.pages import page_size
+from engines.bundle.pages import page_size
 from export.build import BuildOptions, build
-from tests.bench.cost import cost
+from tests.bench.contenders.cost import cost
 from tests.bench.decode import measure, table
 from tests.bench.random_checkpoint import write
 from tests.geometries import official

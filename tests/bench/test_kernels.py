@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from engines.bundle.pages import page_size
 from engines.errors import OptionError
-from engines.pages import page_size
 from engines.targets import TARGETS, target
-from plugins.ptxas import SMS
-from tests.bench.cost import cost
+from plugins.compiler.ptxas import SMS
+from tests.bench.contenders.cost import cost
 from tests.bench.kernels import STEP, Case, attend, attend_pages, launches, main, project_pages, table
 from tests.geometries import official
 

@@ -1,5 +1,5 @@
-"""TensorRT's plugins without a GPU: a traced graph whose custom ops go through plugins/plugin.py, the driver's wrapper
-and the kernels, and whose other ops ONNX's reference evaluator computes."""
+"""TensorRT's plugins without a GPU: a traced graph whose custom ops go through plugins/tensorrt.py, the driver's
+wrapper and the kernels, and whose other ops ONNX's reference evaluator computes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from plugins.artifacts import Artifacts
-from plugins.plugin import DTYPE, DTYPES, KERNELS, NAMESPACE
 from plugins.registry import OPS
+from plugins.tensorrt import DTYPE, DTYPES, KERNELS, NAMESPACE
 from tests.emulator.driver import Driver
 from tests.emulator.memory import aligned
 

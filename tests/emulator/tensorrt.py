@@ -19,10 +19,13 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
-from engines.bundle import MANIFEST, Bundle, sha256
-from engines.manifest import ONNXRUNTIME, PRECISIONS, TRACED, File, Plan, TensorSpec, in_place, plan_io
-from engines.trt_build import attributes, profiles
-from engines.trt_options import PlanOptions
+from engines.bundle.folder import MANIFEST, Bundle, sha256
+from engines.bundle.kinds import ONNXRUNTIME, TRACED
+from engines.bundle.manifest import File, Plan
+from engines.bundle.precision import PRECISIONS
+from engines.bundle.specs import TensorSpec, in_place, plan_io
+from engines.trt.build import attributes, profiles
+from engines.trt.options import EngineOptions
 from plugins.registry import kernels_of_model
 from tests.emulator.driver import Driver, emulated_artifacts
 from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun, Registry
@@ -62,7 +65,7 @@ def with_plans(
     for name, part in manifest.parts.items():
         with_kernels = plugins and name == "decoder"
         inputs, outputs = plan_io(name, g, manifest.precision)
-        options = PlanOptions(backend, batch=most)
+        options = EngineOptions(backend, batch=most)
         plan = Plan(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from plugins.op import Kernel, Launch
-from plugins.select_pages.plugin import SelectPages
+from plugins.select_pages.launch import SelectPages
 from tests.emulator.interpreter import call, run
 from tests.emulator.memory import MemoryFault, aligned_copy
 from tests.emulator.triton_cpu import RaceError, to_bfloat16, to_float32

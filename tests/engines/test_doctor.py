@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from engines import doctor, ort, trt
+from engines import doctor, ort
+from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.cuda import Cuda
 from engines.doctor import backends, examine
 from engines.errors import BackendError
-from engines.machine import NAMES, attempt, host, jetson, look_at, matching
-from engines.manifest import TENSORRT, TENSORRT_RTX
+from engines.sizing.machine import NAMES, attempt, host, jetson, look_at, matching
 from engines.targets import TARGETS, markdown
+from engines.trt import library as trt
 from tests.emulator.driver import Driver
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 ORIN_NX = "NVIDIA Jetson Orin NX Engineering Reference Developer Kit\0"
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
 PACKAGES = """Package: nvidia-driver-daemon

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
 from engines.errors import BackendError
 from engines.ort import OrtModel
 from tests.geometries import tiny

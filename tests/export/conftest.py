@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-WEIGHTS = Path(__file__).parents[1] / "parity" / "data" / "weights"
+from tests.paths import OFFICIAL
+
+WEIGHTS = OFFICIAL / "weights"
 
 
 @pytest.fixture

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import export.build
-from engines.bundle import Bundle, BundleWriter
+from engines.bundle.folder import Bundle
+from engines.bundle.writer import BundleWriter
 from engines.errors import CheckpointError, ExportError, OptionError, ParityError
-from engines.ort import Decoder, OrtModel
+from engines.ort import OrtDecoder, OrtModel
 from export.build import BuildOptions, build, parse_arguments
 from tests.checkpoints import write_checkpoint
 from tests.geometries import tiny
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 WEIGHT = "model.layers.2.self_attn.q_proj.weight"
 
 
@@ -147,7 +148,7 @@ def test_interrupted_builds_leave_nothing(checkpoint, tmp_path, kind):
 @pytest.mark.parametrize("method", ["vision", "project", "run"])
 def test_a_nan_fails_the_check(checkpoint, tmp_path, monkeypatch, method, late):
     """NaN everywhere, or only in the last layer, tile batch or step: no number before it hides it."""
-    owner, calls = (Decoder if method == "run" else OrtModel), []
+    owner, calls = (OrtDecoder if method == "run" else OrtModel), []
     original = getattr(owner, method)
 
     def broken(self, *arguments, **named):

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.backend import Image
-from engines.geometry import Geometry
-from engines.pages import margins
+from engines.bundle.geometry import Geometry
+from engines.bundle.pages import margins
 from export.build import BuildOptions, build
-from export.checkpoint import Checkpoint
-from export.config import read_config
-from export.reference import Reference
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceModel
 from tests.conftest import once
+from tests.paths import OFFICIAL
 
-DATA = Path(__file__).parent / "data"
-CASES = sorted(path.stem for path in (DATA / "cases").glob("*.json"))
+CASES = sorted(path.stem for path in (OFFICIAL / "cases").glob("*.json"))
 IMAGE_TOKEN = -200
 
 
@@ -36,7 +36,7 @@ class Case:
 
     @property
     def image(self) -> Path:
-        return DATA / "images" / f"{self.name}.png"
+        return OFFICIAL / "images" / f"{self.name}.png"
 
     @property
     def weights(self) -> str:
@@ -80,8 +80,8 @@ class Case:
 
 @pytest.fixture(params=CASES)
 def case(request) -> Case:
-    meta = json.loads((DATA / "cases" / f"{request.param}.json").read_text())
-    with np.load(DATA / "cases" / f"{request.param}.npz") as arrays:
+    meta = json.loads((OFFICIAL / "cases" / f"{request.param}.json").read_text())
+    with np.load(OFFICIAL / "cases" / f"{request.param}.npz") as arrays:
         return Case(request.param, dict(arrays), meta.get("overrides", {}))
 
 
@@ -91,14 +91,14 @@ def checkpoint(shared):
 
     def make(folder: Path) -> None:
         fresh = folder.with_suffix(".tmp")
-        shutil.copytree(DATA / "weights", fresh)
+        shutil.copytree(OFFICIAL / "weights", fresh)
         tensors = load_file(fresh / "model.safetensors")
         for layer in (8, 10):
             tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].zero_()
         save_file(tensors, fresh / "model.safetensors")
         fresh.rename(folder)
 
-    return lambda name: DATA / "weights" if name == "plain" else once(shared / "degenerate", make)
+    return lambda name: OFFICIAL / "weights" if name == "plain" else once(shared / "degenerate", make)
 
 
 @pytest.fixture(scope="session")
@@ -115,12 +115,12 @@ def bundle(shared, checkpoint):
 @pytest.fixture(scope="session")
 def reference(checkpoint):
     """reference(name, dtype=float32) -> the PyTorch model of a checkpoint."""
-    cache: dict[tuple[str, torch.dtype], Reference] = {}
+    cache: dict[tuple[str, torch.dtype], ReferenceModel] = {}
 
-    def get(name: str, dtype: torch.dtype = torch.float32) -> Reference:
+    def get(name: str, dtype: torch.dtype = torch.float32) -> ReferenceModel:
         if (name, dtype) not in cache:
             config = read_config(checkpoint(name))
-            cache[name, dtype] = Reference(
+            cache[name, dtype] = ReferenceModel(
                 config.geometry, Checkpoint.open(checkpoint(name), config.tower_folder), dtype
             )
         return cache[name, dtype]

@@ -7,14 +7,14 @@ from uuid import uuid4
 import numpy as np
 import onnx_ir as ir
 
-from engines.bind import for_onnxruntime, for_plugin_free
-from engines.bundle import Bundle
-from engines.manifest import ONNXRUNTIME, PLUGIN_FREE, TRACED
-from engines.ort import Decoder, OrtModel
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE, TRACED
+from engines.ort import OrtDecoder, OrtModel
+from export.graph.bind import for_onnxruntime, for_plugin_free
 
 
 class InspectedModel(OrtModel):
-    """An OrtModel whose decoders have `maps` and `hidden`, like those of export.reference.
+    """An OrtModel whose decoders have `maps` and `hidden`, like those of export.network.reference.
 
     `kind`: ONNXRUNTIME, or PLUGIN_FREE: TensorRT's graph, which ONNX Runtime runs too, if slowly.
     """
@@ -41,7 +41,7 @@ class InspectedModel(OrtModel):
         return InspectedDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
 
-class InspectedDecoder(Decoder):
+class InspectedDecoder(OrtDecoder):
     def __init__(self, model: InspectedModel, session, image, capacity: int) -> None:
         super().__init__(model, session, image, capacity)
         g, batch = model.geometry, len(image.begin)

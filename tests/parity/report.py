@@ -19,16 +19,17 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.precision import BLOCKS, COLUMN, PRECISIONS
 from engines.errors import OptionError
-from engines.manifest import BLOCKS, COLUMN, PRECISIONS
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
 from export.default_model.evaluate import scenes_with_questions
 from export.default_model.questions import ask
 from export.default_model.scenes import make_scene
 from runtime import Engine
-from tests.parity.conftest import DATA, Case
+from tests.parity.conftest import Case
+from tests.paths import OFFICIAL
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Replay:
 def official_cases() -> list[Case]:
     """The recorded runs of the checkpoint as it is."""
     cases = []
-    for path in sorted((DATA / "cases").glob("*.json")):
+    for path in sorted((OFFICIAL / "cases").glob("*.json")):
         if not json.loads(path.read_text()).get("overrides"):
             with np.load(path.with_suffix(".npz")) as arrays:
                 cases.append(Case(path.stem, dict(arrays), {}))
@@ -134,7 +135,7 @@ def calibration_data(folder: Path, seed: int) -> tuple[Path, Path]:
     for path in (small, default):
         path.mkdir()
     rng, rows = np.random.default_rng(seed), []
-    for image in sorted((DATA / "preprocess").glob("*.png")):
+    for image in sorted((OFFICIAL / "preprocess").glob("*.png")):
         shutil.copy(image, small)
         tokens = rng.integers(3, 512, 24 + CALIBRATION_STEPS).tolist()
         prompt = [1, *tokens[:12], -200, *tokens[12:24]]
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
-    print("\n".join(table((DATA / "weights", given.model), given.scenes, given.seed, ROWS)))
+    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, ROWS)))
 
 
 if __name__ == "__main__":

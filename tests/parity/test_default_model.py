@@ -12,19 +12,19 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from engines.backend import Image
-from engines.bundle import Bundle
-from engines.pages import margins
+from engines.bundle.folder import Bundle
+from engines.bundle.pages import margins
 from export.build import BuildOptions, build
-from export.checkpoint import Checkpoint
-from export.config import read_config
-from export.reference import Reference
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
 from tests.conftest import once
 from tests.parity.inspected import InspectedModel
 from tests.parity.test_official_way import Official
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
 ROWS = json.loads((EXAMPLES / "examples.json").read_text())
 # Between float32 implementations. Logits of a trained model are ten times those of the random ones.
@@ -72,7 +72,7 @@ def test_the_hires_view_is_what_reads(default_bundle):
 def test_ladder(row, default_bundle):
     config = read_config(MODEL)
     g = config.geometry
-    reference, bundle = Reference(g, Checkpoint.open(MODEL, config.tower_folder)), Bundle(default_bundle("fp32"))
+    reference, bundle = ReferenceModel(g, Checkpoint.open(MODEL, config.tower_folder)), Bundle(default_bundle("fp32"))
     graph, engine = InspectedModel(bundle), Engine(bundle.path)
     picture = PILImage.open(EXAMPLES / row["image"]).convert("RGB")
     tiles = preprocess(picture, g)

@@ -9,10 +9,11 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from engines.bind import STABLE_SINCE_20
-from engines.bundle import Bundle
-from engines.manifest import BITS, ONNXRUNTIME, PARTS, PLUGIN_FREE, PRECISIONS, TRACED, kinds
-from export.checkpoint import expected_tensors
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
+from engines.bundle.precision import BITS, PRECISIONS
+from export.checkpoint.folder import expected_tensors
+from export.graph.bind import STABLE_SINCE_20
 from tests.geometries import official
 
 SIZES = {"batch": 1, "steps": 2, "capacity": 640, "tiles": 2, "batch_tiles": 9}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
 from engines.errors import OptionError
 from engines.ort import OrtModel
-from engines.plan import Configuration, store_bytes
+from engines.sizing.needs import Configuration, store_bytes
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once

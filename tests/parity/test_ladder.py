@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from engines.bundle import Bundle
-from engines.manifest import ONNXRUNTIME, PLUGIN_FREE
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE
+from engines.bundle.pages import cell_of_row, tile_order
 from engines.ort import OrtModel
-from engines.pages import cell_of_row, tile_order
 from runtime import Engine
 from runtime.preprocess import preprocess
 from tests.parity.inspected import InspectedModel

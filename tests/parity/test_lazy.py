@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.pages import cell_of_row
 from engines.ort import OrtModel
-from engines.pages import cell_of_row
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.bundle import Bundle
-from engines.geometry import Geometry
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
 from engines.ort import OrtModel
 from tests.geometries import tiny
 from tests.parity.test_variants import LOGITS, VARIANTS, encode, load, request, steps

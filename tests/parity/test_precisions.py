@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
 from engines.ort import OrtModel
 
 # precision: low-res features, logits before any flip, logits in all steps, share of cells flipped, gap

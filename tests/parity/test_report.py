@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.manifest import COLUMN
+from engines.bundle.precision import COLUMN
 from export.build import BuildOptions, build
 from tests.conftest import once
-from tests.parity.conftest import DATA
 from tests.parity.report import Row, official_cases, overlap, replay, table
+from tests.paths import OFFICIAL
 
 # precision, block: logits before any flip, IoU of the worst layer, tokens of 65 that may differ. Measured: 0.097, 0.927
 # and 10; int4 flips in the first step, 0.623, 31: its weights are random, and no larger block than 16 divides them.
@@ -26,7 +26,7 @@ BOUNDS = {
 def test_what_quantised_weights_cost(precision, block, shared):
     """The only block size that divides the official small model's widths is 16."""
     out = shared / f"report-{precision}-{block}"
-    options = BuildOptions(DATA / "weights", out, precision, block, check="none")
+    options = BuildOptions(OFFICIAL / "weights", out, precision, block, check="none")
     found = replay(once(options.out, lambda _: build(options)), official_cases())
     before, worst, others = BOUNDS[precision, block]
     print(precision, block, found)
@@ -41,6 +41,6 @@ def test_overlap():
 
 
 def test_block_sizes_that_do_not_divide_are_said():
-    lines = table((DATA / "weights", DATA / "weights"), 0, 0, [Row("int4", 64)])
+    lines = table((OFFICIAL / "weights", OFFICIAL / "weights"), 0, 0, [Row("int4", 64)])
     assert not any(line.startswith("| int4") for line in lines)
     assert "down_proj.weight with its 176 inputs" in lines[-1]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from engines.backend import Image
-from engines.bundle import Bundle
-from engines.geometry import Geometry
+from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
 from engines.ort import OrtModel
-from export.checkpoint import Checkpoint
-from export.config import read_config
-from export.reference import Reference
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceModel
 from tests.geometries import tiny
 
 LOGITS = 2e-4
@@ -32,9 +32,9 @@ VARIANTS = {
 }
 
 
-def load(checkpoint) -> Reference:
+def load(checkpoint) -> ReferenceModel:
     config = read_config(checkpoint)
-    return Reference(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
+    return ReferenceModel(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
 
 
 def request(g: Geometry, seed: int, text: int = 9, begin: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Code of every kernel for every board: what NVIDIA's tools say about it, and what is refused.
 
-`cuobjdump`, which comes with Triton, tells what is in a cubin without help from plugins/ptxas.py.
+`cuobjdump`, which comes with Triton, tells what is in a cubin without help from plugins/compiler/ptxas.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from plugins import ptxas
 from plugins.artifacts import Artifacts, KernelError
 from plugins.compile import OFFICIAL_7B, compile_kernels, main, sizes_of_bundle, table
+from plugins.compiler import ptxas
+from plugins.compiler.ptx import without_scratch
+from plugins.compiler.ptxas import SHARED_LIMIT, SMS, read_log
 from plugins.op import Kernel
-from plugins.ptx import without_scratch
-from plugins.ptxas import SHARED_LIMIT, SMS, read_log
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
 from tests.geometries import official, tiny

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from engines.bundle.geometry import Geometry
 from engines.cuda import Cuda
-from engines.geometry import Geometry
 from plugins.artifacts import Artifacts
 from plugins.compile import compile_kernels
+from plugins.compiler.ptxas import SMS
 from plugins.op import Op
-from plugins.ptxas import SMS
 from plugins.registry import ops_of_model
 from plugins.select_pages.reference import select_pages
 from tests.bench import kernels as estimates

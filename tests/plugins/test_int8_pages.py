@@ -8,10 +8,10 @@ import torch
 
 from plugins.hierarchical_attention import onnx_int8 as attention_body
 from plugins.hierarchical_attention import onnx_static_int8 as attention_static
-from plugins.hierarchical_attention.plugin import HierarchicalAttention
+from plugins.hierarchical_attention.launch import HierarchicalAttention
 from plugins.hierarchical_attention.reference import hierarchical_attention, hierarchical_attention_int8
 from plugins.project_pages import LEAST, STEPS, onnx_int8
-from plugins.project_pages.plugin import ProjectPages
+from plugins.project_pages.launch import ProjectPages
 from plugins.project_pages.reference import project_pages, project_pages_int8, quantise
 from tests.emulator.interpreter import call
 from tests.plugins import test_kernels, test_project_pages

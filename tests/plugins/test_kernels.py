@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.cached_attention.plugin import CachedAttention
+from plugins.cached_attention.launch import CachedAttention
 from plugins.cached_attention.reference import cached_attention
-from plugins.hierarchical_attention.plugin import HierarchicalAttention
+from plugins.hierarchical_attention.launch import HierarchicalAttention
 from plugins.hierarchical_attention.reference import hierarchical_attention
-from plugins.select_pages.plugin import SelectPages
+from plugins.select_pages.launch import SelectPages
 from plugins.select_pages.reference import select_pages
 from tests.emulator.interpreter import call
 from tests.plugins.attention_inputs import Sizes, attention_inputs

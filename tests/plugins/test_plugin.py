@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines import trt as tensorrt
+from engines.bundle.kinds import TENSORRT_RTX
 from engines.errors import BackendError
-from engines.manifest import TENSORRT_RTX
-from engines.trt_build import attributes
+from engines.trt import library as tensorrt
+from engines.trt.build import attributes
 from plugins import plugin
 from plugins.artifacts import Artifacts, Compiled, KernelError
 from plugins.registry import OPS, kernels_of_model, ops_of_model

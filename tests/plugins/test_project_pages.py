@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from plugins.cached_attention.reference import rotary
+from plugins.project_pages.launch import ProjectPages
 from plugins.project_pages.onnx_body import FUNCTIONS
-from plugins.project_pages.plugin import ProjectPages
 from plugins.project_pages.reference import project_pages
 from tests.emulator.interpreter import call
 from tests.plugins.harness import run_body

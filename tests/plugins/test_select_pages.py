@@ -1,19 +1,19 @@
 """flex::SelectPages: PyTorch reference and ONNX bodies against the official masks, and the page budget."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engines.pages import cell_of_row, margins
+from engines.bundle.pages import cell_of_row, margins
 from plugins.select_pages import onnx_body, onnx_static
 from plugins.select_pages.reference import select_pages
 from tests.geometries import official
+from tests.paths import OFFICIAL
 from tests.plugins.harness import run_body
 
-GOLDEN = Path(__file__).parents[1] / "parity" / "data" / "selection.npz"
+GOLDEN = OFFICIAL / "selection.npz"
 
 
 def by_reference(maps, sides, budget, cells, threshold):

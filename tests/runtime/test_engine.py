@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.checkpoint import Checkpoint
-from export.config import read_config
-from export.reference import Reference
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
+from export.network.reference import ReferenceModel
 from runtime import BackendError, Engine, FlexError, ImageError, OptionError, PromptError
 from tests.geometries import tiny
 
@@ -29,10 +29,10 @@ def engine(random_model) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def reference(random_model) -> Reference:
+def reference(random_model) -> ReferenceModel:
     checkpoint, _ = random_model("engine", GEOMETRY, tokenizer=True)
     config = read_config(checkpoint)
-    return Reference(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
+    return ReferenceModel(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
 
 
 def same(left, right) -> bool:
@@ -132,7 +132,7 @@ def test_streams_taken_in_turns(engine):
 
 @pytest.mark.parametrize("budget", [0, 2, GEOMETRY.pages])
 def test_engine_equals_reference_greedily(budget, engine, reference):
-    from engines.pages import margins
+    from engines.bundle.pages import margins
     from runtime.preprocess import preprocess
     from tests.parity.test_variants import encode
 
@@ -255,18 +255,18 @@ def test_the_length_the_error_names_fits(engine):
 
 
 def test_an_error_while_decoding_keeps_the_view_usable(engine, monkeypatch):
-    from engines.ort import Decoder
+    from engines.ort import OrtDecoder
 
     with engine.image(PHOTO) as view:
         expected = view.ask(QUESTION, **OPTIONS)
-        original = Decoder.run
+        original = OrtDecoder.run
 
         def broken(self, ids, *rest, **named):
             if ids.shape[1] == 1:
                 raise BackendError("the device went away")
             return original(self, ids, *rest, **named)
 
-        monkeypatch.setattr(Decoder, "run", broken)
+        monkeypatch.setattr(OrtDecoder, "run", broken)
         with pytest.raises(BackendError):
             view.ask(QUESTION)
         monkeypatch.undo()

@@ -12,9 +12,8 @@ from PIL import Image
 
 from runtime import Engine
 from runtime.show import DIM, draw_selection
+from tests.paths import ROOT
 from tests.runtime.test_engine import GEOMETRY, PHOTO, QUESTION
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

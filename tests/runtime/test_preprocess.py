@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from engines.pages import margins
+from engines.bundle.pages import margins
 from runtime.image import load_image
 from runtime.preprocess import hires_pixels, lowres_pixels, preprocess
 from tests.geometries import official, tiny
+from tests.paths import OFFICIAL
 
-DATA = Path(__file__).parents[1] / "parity" / "data" / "preprocess"
+DATA = OFFICIAL / "preprocess"
 NAMES = ["pp_rgb", "pp_rgba", "pp_grey", "pp_palette", "pp_rgb_1500"]
 
 

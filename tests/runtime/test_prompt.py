@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from export.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import convert_tokenizer
 from runtime import PromptError, TokenizerError
 from runtime.prompt import IMAGE_TOKEN, Prompter, TextStream
 from tests.checkpoints import write_tokenizer

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engines.backend import Image
-from engines.pages import margins
+from engines.bundle.pages import margins
 from export.build import BuildOptions, build
-from export.checkpoint import Checkpoint
-from export.config import read_config
+from export.checkpoint.config import read_config
+from export.checkpoint.folder import Checkpoint
 from export.default_model import train_decoder
 from export.default_model.model import GEOMETRY, official_names, write_checkpoint
 from export.default_model.packing import pack, prefix_ids
@@ -21,7 +21,7 @@ from export.default_model.questions import build_tokenizer
 from export.default_model.scenes import make_scene
 from export.default_model.train import SMOKE, run
 from export.default_model.train_vision import Tower, tiles_of
-from export.reference import Reference
+from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
 
@@ -44,7 +44,7 @@ def test_one_training_pass_equals_inference_step_by_step(random_model):
     """Logits of every answer token of packed questions, pages chosen by the model's own maps."""
     tower, student, folder = random_model
     config = read_config(folder)
-    reference = Reference(config.geometry, Checkpoint.open(folder, config.tower_folder))
+    reference = ReferenceModel(config.geometry, Checkpoint.open(folder, config.tower_folder))
     g = config.geometry
     assert g == GEOMETRY
     scenes = [make_scene(np.random.default_rng(seed)) for seed in (3, 4)]

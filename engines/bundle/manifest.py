@@ -1,0 +1,98 @@
+"""`bundle.json`: everything a runtime must know about a bundle before it opens a single graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.bundle.geometry import Geometry
+from engines.bundle.specs import TensorSpec
+
+FORMAT = 3  # raised when an older reader would misread the bundle
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An .onnx file and what it takes and gives."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimisation profile: (min, opt, max) of each symbol in the shapes of a plan's inputs."""
+
+    name: str
+    sizes: dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A TensorRT engine: what it takes and gives, and where it runs."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    plugins: bool  # needs this project's plugins, which the plan carries the kernels of
+    tensorrt: str  # version of the builder; no other version opens the plan
+    cuda: str  # version that the builder was made for
+    sms: tuple[int, ...]  # compute capabilities it runs on; 86 is 8.6
+    kernels: str | None  # SHA-256 of the bundle's kernels it was built with; None without plugins
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model: `graphs` by kind, all over the same weights, and TensorRT engines by backend."""
+
+    weights: str
+    graphs: dict[str, Graph]
+    plans: dict[str, Plan]
+
+
+def is_template(text: str) -> bool:
+    """Whether a prompt template holds "<image>" and "{prompt}", each once."""
+    return text.count("<image>") == 1 and text.count("{prompt}") == 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a question becomes token ids. `template`: see is_template."""
+
+    template: str
+    tokenizer: str | None  # file in the bundle; None: the bundle takes raw token ids only
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    """Size and SHA-256 (hex) of a file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `bundle.json`."""
+
+    format: int
+    name: str
+    precision: str  # key of PRECISIONS
+    page_budget: int  # pages each layer may read at most, unless a request asks for fewer
+    geometry: Geometry
+    prompt: Prompt
+    parts: dict[str, Part]
+    backend: str  # one of BACKENDS: what opens the bundle unless another is asked for
+    kernels: str | None  # file of the compiled kernels of the plugins
+    files: dict[str, File]
+    versions: dict[str, str]  # of this project and of what wrote the graphs
+    source: dict[str, object]  # identity of the checkpoint
+    options: dict[str, object]  # the build's knobs, as used
+    dropped: dict[str, str]  # tensors of the checkpoint that are not in the bundle, and why
+    scales: str | None = (
+        None  # file of the scales folded into the weights (export/weights/folding.py); None: not calibrated
+    )
+    block_size: int | None = None  # one of BLOCKS in the precisions in BITS, else None

@@ -1,0 +1,258 @@
+"""Whether a configuration fits a board, and what would: engines/sizing/needs.py says what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
+from engines.bundle.precision import BLOCKS, COLUMN
+from engines.errors import BackendError, OptionError
+from engines.memory import available_bytes
+from engines.sizing.machine import look_at
+from engines.sizing.needs import Configuration, Need, builder_bytes, default_block, needs, size, speed, weight_bytes
+from engines.targets import LEAST_SM, TARGETS, Target, target
+
+if TYPE_CHECKING:
+    from engines.cuda import Cuda
+
+# Assumed, on the high side: what is not there for a request.
+SYSTEM_RESERVE = 1_500_000_000  # of a board that shares its memory: carve-outs, Linux, a desktop
+DISPLAY_RESERVE = 500_000_000  # of a card's own memory
+
+ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
+_INTEGERS = "int8", "int4"
+SMALLER = {"fp32": ("fp16", *_INTEGERS), "fp16": _INTEGERS, "bf16": _INTEGERS, "int8": ("int4",), "fp8": ("int4",)}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory to fit into, bytes. reserved: for others. bandwidth: GB/s, None when unknown. integrated: one memory for
+    host and device. precisions: of weights it serves, None when unknown."""
+
+    name: str
+    memory: int
+    reserved: int = 0
+    bandwidth: int | None = None
+    integrated: bool = True
+    precisions: tuple[str, ...] | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes that are left."""
+        return self.memory - self.reserved
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A configuration against a room.
+
+    needs: of a request. builder: bytes of the largest engine build, 0 for a backend without. builds_here: whether they
+    are this room's to give; engines of TensorRT are built on the board, of TensorRT-RTX anywhere. speed: tokens per
+    second at most, (slowest, fastest) step, None when the bandwidth is unknown. proposal: the nearest configuration
+    that fits, or that only needs another place to build, when this one does not fit. larger: the smallest target of
+    the same kind where this one fits.
+    """
+
+    configuration: Configuration
+    room: Room
+    needs: tuple[Need, ...]
+    builder: int
+    builds_here: bool
+    speed: tuple[float, float] | None
+    proposal: Assessment | None
+    larger: str | None
+
+    @property
+    def total(self) -> int:
+        """Bytes a request needs."""
+        return sum(need.bytes for need in self.needs)
+
+    @property
+    def runs(self) -> bool:
+        """Whether a request fits."""
+        return self.total <= self.room.usable
+
+    @property
+    def builds(self) -> bool:
+        """Whether the builder fits, as far as that is this room's affair."""
+        return not self.builds_here or self.builder <= self.room.usable
+
+    @property
+    def fits(self) -> bool:
+        """Whether all does."""
+        return self.runs and self.builds
+
+
+def room_of(board: Target) -> Room:
+    """The memory of a target."""
+    reserved = SYSTEM_RESERVE if board.integrated else DISPLAY_RESERVE
+    return Room(board.name, board.memory, reserved, board.bandwidth, board.integrated, board.precisions)
+
+
+def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
+    """The memory of this machine: of its GPU for TensorRT, what is free for ONNX Runtime on the CPU.
+
+    `cuda`: to look at something else than its first GPU. BackendError when there is none.
+    """
+    if backend == ONNXRUNTIME:
+        return Room("this machine", available_bytes())
+    try:
+        found = look_at(cuda)
+    except BackendError as error:
+        fix = "name the board to plan for, such as --target orin-nx-16"
+        raise BackendError(f"a plan for this machine's GPU: {error.found}", expected=error.expected, fix=fix) from error
+    board = found.target
+    reserved = SYSTEM_RESERVE if found.integrated else DISPLAY_RESERVE
+    room = Room(f"this machine's {found.name}", found.memory, reserved, integrated=found.integrated)
+    return room if board is None else replace(room, bandwidth=board.bandwidth, precisions=board.precisions)
+
+
+def assess(c: Configuration, room: Room) -> Assessment:
+    """Whether `c` fits, and what would. OptionError when the target does not serve the precision."""
+    if room.precisions is not None and c.precision not in (*room.precisions, "fp32"):
+        raise OptionError(
+            f"precision {c.precision} on {room.name}", expected=f"one of {', '.join(('fp32', *room.precisions))}"
+        )
+    found = _assess(c, room)
+    if found.fits:
+        return found
+    larger = [board for board in TARGETS.values() if board.integrated == room.integrated]
+    larger = [b for b in sorted(larger, key=lambda b: b.memory) if b.memory > room.memory]
+    fitting = next((b.name for b in larger if _assess(c, room_of(b)).fits), None) if room.name in TARGETS else None
+    return replace(found, proposal=_nearest(found), larger=fitting)
+
+
+def require_boards(c: Configuration, boards: tuple[str, ...]) -> list[str]:
+    """OptionError, with the nearest configuration that fits, when a request does not fit one of `boards`; what to do on
+    boards where only the builder does not fit."""
+    warnings = []
+    for name in boards:
+        found = assess(c, room_of(target(name)))
+        if not found.runs:
+            raise OptionError(f"{name} {verdict(found)}", fix=advice(found))
+        if not found.builds:
+            warnings.append(f"{name}: {builder_verdict(found)}; {builder_advice(found)}")
+    return warnings
+
+
+def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
+    """OptionError when TensorRT cannot build the precision for one of these SMs; what to know about the engines of
+    those it can build.
+
+    What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
+    """
+    old = [sm for sm in sms if sm < LEAST_SM.get(c.precision, 0)]
+    if old:
+        able = [sm for sm in sms if sm not in old]
+        fix = f"--target {','.join(f'sm_{sm}' for sm in able)}, or " if able else ""
+        raise OptionError(
+            f"precision {c.precision} on {', '.join(f'sm_{sm}' for sm in old)}",
+            expected=f"GPUs of SM {LEAST_SM[c.precision] / 10} or newer",
+            fix=f"{fix}--int8 --block-size column",
+        )
+    if c.precision == "fp8":
+        return [
+            "fp8: TensorRT-RTX unpacks gate_proj and up_proj of each layer in a kernel of its own in every step; "
+            "--int8 --block-size column takes as many bytes, is unpacked by the products alone, and rounds less"
+        ]
+    if c.precision == "int8" and (default_block("int8") if c.block is None else c.block) != COLUMN:
+        return [
+            "int8 in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "
+            "float16; --block-size column is read as it is stored, by the product itself"
+        ]
+    return []
+
+
+def verdict(a: Assessment) -> str:
+    """Needs and has, of a request."""
+    of = f" of {size(a.room.memory)}" if a.room.reserved else ""
+    return f"needs {size(a.total)}, has {size(a.room.usable)}{of}"
+
+
+def builder_verdict(a: Assessment) -> str:
+    """Needs and has, of the builder."""
+    return f"the builder needs {size(a.builder)}, has {size(a.room.usable)}"
+
+
+def advice(a: Assessment) -> str:
+    """What fits instead."""
+    ways = [] if a.proposal is None else [f"add {_proposal(a)}"]
+    ways += [] if a.larger is None else [f"as it is, it fits {a.larger}"]
+    return "; or ".join(ways) or "no smaller configuration of this model fits, nor a larger board known here"
+
+
+def builder_advice(a: Assessment) -> str:
+    """What to do where engines run but cannot be built."""
+    missing = a.builder - a.room.usable
+    swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
+    same = a.larger and target(a.larger).sm == target(a.room.name).sm
+    other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
+    return f"{swap}{other}" + (f", or add {_proposal(a)}" if a.proposal else "")
+
+
+def changes(old: Configuration, new: Configuration) -> str:
+    """The command-line options that make `new` of `old`."""
+    options = [f"--context {new.geometry.context}"] if new.geometry.context != old.geometry.context else []
+    options += [f"--batch {new.batch}"] if new.batch != old.batch else []
+    options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
+    options += [f"--{new.precision}"] if new.precision != old.precision else []
+    return " ".join(options)
+
+
+def _proposal(a: Assessment) -> str:
+    words = changes(a.configuration, a.proposal.configuration)
+    return words if a.proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(a.proposal)}"
+
+
+def _assess(c: Configuration, room: Room) -> Assessment:
+    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(max(weight_bytes(c).values()))
+    builds_here = c.backend == TENSORRT and room.integrated
+    rate = None if room.bandwidth is None else speed(c, room.bandwidth)
+    return Assessment(c, room, needs(c, integrated=room.integrated), builder, builds_here, rate, None, None)
+
+
+def _nearest(found: Assessment) -> Assessment | None:
+    """What fits with the fewest knobs changed; of equally many, first those that change a smaller context, then the
+    batch, then int8 pages, then the precision, int8 before int4. Each knob is changed as little as fits.
+
+    The page budget and lazy projection are not among them: they save reading and computing, not memory.
+    """
+    c, room = found.configuration, found.room
+    smaller = () if c.fixed else SMALLER.get(c.precision, ())
+    steps = [p for p in smaller if room.precisions is None or p in room.precisions]
+    precisions, kept = (c.precision, *steps), c.geometry.int8_pages
+    ways = product((False, True), (False, True), (False,) if kept else (False, True), precisions)
+    order = sorted(
+        (way for way in ways if way != (False, False, False, c.precision)),
+        key=lambda way: (sum(way[:3]) + (way[3] != c.precision), precisions.index(way[3]), way[2], not way[0]),
+    )
+    goals = [lambda a: a.fits] if found.runs else [lambda a: a.fits, lambda a: a.runs]
+    for wanted in goals:  # with the builder if that is possible
+        for context, batch, int8_pages, precision in order:
+            geometry = replace(c.geometry, int8_pages=kept or int8_pages)
+            for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
+                block = c.block if c.block in BLOCKS.get(precision, ()) else None
+                other = replace(c, precision=precision, batch=rows, block=block, geometry=geometry)
+                smaller = _largest_context(other, room, wanted) if context else other
+                if smaller is not None and wanted(fitting := _assess(smaller, room)):
+                    return fitting
+    return None
+
+
+def _largest_context(c: Configuration, room: Room, wanted: Callable[[Assessment], bool]) -> Configuration | None:
+    """`c` with the largest smaller context, a multiple of 64, that is wanted; None if there is none."""
+    least = -(-(c.geometry.image_tokens + ROOM) // 64)
+    low, high = least, (c.geometry.context - 1) // 64
+
+    def shorter(blocks: int) -> Configuration:
+        return replace(c, geometry=replace(c.geometry, context=64 * blocks))
+
+    if low > high or not wanted(_assess(shorter(low), room)):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if wanted(_assess(shorter(middle), room)) else (low, middle - 1)
+    return shorter(low)

@@ -1,0 +1,250 @@
+"""How much memory a configuration needs and how fast memory lets it decode: from shapes, before any work.
+
+Every number that is not a shape is a named constant below, with where it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
+from engines.bundle.pages import page_size
+from engines.bundle.precision import BITS, BLOCKS, COLUMN, PRECISIONS, WIDENED
+from engines.bundle.tensors import is_quantised, tensors_of_parts
+from engines.errors import OptionError
+from plugins.op import ITEMSIZE
+
+BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4 unless told otherwise; its bytes
+PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page
+ALIGNMENT = 256  # bytes: tensors in a file of weights start at multiples (export/weights/write.py)
+MAX_BATCH = 64
+
+# Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
+# memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
+BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
+# Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
+# decoder has 28 MB more, 34 with two rows, small models 10.
+SCRATCH = 40_000_000
+ENGINE_CODE = 50_000_000  # of all parts: plans were 12 MB larger than their weights; plugins' kernels, and slack
+HOST_PROCESS = 200_000_000  # Python, numpy, TensorRT's libraries: 152 MB resident
+# ONNX Runtime 1.32 on an x86 CPU, random model of 59M weights: memory of its sessions over the bytes of the weights.
+ORT_COPIES, ORT_COPIES_WIDENED, ORT_COPIES_QUANTISED = 1.2, 4.1, 2.0
+ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which is turned and widened in every run
+ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
+ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
+
+# Assumed: nothing here has run on a GPU. On the high side of what such programs usually take.
+CUDA_CONTEXT = 400_000_000
+
+
+def default_block(precision: str) -> int | None:
+    """The block size of a precision unless told otherwise; None for those that do not quantise."""
+    sizes = BLOCKS.get(precision, (None,))
+    return BLOCK if BLOCK in sizes else sizes[0]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
+
+    block: one of the precision's BLOCKS, None = its default; head: lm_head is quantised, too; floats: weights of linear
+    layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
+    quantised, in no other precision.
+    """
+
+    geometry: Geometry
+    precision: str = "fp16"
+    block: int | None = None
+    head: bool = False
+    batch: int = 1
+    page_budget: int | None = None
+    backend: str = TENSORRT
+    plugins: bool = True
+    floats: tuple[str, ...] = ()
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS)):
+            if getattr(self, knob) not in known:
+                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
+        sizes = BLOCKS.get(self.precision, ())
+        if self.block is not None and self.block not in sizes:
+            raise OptionError(
+                f"block {self.block!r} with {self.precision}", expected=f"one of {sizes}" if sizes else "None"
+            )
+        pages, tokens = self.geometry.pages, self.geometry.image_tokens
+        for knob, value, low, high in (
+            ("batch", self.batch, 1, MAX_BATCH),
+            ("page budget", self.budget, 0, pages),
+            ("context", self.geometry.context, tokens + 1, None),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
+                raise OptionError(f"{knob} {value!r}", expected=f"{low} .. {high}" if high else f"at least {low}")
+
+    @property
+    def budget(self) -> int:
+        """Pages a layer may read."""
+        return self.geometry.pages if self.page_budget is None else self.page_budget
+
+    @property
+    def item(self) -> int:
+        """Bytes of a value of the cache, the pages and the activations."""
+        widened = self.backend == ONNXRUNTIME and self.precision in WIDENED
+        return 4 if widened else ITEMSIZE[PRECISIONS[self.precision]]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes something takes, and how they are counted."""
+
+    name: str
+    bytes: int
+    how: str
+
+
+def weight_bytes(c: Configuration) -> dict[str, int]:
+    """Bytes of the file of weights of each part."""
+    sizes: dict[str, int] = {}
+    for part, tensors in tensors_of_parts(c.geometry).items():
+        offset = end = 0
+        for name, shape in sorted(tensors.items()):
+            for piece in _pieces(c, name, shape):
+                end = offset + piece
+                offset = -(-end // ALIGNMENT) * ALIGNMENT
+        sizes[part] = end
+    return sizes
+
+
+def cache_bytes(c: Configuration) -> int:
+    """Bytes of the key/value cache at the full context."""
+    g = c.geometry
+    return c.batch * g.layers * g.context * _token_bytes(c)
+
+
+def store_bytes(c: Configuration) -> int:
+    """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
+    not, since any may be selected (TrtModel._pages, OrtModel.project)."""
+    g = c.geometry
+    return c.batch * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
+
+
+def builder_bytes(weights: int) -> int:
+    """Bytes of memory a TensorRT build of a part with these bytes of weights takes, the mapped weights not counted."""
+    return int(BUILDER_FACTOR * weights) + BUILDER_BASE
+
+
+def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
+    """What a request at the full context takes; on a card (not `integrated`) of the card's own memory."""
+    g, item, rows = c.geometry, c.item, c.batch
+    weights = weight_bytes(c)
+    ort = c.backend == ONNXRUNTIME
+    held = _held(c) if ort else sum(weights.values())
+    seen = g.image_tokens + g.hires_side**2
+    image = seen * g.hidden * item + (1 + g.zoom**2) * 3 * g.lowres**2 * 4 + g.vocab * 4
+    if g.lazy_pages:
+        image += g.pages * page_size(g) * (g.hidden * item + g.head_dim * 4)
+    scratch = _activations(c)
+    work = sum(scratch.values()) if ort else max(scratch.values()) + SCRATCH
+    if ort:
+        runtime = Need("runtime", ORT_PROCESS, "Python, ONNX Runtime")
+    else:
+        what = "CUDA context (assumed), kernels" + (", Python, TensorRT" if integrated else "")
+        runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
+    kept = ", int8 and scales" if g.int8_pages else ""
+    lazy = ", features by page (lazy)" if g.lazy_pages else ""
+    return (
+        Need("weights", held, _list(weights) + (", and copies" if ort else "")),
+        Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers"),
+        Need("hi-res pages", store_bytes(c), f"{rows} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
+        Need("image, logits", rows * image, f"{rows} x pixels, features{lazy}, logits"),
+        Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
+        runtime,
+    )
+
+
+def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
+    """Bytes a decode step of all rows must read at least: weights once, and of each row the cached tokens and the
+    pages of every reading layer."""
+    g, item = c.geometry, ITEMSIZE[PRECISIONS[c.precision]]
+    decoder = weight_bytes(c)["decoder"]
+    if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
+        decoder -= (g.vocab - c.batch) * g.hidden * item
+    if g.lazy_pages:  # read when a page is new, not in every step
+        decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
+    read = g.layers * tokens * _token_bytes(c) + len(g.reading_layers) * pages * page_size(g) * _page_token_bytes(c)
+    return decoder + c.batch * read
+
+
+def speed(c: Configuration, bandwidth: int) -> tuple[float, float]:
+    """Tokens per second of all rows, at most, if memory is all that costs time: at the full context with every allowed
+    page read, and just after a short prompt with none. `bandwidth`: GB/s."""
+    g = c.geometry
+    slow, fast = step_bytes(c, g.context, c.budget), step_bytes(c, min(g.context, g.image_tokens + 64), 0)
+    return c.batch * bandwidth * 1e9 / slow, c.batch * bandwidth * 1e9 / fast
+
+
+def size(count: float) -> str:
+    """Bytes for people: 13.5 GB."""
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3
+    )
+    digits = 1 if count < 100 * unit else 0
+    return f"{count / unit:.{digits}f} {name}"
+
+
+def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
+    if c.precision in BITS and is_quantised(name, c.geometry, c.head) and name not in c.floats:
+        block = default_block(c.precision) if c.block is None else c.block
+        blocks = 1 if block == COLUMN else -(-shape[-1] // block)
+        return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * blocks * SCALE
+    return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
+
+
+def _held(c: Configuration) -> int:
+    """Bytes of the weights as ONNX Runtime holds them."""
+    total = 0.0
+    for tensors in tensors_of_parts(c.geometry).values():
+        for name, shape in tensors.items():
+            pieces = _pieces(c, name, shape)
+            others = ORT_COPIES_WIDENED if c.precision in WIDENED else ORT_COPIES
+            total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
+    return int(total)
+
+
+def _activations(c: Configuration) -> dict[str, int]:
+    """Bytes of work space of each part at its largest: every hi-res tile at once, every page, a prefill of the full
+    context."""
+    g, rows, v, ort = c.geometry, c.batch, c.geometry.vision, c.backend == ONNXRUNTIME
+    item = 4 if ort else c.item  # its CPU computes float16 in float32
+    tiles, tokens, hires = rows * g.zoom**2, g.image_tokens + 1, rows * g.hires_side**2
+    vision = tiles * tokens * (4 * v.hidden + 2 * v.intermediate) * item
+    floats = 4 if g.int8_pages else 3  # of each key or value, in float32: int8 ones are rounded from them
+    pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)
+    if g.lazy_pages:
+        pages = hires * g.head_dim * 32
+    decoder = rows * g.context * 3 * (g.intermediate + g.hidden) * item
+    if ort or not c.plugins:  # no kernel of ours: keys and values laid out again, the last query in float32
+        decoder += rows * g.context * g.heads * g.head_dim * (2 * item + 4)
+    if ort:
+        vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
+        decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
+        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision == "fp16" else 0
+    return {"vision": vision, "pages": pages, "decoder": decoder}
+
+
+def _token_bytes(c: Configuration) -> int:
+    """Bytes of a token's key and value in one layer."""
+    return 2 * c.geometry.kv_heads * c.geometry.head_dim * c.item
+
+
+def _page_token_bytes(c: Configuration) -> int:
+    """Bytes of a hi-res token's key and value in one layer."""
+    g = c.geometry
+    return 2 * g.kv_heads * (g.head_dim + PAGE_SCALE) if g.int8_pages else _token_bytes(c)
+
+
+def _list(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items())

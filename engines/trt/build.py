@@ -1,0 +1,287 @@
+"""Bundle -> TensorRT engines. Each is built in a process of its own (worker.py): an abort, a crash or the kernel's
+out-of-memory killer then ends in an error that says so, and the bundle stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from engines.bundle.folder import REBUILD, Bundle, sha256
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
+from engines.bundle.manifest import File, Manifest, Plan, Profile
+from engines.bundle.pages import page_size
+from engines.bundle.precision import PRECISIONS
+from engines.bundle.specs import plan_io
+from engines.bundle.writer import write_manifest
+from engines.errors import BackendError, BundleError, FlexError, OptionError
+from engines.memory import available_bytes
+from engines.progress import progress
+from engines.sizing.fit import require_boards, require_sms
+from engines.sizing.needs import BUILDER_FACTOR, Configuration, builder_bytes
+from engines.trt import library as trt
+from engines.trt.options import EngineOptions
+from engines.trt.worker import Built, Job
+from plugins.artifacts import Artifacts, KernelError
+from plugins.registry import OPS, kernels_of_model
+
+KILLED = 9  # the signal; not every system has a name for it
+
+
+def sms_to_build(options: EngineOptions) -> tuple[int, ...]:
+    """The SMs an engine made here would run on. BackendError or OptionError when it cannot be made here."""
+    trt.load(options.backend)
+    if options.backend == TENSORRT_RTX:
+        return tuple(sorted(options.sms))
+    from engines.cuda import Cuda
+
+    own = Cuda().sm
+    if options.targets not in (None, (own,)):
+        raise OptionError(
+            f"target {', '.join(f'sm_{sm}' for sm in options.targets)}, this machine's GPU is sm_{own}",
+            expected="the GPU of this machine: TensorRT builds for no other",
+            fix="build on the board itself: python -m engines.build BUNDLE --backend tensorrt",
+        )
+    return (own,)
+
+
+def elsewhere(options: EngineOptions) -> str | None:
+    """Why the engines cannot be built on this machine but on a board; None if they can. BackendError when TensorRT-RTX,
+    which builds for other GPUs, is missing."""
+    try:
+        sms_to_build(options)
+    except FlexError as error:
+        if options.backend == TENSORRT_RTX:
+            raise
+        return f"{error.found}; engines of tensorrt are built on the machine that runs them"
+    return None
+
+
+def attributes(g: Geometry) -> dict[str, int]:
+    """What the ops of a model have as attributes, and their kernels are compiled for."""
+    names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
+    return {name: int(getattr(g, name)) for name in sorted(names)} | {"page_size": page_size(g)}
+
+
+def profiles(part: str, g: Geometry, options: EngineOptions) -> tuple[Profile, ...]:
+    """The optimisation profiles of a part. TensorRT chooses kernels at the optimum of each; RTX does so when it runs,
+    and a second profile would double its engine."""
+    batch, tiles = (1, 1, options.batch), g.zoom**2
+    if part == "vision":
+        return (Profile("any", {"tiles": (1, tiles, tiles * options.batch)}),)
+    if part == "pages":
+        return (Profile("any", {"batch_tiles": tuple(tiles * rows for rows in batch), "batch": batch}),)
+    if options.backend == TENSORRT_RTX:
+        return (Profile("any", {"batch": batch, "steps": (1, 1, g.context)}),)
+    usual = min(g.context, g.image_tokens + 64)  # an image and a question
+    return (
+        Profile("decode", {"batch": batch, "steps": (1, 1, 1)}),
+        Profile("prefill", {"batch": batch, "steps": (1, usual, g.context)}),
+    )
+
+
+def build_engines(
+    folder: Path, options: EngineOptions, *, name: Path | None = None, make_default: bool = False, quiet: bool = False
+) -> Bundle:
+    """Build the engines of every part into the bundle in `folder`, in place of older ones for the same backend.
+
+    `name`: what messages and logs call the folder, when it is a temporary one. `make_default`: the runtime opens these
+    engines unless told otherwise. A failed build changes nothing; its log stays beside the bundle. Raises a FlexError.
+    """
+    bundle, name = Bundle(folder, verify=False), Path(name or folder)
+    manifest = bundle.manifest
+    sms = sms_to_build(options)
+    asked = _configuration(manifest, options)
+    for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
+        if not quiet:
+            print(warning)
+    kernels = _require_kernels(bundle, name, options, sms)
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
+        parts, files, moves = dict(manifest.parts), dict(manifest.files), []
+        for part in PARTS:
+            plugins = options.plugins and part == "decoder"
+            kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
+            inputs, outputs = plan_io(part, manifest.geometry, manifest.precision)
+            file = temporary / f"{part}.plan"
+            job = Job(
+                backend=options.backend,
+                graph=str(bundle.graph(part, kind).resolve()),
+                plan=str(file),
+                kernels=str(bundle.file(manifest.kernels).resolve()) if plugins and manifest.kernels else None,
+                sms=sms,
+                inputs=inputs,
+                outputs=outputs,
+                profiles=profiles(part, manifest.geometry, options),
+                workspace=None if options.workspace is None else options.workspace << 20,
+                optimization_level=options.optimization_level,
+                timing_cache=str(_timing_cache(options.backend, sms)) if options.timing_cache else None,
+                rebuild=REBUILD.format(path=name),
+            )
+            log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
+            weights = manifest.files[manifest.parts[part].weights].bytes
+            needed, free = builder_bytes(weights), available_bytes()
+            if needed > free and not quiet:
+                print(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: it may fail")
+            built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
+            digest = sha256(file)
+            final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old plan stays until the manifest
+            files[final] = File(file.stat().st_size, digest)
+            moves.append((file, folder / final))
+            plan = Plan(
+                final, inputs, outputs, job.profiles, plugins, built.tensorrt, built.cuda, sms,
+                kernels if plugins else None,
+            )  # fmt: skip
+            parts[part] = replace(parts[part], plans={**parts[part].plans, options.backend: plan})
+            if not quiet:
+                size = files[final].bytes
+                print(
+                    f"{part}: {built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory, plan {size / 1e6:.1f} MB"
+                )
+        _put_in_place(folder, manifest, parts, files, moves, options, make_default)
+    except OSError as error:
+        raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Bundle(folder, verify=False)
+
+
+def _configuration(manifest: Manifest, options: EngineOptions) -> Configuration:
+    """What the engines of a bundle will be asked for at most."""
+    return Configuration(
+        manifest.geometry,
+        manifest.precision,
+        block=manifest.block_size,
+        head=bool(manifest.options.get("quantize_head")),
+        batch=options.batch,
+        page_budget=manifest.page_budget,
+        backend=options.backend,
+        plugins=options.plugins,
+        floats=tuple(manifest.options.get("floats", ())),
+    )
+
+
+def _put_in_place(
+    folder: Path,
+    manifest: Manifest,
+    parts: dict,
+    files: dict[str, File],
+    moves: list[tuple[Path, Path]],
+    options: EngineOptions,
+    make_default: bool,
+) -> None:
+    """Move the engines into the bundle and list them; if that fails, the bundle is as it was."""
+    used = {plan.file for part in parts.values() for plan in part.plans.values()}
+    old = {plan.file for part in manifest.parts.values() for plan in part.plans.values()} - used
+    files = {name: file for name, file in files.items() if name not in old}
+    recorded = {**manifest.options, options.backend: json.loads(json.dumps(asdict(options)))}
+    backend = options.backend if make_default else manifest.backend
+    try:
+        for source, target in moves:
+            source.replace(target)
+        write_manifest(folder, replace(manifest, parts=parts, files=files, options=recorded, backend=backend))
+    except BaseException:
+        for _, target in moves:
+            if target.name not in manifest.files:
+                target.unlink(missing_ok=True)
+        raise
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Sequence[int]) -> str | None:
+    """SHA-256 of the bundle's kernels, checked to be this model's and for these SMs; None without plugins."""
+    manifest = bundle.manifest
+    if not options.plugins:
+        return None
+    again = f"{REBUILD.format(path=name)} --backend {options.backend}"
+    if manifest.kernels is None:
+        raise BundleError(f"{name} holds no compiled kernels", expected="kernels of the plugins", fix=again)
+    needed = kernels_of_model(attributes(manifest.geometry), PRECISIONS[manifest.precision])
+    try:
+        artifacts = Artifacts.read(bundle.file(manifest.kernels))
+        artifacts.subset(needed, sms)
+    except KernelError as error:
+        targets = f" --target {','.join(f'sm_{sm}' for sm in sms)}"
+        raise BundleError(f"{name}: {error.found}", expected=error.expected, fix=again + targets) from error
+    return manifest.files[manifest.kernels].sha256
+
+
+def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
+    """One file per TensorRT version, and per GPU where the GPU is timed."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    gpu = f"-sm_{sms[0]}" if backend == TENSORRT else ""
+    return base / "flexattention" / f"timing-{backend}-{trt.load(backend).__version__}{gpu}.cache"
+
+
+def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet: bool) -> Built:
+    """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails."""
+    root = Path(__file__).resolve().parents[2]
+    path = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    built, failure = None, None
+    with open(log, "w", encoding="utf-8", errors="replace") as file, progress(f"{part}: building", quiet=quiet) as show:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engines.trt.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            text=True,
+        )
+        try:
+            with process.stdin:
+                process.stdin.write(json.dumps(asdict(job)))
+            for line in process.stdout:
+                message = json.loads(line)
+                if "progress" in message:
+                    show(message["progress"])
+                elif "error" in message:
+                    failure = message["error"]
+                else:
+                    built = TypeAdapter(Built).validate_python(message["built"])
+            code = process.wait()
+        except BrokenPipeError:
+            code = process.wait()
+        finally:
+            if process.poll() is None:  # this process was interrupted
+                process.kill()
+                process.wait()
+                log.unlink(missing_ok=True)
+    if code == 0 and built:
+        if not keep_log:
+            log.unlink(missing_ok=True)
+        return built
+    error = BackendError(**failure) if failure else _explained(code, part, weights, log)
+    raise BackendError(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+
+
+def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
+    """What the end of a process that could not speak for itself means."""
+    if code in (-KILLED, 128 + KILLED):
+        needed, there = (f"{count / 1e9:.1f} GB" for count in (builder_bytes(weights), available_bytes()))
+        return BackendError(
+            f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
+            expected=f"{BUILDER_FACTOR}x the weights and more: {needed} free; there are {there}",
+            fix="close programs, add swap, use a smaller --context, or build on a machine with more memory",
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        return BackendError(
+            f"{part}: the builder died of {name}", expected="an engine", fix="see the log; try --optimization-level 2"
+        )
+    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = text[-1] if text else "it printed nothing"
+    return BackendError(f"{part}: the builder ended with status {code}: {last}", fix="see the log")

@@ -1,0 +1,199 @@
+"""One part of a bundle as a deserialised TensorRT engine: its contexts, the shapes it takes, and device arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Plan, Profile
+from engines.cuda import Buffer, Cuda, Stream
+from engines.errors import BackendError, BundleError, FlexError
+from engines.trt.library import deserialise
+from plugins.op import ITEMSIZE
+from plugins.tensorrt import take_error
+
+ALIGNMENT = 256  # of every tensor's address: what TensorRT and the kernels are promised
+
+
+def rebuild_command(bundle: Bundle, backend: str) -> str:
+    """The command that builds the engines of an opened bundle again, on the machine that runs it."""
+    return f"python -m engines.build {bundle.path} --backend {backend}"
+
+
+def plans_of(bundle: Bundle, backend: str) -> dict[str, Plan]:
+    """The plan of each part for a backend; BundleError with the build command if the bundle holds none."""
+    parts = bundle.manifest.parts
+    missing = [name for name, part in parts.items() if backend not in part.plans]
+    if missing:
+        built = sorted({backend for part in parts.values() for backend in part.plans})
+        raise BundleError(
+            f"{bundle.path} holds no {backend} engine of its {missing[0]} part",
+            expected=f"engines built for {backend}; there are {built or 'none'}",
+            fix=rebuild_command(bundle, backend),
+        )
+    return {name: part.plans[backend] for name, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A tensor on the device; `memory` is what keeps it there. dtype: "float32", "float16", "bfloat16", "int8" or
+    "int64"."""
+
+    memory: Buffer
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return nbytes(self.shape, self.dtype)
+
+    def clear(self, stream: Stream) -> None:
+        """Zero it, in the order of the stream."""
+        self.memory.fill(0, stream, self.address - self.memory.address, self.nbytes)
+
+    def copy(self, other: DeviceArray, stream: Stream) -> None:
+        """Take over what an array of the same size holds, in the order of the stream."""
+        self.memory.take(other.address, self.nbytes, stream, self.address - self.memory.address)
+
+    def numpy(self, stream: Stream) -> np.ndarray:
+        """A copy on the host; bfloat16 becomes float32."""
+        raw = np.empty(self.shape, {"bfloat16": np.uint16}.get(self.dtype, self.dtype))
+        self.memory.download(raw, stream, self.address - self.memory.address)
+        return (raw.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else raw
+
+
+def nbytes(shape: Iterable[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return int(np.prod(tuple(shape))) * ITEMSIZE[dtype]
+
+
+def padded(size: int) -> int:
+    """`size` bytes, rounded up to ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def allocate(cuda: Cuda, shapes: Mapping[str, tuple[tuple[int, ...], str]], what: str, fix: str | None = None) -> Any:
+    """Arrays of these (shape, dtype) by name, in one buffer; BackendError when `what`, which they are, does not fit."""
+    sizes = [padded(nbytes(shape, dtype)) for shape, dtype in shapes.values()]
+    memory, arrays, offset = cuda.buffer(sum(sizes), what, fix), {}, 0
+    for (name, (shape, dtype)), size in zip(shapes.items(), sizes, strict=True):
+        arrays[name] = DeviceArray(memory, memory.address + offset, tuple(shape), dtype)
+        offset += size
+    return arrays
+
+
+class PartEngine:
+    """A part's engine. specs: what it takes and gives, by name."""
+
+    def __init__(self, trt: ModuleType, cuda: Cuda, bundle: Bundle, part: str, backend: str, plan: Plan) -> None:
+        """Deserialise the plan. BackendError when it does not fit this TensorRT, GPU or bundle, or is damaged."""
+        self.part, self.plan = part, plan
+        self._trt, self._rebuild = trt, rebuild_command(bundle, backend)
+        self._engine = deserialise(trt, bundle.file(plan.file), plan, cuda.sm, rebuild=self._rebuild)
+        self.specs = {spec.name: spec for spec in (*plan.inputs, *plan.outputs)}
+        found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        if found != set(self.specs):
+            odd = sorted(found ^ set(self.specs))[0]
+            raise BackendError(f"{plan.file} and its manifest disagree on the tensor {odd}", fix=self._rebuild)
+        self._runtime_cache: Any = None
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of device memory a run needs beside its inputs and outputs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def profile(self, **sizes: int) -> int:
+        """The first profile that admits these sizes of symbols; BackendError when none does."""
+        for index, profile in enumerate(self.plan.profiles):
+            if not _outside(profile, sizes):
+                return index
+        symbol, size = _outside(self.plan.profiles[-1], sizes)[0]
+        least, most = self.limits(symbol)
+        raise BackendError(
+            f"the {self.part} engine for {symbol} = {size}",
+            expected=f"{least} .. {most}, which it was built for",
+            fix=f"ask for less at once, or build it larger: {self._rebuild}",
+        )
+
+    def limits(self, symbol: str) -> tuple[int, int]:
+        """The smallest and the largest size of a symbol over all profiles."""
+        sizes = [profile.sizes[symbol] for profile in self.plan.profiles]
+        return min(size[0] for size in sizes), max(size[2] for size in sizes)
+
+    def context(self, profile: int, scratch: Buffer, stream: Stream, *, one_shape: bool = False) -> Context:
+        """A new context for one profile that works in `scratch`, which no two runs may use at the same time.
+
+        `one_shape`: its inputs never change their shapes, so that kernels made for these are worth their while.
+        """
+        made = self._engine.create_execution_context(self._settings(one_shape))
+        if made is None:
+            raise self.error("no execution context could be made")
+        made.set_device_memory(scratch.address, scratch.size)
+        try:
+            made.set_optimization_profile_async(profile, int(stream))
+        except RuntimeError as error:
+            raise self.error(f"profile {profile} could not be chosen: {error}") from error
+        return Context(self, made)
+
+    def error(self, what: str) -> BackendError:
+        """BackendError for something that failed in this engine, with a plugin's reason if it has one."""
+        cause = take_error(self._trt)
+        if isinstance(cause, FlexError):
+            return BackendError(f"TensorRT, {self.part} part: {cause.found}", expected=cause.expected, fix=cause.fix)
+        found, expected, fix = (getattr(cause, name, None) for name in ("found", "expected", "fix"))
+        reason = f" ({found or repr(cause)})" if cause else ""
+        return BackendError(f"TensorRT, {self.part} part: {what}{reason}", expected=expected, fix=fix or self._rebuild)
+
+    def _settings(self, one_shape: bool) -> Any:
+        """How contexts are made: with scratch memory of ours, and in TensorRT-RTX, which compiles for the GPU as it
+        makes them, sharing what is compiled, and with kernels of their own only for shapes that stay."""
+        trt, own_memory = self._trt, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self._engine, "create_runtime_config"):  # TensorRT before 10.11
+            return own_memory
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(own_memory)
+        if hasattr(settings, "create_runtime_cache"):  # TensorRT-RTX
+            self._runtime_cache = self._runtime_cache or settings.create_runtime_cache()
+            settings.set_runtime_cache(self._runtime_cache)
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if one_shape else strategies.NONE
+        return settings
+
+
+class Context:
+    """Addresses and shapes for runs of one engine with one profile."""
+
+    def __init__(self, engine: PartEngine, context: Any) -> None:
+        self._part, self._context = engine, context
+
+    def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
+        """Where a tensor lies; the shape matters for inputs."""
+        spec = self._part.specs[name]
+        if spec in self._part.plan.inputs and not self._context.set_input_shape(name, shape):
+            raise self._part.error(f"{name} cannot have the shape {list(shape)}")
+        if not self._context.set_tensor_address(name, address):
+            raise self._part.error(f"{name} cannot be at {address:#x}")
+
+    def enqueue(self, stream: Stream) -> None:
+        """Ask for one run; does not wait."""
+        if not self._context.execute_async_v3(int(stream)):
+            raise self._part.error("the run failed")
+
+    def capturable(self, stream: Stream) -> bool:
+        """Whether a run can be recorded in a graph: TensorRT-RTX may still have to compile kernels."""
+        return not hasattr(self._context, "is_stream_capturable") or self._context.is_stream_capturable(int(stream))
+
+
+def _outside(profile: Profile, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [
+        (symbol, size)
+        for symbol, size in sizes.items()
+        if not profile.sizes[symbol][0] <= size <= profile.sizes[symbol][2]
+    ]

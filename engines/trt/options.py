@@ -1,0 +1,152 @@
+"""The knobs of TensorRT engines: defaults, checks, command line."""
+
+from __future__ import annotations
+
+import re
+from argparse import BooleanOptionalAction
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.errors import OptionError
+from engines.sizing.needs import MAX_BATCH
+from engines.targets import TARGETS, target
+from plugins.compile import SMS
+
+BACKENDS_WITH_ENGINES = (TENSORRT, TENSORRT_RTX)
+RTX_SMS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 120: "RTX 50", 121: "DGX Spark"}
+RTX_DEFAULT = (86, 89, 120)  # several in one engine cost almost nothing
+KNOBS = ("plugins", "workspace", "optimization_level", "batch", "timing_cache", "keep_log")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The knobs of TensorRT engines and their defaults; recorded in the manifest as used.
+
+    plugins: the decoder runs this project's kernels; without, TensorRT's own. targets: SMs (86 is 8.6) to build for;
+    None: RTX 30, 40 and 50, or with `tensorrt` the GPU of this machine, the only one it can build for. workspace: MiB
+    of scratch memory an engine may use, None = TensorRT's limit. batch: rows of a request. boards: of engines.targets,
+    which the engines must fit.
+    """
+
+    backend: str
+    plugins: bool = True
+    targets: tuple[int, ...] | None = None
+    workspace: int | None = None
+    optimization_level: int = 3
+    batch: int = 1
+    timing_cache: bool = True
+    keep_log: bool = False
+    boards: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS_WITH_ENGINES:
+            raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
+        for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
+            value = getattr(self, knob)
+            if value is None and knob == "workspace":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise OptionError(f"{knob} {value!r}", expected=f"an integer, {low} .. {high}")
+        if self.targets is not None:
+            _check_targets(self.backend, self.targets)
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The SMs to build for as far as options alone tell: none when it is up to the GPU of the machine."""
+        return self.targets or (RTX_DEFAULT if self.backend == TENSORRT_RTX else ())
+
+
+def parse_targets(text: str) -> tuple[int, ...]:
+    """ "sm_86,sm_89" (or 86, or 8.6, or boards) -> (86, 89); boards of one SM count once. OptionError for the rest."""
+    targets, boards = [], boards_of(text)
+    for part in text.split(","):
+        if part.strip() in boards:
+            continue
+        match = re.fullmatch(r"\s*(?:sm_?)?(\d{2,3}|(\d{1,2})\.(\d))\s*", part, re.IGNORECASE)
+        if not match:
+            known = f"a board: {', '.join(TARGETS)}; or compute capabilities with commas between: sm_86,sm_89"
+            raise OptionError(f"unknown target {part.strip()!r}", expected=known)
+        targets.append(int(match[1].replace(".", "")))
+    return (*targets, *(sm for sm in dict.fromkeys(target(name).sm for name in boards) if sm not in targets))
+
+
+def boards_of(text: str) -> tuple[str, ...]:
+    """The boards among what --target names, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip() in TARGETS))
+
+
+def backend_of(text: str | None) -> str:
+    """The backend that --target asks for without --backend: of its first board, ONNX Runtime without a board."""
+    boards = boards_of(text or "")
+    return target(boards[0]).backend if boards else ONNXRUNTIME
+
+
+def _check_targets(backend: str, targets: Sequence[int]) -> None:
+    known = RTX_SMS if backend == TENSORRT_RTX else dict.fromkeys(SMS, "")
+    exist = ", ".join(f"sm_{sm} {name}".rstrip() for sm, name in known.items())
+    if not targets or len(set(targets)) < len(targets):
+        raise OptionError(f"targets {', '.join(f'sm_{sm}' for sm in targets)}", expected=f"some of {exist}, each once")
+    odd = [sm for sm in targets if sm not in known]
+    if odd:
+        on_board = backend == TENSORRT_RTX and odd[0] in SMS
+        fix = "use --backend tensorrt, and build on the board itself: python -m engines.build BUNDLE --backend tensorrt"
+        raise OptionError(
+            f"target sm_{odd[0]}, which {backend} does not have",
+            expected=f"some of {exist}",
+            fix=fix if on_board else "correct --target",
+        )
+
+
+def command(bundle: Path | str, options: EngineOptions) -> str:
+    """The command that builds these engines."""
+    words = ["python -m engines.build", str(bundle), "--backend", options.backend]
+    default = EngineOptions(options.backend)
+    words += [] if options.plugins else ["--no-plugins"]
+    if options.targets and options.backend == TENSORRT_RTX:
+        words += ["--target", ",".join(f"sm_{sm}" for sm in options.targets)]
+    for knob in ("workspace", "optimization_level", "batch"):
+        if getattr(options, knob) != getattr(default, knob):
+            words += [f"--{knob.replace('_', '-')}", str(getattr(options, knob))]
+    return " ".join(words)
+
+
+def add_arguments(parser: Any) -> None:
+    """The knobs of EngineOptions, but for the backend, with their defaults."""
+    default, add = EngineOptions(TENSORRT_RTX), parser.add_argument
+    text = "the decoder runs this project's kernels; without, TensorRT's own"
+    add("--plugins", action=BooleanOptionalAction, default=default.plugins, help=text)
+    usual = ",".join(f"sm_{sm}" for sm in RTX_DEFAULT)
+    text = (
+        f"GPUs to build for, such as sm_86,sm_89, or boards, which the engines must then fit: {', '.join(TARGETS)}; "
+        f"not given: tensorrt-rtx {usual}, tensorrt this machine's"
+    )
+    add("--target", metavar="NAMES", help=text)
+    add("--workspace", type=int, metavar="MIB", help="scratch memory an engine may use; TensorRT's limit if not given")
+    add("--optimization-level", type=int, default=default.optimization_level, help="0 (fast build) .. 5 (fast engine)")
+    add("--batch", type=int, default=default.batch, help="rows of a request, at most")
+    add("--timing-cache", action=BooleanOptionalAction, default=default.timing_cache, help="reuse kernel timings")
+    add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")
+
+
+def options_of(arguments: dict[str, object], backend: str) -> EngineOptions | None:
+    """Takes the arguments of `add_arguments` out of the parsed ones; None for a backend without engines.
+
+    OptionError if one is given for such a backend: nothing is accepted and then ignored.
+    """
+    named = arguments.pop("target")
+    knobs = {name: arguments.pop(name) for name in KNOBS}
+    if backend in BACKENDS_WITH_ENGINES:
+        if named is None:
+            return EngineOptions(backend, **knobs)
+        return EngineOptions(backend, targets=parse_targets(str(named)), boards=boards_of(str(named)), **knobs)
+    default = EngineOptions(TENSORRT_RTX)
+    odd = [name for name in KNOBS if knobs[name] != getattr(default, name)] + (["target"] if named else [])
+    if odd:
+        raise OptionError(
+            f"--{odd[0].replace('_', '-')} with --backend {backend}",
+            fix=f"add --backend {' or '.join(BACKENDS_WITH_ENGINES)}",
+        )
+    return None

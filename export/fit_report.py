@@ -1,0 +1,79 @@
+"""What a plan looks like on the command line: `python export/build.py --plan`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
+from engines.errors import OptionError
+from engines.sizing.fit import Assessment, Room, advice, builder_advice, builder_verdict, room_of, this_machine, verdict
+from engines.sizing.needs import Configuration, size
+from engines.targets import TARGETS, target
+from engines.trt.options import EngineOptions
+
+
+def require_one_board(boards: tuple[str, ...]) -> None:
+    """OptionError unless there is one: a plan is of one memory."""
+    if len(boards) != 1:
+        found = f"the boards {', '.join(boards)}" if boards else "compute capabilities"
+        raise OptionError(f"a plan for {found}", expected=f"one board: {', '.join(TARGETS)}")
+
+
+def room_for(backend: str, engines: EngineOptions | None) -> Room:
+    """The memory to plan for: of the board that is named, else of this machine. OptionError, BackendError."""
+    if engines is None or engines.targets is None:
+        return this_machine(backend)
+    require_one_board(engines.boards)
+    return room_of(target(engines.boards[0]))
+
+
+def report(a: Assessment, model: str, console: Console) -> None:
+    """Print an assessment: what is needed, whether it fits, how fast it may decode, and what fits instead."""
+    c, room = a.configuration, a.room
+    table = Table(box=None, show_header=False, title=_title(c, model, room.name), title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for need in a.needs:
+        table.add_row(need.name, size(need.bytes), need.how)
+    reserved = f", {size(room.memory)} less {size(room.reserved)} for the system" if room.reserved else ""
+    table.add_row("[bold]request[/]", f"[bold]{size(a.total)}[/]", f"has {size(room.usable)}{reserved}")
+    if c.backend != ONNXRUNTIME:
+        place = "on the board" if a.builds_here else "on any machine"
+        if c.backend == TENSORRT and not room.integrated:
+            place = "main memory, beside the card"
+        table.add_row("builder", size(a.builder), f"{place}, part by part, mapped weights apart")
+    console.print(table)
+    _say(console, f"decode: {_speed(a)}")
+    if a.fits:
+        _say(console, f"[green]fits[/]: {verdict(a)}")
+    elif a.runs:
+        _say(console, f"[yellow]the engines fit, their builder does not[/]: {builder_verdict(a)}")
+        _say(console, f"  fix: {builder_advice(a)}")
+    else:
+        _say(console, f"[red]does not fit[/]: {verdict(a)}")
+        _say(console, f"  fix: {advice(a)}")
+        if c.page_budget is not None or c.geometry.lazy_pages:
+            _say(console, "  a page budget and lazy projection save reading and computing, not memory")
+
+
+def _title(c: Configuration, model: str, place: str) -> str:
+    budget = "" if c.page_budget is None else f", page budget {c.page_budget}"
+    pages = ", int8 pages" if c.geometry.int8_pages else ""
+    return f"{model}, {c.precision}{pages}, {c.backend}{budget}, on {place}"
+
+
+def _speed(a: Assessment) -> str:
+    if a.speed is None:
+        return "no prediction, the bandwidth of this memory is not known"
+    c, (slow, fast) = a.configuration, a.speed
+    short = min(c.geometry.context, c.geometry.image_tokens + 64)
+    return (
+        f"{slow:.1f} ({c.geometry.context} tokens, {c.budget} pages) .. {fast:.1f} ({short} tokens, no page) tokens/s "
+        f"at most: bytes read at {a.room.bandwidth} GB/s, not measured"
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)

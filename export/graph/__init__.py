@@ -1,0 +1,1 @@
+"""From PyTorch modules to ONNX graphs, and from those to what a backend runs."""

@@ -1,0 +1,160 @@
+"""Traced graphs with bare flex:: nodes -> graphs a backend runs. Needs onnx-ir and onnxscript; never torch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    InlinePass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants
+
+from engines.bundle.precision import PRECISIONS, WIDENED
+from engines.errors import ExportError
+from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
+from plugins.cached_attention import onnx_body as cached_attention
+from plugins.cached_attention import onnx_static as static_cached_attention
+from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
+from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
+from plugins.hierarchical_attention import onnx_static_int8 as static_int8_hierarchical_attention
+from plugins.project_pages import onnx_body as project_pages
+from plugins.project_pages import onnx_int8 as int8_project_pages
+from plugins.select_pages import onnx_body as select_pages
+from plugins.select_pages import onnx_static as static_select_pages
+
+BOUND_OPSET = 24  # TensorScatter
+PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
+DYNAMIC_BODIES = select_pages, cached_attention, project_pages, hierarchical_attention
+STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
+INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
+INT8_BODIES = {
+    hierarchical_attention: int8_hierarchical_attention,
+    static_hierarchical_attention: static_int8_hierarchical_attention,
+    project_pages: int8_project_pages,
+}
+# Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
+# only admit more types.
+STABLE_SINCE_20 = {
+    "Abs", "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Div",
+    "Equal", "Expand",
+    "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
+    "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Range",
+    "Reciprocal", "ReduceMax", "ReduceMean",
+    "ReduceSum", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
+    "Tanh", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+
+
+def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
+    """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
+
+    Graphs of the precisions in WIDENED compute in float32, over weights and scales that stay as they are stored.
+    """
+    _bind(model, DYNAMIC_BODIES)
+    if precision in WIDENED:
+        _widen(model, ir.DataType[PRECISIONS[precision].upper()])
+    drop_idle_casts(model)
+    return model
+
+
+def for_plugin_free(model: ir.Model, capacity: int) -> ir.Model:
+    """Bind a traced decoder to TensorRT without plugins, in place: static ONNX bodies, a cache of `capacity` tokens.
+
+    TensorRT updates a cache in place only when its capacity is a number. bfloat16 graphs stay bfloat16.
+    """
+    symbol = ir.SymbolicDim("capacity")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(capacity if size == symbol else size for size in value.shape)
+    _bind(model, STATIC_BODIES)
+    return model
+
+
+def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
+    """Replace the flex:: nodes by `bodies` and tidy up."""
+    unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
+    if unknown:
+        raise ExportError(
+            f"the graph holds {sorted(unknown)}",
+            expected=f"operators known to mean the same in opset 20 and {BOUND_OPSET}",
+            fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in export/graph/bind.py",
+        )
+    model.opset_imports[""] = BOUND_OPSET
+    used, int8 = set(), False
+    for node in model.graph:
+        if node.domain == "flex":
+            used.add(node.op_type)
+            int8 = int8 or INT8_PAGES in node.attributes
+            for name in (*PLUGIN_ATTRIBUTES, INT8_PAGES):  # no function has them
+                node.attributes.pop(name, None)
+    if int8:
+        bodies = tuple(INT8_BODIES.get(body, body) for body in bodies)
+    for body in bodies:
+        names = [function.name for function in body.FUNCTIONS]
+        if used.intersection(names):
+            for function in body.FUNCTIONS:
+                bound = ir.serde.deserialize_function(function.to_function_proto())
+                model.functions[bound.identifier()] = bound
+    unbound = used - {function.name for body in bodies for function in body.FUNCTIONS}
+    if unbound:
+        raise ExportError(
+            f"no ONNX body for {sorted(unbound)}", expected="flex:: nodes of export/graph/bind.py's bodies"
+        )
+    # Inlined here, not by the backend: it would keep what nobody reads (the maps of the first layers), and compute in
+    # every layer what is the same in all.
+    InlinePass()(model)
+    RemoveUnusedNodesPass()(model)
+    fold_constants(model, should_fold=_reads_no_weight)
+    _merge_constants(model.graph)
+    share_sizes(model)
+    drop_idle_reshapes(model)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    ClearMetadataAndDocStringPass()(model)
+
+
+def _reads_no_weight(node: ir.Node) -> bool | None:
+    """False forbids folding, None leaves it to the folder: a folded weight would be a copy inside the .onnx file."""
+    tensors = (value.const_value for value in node.inputs if value is not None)
+    return False if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors) else None
+
+
+def _merge_constants(graph: ir.Graph) -> None:
+    """One of each folded constant, so that equal computations on them are seen to be equal."""
+    first: dict[tuple, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):  # a weight
+            continue
+        same = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if same is not value:
+            ir.convenience.replace_all_uses_with(value, same)
+            del graph.initializers[name]
+
+
+def _widen(model: ir.Model, narrow: ir.DataType) -> None:
+    """Everything of dtype `narrow` becomes float32, but for initializers, which are cast."""
+    wide, graph = ir.DataType.FLOAT, model.graph
+    first = graph[0]
+    for value in list(graph.initializers.values()):
+        if value.dtype == narrow:
+            cast = ir.node("Cast", [value], {"to": wide.value}, num_outputs=1)
+            cast.outputs[0].name = f"{value.name}.float32"
+            cast.outputs[0].dtype, cast.outputs[0].shape = wide, value.shape
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(first, cast)
+    for node in graph.all_nodes():
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow.value:
+            node.attributes["to"] = ir.AttrInt64("to", wide.value)
+        for value in node.outputs:
+            if value.dtype == narrow:
+                value.dtype = wide
+    for value in graph.inputs:
+        if value.dtype == narrow:
+            value.dtype = wide

@@ -1,0 +1,355 @@
+"""Weight-only int8, int4 and fp8: which weights, how the graph reads them, and how they are made from the checkpoint.
+
+A linear layer's weight [N, K] is stored as codes [K, N] with one scale for each block of `block` values along K, or
+for each column, both read by a DequantizeLinear right before the MatMul (axis 0 with blocks, 1 with columns). A code
+is an integer, or in fp8 a float of 8 bits (E4M3); a value is code * scale, symmetric, without zero points: TensorRT
+takes no other, nor a scale that is not positive.
+
+ONNX Runtime fuses all integers to MatMulNBits, and unpacks fp8 in every step. TensorRT-RTX 1.7 unpacks int4 blocks, and
+int8 and fp8 columns, inside the product that reads them; int8 or fp8 in blocks it unpacks in kernels of their own
+(tests/engines/trt/test_weights.py), so that fp8 is made in columns only.
+
+No library does this part: NVIDIA's modelopt, Intel's neural-compressor and ONNX Runtime's own quantiser read a whole
+model, or run it, to quantise it; here a 7B checkpoint passes through in pieces of a megabyte.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from engines.bundle.geometry import Geometry
+from engines.bundle.precision import BITS, BLOCK_SIZES, COLUMN, block_name
+from engines.bundle.tensors import is_quantised
+from engines.errors import ExportError, OptionError
+from export.checkpoint.folder import expected_tensors
+from export.checkpoint.packed import PackedCheckpoint, is_packed
+from export.checkpoint.shards import TensorInfo
+
+QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear; float8 is older
+PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
+CODES = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN  # what no other initializer is
+SCALE_SUFFIX = ".scale"
+RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or one with scales folded in (export/weights/folding.py)."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and file of a tensor."""
+
+    def chunks(self, name: str, max_bytes: int = ...) -> Iterator[bytes]:
+        """Its bytes in order, in pieces."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`bits` (4 or 8) for each weight, a scale for `block` of them (COLUMN: for all of a column); `head`: of lm_head,
+    too; `floats`: names of weights that are not quantised though others of their kind are; `e4m3`: 8-bit floats
+    instead of integers."""
+
+    bits: int
+    block: int
+    head: bool = False
+    floats: tuple[str, ...] = ()
+    e4m3: bool = False
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of the codes."""
+        integers = ir.DataType.INT4 if self.bits == 4 else ir.DataType.INT8
+        return ir.DataType.FLOAT8E4M3FN if self.e4m3 else integers
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code stored. int4 uses -8 as well; in int8 one more code would make no difference."""
+        if self.e4m3:
+            return (-448, 448)  # E4M3 has no infinities, only NaN beyond
+        return (-8, 7) if self.bits == 4 else (-127, 127)
+
+    def span(self, k: int) -> int:
+        """How many of a weight's K inputs share a scale."""
+        return k if self.block == COLUMN else self.block
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a quantised weight [N, K] with its float16 scales."""
+        count = torch.Size(shape).numel()
+        return count * self.bits // 8 + count // self.span(shape[-1]) * 2
+
+
+def scheme_of(
+    precision: str | None, block: int | None, head: bool = False, floats: tuple[str, ...] = ()
+) -> Scheme | None:
+    """The scheme of a precision; None for those that do not quantise."""
+    known = block is not None and precision in BITS
+    return Scheme(BITS[precision], block, head, floats, precision == "fp8") if known else None
+
+
+def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+    """Name and checkpoint shape [N, K] of every weight that is quantised: see is_quantised."""
+    weights = {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, scheme.head)}
+    return {name: shape for name, shape in weights.items() if name not in scheme.floats}
+
+
+def require_blocks(g: Geometry, scheme: Scheme) -> None:
+    """OptionError unless the blocks divide the K of every weight that is to be quantised."""
+    if scheme.head and g.tied_embeddings:
+        raise OptionError(
+            "lm_head cannot be quantised: it shares its weight with the embeddings", fix="leave out --quantize-head"
+        )
+    weights = quantised_tensors(g, scheme)
+    wrong = {name: shape for name, shape in weights.items() if shape[1] % scheme.span(shape[1])}
+    if wrong:
+        name, shape = next(iter(wrong.items()))
+        fits = [size for size in BLOCK_SIZES if not any(k % size for _, k in weights.values())]
+        raise OptionError(
+            f"blocks of {scheme.block} do not divide {name} with its {shape[1]} inputs ({len(wrong)} such weights)",
+            expected=f"a block size that divides them all: {' or '.join(map(str, fits)) or f'none of {BLOCK_SIZES}'}",
+            fix=f"--block-size {fits[-1]}" if fits else _without_blocks(scheme),
+        )
+
+
+def _without_blocks(scheme: Scheme) -> str:
+    """What to build instead where no block size divides the weights."""
+    return f"{'' if scheme.bits == 8 else '--int8 '}--block-size {block_name(COLUMN)}, or --fp16"
+
+
+def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
+    """Make a traced graph read those of `names` it holds as quantised, in place; returns how many it does.
+
+    The weight keeps its name, its scales are called `<name>.scale`; both are still without bytes.
+    """
+    graph, count = model.graph, 0
+    for name in names:
+        weight = graph.initializers.get(name)
+        if weight is None:
+            continue
+        (user,) = [use.node for use in weight.uses()] if len(weight.uses()) == 1 else (None,)
+        if user is None or user.op_type not in ("Transpose", "Gemm"):
+            raise ExportError(f"the graph does not read {name} as the weight of one linear layer")
+        n, k = weight.shape.numpy()
+        dtype = weight.dtype
+        weight.shape, weight.dtype = ir.Shape((k, n)), scheme.dtype
+        columns = scheme.block == COLUMN
+        shape = (n,) if columns else (k // scheme.block, n)
+        scale = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        graph.initializers[scale.name] = scale
+        attributes = {"axis": 1} if columns else {"axis": 0, "block_size": scheme.block}
+        read = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"node_dequantize_{name}")
+        read.outputs[0].name, read.outputs[0].dtype, read.outputs[0].shape = f"{name}.float", dtype, ir.Shape((k, n))
+        graph.insert_before(user, read)
+        if user.op_type == "Transpose":
+            ir.convenience.replace_all_uses_with(user.outputs[0], read.outputs[0])
+        else:  # lm_head: x [B, K] times the transposed weight, no bias
+            product = ir.node("MatMul", [user.inputs[0], read.outputs[0]], name=user.name)
+            product.outputs[0].dtype, product.outputs[0].shape = user.outputs[0].dtype, user.outputs[0].shape
+            product.outputs[0].name, user.outputs[0].name = user.outputs[0].name, f"{name}.unused"
+            graph.insert_before(user, product)
+            ir.convenience.replace_all_uses_with(user.outputs[0], product.outputs[0])
+        graph.remove(user, safe=True)
+        count += 1
+    if count:
+        model.opset_imports[""] = QUANTISED_OPSET
+    return count
+
+
+def quantise(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[n, K] of any float dtype -> codes [n, K] int8 (of E4M3 their bits) and scales [n, K / block] float16, rounded to
+    nearest.
+
+    A scale is the smallest float16 with which no value of its block is clipped; a block of zeros has the scale 1.
+    `ratios` [n, K / block], among RATIOS: the share of a block's range that is kept; what lies outside is clipped.
+    """
+    low, high = scheme.limits
+    blocks = values.float().unflatten(1, (-1, scheme.span(values.shape[1])))
+    exact = _exact_scales(blocks, scheme)
+    scales = _stored_scales(exact if ratios is None else exact * ratios)
+    codes = (blocks / scales.float()[..., None]).clamp_(low, high)
+    codes = codes.to(torch.float8_e4m3fn).view(torch.int8) if scheme.e4m3 else codes.round_().to(torch.int8)
+    return codes.flatten(1), scales
+
+
+def _exact_scales(blocks: Tensor, scheme: Scheme) -> Tensor:
+    """[n, K / block] float32 for blocks [n, K / block, block]: the smallest with which nothing is clipped."""
+    low, high = scheme.limits
+    least, most = blocks.aminmax(dim=2)
+    return torch.maximum(most / high, least / low)
+
+
+def _stored_scales(exact: Tensor) -> Tensor:
+    """Scales as float16, rounded up; 1 for 0."""
+    scales = exact.half()
+    scales = torch.where(scales.float() < exact, (scales.view(torch.int16) + 1).view(torch.float16), scales)
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def ratios_of(index: Tensor) -> Tensor:
+    """The ratios that uint8 indices stand for, float32."""
+    return torch.tensor(RATIOS)[index.long()]
+
+
+def pack(integers: Tensor, bits: int) -> bytes:
+    """int8 codes -> bytes as ONNX stores them: two int4 values in a byte, the first in its lower half."""
+    if bits == 4:
+        pairs = integers.reshape(-1, 2)
+        integers = (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
+    return integers.contiguous().numpy().tobytes()
+
+
+def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack`: int8 codes of `shape`."""
+    values = torch.frombuffer(bytearray(data), dtype=torch.int8)
+    if bits == 4:
+        values = torch.stack(((values << 4) >> 4, values >> 4), dim=-1)  # shifts of int8 keep the sign
+    return values.reshape(shape)
+
+
+def dequantise(data: bytes, scales: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """Packed codes of `shape` [K, N] and their scales -> the weight [N, K] they stand for, float32."""
+    codes = _floats(unpack(data, scheme.bits, shape), scheme).t()
+    blocks = codes.unflatten(1, (-1, scheme.span(shape[0])))
+    return (blocks * _scales(scales, shape[1])[..., None]).flatten(1)
+
+
+def _floats(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes as `unpack` gives them -> the float32 values they stand for, without their scales."""
+    return codes.view(torch.float8_e4m3fn).float() if scheme.e4m3 else codes.float()
+
+
+def _spacing(values: Tensor) -> Tensor:
+    """Distance of the E4M3 numbers around each of `values`, float32: three bits after the first, none below 2**-9."""
+    exponents = torch.where(values == 0, -5, torch.frexp(values).exponent.clamp(min=-5))
+    return torch.ldexp(torch.ones_like(values), exponents - 4)
+
+
+def _scales(data: bytes, n: int) -> Tensor:
+    """[N, K / block] float32."""
+    return torch.frombuffer(bytearray(data), dtype=torch.float16).view(-1, n).t().float()
+
+
+def quantised(
+    checkpoint: Source, names: list[str], scheme: Scheme, clips: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[bytes, bytes]]:
+    """Codes [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
+
+    Rounded from the checkpoint's floats; of a packed checkpoint its own, which are not rounded again.
+    `clips`: how far to clip the blocks of a weight, uint8 [N, K / block] into RATIOS. Every core works on a weight of
+    its own. ExportError for a value that is not finite or too large for float16, which TensorRT computes in.
+    """
+    yield from _on_all_cores(lambda name: _quantised(checkpoint, name, scheme, (clips or {}).get(name)), names)
+
+
+def largest_errors(
+    checkpoint: Source, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme, clipped: bool = False
+) -> Iterator[tuple[str, float]]:
+    """For each (name, packed codes, scales): the name and the largest distance of a stored value from the checkpoint's,
+    in steps. A step is the scale of a block, and of E4M3 the distance of those around the value. Rounded right, that is
+    at most half a step.
+
+    A scale that `quantise` gives for none of RATIOS (for 1, unless `clipped`) is an infinite distance; with one that it
+    gives, what the codes cannot reach is compared with the last that they can.
+    """
+    ratios = RATIOS if clipped else RATIOS[:1]
+
+    def error(item: tuple[str, bytes, bytes]) -> tuple[str, float]:
+        name, data, scales = item
+        n, k = checkpoint.info(name).shape
+        codes, factors = unpack(data, scheme.bits, (k, n)).t(), _scales(scales, n)
+        worst = 0.0
+        for start, rows in _pieces(checkpoint, name):
+            blocks = rows.float().unflatten(1, (-1, scheme.span(k)))
+            exact, step = _exact_scales(blocks, scheme), factors[start : start + len(rows)]
+            known = torch.stack([_stored_scales(exact * ratio).float() == step for ratio in ratios]).any(0)
+            wanted = (blocks / step[..., None]).clamp_(*scheme.limits)
+            found = _floats(codes[start : start + len(rows)], scheme).unflatten(1, (-1, scheme.span(k)))
+            distance = (wanted - found).abs() / (_spacing(wanted) if scheme.e4m3 else 1.0)
+            worst = max(worst, float(torch.where(known[..., None], distance, torch.inf).nan_to_num(torch.inf).max()))
+        return name, worst
+
+    yield from _on_all_cores(error, stored)
+
+
+def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[bytes, bytes]:
+    """Integers, packed, and scales of a weight that the checkpoint holds as such. A group larger than the blocks gives
+    each of its blocks the same scale. ExportError when the scheme cannot hold them."""
+    integers, scales = checkpoint.integers(name)
+    low, high = (int(end) for end in integers.aminmax())
+    group = len(integers) // len(scales)
+    if low < -(2 ** (scheme.bits - 1)) or high >= 2 ** (scheme.bits - 1) or group % scheme.block:
+        raise ExportError(
+            f"{name} has integers in {low} .. {high} and groups of {group} (code less zero point)",
+            expected=f"what int{scheme.bits} in blocks of {scheme.block} holds exactly",
+            fix=f"build with --{checkpoint.packing.precision} and no --block-size",
+        )
+    scales = scales.repeat_interleave(group // scheme.block, 0)
+    return pack(integers, scheme.bits), scales.numpy().tobytes()
+
+
+def _quantised(checkpoint: Source, name: str, scheme: Scheme, clips: Tensor | None) -> tuple[bytes, bytes]:
+    if is_packed(checkpoint, name):
+        return carried(checkpoint, name, scheme)
+    n, k = checkpoint.info(name).shape
+    codes = torch.empty(k, n, dtype=torch.int8)
+    scales = torch.empty(k // scheme.span(k), n, dtype=torch.float16)
+    for start, rows in _pieces(checkpoint, name):
+        end = start + len(rows)
+        found, steps = quantise(rows, scheme, None if clips is None else ratios_of(clips[start:end]))
+        codes[:, start:end], scales[:, start:end] = found.t(), steps.t()
+    return pack(codes, scheme.bits), scales.numpy().tobytes()
+
+
+def _pieces(checkpoint: Source, name: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [n, K]) of a weight, a few rows at a time, checked to be finite."""
+    info = checkpoint.info(name)
+    k = info.shape[1]
+    start, rows = 0, max(1, PIECE // k)
+    for chunk in checkpoint.chunks(name, rows * k * info.dtype.itemsize):
+        values = torch.frombuffer(bytearray(chunk), dtype=info.dtype).view(-1, k)
+        worst = float(values.abs().max())
+        if not worst <= torch.finfo(torch.float16).max:
+            raise ExportError(
+                f"{name} in {info.file} holds {worst:g}",
+                expected=f"finite values within {torch.finfo(torch.float16).max:g}",
+                fix="build with --bf16 or --fp32" if worst < float("inf") else "repair the checkpoint",
+            )
+        yield start, values
+        start += len(values)
+
+
+def _on_all_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of every item, in order; a few results ahead of the reader, never all of them."""
+    items = iter(items)
+    with _one_thread_each() as cores, ThreadPoolExecutor(cores) as pool:
+        pending: deque[Future] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """How many cores there are; in the block, threads that are started use one each, not all of them."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)

@@ -1,0 +1,127 @@
+"""What a bundle stores, compared with the checkpoint, and as the weights of a PyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import TRACED
+from engines.bundle.precision import PRECISIONS
+from engines.errors import ParityError
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.packed import is_packed
+from export.weights.folding import Folded, checkpoint_of
+from export.weights.quantize import CODES, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
+from export.weights.write import converted
+
+HALF_A_STEP = 0.5001  # the division by the scale rounds, too
+
+
+class Stored:
+    """The weights of a bundle by their official names. Holds no tensor data."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self.scheme = scheme_of(manifest.precision, manifest.block_size)
+        self.dtype = getattr(torch, PRECISIONS[manifest.precision])
+        self._bundle = bundle
+        self._tensors: dict[str, tuple[str, ir.ExternalTensor]] = {}
+        for part, description in manifest.parts.items():
+            for value in ir.load(bundle.graph(part, TRACED)).graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    self._tensors[value.name] = description.weights, value.const_value
+        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in CODES]
+        self.names = [name for name in self._tensors if name.removesuffix(SCALE_SUFFIX) not in self.quantised]
+        self.names += self.quantised
+
+    def file(self, name: str) -> str:
+        """The bundle's file that holds a tensor."""
+        return self._tensors[name][0]
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The file that holds a tensor, at its beginning."""
+        with open(self._bundle.file(self.file(name)), "rb") as file:
+            file.seek(self._tensors[name][1].offset)
+            yield file
+
+    def source(self, checkpoint: Checkpoint) -> Checkpoint | Folded:
+        """What was stored: the checkpoint, with the scales that the bundle was built with."""
+        return checkpoint_of(self._bundle, checkpoint)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether blocks may be clipped: calibrated bundles alone."""
+        return self._bundle.manifest.scales is not None
+
+    def bytes(self, name: str) -> bytes:
+        """All bytes of a tensor."""
+        with self.opened(name) as file:
+            return file.read(self._tensors[name][1].length)
+
+    def codes(self, name: str) -> tuple[bytes, bytes]:
+        """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
+        return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight as the graphs see it, in the checkpoint's layout; codes times their scales in float32."""
+        _, tensor = self._tensors[name]
+        if name in self.quantised and self.scheme:
+            return dequantise(*self.codes(name), self.scheme, tuple(tensor.shape.numpy()))
+        return torch.frombuffer(bytearray(self.bytes(name)), dtype=self.dtype).reshape(tensor.shape.numpy())
+
+
+def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
+    """Largest distance of a quantised value from the checkpoint's, in quantisation steps; 0 when nothing was rounded.
+    Values of calibrated bundles are compared with the checkpoint's times the bundle's scales.
+
+    Raises ParityError, which names the weight, when it is more than rounding to nearest explains, and when integers
+    and scales that a packed checkpoint has itself are not the very same.
+    """
+    worst = 0.0
+    if stored.scheme:
+        own = [name for name in stored.quantised if is_packed(checkpoint, name)]
+        for name, expected in zip(own, quantised(checkpoint, own, stored.scheme), strict=True):
+            if stored.codes(name) != expected:
+                raise ParityError(
+                    f"{name} in {stored.file(name)} is not the checkpoint's", expected="its own integers and scales"
+                )
+        rounded = (name for name in stored.quantised if not is_packed(checkpoint, name))
+        codes = ((name, *stored.codes(name)) for name in rounded)
+        for name, error in largest_errors(stored.source(checkpoint), codes, stored.scheme, stored.clipped):
+            if not error <= HALF_A_STEP:
+                raise ParityError(
+                    f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",
+                    expected="at most half a step, and steps that the checkpoint's values give",
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> int:
+    """Compare every tensor stored in the bundle with the checkpoint, in bounded memory: byte for byte after conversion,
+    and what was rounded to integers to within half a step; after folding in the scales of a calibrated bundle.
+
+    Returns the number of tensors compared; raises ParityError at the first difference.
+    """
+    stored = Stored(bundle)
+    largest_rounding(stored, checkpoint)
+    require_others(stored, checkpoint)
+    return len(stored.names)
+
+
+def require_others(stored: Stored, checkpoint: Checkpoint) -> None:
+    """ParityError unless every tensor that is not quantised is the checkpoint's, byte for byte after conversion."""
+    source = stored.source(checkpoint)
+    for name in stored.names:
+        if name not in stored.quantised:
+            with stored.opened(name) as file:
+                for chunk in converted(source, name, stored.dtype):
+                    if file.read(len(chunk)) != chunk:
+                        raise ParityError(f"{name} in {stored.file(name)} is not the checkpoint's")

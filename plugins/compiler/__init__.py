@@ -1,0 +1,1 @@
+"""From Triton functions to code for every board, without a GPU."""

@@ -1,0 +1,250 @@
+"""What a configuration needs, against numbers worked out by hand, files of bundles, TensorRT-RTX's reports, a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.precision import COLUMN
+from engines.errors import OptionError
+from engines.sizing.needs import (
+    SCRATCH,
+    Configuration,
+    _activations,
+    builder_bytes,
+    cache_bytes,
+    needs,
+    size,
+    speed,
+    step_bytes,
+    store_bytes,
+    weight_bytes,
+)
+from engines.targets import target
+from export.build import BuildOptions, build
+from tests.bench.contenders.cost import cost
+from tests.checkpoints import write_checkpoint
+from tests.geometries import official, tiny
+from tests.paths import ROOT
+
+LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # weights of 7B's decoder layers
+HIRES = 23 * 2 * 4096**2
+TABLE = 32000 * 4096
+NORMS = 65 * 4096
+
+
+def weights(g: Geometry, *knobs: object, **named: object) -> dict[str, int]:
+    return weight_bytes(Configuration(g, *knobs, **named))
+
+
+def test_weights_of_7b_by_hand():
+    full = weights(official(), "fp16")
+    assert full["decoder"] == 2 * (LINEAR + 2 * TABLE + NORMS)
+    assert 13.4e9 < full["decoder"] < 13.5e9
+    assert full["pages"] == 2 * HIRES and 0.60e9 < full["vision"] < 0.63e9
+    assert weights(official(), "bf16") == full
+    assert weights(official(), "fp32")["decoder"] == 2 * full["decoder"]
+    lazy = weights(official(lazy_pages=True), "fp16")
+    assert lazy["pages"] == 0 and lazy["decoder"] == full["decoder"] + full["pages"]
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("block", [32, 128])
+def test_quantised_weights_by_hand(precision, bits, block):
+    found = weights(official(), precision, block)
+    kept = 2 * (2 * TABLE + NORMS)
+    assert found["decoder"] == LINEAR * bits // 8 + LINEAR // block * 2 + kept
+    assert found["pages"] == HIRES * bits // 8 + HIRES // block * 2
+    assert found["vision"] == weights(official(), "fp16")["vision"]
+    lazy = weights(official(lazy_pages=True), precision, block)  # the kernel that projects multiplies in float16
+    assert lazy["decoder"] == found["decoder"] + 2 * HIRES
+    head = weights(official(), precision, block, head=True)
+    assert found["decoder"] - head["decoder"] == 2 * TABLE - TABLE * bits // 8 - TABLE // block * 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_columns_by_hand(precision):
+    found = weights(official(), precision, COLUMN)
+    rows = 32 * (6 * 4096 + 2 * 11008 - 4096)  # outputs of a layer's seven products
+    assert found["decoder"] == LINEAR + 2 * rows + 2 * (2 * TABLE + NORMS)
+    assert found["pages"] == HIRES + 2 * 23 * 2 * 4096
+    assert weights(official(), "fp8") == weights(official(), "fp8", COLUMN)
+
+
+def test_blocks_nobody_knows():
+    for precision, block in (("int4", COLUMN), ("fp8", 128), ("fp16", 128), ("int8", 48)):
+        with pytest.raises(OptionError, match=f"block {block} with {precision}"):
+            Configuration(official(), precision, block)
+
+
+ODD = tiny(kv_heads=2, tied_embeddings=True, projector_depth=1, attention_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "g", "precision"), [("tiny", tiny(), "fp32"), ("tiny", tiny(), "fp16"), ("odd", ODD, "bf16")]
+)
+def test_weights_are_the_files_of_a_bundle(random_model, name, g, precision):
+    _, bundle = random_model(name, g, precision)
+    found = {part: (bundle / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
+    assert weights(g, precision) == found
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_quantised_weights_are_the_files_of_a_bundle(tmp_path, head):
+    checkpoint, out = write_checkpoint(tmp_path / "checkpoint", tiny()), tmp_path / "bundle"
+    options = {"precision": "int4", "block_size": 16, "quantize_head": head, "check": "none"}
+    build(BuildOptions(model=checkpoint, out=out, **options))
+    found = {part: (out / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
+    assert weights(tiny(), "int4", 16, head) == found
+
+
+def test_cache_and_pages_of_7b_by_hand():
+    c = Configuration(official())
+    token = 2 * 32 * 128 * 2
+    assert cache_bytes(c) == 32 * 2048 * token == 1 << 30
+    assert store_bytes(c) == 23 * 5184 * token  # 1.95 GB, as the official model's hi-res cache would take
+    assert cache_bytes(replace(c, batch=3)) == 3 << 30
+    grouped = replace(c, geometry=official(kv_heads=8))
+    assert store_bytes(grouped) * 4 == store_bytes(c)
+
+
+def test_int8_pages_of_7b_by_hand():
+    c = Configuration(official(int8_pages=True))
+    token = 2 * 32 * (128 + 4)  # key and value: a byte for each value, a float32 scale for each head
+    assert store_bytes(c) == 23 * 5184 * token
+    assert store_bytes(replace(c, backend=ONNXRUNTIME, precision="int4")) == store_bytes(c)
+    assert cache_bytes(c) == cache_bytes(Configuration(official()))
+    saved = step_bytes(Configuration(official()), 2048, 81) - step_bytes(c, 2048, 81)
+    assert saved == 23 * 5184 * (2 * 32 * 128 * 2 - token)
+    assert step_bytes(Configuration(official()), 2048, 0) == step_bytes(c, 2048, 0)
+    named = {need.name: need for need in needs(c, integrated=True)}
+    assert named["hi-res pages"].bytes == store_bytes(c) and "int8" in named["hi-res pages"].how
+
+
+def test_neither_page_budget_nor_lazy_projection_saves_memory():
+    c = Configuration(official())
+    few, lazy = replace(c, page_budget=1), replace(c, geometry=official(lazy_pages=True))
+    assert needs(few, integrated=True) == needs(c, integrated=True)
+    assert store_bytes(lazy) == store_bytes(c)
+    named = {need.name: need.bytes for need in needs(lazy, integrated=True)}
+    assert named["image, logits"] > {need.name: need.bytes for need in needs(c, integrated=True)}["image, logits"]
+
+
+def test_pages_that_do_not_divide_are_padded():
+    g = tiny(zoom=2, cells=3)  # 16 rows in 3 cells: pages of 6 x 6 at most
+    assert store_bytes(Configuration(g, "fp32")) == 3 * 9 * 36 * 2 * 4 * 8 * 4
+
+
+SLICE = official(layers=4, start_layer=1)
+
+
+# Total Activation Memory in TensorRT-RTX 1.7.1's logs of that slice of 7B, float16.
+@pytest.mark.parametrize(
+    ("changes", "batch", "vision", "pages", "decoder"),
+    [
+        ({}, 1, 127_623_168, 345_047_040, 216_337_920),
+        ({"context": 1024}, 1, 127_623_168, 345_047_040, 123_530_752),
+        ({}, 2, 255_246_336, 690_094_080, 404_790_784),
+        ({"lazy_pages": True}, 1, 127_623_168, 19_922_944, 216_339_968),
+        ({"int8_pages": True}, 1, 127_623_168, 429_981_696, 216_337_920),  # vision and decoder: as without
+    ],
+)
+def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages, decoder):
+    found = _activations(Configuration(replace(SLICE, **changes), backend=TENSORRT_RTX, batch=batch))
+    assert found["vision"] == vision
+    assert found["pages"] == pages or (changes.get("lazy_pages") and pages <= found["pages"] < 1.1 * pages)
+    assert decoder - SCRATCH < found["decoder"] < decoder
+    plain = Configuration(SLICE, backend=TENSORRT_RTX, plugins=False)
+    assert 209_904_640 < _activations(plain)["decoder"] + SCRATCH < 1.4 * 209_904_640
+
+
+# Largest memory of the builds of that slice's parts, without the mapped weights.
+@pytest.mark.parametrize(
+    ("part", "lazy", "peak"),
+    [("vision", False, 2.34e9), ("pages", False, 0.65e9), ("decoder", False, 6.74e9), ("decoder", True, 7.14e9)],
+)
+def test_builders_take_no_more_than_planned(part, lazy, peak):
+    held = weights(replace(SLICE, lazy_pages=lazy), "fp16")[part]
+    assert peak - held < builder_bytes(held) < 1.4 * (peak - held)
+
+
+def test_a_step_reads_what_the_benchmark_counts():
+    c = Configuration(official())
+    for tokens, pages in ((640, 0), (1200, 10), (2048, 81)):
+        assert step_bytes(c, tokens, pages) == pytest.approx(
+            cost(official(), tokens, pages * 64, itemsize=2).bytes, rel=1e-4
+        )
+    assert step_bytes(replace(c, geometry=official(lazy_pages=True)), 640, 0) == step_bytes(c, 640, 0)
+    tied = official(tied_embeddings=True)  # the table is the head
+    assert step_bytes(replace(c, geometry=tied), 0, 0) == pytest.approx(step_bytes(c, 0, 0), rel=1e-4)
+
+
+def test_ceilings_are_those_people_know():
+    """Published weights-only ceilings of 7B: 7.6 tokens/s in float16 on 102 GB/s, 27 in int4; batches share weights."""
+    board = target("orin-nx-16").bandwidth
+    full, four = Configuration(official()), Configuration(official(), "int4")
+    assert board * 1e9 / step_bytes(full, 0, 0) == pytest.approx(7.6, rel=0.03)
+    assert board * 1e9 / step_bytes(four, 0, 0) == pytest.approx(27, rel=0.06)
+    slow, fast = speed(full, board)
+    assert slow < fast < 7.6
+    assert speed(replace(full, page_budget=4), board)[0] > slow
+    together = speed(replace(full, batch=4), board)
+    assert fast < together[1] < 4 * fast
+
+
+def test_onnxruntime_computes_some_precisions_in_float32():
+    named = {p: Configuration(official(), p, backend=ONNXRUNTIME) for p in ("fp32", "fp16", "bf16", "int4")}
+    assert cache_bytes(named["bf16"]) == cache_bytes(named["int4"]) == cache_bytes(named["fp32"])
+    assert cache_bytes(named["fp16"]) * 2 == cache_bytes(named["fp32"])
+    assert cache_bytes(replace(named["int4"], backend=TENSORRT)) == cache_bytes(named["fp16"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_takes_what_is_planned(random_model, precision):
+    """The largest memory of a process that opens a bundle and fills its context."""
+    g = tiny(hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704, vocab=30_000, context=640)
+    _, bundle = random_model("plan-run", g, precision)
+    program = f"""
+import numpy as np
+from engines.memory import peak_rss
+from runtime import Engine
+image = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)
+Engine({str(bundle)!r}).generate(image, input_ids=[1, -200] + [5] * 570, max_new_tokens=4, stop_at_eos=False)
+print(peak_rss())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    planned = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
+    assert int(found.stdout) < planned < 2 * int(found.stdout)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"precision": "nvfp4"},
+        {"backend": "tensorflow"},
+        {"block": 48},
+        {"batch": 0},
+        {"batch": 65},
+        {"batch": True},
+        {"batch": 1.5},
+        {"page_budget": 82},
+        {"page_budget": -1},
+        {"geometry": official(context=576)},
+    ],
+)
+def test_knobs_out_of_range(knobs):
+    knob = {"page_budget": "page budget", "geometry": "context"}.get(next(iter(knobs)), next(iter(knobs)))
+    with pytest.raises(OptionError, match=knob) as caught:
+        Configuration(**{"geometry": official(), **knobs})
+    assert caught.value.expected
+
+
+def test_sizes_for_people():
+    assert [size(count) for count in (0, 999, 1_500, 99_940_000, 186e6, 13.48e9)] == [
+        "0.0 kB", "1.0 kB", "1.5 kB", "99.9 MB", "186 MB", "13.5 GB",
+    ]  # fmt: skip

@@ -1,0 +1,117 @@
+"""What TensorRT-RTX makes of quantised weights, built on this CPU, and the GPUs that a precision is refused for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from engines.bundle.folder import Bundle
+from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
+from engines.bundle.precision import COLUMN
+from engines.errors import OptionError
+from engines.sizing.fit import require_boards, require_sms
+from engines.sizing.needs import Configuration
+from engines.trt.build import build_engines
+from engines.trt.options import EngineOptions
+from export.build import BuildOptions, build, parse_arguments
+from tests.conftest import once
+from tests.engines.trt.rtx_layers import layers_of, log_of, plugins_of
+from tests.geometries import official, tiny
+
+G = tiny(hidden=256, intermediate=512, head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(shared, monkeypatch):
+    """Timings of tests go nowhere else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+
+
+def engine(shared, checkpoint, precision: str, block: int | None, *sms: int) -> Bundle:
+    """The wide model with engines for `sms`; logs beside it."""
+    knobs = EngineOptions(TENSORRT_RTX, targets=sms, keep_log=True)
+    out = shared / f"wide-rtx-{precision}-{block}"
+    options = BuildOptions(checkpoint, out, precision, block, backend=TENSORRT_RTX, check="none", plans=knobs)
+    return Bundle(once(out, lambda _: build(options)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "block", "share"),
+    [("int4", 128, 0.7), ("int8", 128, 0.3), ("int8", COLUMN, 0.6), ("fp8", COLUMN, 0.55)],
+)
+def test_quantised_weights_in_the_engine(shared, random_model, precision, block, share):
+    """Blocks of int4 and columns of int8 stay as they are stored, but for what a plan needs besides weights, and are
+    unpacked inside the product that reads them. So do columns of fp8, but for gate_proj and up_proj of each
+    layer, which the builder joins: those are unpacked by a kernel of their own in every step.
+
+    So are blocks of int8, all of them, some already by the builder: the engine is smaller than float16's, not faster.
+    """
+    checkpoint, _ = random_model("wide", G)
+    plans, weights = [], []
+    for name, size in (("fp16", None), (precision, block)):
+        bundle = engine(shared, checkpoint, name, size, 89, 120)
+        manifest, decoder = bundle.manifest, bundle.manifest.parts["decoder"]
+        plans.append(manifest.files[decoder.plans[TENSORRT_RTX].file].bytes)
+        weights.append(manifest.files[decoder.weights].bytes)
+        log = log_of(bundle.path, "decoder")
+        assert len(plugins_of(log)) == G.layers + len(G.selecting_layers)
+    print(precision, block, plans, weights)
+    assert plans[0] - plans[1] > share * (weights[0] - weights[1]) > 0, (plans, weights)
+    names = [layer.name.split("_myl0")[0] for layer in layers_of(log)]
+    unpacking = [name for name in names if "CastMulCast" in name]
+    apart = [name for name in unpacking if not name.endswith("CastMulCastFc")]
+    if (precision, block) == ("int8", 128):
+        assert len(apart) == len(unpacking) >= 4 * G.layers, Counter(names)
+    else:
+        assert len(unpacking) == 6 * G.layers and len(apart) == (G.layers if precision == "fp8" else 0), Counter(names)
+
+
+# What cannot be built, and how that is said.
+
+
+def test_fp8_is_refused_where_there_is_none():
+    c = Configuration(official(), "fp8", backend=TENSORRT)
+    (warning,) = require_sms(c, (89, 90, 110, 120))
+    assert "gate_proj and up_proj" in warning and require_boards(c, ("agx-thor-128", "h100-80")) == []
+    with pytest.raises(OptionError, match="fp8 on sm_86, sm_87") as caught:
+        require_sms(c, (86, 87, 89, 120))
+    assert "SM 8.9" in caught.value.expected and "sm_89,sm_120" in caught.value.fix
+    with pytest.raises(OptionError, match="fp8 on sm_87") as caught:
+        require_sms(c, (87,))
+    assert "--target" not in caught.value.fix
+    with pytest.raises(OptionError, match="precision fp8 on agx-orin-64") as caught:
+        require_boards(c, ("agx-orin-64",))
+    assert "int8" in caught.value.expected and "fp8" not in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--backend", "tensorrt-rtx"],
+        ["--backend", "tensorrt-rtx", "--target", "sm_86,sm_89"],
+        ["--backend", "tensorrt", "--target", "sm_87"],
+        ["--target", "orin-nx-16"],
+    ],
+)
+def test_a_build_is_refused_before_any_work(random_model, tmp_path, arguments):
+    checkpoint, _ = random_model("wide", G)
+    options = parse_arguments(["--fp8", "--model", str(checkpoint), "--out", str(tmp_path / "bundle"), *arguments])
+    with pytest.raises(OptionError, match="precision fp8"):
+        build(options)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_finished_bundle_is_refused_too(shared, random_model):
+    checkpoint, _ = random_model("wide", G)
+    bundle = engine(shared, checkpoint, "fp8", None, 89, 120)
+    with pytest.raises(OptionError, match="fp8 on sm_86"):
+        build_engines(bundle.path, EngineOptions(TENSORRT_RTX), quiet=True)
+
+
+def test_blocks_of_int8_are_warned_of():
+    for block in (None, 32, 128):
+        (warning,) = require_sms(Configuration(official(), "int8", block), (86,))
+        assert "--block-size column" in warning
+    assert require_sms(Configuration(official(), "int8", COLUMN), (86,)) == []
+    assert require_sms(Configuration(official(), "int4"), (86,)) == require_sms(Configuration(official()), (86,)) == []
