@@ -7,15 +7,15 @@ import pytest
 
 from engines.bundle.kinds import TENSORRT_RTX
 from engines.errors import BackendError
-from engines.trt import library as tensorrt
+from engines.trt import library
 from engines.trt.build import attributes
-from plugins import plugin
+from plugins import tensorrt as plugin
 from plugins.artifacts import Artifacts, Compiled, KernelError
 from plugins.registry import OPS, kernels_of_model, ops_of_model
 from tests.geometries import tiny
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
-trt = tensorrt.load(TENSORRT_RTX)
+trt = library.load(TENSORRT_RTX)
 SIZES = attributes(tiny())
 KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int64": "INT64"}
 SMS = (86, 89)
@@ -153,7 +153,7 @@ def test_errors_inside_a_plugin_are_kept_and_printed(capsys):
             call(made, op, "float16")
     assert "flex::SelectPages: no device\n  fix: buy one" in capsys.readouterr().err
     with pytest.raises(BackendError, match="no device"):
-        tensorrt._raise_error_of_plugin(trt)
+        library._raise_error_of_plugin(trt)
     plugin.register(trt)
     with pytest.raises(KernelError, match="was not told how to launch"):
         call(made, op, "float16")
