@@ -45,3 +45,14 @@ def random_model(shared):
         return checkpoint, once(built.out, lambda _: build(built))
 
     return get
+
+
+@pytest.fixture(scope="session")
+def default_bundle(shared):
+    """default_bundle(precision) -> a bundle of the default model."""
+
+    def get(precision: str) -> Path:
+        options = BuildOptions(out=shared / f"default-{precision}", precision=precision)
+        return once(options.out, lambda _: build(options))
+
+    return get
