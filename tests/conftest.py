@@ -16,6 +16,14 @@ from filelock import FileLock
 from engines.bundle.geometry import Geometry
 from export.build import BuildOptions, build
 from tests.checkpoints import write_checkpoint
+from tests.skips import in_one_line
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped and why, in one line at the end."""
+    if line := in_one_line(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
