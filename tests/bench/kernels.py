@@ -1,6 +1,6 @@
 """ESTIMATES, from shapes alone, what each kernel must move at 7B and how long each board's memory takes for that.
 
-`python tests/bench/kernels.py` prints Markdown. No kernel is run: see `NOTE`.
+`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`.
 """
 
 from __future__ import annotations
