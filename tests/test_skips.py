@@ -13,7 +13,8 @@ def skipped(reason: str) -> pytest.TestReport:
 
 
 def test_reasons_are_counted():
-    file = pytest.CollectReport("test_y.py", "skipped", ("test_y.py", 3, "Skipped: tensorrt-rtx is not installed"), None)
+    where = "test_y.py", 3, "Skipped: tensorrt-rtx is not installed"
+    file = pytest.CollectReport("test_y.py", "skipped", where, None)
     gpu = [skipped("needs an NVIDIA GPU: no driver"), skipped("needs an NVIDIA GPU: no device\nmore")]
     assert in_one_line([skipped("needs onnxruntime-gpu: pip install it"), *gpu, file]) == (
         "skipped: 2 tests (needs an NVIDIA GPU), 1 test (needs onnxruntime-gpu), 1 file (tensorrt-rtx is not installed)"
