@@ -16,6 +16,14 @@ from filelock import FileLock
 from engines.bundle.geometry import Geometry
 from export.build import BuildOptions, build
 from tests.checkpoints import write_checkpoint
+from tests.skips import in_one_line
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped and why, in one line at the end."""
+    if line := in_one_line(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +51,16 @@ def random_model(shared):
         checkpoint = once(shared / f"{name}-checkpoint", lambda folder: write_checkpoint(folder, g, **options))
         built = BuildOptions(model=checkpoint, precision=precision, out=shared / f"{name}-{precision}")
         return checkpoint, once(built.out, lambda _: build(built))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def default_bundle(shared):
+    """default_bundle(precision) -> a bundle of the default model."""
+
+    def get(precision: str) -> Path:
+        options = BuildOptions(out=shared / f"default-{precision}", precision=precision)
+        return once(options.out, lambda _: build(options))
 
     return get
