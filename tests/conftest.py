@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from engines.bundle.geometry import Geometry
 from tests import traces  # before whatever imports the tracer
+
 from export.build import BuildOptions, build  # isort: skip
 from tests.checkpoints import write_checkpoint
 
