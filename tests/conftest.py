@@ -14,7 +14,9 @@ import pytest
 from filelock import FileLock
 
 from engines.bundle.geometry import Geometry
-from export.build import BuildOptions, build
+from tests import traces  # before whatever imports the tracer
+
+from export.build import BuildOptions, build  # isort: skip
 from tests.checkpoints import write_checkpoint
 from tests.skips import in_one_line
 
@@ -33,6 +35,13 @@ def shared(tmp_path_factory) -> Path:
     folder = (base.parent if base.name.startswith("popen-") else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(shared):
+    """See tests/traces.py."""
+    (shared / "traces").mkdir(exist_ok=True)
+    os.environ[traces.FOLDER] = str(shared / "traces")
 
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
