@@ -22,6 +22,7 @@ if __package__ in (None, ""):
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
 from engines.cuda import Cuda
+from engines.errors import FlexError
 from engines.targets import TARGETS, Target
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, SPLIT
 from plugins.compiler.kernels import compile_kernels
@@ -272,7 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
     if gpu:
         from tests.plugins.harness import Launcher  # the estimate needs no Triton
 
-        cuda = Cuda()
+        try:
+            cuda = Cuda()
+        except FlexError as error:
+            sys.exit(str(error))
         sms = (cuda.sm,) if cuda.sm in SMS else SMS[:1]  # of a GPU nobody has heard of the driver compiles the PTX
         rows = measured(case, Launcher(cuda, lambda kernels: compile_kernels(kernels, sms)), bandwidth(cuda))
         print(f"{cuda.name}; LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer\n")

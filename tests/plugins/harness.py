@@ -5,11 +5,11 @@ tests.emulator.interpreter.call.)"""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from onnxscript import OnnxFunction
 
 from engines.cuda import Buffer, Cuda
 from plugins.artifacts import Artifacts
@@ -46,13 +46,13 @@ def by_reference(op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
     return named(op.outputs, map(to_bits, function(**given, **attributes)))
 
 
-def by_body(body: ModuleType) -> Run:
-    """Run an op as the last function of an ONNX body, in ONNX Runtime."""
+def by_body(functions: Sequence[OnnxFunction]) -> Run:
+    """Run an op as the last of an ONNX body's functions, in ONNX Runtime."""
 
     def run(op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
         names, results = ([tensor.name for tensor in tensors] for tensors in (op.inputs, op.outputs))
         attributes = {name: value for name, value in op.attributes.items() if name != "int8_pages"}
-        node = helper.make_node(body.FUNCTIONS[-1].name, names, results, domain="flex", **attributes)
+        node = helper.make_node(functions[-1].name, names, results, domain="flex", **attributes)
         kinds = {tensor.name: TYPES[tensor.kind(dtype)] for tensor in (*op.inputs, *op.outputs)}
         shapes = {name: [f"{name}_{axis}" for axis in range(inputs[name].ndim)] for name in names}
         graph = helper.make_graph(
@@ -62,7 +62,7 @@ def by_body(body: ModuleType) -> Run:
             [helper.make_tensor_value_info(name, kinds[name], None) for name in results],
         )
         opsets = [helper.make_opsetid("", 24), helper.make_opsetid("flex", 1)]
-        protos = [function.to_function_proto() for function in body.FUNCTIONS]
+        protos = [function.to_function_proto() for function in functions]
         model = helper.make_model(graph, opset_imports=opsets, functions=protos, ir_version=10)
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         return dict(zip(results, session.run(None, {name: inputs[name] for name in names}), strict=True))

@@ -23,7 +23,10 @@ CASES = {
     "batch": Sizes(head_dim=8, past=(41, 37, 50), counts=(2, 0, 9), begin=(3, 1, 0), kv_heads=1, short_pages=True),
     "batch prefill": Sizes(head_dim=8, past=(41, 37, 50), counts=(0, 0, 0), begin=(3, 1, 0), steps=4),
 }
-BODIES = {"dynamic": (cached_body, hierarchical_body), "static": (cached_static, hierarchical_static)}
+BODIES = {
+    "dynamic": (cached_body.FUNCTIONS, hierarchical_body.FUNCTIONS),
+    "static": (cached_static.FUNCTIONS, hierarchical_static.FUNCTIONS),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

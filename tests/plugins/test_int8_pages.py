@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.hierarchical_attention import onnx_int8 as attention_body
-from plugins.hierarchical_attention import onnx_static_int8 as attention_static
+from plugins.hierarchical_attention import onnx_int8 as attention
+from plugins.hierarchical_attention import onnx_static as static_attention
 from plugins.project_pages import LEAST, STEPS, onnx_int8
 from plugins.project_pages.reference import quantise
 from tests.emulator.interpreter import call
@@ -30,14 +30,16 @@ from tests.plugins.inputs import (
     to_torch,
 )
 
+BODIES = {"dynamic": attention.FUNCTIONS, "static": static_attention.INT8_FUNCTIONS}
+
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("body", [attention_body, attention_static])
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("case", INT8_ATTENTION_CASES)
 def test_attention_by_onnx(case, body, dtype):
     sizes, bound = INT8_ATTENTION_CASES[case], ATTENTION_BOUND[dtype]
     op, arrays = sizes.hierarchical(int8_pages=1), int8_attention_inputs(sizes, dtype)
-    found = by_body(body)(op, dtype, arrays)
+    found = by_body(BODIES[body])(op, dtype, arrays)
     for name, left in by_reference(op, dtype, arrays).items():
         assert np.isfinite(found[name]).all(), name
         np.testing.assert_allclose(found[name], left, rtol=bound, atol=bound, err_msg=name)
@@ -67,7 +69,7 @@ def test_float16_products_of_large_keys_do_not_overflow():
     arrays["page_key"][:] = np.where(np.arange(128) % 2, 127, -127)
     arrays["page_key_scale"][:] = 1e-6
     expected = by_reference(op, "float16", arrays)["context"].astype(np.float32)
-    for run in (by_body(attention_body), by_body(attention_static), call):
+    for run in (*map(by_body, BODIES.values()), call):
         found = run(op, "float16", arrays)["context"]
         assert np.isfinite(found).all() and np.abs(found - expected).max() <= ATTENTION_BOUND["float16"]
 
@@ -85,7 +87,7 @@ def test_a_value_is_within_half_a_step_and_ties_are_even():
     assert quantise(torch.tensor([1.0, np.nan]))[1].isnan()
 
 
-RUNS = [(by_body(onnx_int8), "float32"), (by_body(onnx_int8), "float16")]
+RUNS = [(by_body(onnx_int8.FUNCTIONS), dtype) for dtype in ("float32", "float16")]
 RUNS += [(call, dtype) for dtype in ("float32", "float16", "bfloat16")]
 
 

@@ -12,7 +12,7 @@ from tests.plugins.checks import check_projection
 from tests.plugins.harness import by_body, by_reference
 from tests.plugins.inputs import PROJECTION_CASES, projection_inputs, projection_op
 
-RUNS = [(by_body(onnx_body), "float32"), (by_body(onnx_body), "float16")]
+RUNS = [(by_body(onnx_body.FUNCTIONS), dtype) for dtype in ("float32", "float16")]
 RUNS += [(call, dtype) for dtype in ("float32", "float16", "bfloat16")]
 
 

@@ -22,8 +22,8 @@ def by(run, maps, sides, budget, cells, threshold):
 
 
 BY_ONNX = {
-    "dynamic body": partial(by, by_body(onnx_body)),
-    "static body": partial(by, by_body(onnx_static)),
+    "dynamic body": partial(by, by_body(onnx_body.FUNCTIONS)),
+    "static body": partial(by, by_body(onnx_static.FUNCTIONS)),
 }
 SELECT = {"reference": partial(by, by_reference), **BY_ONNX}
 
