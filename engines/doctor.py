@@ -15,7 +15,7 @@ from engines.sizing.needs import size
 from engines.targets import TARGETS, Target
 from engines.trt import library as trt
 from engines.trt.options import RTX_SMS
-from plugins.compile import SMS
+from plugins.compiler.ptxas import SMS
 
 
 @dataclass(frozen=True)

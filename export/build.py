@@ -26,7 +26,7 @@ from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
-from engines.errors import CheckpointError, ExportError, FlexError, OptionError
+from engines.errors import CheckpointError, FlexError, OptionError
 from engines.memory import available_bytes, peak_rss
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
@@ -47,8 +47,8 @@ from export.weights.memory import parity_bytes
 from export.weights.quantize import Source, quantised_tensors, require_blocks, rewrite
 from export.weights.stored import stored_weights
 from export.weights.write import stored_bytes, write_weights
-from plugins.artifacts import KernelError
-from plugins.compile import SMS, compile_kernels
+from plugins.compiler.kernels import compile_kernels
+from plugins.compiler.ptxas import SMS
 from plugins.registry import kernels_of_model
 
 KERNELS = "kernels.zip"
@@ -212,11 +212,8 @@ def _write_kernels(
     if not engines.plugins:
         return None
     with console.status("compiling kernels"):
-        try:
-            needed = kernels_of_model(attributes(g), PRECISIONS[precision])
-            artifacts = compile_kernels(needed, engines.targets or SMS)
-        except KernelError as error:
-            raise ExportError(error.found, expected=error.expected, fix=error.fix) from error
+        needed = kernels_of_model(attributes(g), PRECISIONS[precision])
+        artifacts = compile_kernels(needed, engines.targets or SMS)
     writer.write(KERNELS, iter([artifacts.to_bytes()]))
     return KERNELS
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from engines import errors
 from engines.bundle.folder import REBUILD, Bundle, sha256
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
@@ -33,7 +34,8 @@ from engines.sizing.needs import BUILDER_FACTOR, Configuration, builder_bytes
 from engines.trt import library as trt
 from engines.trt.options import EngineOptions
 from engines.trt.worker import Built, Job
-from plugins.artifacts import Artifacts, KernelError
+from plugins.artifacts import Artifacts
+from plugins.errors import KernelError
 from plugins.registry import OPS, kernels_of_model
 
 KILLED = 9  # the signal; not every system has a name for it
@@ -216,7 +218,7 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
         artifacts.subset(needed, sms)
     except KernelError as error:
         targets = f" --target {','.join(f'sm_{sm}' for sm in sms)}"
-        raise BundleError(f"{name}: {error.found}", expected=error.expected, fix=again + targets) from error
+        raise error.within(str(name), fix=again + targets) from error  # which bundle, and how to build just this one
     return manifest.files[manifest.kernels].sha256
 
 
@@ -264,8 +266,13 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
         if not keep_log:
             log.unlink(missing_ok=True)
         return built
-    error = BackendError(**failure) if failure else _explained(code, part, weights, log)
-    raise BackendError(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+    error = _told(**failure) if failure else _explained(code, part, weights, log)
+    raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+
+
+def _told(type: str, **words: str | None) -> FlexError:
+    """The error that the process has sent, of the class it had there."""
+    return getattr(errors, type, BackendError)(**words)
 
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:

@@ -192,5 +192,4 @@ def _raise_error_of_plugin(trt: ModuleType) -> None:
         return
     if isinstance(error, FlexError):
         raise error
-    found, expected, fix = (getattr(error, name, None) for name in ("found", "expected", "fix"))
-    raise BackendError(f"plugin: {found or repr(error)}", expected=expected, fix=fix) from error
+    raise BackendError(f"plugin: {error!r}") from error

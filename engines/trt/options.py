@@ -13,7 +13,7 @@ from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.errors import OptionError
 from engines.sizing.needs import MAX_BATCH
 from engines.targets import TARGETS, target
-from plugins.compile import SMS
+from plugins.compiler.ptxas import SMS
 
 BACKENDS_WITH_ENGINES = (TENSORRT, TENSORRT_RTX)
 RTX_SMS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 120: "RTX 50", 121: "DGX Spark"}

@@ -25,8 +25,8 @@ from engines.bundle.specs import TensorSpec
 from engines.errors import BackendError, FlexError
 from engines.memory import peak_rss
 from engines.trt import library as tensorrt
-from plugins.artifacts import Artifacts, KernelError
-from plugins.tensorrt import register
+from plugins.artifacts import Artifacts
+from plugins.tensorrt import DTYPE_OF_KIND, register
 
 REPORT_EVERY = 0.1  # seconds between lines of progress
 
@@ -112,9 +112,8 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
     The parser takes an empty file for an empty graph, without a word.
     """
-    kinds = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}
     found = [
-        {(tensor.name, kinds.get(tensor.dtype.name, tensor.dtype.name)) for tensor in tensors}
+        {(tensor.name, DTYPE_OF_KIND.get(tensor.dtype.name, tensor.dtype.name)) for tensor in tensors}
         for tensors in (
             [network.get_input(index) for index in range(network.num_inputs)],
             [network.get_output(index) for index in range(network.num_outputs)],
@@ -235,11 +234,13 @@ def main() -> int:
     job = TypeAdapter(Job).validate_json(sys.stdin.read())
     try:
         built = build(job, lambda part: send(progress=part), lambda line: print(line, file=sys.stderr))
-    except (FlexError, KernelError) as error:
-        send(error={"found": error.found, "expected": error.expected, "fix": error.fix})
+    except FlexError as error:
+        told = {"found": error.found, "expected": error.expected, "fix": error.fix}
+        send(error={"type": type(error).__name__, **told})
         return 1
     except OSError as error:
-        send(error={"found": f"the plan cannot be written: {error}", "expected": None, "fix": "free disk space"})
+        told = {"found": f"the plan cannot be written: {error}", "expected": None, "fix": "free disk space"}
+        send(error={"type": BackendError.__name__, **told})
         return 1
     send(built=asdict(built))
     return 0

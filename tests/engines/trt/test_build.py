@@ -20,7 +20,7 @@ from engines.bundle.kinds import PARTS, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import File
 from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
-from engines.errors import BackendError, BundleError, FlexError, OptionError
+from engines.errors import BackendError, BundleError, FlexError, KernelError, OptionError
 from engines.trt import build as trt_build
 from engines.trt import library as trt
 from engines.trt.build import attributes, build_engines, profiles
@@ -319,6 +319,13 @@ def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
     assert "2.15x the weights and more: 2.5 GB" in caught.value.expected
 
 
+def test_an_error_of_the_builders_process_keeps_its_class(built, tmp_path):
+    (tmp_path / "kernels.zip").write_bytes(b"no zip")
+    with pytest.raises(KernelError, match=r"no whole file of compiled kernels(.|\n)*log: .*log") as caught:
+        run(job(built, "decoder", kernels=str(tmp_path / "kernels.zip")), tmp_path / "log")
+    assert "python export/build.py" in caught.value.fix
+
+
 def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -339,7 +346,7 @@ def test_kernels_missing_for_a_target(copy):
     parts = {name: replace(part, plans={}) for name, part in manifest.parts.items()}
     write_manifest(copy, replace(manifest, files={**manifest.files, "kernels.zip": file}, parts=parts))
     before = listing(copy)
-    with pytest.raises(BundleError, match="SM 89") as caught:
+    with pytest.raises(KernelError, match=f"{copy}: no compiled kernels for SM 89") as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX, targets=(89,)), quiet=True)
     assert f"--out {copy} --backend tensorrt-rtx --target sm_89" in caught.value.fix
     assert listing(copy) == before

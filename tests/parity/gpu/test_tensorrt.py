@@ -21,9 +21,9 @@ from engines.trt.options import RTX_SMS, EngineOptions
 from export.build import BuildOptions, build
 from plugins.op import ITEMSIZE
 from runtime import Engine
+from tests.bench.kernels import bandwidth
 from tests.conftest import once
 from tests.gpu import require_gpu
-from tests.plugins.test_gpu_kernels import bandwidth
 
 pytestmark = pytest.mark.gpu
 
