@@ -8,6 +8,10 @@ import resource
 import sys
 from pathlib import Path
 
+ALIGNMENT = (
+    256  # bytes: tensors begin at multiples, in files of weights and on a device, for GPU copies and vector loads
+)
+
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, bytes."""
