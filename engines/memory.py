@@ -8,9 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-ALIGNMENT = (
-    256  # bytes: tensors begin at multiples, in files of weights and on a device, for GPU copies and vector loads
-)
+ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
 
 
 def peak_rss() -> int:

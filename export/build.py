@@ -59,26 +59,22 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     OptionError.
     """
     console = console or Console(quiet=True)
-    started = perf_counter()
+    started, versions = perf_counter(), _versions()
     settled = settle(options, _config(options))
-    if settled.engines:
-        asked, engines = settled.configuration(), settled.engines
-        for warning in require_boards(asked, engines.boards) + require_sms(asked, engines.sms):
-            console.print(f"[yellow]{warning}[/]", soft_wrap=True)
+    for warning in _warnings(settled):
+        console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     checkpoint = open_checkpoint(settled.model, settled.config)
     checkpoint.require(expected_tensors(settled.geometry))
     recipe = settled.confirmed(checkpoint)
-    dropped = dropped_tensors(checkpoint, recipe.geometry)
-    outline(console, recipe, checkpoint, dropped)
+    outline(console, recipe, checkpoint)
     if recipe.check == "parity":
         require_memory(recipe.geometry, recipe.precision, recipe.scheme, recipe.calibrate is not None)
     not_here = elsewhere(recipe.engines) if recipe.engines else None
     calibration = None
     if recipe.calibrate:
         calibration = calibrate_on(recipe.calibrate, recipe.model, recipe.config, checkpoint, recipe.scheme, console)
-
     with write_bundle(recipe.folder) as writer:
-        _write(recipe, checkpoint, calibration, dropped, writer, console)
+        _write(recipe, checkpoint, calibration, versions, writer, console)
         _check(recipe, Bundle(writer.folder, verify=False), checkpoint, console)
         if recipe.engines and not not_here:
             build_engines(writer.folder, recipe.engines, name=recipe.folder, quiet=console.quiet)
@@ -114,16 +110,22 @@ def _config(options: BuildOptions) -> ModelConfig:
     return read_config(options.model)
 
 
+def _warnings(recipe: Recipe) -> list[str]:
+    """What to know about the engines; OptionError when a board does not hold them, or cannot run them."""
+    asked, engines = recipe.configuration(), recipe.engines
+    return require_boards(asked, engines.boards) + require_sms(asked, engines.sms) if engines else []
+
+
 def _write(
     recipe: Recipe,
     checkpoint: Checkpoint,
     calibration: Calibration | None,
-    dropped: dict[str, str],
+    versions: dict[str, str],
     writer: BundleWriter,
     console: Console,
 ) -> None:
     """Write every file of the bundle, and the manifest last."""
-    config, versions = recipe.config, _versions()
+    config = recipe.config
     source = calibration.folded(checkpoint, recipe.geometry) if calibration else checkpoint
     clips = calibration.clips if calibration else None
     kernels = _write_kernels(recipe, writer, console)
@@ -154,7 +156,7 @@ def _write(
             versions=versions,
             source=checkpoint.identity(),
             options=recipe.record(calibration.used if calibration else None),
-            dropped=dropped,
+            dropped=dropped_tensors(checkpoint, recipe.geometry),
             scales=SCALES if calibration else None,
             block_size=recipe.scheme.block if recipe.scheme else None,
         )

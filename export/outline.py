@@ -13,12 +13,12 @@ from engines.bundle.kinds import TRACED, kinds
 from engines.bundle.precision import COLUMN, Precision
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
-from export.checkpoint.folder import Checkpoint
+from export.checkpoint.folder import Checkpoint, dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
 from export.recipe import Recipe
 
 
-def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint, dropped: dict[str, str]) -> None:
+def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Print what a build is about to write and to leave out, what a request will need, and what the recipe implies."""
     g, c, precision, scheme = recipe.geometry, recipe.configuration(), recipe.precision, recipe.scheme
     parity_check = parity_bytes(g, precision, scheme, recipe.calibrate is not None)
@@ -27,6 +27,7 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint, dropped: d
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
     console.print(table)
+    dropped = dropped_tensors(checkpoint, g)
     if dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped)
         console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from engines.bundle.writer import BundleWriter
 from engines.errors import CheckpointError, ExportError, OptionError, ParityError
 from engines.ort import OrtDecoder, OrtModel
 from export.build import BuildOptions, build, parse_arguments
+from export.check import parity
+from export.checkpoint.folder import Checkpoint
+from export.weights.stored import stored_weights
 from tests.checkpoints import write_checkpoint
 from tests.geometries import tiny
 from tests.paths import ROOT
@@ -146,7 +150,7 @@ def test_interrupted_builds_leave_nothing(checkpoint, tmp_path, kind):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("method", ["vision", "project", "run"])
-def test_a_nan_fails_the_check(checkpoint, tmp_path, monkeypatch, method, late):
+def test_a_nan_fails_the_check(random_model, monkeypatch, method, late):
     """NaN everywhere, or only in the last layer, tile batch or step: no number before it hides it."""
     owner, calls = (OrtDecoder if method == "run" else OrtModel), []
     original = getattr(owner, method)
@@ -166,8 +170,9 @@ def test_a_nan_fails_the_check(checkpoint, tmp_path, monkeypatch, method, late):
 
     monkeypatch.setattr(owner, method, broken)
     stage = {"vision": "vision features", "project": "page values", "run": "decode" if late else "prefill"}[method]
+    checkpoint, bundle = random_model("tiny", tiny())
     with pytest.raises(ParityError, match=f"{stage}.* nan"):
-        build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32"))
+        parity(Bundle(bundle), Checkpoint.open(checkpoint, checkpoint / "clip"))
 
 
 @pytest.mark.parametrize(
@@ -199,33 +204,38 @@ def test_missing_key(tmp_path):
         build(BuildOptions(checkpoint, tmp_path / "bundle"))
 
 
-@pytest.fixture
-def damaged(monkeypatch):
-    """damaged(file): the next build writes this file with one weight changed, unnoticed."""
+def damage(file: Path) -> None:
+    """Change one weight of a file."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x42  # sign or exponent of the last weight
+    file.write_bytes(data)
 
-    def harm(name: str) -> None:
-        original = BundleWriter.write
 
-        def write(self, file, chunks, progress=None):
-            original(self, file, chunks, progress)
-            if file == name:
-                data = bytearray((self.folder / file).read_bytes())
-                data[-1] ^= 0x42  # sign or exponent of the last weight
-                (self.folder / file).write_bytes(data)
-
-        monkeypatch.setattr(BundleWriter, "write", write)
-
-    return harm
+@pytest.mark.parametrize("check", [parity, stored_weights])
+@pytest.mark.parametrize("part", ["vision", "pages", "decoder"])
+def test_a_wrong_weight_fails_the_check(random_model, tmp_path, part, check):
+    checkpoint, bundle = random_model("tiny", tiny())
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    damage(folder / f"{part}.weights")
+    with pytest.raises(ParityError) as caught:
+        check(Bundle(folder, verify=False), Checkpoint.open(checkpoint, checkpoint / "clip"))
+    first = {"vision": "vision features", "pages": "page", "decoder": "logits"}[part]
+    assert (first if check is parity else f"{part}.weights") in str(caught.value)
 
 
 @pytest.mark.parametrize("check", ["parity", "weights"])
-@pytest.mark.parametrize("part", ["vision", "pages", "decoder"])
-def test_a_wrong_weight_fails_the_build(checkpoint, tmp_path, damaged, part, check):
-    damaged(f"{part}.weights")
-    with pytest.raises(ParityError) as caught:
+def test_a_check_that_fails_fails_the_build(checkpoint, tmp_path, monkeypatch, check):
+    """The decoder's weights are written with one of them changed, unnoticed."""
+    original = BundleWriter.write
+
+    def write(self, file, chunks, progress=None):
+        original(self, file, chunks, progress)
+        if file == "decoder.weights":
+            damage(self.folder / file)
+
+    monkeypatch.setattr(BundleWriter, "write", write)
+    with pytest.raises(ParityError, match="logits" if check == "parity" else r"decoder\.weights"):
         build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32", check=check))
-    first = {"vision": "vision features", "pages": "page", "decoder": "logits"}[part]
-    assert (first if check == "parity" else f"{part}.weights") in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 

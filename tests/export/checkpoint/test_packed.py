@@ -152,7 +152,7 @@ def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, m
     folder, exact, made = built(name, projection=projection)
     bundle, checkpoint, (format, precision) = Bundle(made), opened(folder), FORMATS[name]
     manifest = bundle.manifest
-    for knob, value in (("precision", precision), ("block_size", format.group)):  # as the checkpoint decided
+    for knob, value in (("precision", precision.name), ("block_size", format.group)):  # as the checkpoint decided
         assert getattr(manifest, knob) == manifest.options[knob] == value
     assert manifest.options["floats"] == [] and parity(bundle, checkpoint)[0].error == 0
     monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)  # float32 products
