@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import torch
 import export.build
 import export.check
 from engines.bundle.folder import Bundle
+from engines.bundle.precision import FP16, FP32, PRECISIONS
 from engines.bundle.writer import BundleWriter
 from engines.errors import CheckpointError, ExportError, OptionError, ParityError
 from engines.ort import OrtDecoder, OrtModel
 from export.build import BuildOptions, build, parse_arguments
-from export.check import parity
+from export.check import LIMITS, limits_of, parity
 from export.checkpoint.folder import Checkpoint
 from export.weights.stored import stored_weights
 from tests.checkpoints import write_checkpoint
@@ -237,6 +239,12 @@ def test_a_check_that_fails_fails_the_build(checkpoint, tmp_path, monkeypatch, c
     with pytest.raises(ParityError, match="logits" if check == "parity" else r"decoder\.weights"):
         build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32", check=check))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_every_precision_has_limits():
+    assert set(LIMITS) == set(PRECISIONS.values())
+    lazy_int8 = replace(tiny(), lazy_pages=True, int8_pages=True)
+    assert limits_of(FP32, tiny()).cells == 0 < limits_of(FP32, lazy_int8).cells == limits_of(FP16, tiny()).cells
 
 
 def test_too_little_memory_is_said_before_work_starts(checkpoint, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages
     ("part", "lazy", "peak"),
     [("vision", False, 2.34e9), ("pages", False, 0.65e9), ("decoder", False, 6.74e9), ("decoder", True, 7.14e9)],
 )
-def test_builders_take_no_more_than_planned(part, lazy, peak):
+def test_builders_take_no_more_than_estimated(part, lazy, peak):
     held = weights(replace(SLICE, lazy_pages=lazy), FP16)[part]
     assert peak - held < builder_bytes(held) < 1.4 * (peak - held)
 
@@ -205,7 +205,7 @@ def test_onnxruntime_computes_some_precisions_in_float32():
 
 
 @pytest.mark.parametrize("precision", [FP16, BF16], ids=str)
-def test_a_run_takes_what_is_planned(random_model, precision):
+def test_a_run_takes_what_is_estimated(random_model, precision):
     """The largest memory of a process that opens a bundle and fills its context."""
     g = tiny(hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704, vocab=30_000, context=640)
     _, bundle = random_model("sizing-run", g, precision.name)
@@ -218,8 +218,8 @@ Engine({str(bundle)!r}).generate(image, input_ids=[1, -200] + [5] * 570, max_new
 print(peak_rss())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    planned = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
-    assert int(found.stdout) < planned < 2 * int(found.stdout)
+    estimated = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
+    assert int(found.stdout) < estimated < 2 * int(found.stdout)
 
 
 @pytest.mark.parametrize(
