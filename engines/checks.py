@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from engines.errors import FlexError, OptionError
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether `value` is one of Python's integers; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -49,7 +49,7 @@ class Recipe:
     def confirmed(self, checkpoint: Checkpoint) -> Recipe:
         """The same for the checkpoint as it was opened: what a packed one holds as floats, its weights say, where
         settle could only go by its settings."""
-        if not isinstance(checkpoint, PackedCheckpoint):
+        if self.scheme is None or not isinstance(checkpoint, PackedCheckpoint):
             return self
         return replace(self, scheme=replace(self.scheme, floats=floats_of(checkpoint, self.config)))
 
@@ -103,9 +103,9 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
     g = _adjusted(config.geometry, options)
     if config.packing is None:
         precision = PRECISIONS[options.precision] if options.precision else DEFAULT
-        block = precision.block_size(options.block_size)
-        scheme = Scheme(precision, block, options.quantize_head) if precision.quantises else None
-        if scheme:
+        scheme = None
+        if precision.quantises:
+            scheme = Scheme(precision, precision.block_size(options.block_size), options.quantize_head)
             require_blocks(g, scheme)
     else:  # its own groups were checked against its weights when it was packed, and are when it is opened
         scheme = _carried(config.packing, g, options)
@@ -151,7 +151,7 @@ def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:
     if asked:
         flags = f"--{own} --block-size {block}" + (" --quantize-head" if head else "")
         why = ""
-        if own.bits > packing.bits:
+        if packing.grows:
             why = "; code - zero point is in -15 .. 15, and neither int4 nor TensorRT has zero points"
         raise OptionError(
             f"{' '.join(asked)} for a checkpoint that is quantised already ({packing.text})",

@@ -51,11 +51,12 @@ class Precision:
         """Bytes of an activation, and of a stored weight that is not quantised."""
         return ITEMSIZE[self.dtype]
 
-    def block_size(self, asked: int | None = None) -> int | None:
-        """The block size that is meant: the one asked for, else the default; None where nothing is quantised."""
+    def block_size(self, asked: int | None = None) -> int:
+        """The block size that is meant, of a precision that quantises: the one asked for, else the default."""
+        assert self.default_block is not None, f"{self} does not quantise"
         return self.default_block if asked is None else asked
 
-    def calibrates(self, block: int | None) -> bool:
+    def calibrates(self, block: int) -> bool:
         """Whether scales and clips can be searched for (AWQ): for integers in blocks."""
         return self.quantises and not self.e4m3 and block != COLUMN
 

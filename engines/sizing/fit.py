@@ -117,7 +117,7 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
 def assess(c: Configuration, room: Room) -> Assessment:
     """Whether `c` fits, and what would. OptionError when the target does not serve the precision."""
     if not room.serves(c.precision):
-        served = ", ".join((FP32.name, *room.precisions))
+        served = ", ".join((FP32.name, *(room.precisions or ())))
         raise OptionError(f"precision {c.precision} on {room.name}", expected=f"one of {served}")
     found = _assess(c, room)
     if found.fits:
@@ -147,14 +147,14 @@ def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
 
     What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
     """
-    p = c.precision
-    old = [sm for sm in sms if sm < (p.least_sm or 0)]
+    p, least = c.precision, c.precision.least_sm or 0
+    old = [sm for sm in sms if sm < least]
     if old:
         able = [sm for sm in sms if sm not in old]
         fix = f"--target {','.join(f'sm_{sm}' for sm in able)}, or " if able else ""
         raise OptionError(
             f"precision {p} on {', '.join(f'sm_{sm}' for sm in old)}",
-            expected=f"GPUs of SM {p.least_sm / 10} or newer",
+            expected=f"GPUs of SM {least / 10} or newer",
             fix=f"{fix}--int8 --block-size column",
         )
     if p.e4m3:

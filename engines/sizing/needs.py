@@ -188,7 +188,7 @@ def size(count: float) -> str:
 def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
     p = c.precision
-    if p.quantises and is_quantised(name, c.geometry, c.head) and name not in c.floats:
+    if p.bits is not None and is_quantised(name, c.geometry, c.head) and name not in c.floats:
         block = p.block_size(c.block)
         blocks = 1 if block == COLUMN else -(-shape[-1] // block)
         return prod(shape) * p.bits // 8, prod(shape[:-1]) * blocks * SCALE

@@ -194,7 +194,7 @@ def floats_of(checkpoint: PackedCheckpoint, config: ModelConfig) -> tuple[str, .
 def summary(checkpoint: PackedCheckpoint, precision: Precision, floats: tuple[str, ...]) -> str:
     """For people: what a bundle takes over, and what it does not."""
     text = f"quantised already ({checkpoint.packing.text}): its integers and scales are carried over exactly"
-    if precision.bits > checkpoint.packing.bits:
+    if checkpoint.packing.grows:
         text += f", as code - zero point in {precision}: TensorRT takes no zero points"
     if floats:
         text += f"; {len(floats)} weights of linear layers are floats there and stay float16: {floats[0]}"

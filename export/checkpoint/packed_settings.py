@@ -75,7 +75,12 @@ class Packing:
     @property
     def precision(self) -> Precision:
         """The one that holds its integers."""
-        return INT4 if self.bits == 4 and self.symmetric else INT8
+        return INT4 if self.bits == 4 and not self.grows else INT8
+
+    @property
+    def grows(self) -> bool:
+        """Whether its integers (code - zero) take more bits than its codes."""
+        return not self.symmetric
 
     @property
     def text(self) -> str:

@@ -40,6 +40,7 @@ class Scheme:
     @property
     def bits(self) -> int:
         """Of a code."""
+        assert self.precision.bits is not None, f"{self.precision} does not quantise"
         return self.precision.bits
 
     @property

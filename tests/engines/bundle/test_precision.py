@@ -16,8 +16,8 @@ def test_what_is_said_of_a_precision_fits_together(precision):
     assert precision.ort_dtype in (precision.dtype, "float32")
     assert precision.quantises == bool(precision.block_sizes) == (precision.default_block is not None)
     assert set(precision.block_sizes) <= {*BLOCK_SIZES, COLUMN}
-    assert precision.block_size() == precision.default_block and precision.block_size(16) == 16
     if precision.quantises:
+        assert precision.block_size() == precision.default_block and precision.block_size(16) == 16
         assert precision.default_block in precision.block_sizes and precision.widened
     bits = [each.bits or 8 * each.itemsize for each in (precision, *precision.smaller)]
     assert bits == sorted(bits, reverse=True) and len(set(bits)) == len(bits)  # each proposal is smaller
@@ -25,7 +25,7 @@ def test_what_is_said_of_a_precision_fits_together(precision):
 
 def test_calibration_is_for_integers_in_blocks():
     assert INT4.calibrates(128) and INT8.calibrates(16)
-    assert not INT8.calibrates(COLUMN) and not FP8.calibrates(COLUMN) and not DEFAULT.calibrates(None)
+    assert not INT8.calibrates(COLUMN) and not FP8.calibrates(COLUMN) and not DEFAULT.calibrates(128)
 
 
 def test_a_name_nobody_knows():
