@@ -35,7 +35,7 @@ ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which i
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
-# Assumed: nothing here has run on a GPU. On the high side of what such programs usually take.
+# Assumed: no engine has run through TensorRT on a GPU yet. On the high side of what such programs usually take.
 CUDA_CONTEXT = 400_000_000
 
 

@@ -25,11 +25,11 @@ from tests.geometries import official
 from tests.shapes import input_shapes, sizes
 
 NOTE = """\
-**An estimate, not a measurement: nothing here ran on a GPU.** Bytes are counted from shapes: what a launch must read
-or write, each byte once. Microseconds are those bytes at the full bandwidth of the board's memory, the least a kernel
-can take. A launch also has a floor of a few microseconds, which is all that the small kernels cost; what stays in the
-GPU's cache between launches costs less; `append` and `prefill` run for the prompt only, and arithmetic, not memory,
-bounds `prefill` and `project_pages`."""
+**An estimate, not a measurement: no figure of this table was taken on a GPU** (docs/figures.md has what an H100 took).
+Bytes are counted from shapes: what a launch must read or write, each byte once. Microseconds are those bytes at the
+full bandwidth of the board's memory, the least a kernel can take. A launch also has a floor of a few microseconds,
+which is all that the small kernels cost; what stays in the GPU's cache between launches costs less; `append` and
+`prefill` run for the prompt only, and arithmetic, not memory, bounds `prefill` and `project_pages`."""
 
 BOARDS = ("orin-nano-8", "orin-nano-8-super", "orin-nx-16", "agx-orin-64", "agx-thor-128", "rtx-4090", "h100-80")
 F32, I64 = 4, 8

@@ -53,7 +53,7 @@ def test_table(capsys):
     weights = rows["**weights of a token**"]
     assert weights[3:5] == ["does not fit"] * 2 and float(weights[-1].replace(",", "")) == pytest.approx(3944, abs=1)
     main()
-    assert "An estimate, not a measurement: nothing here ran on a GPU." in capsys.readouterr().out
+    assert "An estimate, not a measurement: no figure of this table was taken on a GPU" in capsys.readouterr().out
 
 
 def test_targets():
