@@ -12,6 +12,7 @@ from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.specs import TensorSpec, in_place, page_inputs
+from engines.checks import require_integer
 from engines.errors import BackendError
 from engines.memory import release_freed
 
@@ -43,9 +44,8 @@ class OrtModel:
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
+        require_integer(threads, f"threads={threads!r}", 1, none="every core", error=BackendError)
         if threads is not None:
-            if not isinstance(threads, int) or threads < 1:
-                raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             self._options.intra_op_num_threads = threads
         self._sessions = {}
         for part in bundle.manifest.parts:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import PIL.Image
 
+from engines import command
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS
-from engines.errors import FlexError, OptionError
+from engines.errors import OptionError
 from engines.open import DEVICES
 from runtime.engine import Engine
 from runtime.image import load_image
@@ -85,15 +86,7 @@ def _require_writable(picture: Path) -> None:
 
 def main() -> int:
     """Entry of the command line; returns the exit status."""
-    try:
-        run(parse_arguments())
-    except FlexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines import checks
 from engines.errors import BackendError, OptionError
 
 
@@ -93,4 +94,4 @@ def _number(value: object) -> bool:
 
 def is_integer(value: object) -> bool:
     """Whether `value` is a whole number, numpy's included; True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, np.integer) or checks.is_integer(value)

@@ -23,7 +23,6 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import File, Manifest, Plan, Profile
 from engines.bundle.pages import page_size
-from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
@@ -104,7 +103,7 @@ def build_engines(
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
-    asked = _configuration(manifest, options)
+    asked = _configuration(bundle, options)
     for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
         if not quiet:
             print(warning)
@@ -116,7 +115,7 @@ def build_engines(
         for part in PARTS:
             plugins = options.plugins and part == "decoder"
             kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
-            inputs, outputs = plan_io(part, manifest.geometry, manifest.precision)
+            inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
             file = temporary / f"{part}.plan"
             job = Job(
                 backend=options.backend,
@@ -161,11 +160,12 @@ def build_engines(
     return Bundle(folder, verify=False)
 
 
-def _configuration(manifest: Manifest, options: EngineOptions) -> Configuration:
+def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
     """What the engines of a bundle will be asked for at most."""
+    manifest = bundle.manifest
     return Configuration(
         manifest.geometry,
-        manifest.precision,
+        bundle.precision,
         block=manifest.block_size,
         head=bool(manifest.options.get("quantize_head")),
         batch=options.batch,
@@ -212,7 +212,7 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
     again = f"{REBUILD.format(path=name)} --backend {options.backend}"
     if manifest.kernels is None:
         raise BundleError(f"{name} holds no compiled kernels", expected="kernels of the plugins", fix=again)
-    needed = kernels_of_model(attributes(manifest.geometry), PRECISIONS[manifest.precision])
+    needed = kernels_of_model(attributes(manifest.geometry), bundle.precision.dtype)
     try:
         artifacts = Artifacts.read(bundle.file(manifest.kernels))
         artifacts.subset(needed, sms)

@@ -13,11 +13,10 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Plan, Profile
 from engines.cuda import Buffer, Cuda, Stream
 from engines.errors import BackendError, BundleError, FlexError
+from engines.memory import ALIGNMENT
 from engines.trt.library import deserialise
 from plugins.op import ITEMSIZE
 from plugins.tensorrt import take_error
-
-ALIGNMENT = 256  # of every tensor's address: what TensorRT and the kernels are promised
 
 
 def rebuild_command(bundle: Bundle, backend: str) -> str:

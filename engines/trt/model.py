@@ -19,7 +19,6 @@ import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import in_place, page_inputs
 from engines.cuda import Buffer, Cuda, Graph, Shared, this_gpu
 from engines.errors import BackendError
@@ -47,7 +46,7 @@ class TrtModel:
             register(trt, run=self.cuda.run)
         self._engines = {part: PartEngine(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
         self.outputs = plans["decoder"].outputs
-        self._model_dtype = PRECISIONS[bundle.manifest.precision]
+        self._model_dtype = bundle.precision.dtype
         self.stream = self.cuda.stream()
         self._events = self.cuda.event(), self.cuda.event()
         # Runs follow each other in one stream, so that all parts can work in the same memory.

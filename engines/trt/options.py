@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.sizing.needs import MAX_BATCH
 from engines.targets import TARGETS, target
@@ -45,11 +46,8 @@ class EngineOptions:
         if self.backend not in BACKENDS_WITH_ENGINES:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
         for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
-            value = getattr(self, knob)
-            if value is None and knob == "workspace":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise OptionError(f"{knob} {value!r}", expected=f"an integer, {low} .. {high}")
+            value, none = getattr(self, knob), "TensorRT's own limit" if knob == "workspace" else None
+            require_integer(value, f"{knob} {value!r}", low, high, none=none)
         if self.targets is not None:
             _check_targets(self.backend, self.targets)
 

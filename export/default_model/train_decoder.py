@@ -6,6 +6,7 @@ those its own attention map selects, and the keys and values they leave behind c
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from export.network.vision import projector
 from plugins.cached_attention.reference import rotary
 from plugins.select_pages.reference import select_pages
 
+logger = logging.getLogger(__name__)
 G = GEOMETRY
 SCENES, QUESTIONS = 8, 9  # of a step
 LEARNING_RATE, DECAY = 1.5e-3, 0.02
@@ -274,7 +276,7 @@ def train(
             text = " ".join(f"{name} {value:.3f}" for name, value in zip(names, means, strict=True))
             found = check(student, *validation, tokenizer, mode=1 if reads else 0)
             text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())
-            print(f"decoder {step + 1} {text} {time.perf_counter() - started:.0f} s", flush=True)
+            logger.info("decoder %d %s %.0f s", step + 1, text, time.perf_counter() - started)
     trainer.restore()
     found = check(student, *validation, tokenizer, mode=1 if reads else 0)
     whitening.fold_into(student)

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import (
 from onnxscript import OnnxFunction
 from onnxscript.optimizer import fold_constants
 
-from engines.bundle.precision import PRECISIONS, WIDENED
+from engines.bundle.precision import Precision
 from engines.errors import ExportError
 from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
@@ -50,14 +50,14 @@ STABLE_SINCE_20 = {
 }  # fmt: skip
 
 
-def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
+def for_onnxruntime(model: ir.Model, precision: Precision) -> ir.Model:
     """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
 
-    Graphs of the precisions in WIDENED compute in float32, over weights and scales that stay as they are stored.
+    Graphs of a precision that is widened compute in float32, over weights and scales that stay as they are stored.
     """
     _bind(model, DYNAMIC)
-    if precision in WIDENED:
-        _widen(model, ir.DataType[PRECISIONS[precision].upper()])
+    if precision.widened:
+        _widen(model, ir.DataType[precision.dtype.upper()])
     drop_idle_casts(model)
     return model
 

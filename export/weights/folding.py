@@ -142,9 +142,3 @@ def _read(file: BinaryIO, name: str) -> dict[str, Tensor]:
             return {group: torch.from_numpy(archive[group]) for group in archive.files}
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for damaged data
         raise BundleError(f"{name} holds no scales: {error}", fix="build the bundle again") from error
-
-
-def checkpoint_of(bundle: Bundle, checkpoint: Checkpoint) -> Checkpoint | Folded:
-    """The checkpoint as the bundle stores it: with the bundle's scales, if it has any."""
-    scales = read_scales(bundle)
-    return Folded(checkpoint, bundle.manifest.geometry, scales) if scales else checkpoint

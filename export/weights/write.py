@@ -9,9 +9,10 @@ import torch
 
 from engines.bundle.writer import BundleWriter
 from engines.errors import ExportError
-from export.weights.quantize import CODES, SCALE_SUFFIX, Scheme, Source, quantised
+from engines.memory import ALIGNMENT
+from export.weights.rounding import Source, quantised
+from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
 
-ALIGNMENT = 256  # bytes; what GPU copies and vector loads like
 CHUNK = 16 << 20  # bytes held at once
 
 

@@ -53,7 +53,7 @@ def built(shared, random_model) -> Path:
         out=shared / "tiny-rtx",
         backend=TENSORRT_RTX,
         check="none",
-        plans=EngineOptions(TENSORRT_RTX, keep_log=True),
+        engines=EngineOptions(TENSORRT_RTX, keep_log=True),
     )
     return once(options.out, lambda _: build(options))
 
@@ -66,9 +66,9 @@ def copy(built, tmp_path) -> Path:
 
 def job(bundle: Path, part: str = "vision", **changes) -> Job:
     """The job that builds a part."""
-    manifest = Bundle(bundle, verify=False).manifest
-    options = EngineOptions(TENSORRT_RTX)
-    inputs, outputs = plan_io(part, manifest.geometry, manifest.precision)
+    opened = Bundle(bundle, verify=False)
+    manifest, options = opened.manifest, EngineOptions(TENSORRT_RTX)
+    inputs, outputs = plan_io(part, manifest.geometry, opened.precision)
     usual = Job(
         backend=TENSORRT_RTX, graph=str(bundle / manifest.parts[part].graphs[TRACED].file),
         plan=str(bundle.parent / "test.plan"), kernels=str(bundle / manifest.kernels), sms=SMS, inputs=inputs,
@@ -437,7 +437,7 @@ def test_knobs_of_engines_are_not_ignored_for_other_backends():
     with pytest.raises(OptionError, match="--plugins"):
         parse_arguments(["--no-plugins"])
     with pytest.raises(OptionError, match="engines for the backend onnxruntime"):
-        BuildOptions(plans=EngineOptions(TENSORRT))
+        BuildOptions(engines=EngineOptions(TENSORRT))
 
 
 def test_the_rebuild_command_is_the_options():
