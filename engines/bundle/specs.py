@@ -23,6 +23,10 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def of_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers."""
+        return (batch, *map(int, self.shape[1:]))
+
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Vision encoder + projector: tiles of pixels -> features."""
