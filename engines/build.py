@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from engines.errors import FlexError
+from engines.progress import print_log
 from engines.trt.build import build_engines
-from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, options_of
+from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, engine_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,9 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_log()
     try:
         bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
-        build_engines(bundle, options_of(given, backend), make_default=default)
+        build_engines(bundle, engine_options(given, backend), make_default=default)
     except FlexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -45,7 +45,7 @@ class OrtModel:
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
         if threads is not None:
-            if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            if not isinstance(threads, int) or threads < 1:
                 raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             self._options.intra_op_num_threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -226,7 +226,8 @@ def _import() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def _provider(ort_module: ModuleType, device: str) -> str:

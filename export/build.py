@@ -28,6 +28,7 @@ from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
 from engines.errors import CheckpointError, ExportError, FlexError, OptionError
 from engines.memory import available_bytes, peak_rss
+from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import EngineOptions, command
@@ -48,7 +49,8 @@ from export.weights.quantize import Source, quantised_tensors, require_blocks, r
 from export.weights.stored import stored_weights
 from export.weights.write import stored_bytes, write_weights
 from plugins.artifacts import KernelError
-from plugins.compile import SMS, compile_kernels
+from plugins.compile import compile_kernels
+from plugins.compiler.ptxas import SMS
 from plugins.registry import kernels_of_model
 
 KERNELS = "kernels.zip"
@@ -266,6 +268,7 @@ def _versions() -> dict[str, str]:
 def main() -> int:
     """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_log()
     try:
         asked, console = parse_arguments(), Console()
         if isinstance(asked, SizingRequest):

@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> None:
     print()
     answer = stream.answer()
     print(answer.stats, file=sys.stderr)
-    if given.show is not None:
+    if image is not None and answer.trace is not None:  # as --show asks for
         captions = [engine.prompter.decode([token]) for token in answer.token_ids]
         try:
             draw_selection(image, answer.trace.cells, captions).save(given.show)

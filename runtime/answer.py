@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from engines.backend import Step
+from engines.bundle.geometry import Geometry
 from runtime.prompt import TextStream
 from runtime.request import Request
 from runtime.stats import Clock, Stats
@@ -37,14 +38,14 @@ class Answer:
 class Draft:
     """An answer in the making: the state of one request between two decode steps, whoever runs them.
 
-    text: takes the tokens and gives the text they settle. clock: of this answer alone. cells: C, cells along a side of
-    the selection. answer: the whole, once `finish` was called.
+    text: takes the tokens and gives the text they settle. clock: of this answer alone. geometry: of the model. answer:
+    the whole, once `finish` was called.
     """
 
     request: Request
     text: TextStream
     clock: Clock
-    cells: int
+    geometry: Geometry
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)  # one per token; without a trace, only their page counts
     answer: Answer | None = None
@@ -75,7 +76,8 @@ class Draft:
     def _trace(self) -> Trace:
         mask = np.concatenate([step.cells() for step in self.steps])  # [T, M, C*C]
         logits = np.concatenate([step.logits for step in self.steps])
-        return Trace(logits, mask.reshape(*mask.shape[:2], self.cells, self.cells))
+        side = self.geometry.cells
+        return Trace(logits, mask.reshape(*mask.shape[:2], side, side))
 
 
 _NOTHING = np.zeros(0)

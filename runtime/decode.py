@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,8 +14,15 @@ from runtime.answer import Answer, Draft
 from runtime.request import Request
 from runtime.sampling import Sampler
 
-if TYPE_CHECKING:
-    from runtime.view import ImageView
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """A decoder that holds a prompt. prefix: the ids it holds up to the end of the image, [n] int64. reused: how many
+    of these it held before this prompt."""
+
+    decoder: Decoder
+    prefix: np.ndarray
+    reused: int
 
 
 def prefill(decoder: Decoder, request: Request, known: int) -> None:
@@ -28,17 +36,18 @@ def prefill(decoder: Decoder, request: Request, known: int) -> None:
             decoder.run(ids[None])
 
 
-def decode(view: ImageView, draft: Draft) -> Iterator[str]:
+def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
     """Answer `draft.request`: yields the pieces of the text as they settle, then leaves the whole in `draft.answer`.
 
-    Raises OptionError when the view is closed, BackendError when the device fails or a logit is not finite.
+    `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
+    raises, and BackendError when the device fails or a logit is not finite.
     """
-    request, vocab = draft.request, view.opened().geometry.vocab
-    options, sampler = request.options, Sampler(request.options.sampling())
+    request, options = draft.request, draft.request.options
+    sampler, vocab = Sampler(options.sampling()), draft.geometry.vocab
     looks = options.trace or options.temperature > 0  # somebody needs the logits of every step
     # The last prompt token is the first decoding step: it alone, and every answer token after it, reads pages.
     token = int(request.ids[-1])
-    with view.prefilled(request, draft.clock) as cache:
+    with lent as cache:
         while not draft.done:
             with draft.clock.stage("decode"):
                 step = cache.decoder.run(np.array([[token]], np.int64), request.page_budget)
@@ -56,12 +65,13 @@ def decode(view: ImageView, draft: Draft) -> Iterator[str]:
 class Stream:
     """A running answer: iterate for text pieces, `answer()` for the whole. Nothing runs before the first is asked for.
 
-    A stream that is dropped half-way gives its decoder back to its view.
+    A stream that is dropped half-way gives its cache back.
     """
 
-    def __init__(self, view: ImageView, draft: Draft) -> None:
+    def __init__(self, lent: AbstractContextManager[Cache], draft: Draft) -> None:
+        """Arguments of `decode`."""
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
-        self._draft, self._pieces = draft, decode(view, draft)
+        self._draft, self._pieces = draft, decode(lent, draft)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces

@@ -62,7 +62,7 @@ class Engine:
         `input_ids` instead of `prompt`: raw token ids, -200 where the image goes. `options`: fields of `Options`.
         Raises ImageError, PromptError, OptionError or BackendError; the engine stays usable after each.
         """
-        return ImageView(self, image).stream(prompt, input_ids=input_ids, **options).answer()
+        return self.image(image).stream(prompt, input_ids=input_ids, **options).answer()
 
     def stream(
         self,
@@ -73,7 +73,7 @@ class Engine:
         **options: Any,
     ) -> Stream:
         """Like `generate`, as an iterator of text pieces; `.answer()` then gives the whole answer."""
-        return ImageView(self, image).stream(prompt, input_ids=input_ids, **options)
+        return self.image(image).stream(prompt, input_ids=input_ids, **options)
 
     def image(self, image: ImageSource | None) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.
@@ -81,4 +81,4 @@ class Engine:
         Vision and page projection run once, and the cache keeps the prompt up to and including the image. ImageError
         for an image that cannot be read.
         """
-        return ImageView(self, image)
+        return ImageView(self.model, self.prompter, self.manifest, image)

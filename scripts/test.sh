@@ -6,4 +6,5 @@ source scripts/environment.sh
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 .venv/bin/python -m pytest -n auto "$@"

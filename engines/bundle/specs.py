@@ -116,7 +116,7 @@ def graph_io(
     The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
     dtype = "float32" if kind == ONNXRUNTIME and precision in WIDENED else PRECISIONS[precision]
-    sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
+    sizes: dict[int | str, int] = {"capacity": g.context} if kind == PLUGIN_FREE else {}
 
     def resolved(spec: TensorSpec) -> TensorSpec:
         shape = tuple(sizes.get(size, size) for size in spec.shape)

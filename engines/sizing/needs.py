@@ -198,7 +198,7 @@ def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, .
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
     if c.precision in BITS and is_quantised(name, c.geometry, c.head) and name not in c.floats:
         block = default_block(c.precision) if c.block is None else c.block
-        blocks = 1 if block == COLUMN else -(-shape[-1] // block)
+        blocks = 1 if block is None or block == COLUMN else -(-shape[-1] // block)
         return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * blocks * SCALE
     return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
 

@@ -7,7 +7,7 @@ host waits once, for the end.
 
 from __future__ import annotations
 
-import warnings
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ from engines.errors import BackendError
 from engines.trt import library as tensorrt
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, padded, plans_of
 from plugins.tensorrt import register
+
+logger = logging.getLogger(__name__)
 
 
 class TrtModel:
@@ -297,7 +299,7 @@ class TrtDecoder:
                 self._graph = model.cuda.capture(model.stream, lambda: self._ask(context, 1))
             except BackendError as error:
                 model.captures = False
-                warnings.warn(f"decode steps run one by one, slower: recording failed: {error}", stacklevel=2)
+                logger.warning(f"decode steps run one by one, slower: recording failed: {error}")
         return self._graph
 
     def _ask(self, context: Context, steps: int) -> None:

@@ -40,7 +40,8 @@ CODES = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN  # what no 
 SCALE_SUFFIX = ".scale"
 RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Source(Protocol):
