@@ -1,5 +1,5 @@
-"""Which classes are backends, for mypy: it reads this file, nothing runs it. A class that lacks a method of its
-protocol, or has it with other parameters, is an error here, at its own name."""
+"""Which classes are backends, for mypy: it reads this file, nothing runs it. Where a class lacks a method of its
+protocol, or has it with other parameters, mypy says so here."""
 
 from __future__ import annotations
 
@@ -17,15 +17,26 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-def models(
-    on_onnxruntime: OrtModel, on_tensorrt: TrtModel, reference: ReferenceModel
-) -> tuple[Model[ort.OrtValue], Model[DeviceArray], Model[Tensor]]:
-    """Each with the tensor type it keeps."""
-    return on_onnxruntime, on_tensorrt, reference
+def model_on_onnxruntime(model: OrtModel) -> Model[ort.OrtValue]:
+    """Each model with the type of its tensors."""
+    return model
 
 
-def decoders(
-    on_onnxruntime: OrtDecoder, on_tensorrt: TrtDecoder, reference: ReferenceDecoder
-) -> tuple[Decoder, Decoder, Decoder]:
-    """A decoder hides its tensors."""
-    return on_onnxruntime, on_tensorrt, reference
+def model_on_tensorrt(model: TrtModel) -> Model[DeviceArray]:
+    return model
+
+
+def reference_model(model: ReferenceModel) -> Model[Tensor]:
+    return model
+
+
+def decoder_on_onnxruntime(decoder: OrtDecoder) -> Decoder:
+    return decoder
+
+
+def decoder_on_tensorrt(decoder: TrtDecoder) -> Decoder:
+    return decoder
+
+
+def reference_decoder(decoder: ReferenceDecoder) -> Decoder:
+    return decoder
