@@ -142,11 +142,8 @@ def test_any_model_serves(engine, reference, monkeypatch):
     def answers():
         with engine.image(PHOTO) as view:
             view.ask(QUESTION, max_new_tokens=1)
-            return [
-                view.ask(longer, **OPTIONS),
-                view.ask(QUESTION, **OPTIONS),
-                engine.generate(None, "hello", **OPTIONS),
-            ]
+            asked = [view.ask(question, **OPTIONS) for question in (longer, QUESTION)]
+        return [*asked, engine.generate(None, "hello", **OPTIONS)]
 
     expected = answers()
     monkeypatch.setattr(engine, "model", reference)
@@ -154,10 +151,10 @@ def test_any_model_serves(engine, reference, monkeypatch):
         assert ours.token_ids == theirs.token_ids and np.array_equal(ours.trace.cells, theirs.trace.cells)
         assert np.abs(ours.trace.logits - theirs.trace.logits).max() <= 2e-4
         assert ours.stats.reused_tokens == theirs.stats.reused_tokens
-    decoder = reference.decoder(reference.no_image(1), 20)
-    assert decoder.enlarged(30).capacity == 30
-    with pytest.raises(BackendError, match="31 more tokens"):
-        decoder.run(np.ones((1, 31), np.int64))
+    decoder = reference.decoder(reference.no_image(1), 70)
+    assert decoder.enlarged(80).capacity == 80
+    with pytest.raises(BackendError, match="81 more tokens"):
+        decoder.run(np.ones((1, 81), np.int64))
 
 
 def test_no_state_between_requests(engine, reference):
