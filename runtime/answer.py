@@ -47,7 +47,7 @@ class Draft:
     clock: Clock
     geometry: Geometry
     tokens: list[int] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)  # one per token; without a trace, only their page counts
+    steps: list[Step] = field(default_factory=list)  # one per token until `finish`; without a trace, only page counts
     answer: Answer | None = None
 
     @property
@@ -72,6 +72,7 @@ class Draft:
         )
         trace = self._trace() if self.request.options.trace else None
         self.answer = Answer(self.text.text, self.tokens, stats, trace)
+        self.steps.clear()  # those with logits hold on to their decoder
 
     def _trace(self) -> Trace:
         mask = np.concatenate([step.cells() for step in self.steps])  # [T, M, C*C]

@@ -55,6 +55,7 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    """Of uint8 [H, W, 3]; ImageError for any other array, with the line that makes it one."""
     if array.ndim != 3 or array.shape[2] != 3:
         fix = (
             "array[..., :3]" if array.ndim == 3 and array.shape[2] == 4 else "np.stack([grey] * 3, -1) for a grey image"
@@ -68,6 +69,7 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
 
 
 def _decode(file: IO[bytes], name: str) -> PIL.Image.Image:
+    """Of an encoded image in `file`, which messages call `name`."""
     with _typed_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
         with PIL.Image.open(file) as image:
@@ -112,6 +114,7 @@ def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
+    """ImageError for an image of no pixels, or of too many."""
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels", expected="at least 1 x 1")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

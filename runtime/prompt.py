@@ -150,6 +150,7 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str] | None, stop: Sequence[str]) -> None:
+        """`decode`: ids -> text, None without a tokenizer. `stop`: what ends the text, and is no part of it."""
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._text = ""
@@ -180,6 +181,7 @@ class TextStream:
         return "" if self._decode is None else self._show(len(self._text))
 
     def _show(self, end: int) -> str:
+        """What lies between the text given so far and `end`, given now."""
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
