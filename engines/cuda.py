@@ -215,7 +215,8 @@ class Shared:
     def view(self, offset: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The host's side from `offset` on as an array. It must not outlive this object."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.host[offset : offset + count].view(dtype).reshape(shape)
+        array: np.ndarray = self.host[offset : offset + count].view(dtype)
+        return array.reshape(shape)
 
     def upload(self, stream: Stream, size: int | None = None) -> None:
         """Show the device the first `size` bytes (all) as the host has written them."""

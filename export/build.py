@@ -24,6 +24,7 @@ from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
 from engines.errors import CheckpointError
 from engines.memory import peak_rss
+from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
@@ -235,6 +236,7 @@ def _versions() -> dict[str, str]:
 def main() -> int:
     """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_log()
 
     def work() -> int:
         asked, console = parse_arguments(), Console()

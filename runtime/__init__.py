@@ -10,8 +10,12 @@ from engines.errors import (
     PromptError,
     TokenizerError,
 )
-from runtime.engine import Engine, ImageView, Stream
-from runtime.types import Answer, Options, Stats, Trace
+from runtime.answer import Answer, Trace
+from runtime.decode import Stream
+from runtime.engine import Engine
+from runtime.request import Options
+from runtime.stats import Stats
+from runtime.view import ImageView
 
 __all__ = [
     "Answer",

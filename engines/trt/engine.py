@@ -78,7 +78,9 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def allocate(cuda: Cuda, shapes: Mapping[str, tuple[tuple[int, ...], str]], what: str, fix: str | None = None) -> Any:
+def allocate(
+    cuda: Cuda, shapes: Mapping[str, tuple[tuple[int, ...], str]], what: str, fix: str | None = None
+) -> dict[str, DeviceArray]:
     """Arrays of these (shape, dtype) by name, in one buffer; BackendError when `what`, which they are, does not fit."""
     sizes = [padded(nbytes(shape, dtype)) for shape, dtype in shapes.values()]
     memory, arrays, offset = cuda.buffer(sum(sizes), what, fix), {}, 0

@@ -187,33 +187,44 @@ def _as_backend_error(file: Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass
+class _Phase:
+    """A part of the builder's work, inside the one before it."""
+
+    name: str
+    steps: int
+    done: int = 0
+
+
 def _monitor(trt: ModuleType, report: Callable[[float], None]) -> Any:
     """An IProgressMonitor that adds the nested phases up to one part of the whole."""
 
-    class Monitor(trt.IProgressMonitor):
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]  # the library is loaded by name: its classes have no types
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: list[list] = []  # name, steps, steps done
+            base.__init__(self)
+            self.phases: list[_Phase] = []
             self.last, self.most = 0.0, 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.phases.append([name, max(steps, 1), 0])
+            self.phases.append(_Phase(name, max(steps, 1)))
 
         def phase_finish(self, name: str) -> None:
             for index in reversed(range(len(self.phases))):
-                if self.phases[index][0] == name:
+                if self.phases[index].name == name:
                     del self.phases[index:]
                     break
 
         def step_complete(self, name: str, step: int) -> bool:
             for phase in reversed(self.phases):
-                if phase[0] == name:
-                    phase[2] = step + 1
+                if phase.name == name:
+                    phase.done = step + 1
                     break
             done, width = 0.0, 1.0
-            for _, steps, finished in self.phases:
-                width /= steps
-                done += width * finished
+            for phase in self.phases:
+                width /= phase.steps
+                done += width * phase.done
             self.most = min(max(self.most, done), 1.0)
             if time.monotonic() - self.last > REPORT_EVERY:
                 self.last = time.monotonic()

@@ -23,7 +23,7 @@ from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import module, with_plans
 from tests.parity.test_variants import encode, request
-from tests.runtime.test_engine import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
+from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 
