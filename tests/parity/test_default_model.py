@@ -22,7 +22,7 @@ from runtime import Engine
 from runtime.preprocess import preprocess
 from tests.conftest import once
 from tests.parity.inspected import InspectedModel
-from tests.parity.test_official_way import Official
+from tests.parity.official import Official
 from tests.paths import ROOT
 
 MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
