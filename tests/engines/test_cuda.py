@@ -111,7 +111,8 @@ def test_memory_both_sides_see(integrated):
 
 
 def test_graphs_replay_and_record_nothing_forbidden():
-    cuda = Cuda(Driver())
+    driver = Driver()
+    cuda = Cuda(driver)
     stream, source = upload(cuda, np.arange(16, dtype=np.float32))
     _, target = upload(cuda, np.zeros(16, np.float32))
     artifacts, launch = emulated_artifacts([COPY]), copy(source.address, target.address, 15)
@@ -126,31 +127,46 @@ def test_graphs_replay_and_record_nothing_forbidden():
         graph.launch(stream)
         assert target.download(host, stream)[:15].tolist() == [value] * 15
 
-    event = cuda.event()
+    event, another = cuda.event(), emulated_artifacts([replace(COPY, warps=8)])
     forbidden = {
-        "allocation": lambda: cuda.buffer(16, "a test"),
-        "wait": stream.wait,
-        "event": event.wait,
-        "module": lambda: cuda.run(emulated_artifacts([replace(COPY, warps=8)]), [], int(stream)) or cuda.call(
-            "cuModuleLoadData", b"cubin:{}"
-        ),
-    }  # fmt: skip
-    for name, action in forbidden.items():
-        with pytest.raises(BackendError, match=r"STREAM_CAPTURE|not permitted"):
+        "cuMemAlloc": lambda: cuda.buffer(16, "a test"),
+        "cuStreamSynchronize": stream.wait,
+        "cuEventSynchronize": event.wait,
+        "the code": lambda: cuda.run(another, [replace(launch, kernel=another.compiled[0].kernel)], int(stream)),
+    }
+    for value, (name, action) in enumerate(forbidden.items(), start=4):
+        with pytest.raises(BackendError, match=rf"{name}(.|\n)*(STREAM_CAPTURE|not permitted)"):
             cuda.capture(stream, action)
-        stream.wait()  # the stream is usable again
-        assert name
+        source.upload(np.full(16, value, np.float32), stream)  # stream and graph are as usable as before
+        graph.launch(stream)
+        assert target.download(host, stream)[:15].tolist() == [value] * 15
+    assert driver.counts["cuGraphInstantiate"] == 1
     with pytest.raises(MemoryFault, match="a recorded copy"):  # pageable memory
         cuda.capture(stream, lambda: source.upload(np.zeros(4, np.float32), stream))
 
 
-def test_a_pause_is_measured():
-    cuda = Cuda(Driver())
-    stream, start, end = cuda.stream(), cuda.event(), cuda.event()
-    start.record(stream)
-    end.record(stream)
-    end.wait()
-    assert 0 <= end.since(start) < 1000
+def test_events_take_the_time_of_the_device(monkeypatch):
+    """When the stream passes them, not when they are recorded; in milliseconds, of the work between them."""
+    clock = [5.0]
+    monkeypatch.setattr("tests.emulator.driver.perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        clock[0] += 0.25
+
+    driver = Driver()
+    cuda = Cuda(driver)
+    stream, events = cuda.stream(), [cuda.event() for _ in range(3)]
+    events[0].record(stream)
+    driver.submit(int(stream), work)
+    events[1].record(stream)
+    driver.submit(int(stream), work)
+    driver.submit(int(stream), work)
+    events[2].record(stream)
+    assert clock == [5.0]  # nothing has run
+    events[1].wait()
+    assert clock == [5.25] and events[1].since(events[0]) == 250
+    events[2].wait()
+    assert clock == [5.75] and events[2].since(events[1]) == 500 and events[2].since(events[0]) == 750
 
 
 def test_no_room():

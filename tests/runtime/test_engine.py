@@ -118,7 +118,7 @@ def test_streams_taken_in_turns(engine):
 def test_engine_equals_reference_greedily(budget, engine, reference):
     from engines.bundle.pages import margins
     from runtime.preprocess import preprocess
-    from tests.parity.test_variants import encode
+    from tests.parity.requests import encode
 
     answer = engine.generate(PHOTO, QUESTION, page_budget=budget, **OPTIONS)
     ids, begin = engine.prompter.expand(engine.prompter.encode(QUESTION, True), True)

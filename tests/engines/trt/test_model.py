@@ -22,7 +22,7 @@ from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import module, with_plans
-from tests.parity.test_variants import encode, request
+from tests.parity.requests import encode, request
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
