@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -269,13 +270,14 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
         if not keep_log:
             log.unlink(missing_ok=True)
         return built
-    error = _told(**failure) if failure else _explained(code, part, weights, log)
+    error = _told(failure) if failure else _explained(code, part, weights, log)
     raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
 
 
-def _told(type: str, **words: str | None) -> FlexError:
+def _told(failure: dict[str, Any]) -> FlexError:
     """The error that the process has sent, of the class it had there."""
-    return getattr(errors, type, BackendError)(**words)
+    kind: type[FlexError] = getattr(errors, failure["type"])
+    return kind(failure["found"], expected=failure["expected"], fix=failure["fix"])
 
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
