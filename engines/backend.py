@@ -24,7 +24,7 @@ class Opening:
 
     backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
-    core.
+    core this process may use.
     """
 
     backend: str | None = None

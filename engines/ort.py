@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from engines.bundle.specs import TensorSpec, in_place, page_inputs
 from engines.checks import require_integer
 from engines.errors import BackendError
 from engines.memory import release_freed
+from plugins.cores import usable_cores
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -46,6 +48,8 @@ class OrtModel:
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
         require_integer(threads, f"threads={threads!r}", 1, none="every core", error=BackendError)
+        if threads is None and usable_cores() < (os.cpu_count() or 1):  # ONNX Runtime counts the machine's
+            threads = usable_cores()
         if threads is not None:
             self._options.intra_op_num_threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}

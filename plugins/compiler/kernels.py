@@ -20,6 +20,7 @@ from typing import Any
 
 from plugins.artifacts import Artifacts, Compiled
 from plugins.compiler.ptxas import SMS, Code, assemble, find_assemblers
+from plugins.cores import usable_cores
 from plugins.errors import KernelError
 from plugins.op import Kernel
 
@@ -44,7 +45,7 @@ def compile_kernels(
     total = len(kernels) + len(jobs)
     report = progress or (lambda done, total, what: None)
 
-    cores = _cores()
+    cores = usable_cores()
     with tempfile.TemporaryDirectory(prefix="kernels-") as name, ThreadPoolExecutor(cores) as pool:
         folder = Path(name)
         shares = [kernels[start::cores] for start in range(min(cores, len(kernels)))]
@@ -79,10 +80,6 @@ def compile_kernels(
     )
     versions = {"triton": importlib.metadata.version("triton")}
     return Artifacts(compiled, versions | {f"ptxas {cuda}": a.version for cuda, a in assemblers.items()})
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[str, Any]]:
