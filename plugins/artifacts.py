@@ -27,7 +27,8 @@ FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` re
 FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
-REBUILD = "python export/build.py --model CHECKPOINT --out BUNDLE --backend tensorrt"  # compiles a bundle's kernels
+# Makes a bundle and its kernels anew.
+REBUILD_KERNELS = "python export/build.py --model CHECKPOINT --out BUNDLE --backend tensorrt"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -87,14 +88,14 @@ class Artifacts:
         found = {c.kernel.name: c for c in self.compiled}.get(kernel.name)
         if found is None:
             names = ", ".join(c.kernel.name for c in self.compiled) or "none"
-            raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=REBUILD)
+            raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=REBUILD_KERNELS)
         difference = _difference(found.kernel, kernel)
         if difference:
             is_, wanted = difference
             raise KernelError(
                 f"kernel {kernel.name} was compiled with {is_}",
                 expected=f"{wanted}, as this model needs",
-                fix=REBUILD,
+                fix=REBUILD_KERNELS,
             )
         return found
 
@@ -107,7 +108,7 @@ class Artifacts:
             raise KernelError(
                 f"no compiled kernels for SM {', '.join(map(str, missing))}",
                 expected=f"SMs among {have}",
-                fix=f"{REBUILD} --target {','.join(f'sm_{sm}' for sm in [*self.sms, *missing])}",
+                fix=f"{REBUILD_KERNELS} --target {','.join(f'sm_{sm}' for sm in [*self.sms, *missing])}",
             )
         chosen = [self.get(kernel) for kernel in dict.fromkeys(kernels)]
         return Artifacts(
@@ -164,9 +165,11 @@ class Artifacts:
             raise KernelError(
                 f"{name}: {len(data)} bytes that are no whole file of compiled kernels ({error})",
                 expected="a file as plugins.compile writes it",
-                fix=f"copy it again, or build again: {REBUILD}",
+                fix=f"copy it again, or build again: {REBUILD_KERNELS}",
             ) from error
-        raise KernelError(f"{name} has format {index['format']!r}", expected=f"format 1 or {FORMAT}", fix=REBUILD)
+        raise KernelError(
+            f"{name} has format {index['format']!r}", expected=f"format 1 or {FORMAT}", fix=REBUILD_KERNELS
+        )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Artifacts:
@@ -175,7 +178,7 @@ class Artifacts:
             data = Path(path).read_bytes()
         except OSError as error:
             raise KernelError(
-                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=REBUILD
+                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=REBUILD_KERNELS
             ) from error
         return cls.from_bytes(data, str(path))
 
