@@ -83,14 +83,14 @@ class ReferenceDecoder:
     @torch.no_grad()
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See engines.ort.OrtDecoder.run."""
-        image, budgets = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
+        image, budget = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
         logits, token, pages, count, self._key, self._value, maps, hidden = self._module(
             torch.from_numpy(np.ascontiguousarray(ids)),
             torch.from_numpy(self.length),
             image.features,
             torch.from_numpy(image.begin),
             torch.from_numpy(image.margins),
-            torch.from_numpy(budgets.copy()),
+            torch.from_numpy(budget.copy()),
             *(self._key, self._value),
             *([image.pages[f"{half}.{layer}"] for layer in self._reading] for half in ("page_key", "page_value")),
         )
