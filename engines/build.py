@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from engines.command import run
+from engines.progress import print_log
 from engines.trt.build import build_engines
-from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, options_of
+from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, engine_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_log()
     bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
 
     def work() -> None:
-        build_engines(bundle, options_of(given, backend), make_default=default)
+        build_engines(bundle, engine_options(given, backend), make_default=default)
         print(f"{bundle} has engines for {backend}")
 
     return run(work, "interrupted; the bundle is as it was")

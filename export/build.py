@@ -22,8 +22,9 @@ from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
 from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
-from engines.errors import CheckpointError, ExportError
+from engines.errors import CheckpointError
 from engines.memory import peak_rss
+from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
@@ -44,8 +45,8 @@ from export.weights.folding import to_bytes
 from export.weights.rounding import Source
 from export.weights.stored import stored_weights
 from export.weights.write import stored_bytes, write_weights
-from plugins.artifacts import KernelError
-from plugins.compile import SMS, compile_kernels
+from plugins.compiler.kernels import compile_kernels
+from plugins.compiler.ptxas import SMS
 from plugins.registry import kernels_of_model
 
 KERNELS = "kernels.zip"
@@ -200,11 +201,8 @@ def _write_kernels(recipe: Recipe, writer: BundleWriter, console: Console) -> st
     if not recipe.engines or not recipe.engines.plugins:
         return None
     with console.status("compiling kernels"):
-        try:
-            needed = kernels_of_model(attributes(recipe.geometry), recipe.precision.dtype)
-            artifacts = compile_kernels(needed, recipe.engines.targets or SMS)
-        except KernelError as error:
-            raise ExportError(error.found, expected=error.expected, fix=error.fix) from error
+        needed = kernels_of_model(attributes(recipe.geometry), recipe.precision.dtype)
+        artifacts = compile_kernels(needed, recipe.engines.targets or SMS)
     writer.write(KERNELS, iter([artifacts.to_bytes()]))
     return KERNELS
 
@@ -238,6 +236,7 @@ def _versions() -> dict[str, str]:
 def main() -> int:
     """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_log()
 
     def work() -> int:
         asked, console = parse_arguments(), Console()

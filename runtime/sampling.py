@@ -42,11 +42,12 @@ class Sampler:
     """Draws the tokens of one answer."""
 
     def __init__(self, sampling: Sampling) -> None:
+        """`sampling`: how, and from which seed on."""
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
     def check(self, logits: np.ndarray) -> None:
-        """BackendError when a logit is not finite."""
+        """BackendError when one of the logits [V] is not finite."""
         if not np.isfinite(logits).all():
             raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
 

@@ -7,4 +7,5 @@ source scripts/environment.sh
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 .venv/bin/python -m pytest -n auto --durations=20 "$@"

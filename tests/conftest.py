@@ -9,6 +9,8 @@ from pathlib import Path
 # Before anything imports triton (torch may): its functions are decorated for the interpreter or for the compiler. What
 # tests compile, they compile in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
+# Before anything imports onnxruntime, in processes that tests start as well: no test reports to anybody.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 from filelock import FileLock

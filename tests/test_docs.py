@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from export.build import plan
+from export.build import print_sizes
 from export.options import parse_arguments
 from tests.paths import ROOT
 
@@ -44,9 +44,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "contributing.md"], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_commands_exist(page):
     """Paths, and modules that are run; the changelog may name what is gone."""
     text = page.read_text()
@@ -85,6 +83,6 @@ def test_the_plan_is_what_the_command_prints(page, tmp_path, capsys):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(PUBLIC))
     arguments = command.replace("checkpoints/llava-v1.5-7b-flexattn", str(model)).split()
-    fits = plan(parse_arguments(arguments), Console())
+    fits = print_sizes(parse_arguments(arguments), Console())
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
     assert fits == ("does not fit" not in shown)

@@ -121,6 +121,17 @@ def test_folders_stay_small():
             assert count <= 13, f"{folder}: {count} files; a room of its own for what belongs together?"
 
 
+def test_no_test_imports_a_test():
+    """What tests share lies in modules of its own: a test can then be read, run and dropped alone."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files("tests")
+        for name in imports(path)
+        if (module := module_of(name)) is not None and module.name.startswith("test_")
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_backends_are_imported_when_needed():
     program = f"import sys, runtime; print([name for name in {BACKENDS} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

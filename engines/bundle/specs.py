@@ -23,6 +23,10 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def of_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers."""
+        return (batch, *map(int, self.shape[1:]))
+
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Vision encoder + projector: tiles of pixels -> features."""
@@ -112,7 +116,7 @@ def graph_io(
     The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
     dtype = precision.ort_dtype if kind == ONNXRUNTIME else precision.dtype
-    sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
+    sizes: dict[int | str, int] = {"capacity": g.context} if kind == PLUGIN_FREE else {}
 
     def resolved(spec: TensorSpec) -> TensorSpec:
         shape = tuple(sizes.get(size, size) for size in spec.shape)

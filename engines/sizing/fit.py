@@ -183,7 +183,7 @@ def builder_verdict(a: Assessment) -> str:
 
 def advice(a: Assessment) -> str:
     """What fits instead."""
-    ways = [] if a.proposal is None else [f"add {_proposal(a)}"]
+    ways = [] if a.proposal is None else [f"add {_proposal(a, a.proposal)}"]
     ways += [] if a.larger is None else [f"as it is, it fits {a.larger}"]
     return "; or ".join(ways) or "no smaller configuration of this model fits, nor a larger board known here"
 
@@ -194,7 +194,7 @@ def builder_advice(a: Assessment) -> str:
     swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
     same = a.larger and target(a.larger).sm == target(a.room.name).sm
     other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
-    return f"{swap}{other}" + (f", or add {_proposal(a)}" if a.proposal else "")
+    return f"{swap}{other}" + (f", or add {_proposal(a, a.proposal)}" if a.proposal else "")
 
 
 def changes(old: Configuration, new: Configuration) -> str:
@@ -206,9 +206,9 @@ def changes(old: Configuration, new: Configuration) -> str:
     return " ".join(options)
 
 
-def _proposal(a: Assessment) -> str:
-    words = changes(a.configuration, a.proposal.configuration)
-    return words if a.proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(a.proposal)}"
+def _proposal(a: Assessment, proposal: Assessment) -> str:
+    words = changes(a.configuration, proposal.configuration)
+    return words if proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(proposal)}"
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
@@ -232,15 +232,15 @@ def _nearest(found: Assessment) -> Assessment | None:
         (way for way in ways if way != (False, False, False, c.precision)),
         key=lambda way: (sum(way[:3]) + (way[3] != c.precision), precisions.index(way[3]), way[2], not way[0]),
     )
-    goals = [lambda a: a.fits] if found.runs else [lambda a: a.fits, lambda a: a.runs]
-    for wanted in goals:  # with the builder if that is possible
+    goals: list[Callable[[Assessment], bool]] = [lambda a: a.fits, lambda a: a.runs]
+    for wanted in goals[:1] if found.runs else goals:  # with the builder if that is possible
         for context, batch, int8_pages, precision in order:
             geometry = replace(c.geometry, int8_pages=kept or int8_pages)
             for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
                 block = c.block if c.block in precision.block_sizes else None
                 other = replace(c, precision=precision, batch=rows, block=block, geometry=geometry)
-                smaller = _largest_context(other, room, wanted) if context else other
-                if smaller is not None and wanted(fitting := _assess(smaller, room)):
+                shorter = _largest_context(other, room, wanted) if context else other
+                if shorter is not None and wanted(fitting := _assess(shorter, room)):
                     return fitting
     return None
 

@@ -190,7 +190,7 @@ def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, .
     p = c.precision
     if p.bits is not None and is_quantised(name, c.geometry, c.head) and name not in c.floats:
         block = p.block_size(c.block)
-        blocks = 1 if block == COLUMN else -(-shape[-1] // block)
+        blocks = 1 if block is None or block == COLUMN else -(-shape[-1] // block)
         return prod(shape) * p.bits // 8, prod(shape[:-1]) * blocks * SCALE
     return (prod(shape) * p.itemsize,)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +113,8 @@ def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[
                 image = Image(low, reference.project(high, position), position, sides)
                 decoder = reference.decoder(image, len(ids) + 8)
                 decoder.run(ids[None, :-1])
-                tokens, token = [], int(ids[-1])
+                tokens: list[int] = []
+                token = int(ids[-1])
                 while len(tokens) < 8 and token not in config.eos_token_ids:
                     token = int(decoder.run(np.array([[token]]), g.pages).logits.argmax())
                     tokens.append(token)
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -230,12 +230,12 @@ def _varied(tiles: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
-    losses = []
+    total = torch.zeros(())
     for name, label in wanted.items():
         target = label.long().flatten()
         target = torch.where(target == NOTHING, -100, target)
-        losses.append(F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02))
-    return sum(losses)
+        total = total + F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02)
+    return total
 
 
 def directions(tower: Tower) -> Tensor:

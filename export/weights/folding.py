@@ -36,7 +36,7 @@ HEAD_GROUP = "head"
 
 def group_sizes(g: Geometry, head: bool) -> dict[str, int]:
     """Channels of every group of scales, in model order."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for index in range(g.layers):
         base = f"model.layers.{index}."
         sizes |= {f"{base}attention": g.hidden, f"{base}output": g.kv_heads * g.head_dim}

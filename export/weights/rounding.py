@@ -23,7 +23,8 @@ from export.weights.scheme import Scheme
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
 RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Source(Protocol):

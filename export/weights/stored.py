@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -72,7 +73,7 @@ class Stored:
         with self.opened(name) as file:
             return file.read(self._tensors[name][1].length)
 
-    def codes(self, name: str) -> tuple[bytes, bytes]:
+    def codes(self, name: str) -> tuple[builtins.bytes, builtins.bytes]:
         """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
         return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
 

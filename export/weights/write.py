@@ -36,7 +36,7 @@ def write_weights(
     `dtype`: of those that are not quantised; `scheme`, `clips`: of those that are (see quantised). Raises ExportError
     when a value is not finite or out of range. `progress` is told bytes written.
     """
-    weights = sorted(_weights(model), key=lambda value: value.name)  # scales right after their weight
+    weights = sorted(_weights(model), key=lambda value: str(value.name))  # scales right after their weight
     integers = [value.name for value in weights if value.dtype in CODES]
 
     def chunks() -> Iterator[bytes]:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugins.artifacts import KernelError
+from plugins.errors import KernelError
 
 # CUDA 12.6 is JetPack 6's, and its code runs under every later driver; newer SMs need CUDA 13.
 SMS_OF_CUDA = {"12.6": (80, 86, 87, 89, 90), "13": (100, 110, 120, 121)}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engines.cuda import Cuda
-from engines.errors import BackendError
-from plugins.artifacts import Artifacts, KernelError
+from engines.errors import BackendError, KernelError
+from plugins.artifacts import Artifacts
 from plugins.op import Kernel, Launch
 from tests.emulator.driver import Driver, emulated_artifacts
 from tests.emulator.memory import MemoryFault
@@ -23,6 +23,11 @@ COPY = Kernel(
 )
 
 
+def copy(source: int, target: int, count: int, kernel: Kernel = COPY) -> Launch:
+    """A launch of one program."""
+    return Launch(kernel, (1, 1, 1), {"source": source, "target": target, "count": count})
+
+
 def upload(cuda: Cuda, array: np.ndarray):
     stream, buffer = cuda.stream(), cuda.buffer(array.nbytes, "a test")
     buffer.upload(array, stream)
@@ -31,21 +36,21 @@ def upload(cuda: Cuda, array: np.ndarray):
 
 @pytest.mark.parametrize("sm", [86, 87, 120])
 def test_a_kernel_gets_its_arguments(sm):
-    """The cubin of the GPU's SM where there is one, else PTX; the hidden pointers are null (the driver checks)."""
+    """The cubin of the GPU's SM where there is one, else PTX; arguments in the order of the code's parameters."""
     driver = Driver(sm=sm)
     cuda = Cuda(driver)
     assert (cuda.sm, cuda.integrated, cuda.name) == (sm, False, "Emulated GPU")
     values = np.arange(32, dtype=np.float32)
     stream, source = upload(cuda, values)
     _, target = upload(cuda, np.zeros(32, np.float32))
-    artifacts = emulated_artifacts([COPY], sms=(86, 87))
+    artifacts = emulated_artifacts([replace(COPY, parameters=COPY.parameters[::-1])], sms=(86, 87))
     for count in (3, 9, 15):
-        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), (source.address, target.address, count))], int(stream))
+        cuda.run(artifacts, [copy(source.address, target.address, count)], int(stream))
         found = target.download(np.empty(32, np.float32), stream)
         assert np.array_equal(found[:count], values[:count]) and not found[count:].any()
     # The same code again, from another engine, is not loaded again.
     other = Artifacts.from_bytes(artifacts.to_bytes())
-    cuda.run(other, [Launch(COPY, (1, 1, 1), (source.address, target.address, 4))], int(stream))
+    cuda.run(other, [copy(source.address, target.address, 4)], int(stream))
     stream.wait()
     assert driver.counts["cuModuleLoadData"] == 1 and driver.launches == [COPY.name] * 4
 
@@ -55,16 +60,16 @@ def test_kernels_that_cannot_run():
     stream, artifacts = cuda.stream(), emulated_artifacts([COPY])
     missing = replace(COPY, name="another")
     with pytest.raises(KernelError, match="no compiled kernel another"):
-        cuda.run(artifacts, [Launch(missing, (1, 1, 1), (0, 0, 0))], int(stream))
+        cuda.run(artifacts, [copy(0, 0, 0, missing)], int(stream))
     with pytest.raises(KernelError, match="BLOCK"):
-        cuda.run(artifacts, [Launch(replace(COPY, constants=(("BLOCK", 32),)), (1, 1, 1), (0, 0, 0))], int(stream))
-    with pytest.raises(ValueError, match="2 arguments, 3 parameters"):
-        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), (0, 0))], int(stream))
+        cuda.run(artifacts, [copy(0, 0, 0, replace(COPY, constants=(("BLOCK", 32),)))], int(stream))
+    with pytest.raises(ValueError, match="2 arguments, 3 parameters: count"):
+        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), {"source": 0, "target": 0})], int(stream))
 
     def changed(**change) -> Artifacts:
         return Artifacts((replace(artifacts.compiled[0], **change),), {})
 
-    launch = [Launch(COPY, (1, 1, 1), (0, 0, 0))]
+    launch = [copy(0, 0, 0)]
     with pytest.raises(BackendError, match=r"does not take the code for SM 86.*INVALID_IMAGE(.|\n)*update the NVIDIA"):
         cuda.run(changed(cubins={86: b"\x7fELF"}), launch, int(stream))
     with pytest.raises(BackendError, match=r"needs 200000 bytes of shared memory(.|\n)*101376(.|\n)*--no-plugins"):
@@ -78,9 +83,7 @@ def test_more_than_48_kb_of_shared_memory_is_asked_for():
     cuda = Cuda(driver)
     stream, source = upload(cuda, np.zeros(32, np.float32))
     compiled = replace(emulated_artifacts([COPY]).compiled[0], shared=64 << 10)
-    cuda.run(
-        Artifacts((compiled,), {}), [Launch(COPY, (1, 1, 1), (source.address, source.address + 64, 3))], int(stream)
-    )
+    cuda.run(Artifacts((compiled,), {}), [copy(source.address, source.address + 64, 3)], int(stream))
     stream.wait()
     assert driver.counts["cuFuncSetAttribute"] == 1 and driver.launches == [COPY.name]
 
@@ -108,10 +111,11 @@ def test_memory_both_sides_see(integrated):
 
 
 def test_graphs_replay_and_record_nothing_forbidden():
-    cuda = Cuda(Driver())
+    driver = Driver()
+    cuda = Cuda(driver)
     stream, source = upload(cuda, np.arange(16, dtype=np.float32))
     _, target = upload(cuda, np.zeros(16, np.float32))
-    artifacts, launch = emulated_artifacts([COPY]), Launch(COPY, (1, 1, 1), (source.address, target.address, 15))
+    artifacts, launch = emulated_artifacts([COPY]), copy(source.address, target.address, 15)
     cuda.run(artifacts, [launch], int(stream))
     stream.wait()
     target.fill(0, stream)
@@ -123,31 +127,46 @@ def test_graphs_replay_and_record_nothing_forbidden():
         graph.launch(stream)
         assert target.download(host, stream)[:15].tolist() == [value] * 15
 
-    event = cuda.event()
+    event, another = cuda.event(), emulated_artifacts([replace(COPY, warps=8)])
     forbidden = {
-        "allocation": lambda: cuda.buffer(16, "a test"),
-        "wait": stream.wait,
-        "event": event.wait,
-        "module": lambda: cuda.run(emulated_artifacts([replace(COPY, warps=8)]), [], int(stream)) or cuda.call(
-            "cuModuleLoadData", b"cubin:{}"
-        ),
-    }  # fmt: skip
-    for name, action in forbidden.items():
-        with pytest.raises(BackendError, match=r"STREAM_CAPTURE|not permitted"):
+        "cuMemAlloc": lambda: cuda.buffer(16, "a test"),
+        "cuStreamSynchronize": stream.wait,
+        "cuEventSynchronize": event.wait,
+        "the code": lambda: cuda.run(another, [replace(launch, kernel=another.compiled[0].kernel)], int(stream)),
+    }
+    for value, (name, action) in enumerate(forbidden.items(), start=4):
+        with pytest.raises(BackendError, match=rf"{name}(.|\n)*(STREAM_CAPTURE|not permitted)"):
             cuda.capture(stream, action)
-        stream.wait()  # the stream is usable again
-        assert name
+        source.upload(np.full(16, value, np.float32), stream)  # stream and graph are as usable as before
+        graph.launch(stream)
+        assert target.download(host, stream)[:15].tolist() == [value] * 15
+    assert driver.counts["cuGraphInstantiate"] == 1
     with pytest.raises(MemoryFault, match="a recorded copy"):  # pageable memory
         cuda.capture(stream, lambda: source.upload(np.zeros(4, np.float32), stream))
 
 
-def test_a_pause_is_measured():
-    cuda = Cuda(Driver())
-    stream, start, end = cuda.stream(), cuda.event(), cuda.event()
-    start.record(stream)
-    end.record(stream)
-    end.wait()
-    assert 0 <= end.since(start) < 1000
+def test_events_take_the_time_of_the_device(monkeypatch):
+    """When the stream passes them, not when they are recorded; in milliseconds, of the work between them."""
+    clock = [5.0]
+    monkeypatch.setattr("tests.emulator.driver.perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        clock[0] += 0.25
+
+    driver = Driver()
+    cuda = Cuda(driver)
+    stream, events = cuda.stream(), [cuda.event() for _ in range(3)]
+    events[0].record(stream)
+    driver.submit(int(stream), work)
+    events[1].record(stream)
+    driver.submit(int(stream), work)
+    driver.submit(int(stream), work)
+    events[2].record(stream)
+    assert clock == [5.0]  # nothing has run
+    events[1].wait()
+    assert clock == [5.25] and events[1].since(events[0]) == 250
+    events[2].wait()
+    assert clock == [5.75] and events[2].since(events[1]) == 500 and events[2].since(events[0]) == 750
 
 
 def test_no_room():

@@ -9,7 +9,7 @@ from engines.bundle.folder import Bundle
 from engines.errors import BackendError
 from engines.ort import OrtModel
 from tests.geometries import tiny
-from tests.parity.test_variants import encode, request
+from tests.parity.requests import encode, request
 
 
 @pytest.fixture(scope="module")

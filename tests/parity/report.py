@@ -28,7 +28,7 @@ from export.default_model.evaluate import scenes_with_questions
 from export.default_model.questions import ask
 from export.default_model.scenes import make_scene
 from runtime import Engine
-from tests.parity.conftest import Case
+from tests.parity.official import CASES, Case, recorded
 from tests.paths import OFFICIAL
 
 
@@ -82,12 +82,7 @@ class Replay:
 
 def official_cases() -> list[Case]:
     """The recorded runs of the checkpoint as it is."""
-    cases = []
-    for path in sorted((OFFICIAL / "cases").glob("*.json")):
-        if not json.loads(path.read_text()).get("overrides"):
-            with np.load(path.with_suffix(".npz")) as arrays:
-                cases.append(Case(path.stem, dict(arrays), {}))
-    return cases
+    return [case for case in map(recorded, CASES) if not case.overrides]
 
 
 def overlap(found: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
 from tests.parity.inspected import InspectedModel
-from tests.parity.test_official_way import Official
+from tests.parity.official import Official
 from tests.paths import ROOT
 
 MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"

@@ -15,9 +15,11 @@ from engines.bundle.pages import cell_of_row, tile_order
 from engines.ort import OrtModel
 from runtime import Engine
 from runtime.preprocess import preprocess
+from tests.parity.gates import BOUNDS
 from tests.parity.inspected import InspectedModel
 
-FEATURES, ROTARY, MAP, HIDDEN, LOGITS = 5e-5, 1e-5, 1e-5, 3e-4, 2e-4
+FEATURES, LOGITS = BOUNDS["fp32"].features, BOUNDS["fp32"].logits
+ROTARY, MAP, HIDDEN = 1e-5, 1e-5, 3e-4
 
 
 def worst(found: np.ndarray, expected: np.ndarray) -> float:

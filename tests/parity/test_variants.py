@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+import torch
 
 from engines.backend import Image
 from engines.bundle.folder import Bundle
-from engines.bundle.geometry import Geometry
 from engines.ort import OrtModel
-from export.checkpoint.config import read_config
-from export.checkpoint.folder import Checkpoint
-from export.network.reference import ReferenceModel
 from tests.geometries import tiny
-
-LOGITS = 2e-4
-STEPS = 4
-VARIANTS = {
-    "zoom 2, pages of different length": {"zoom": 2, "cells": 3},
-    "zoom 1": {"zoom": 1},
-    "first layer selects": {"start_layer": 0},
-    "only the last layer reads": {"start_layer": 3},
-    "three cells": {"cells": 3},
-    "biases": {"attention_bias": True},
-    "tied embeddings": {"tied_embeddings": True},
-    "linear projector": {"projector_depth": 1},
-    "everything selected": {"threshold": -1},
-    "grouped heads": {"kv_heads": 2},
-}
-
-
-def load(checkpoint) -> ReferenceModel:
-    config = read_config(checkpoint)
-    return ReferenceModel(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
-
-
-def request(g: Geometry, seed: int, text: int = 9, begin: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels [1 + zoom^2, 3, S, S], embedded prompt [1, n] and image position [1] of a made-up request."""
-    rng = np.random.default_rng(seed)
-    tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
-    words = rng.integers(3, g.vocab, (1, text))
-    image = -1 - np.arange(g.image_tokens)[None]
-    return tiles, np.concatenate((words[:, :begin], image, words[:, begin:]), 1), np.array([begin])
-
-
-def encode(model, tiles: np.ndarray, begin: np.ndarray, sides: tuple[int, int] = (1, 0)) -> Image:
-    low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
-    return Image(low, model.project(high, begin), begin, np.array([sides], np.int64))
-
-
-def steps(model, image: Image, ids: np.ndarray, tokens: list[int], budget: int):
-    """Results of the last prompt token and of the forced tokens after it."""
-    decoder = model.decoder(image, ids.shape[1] + len(tokens))
-    if ids.shape[1] > 1:
-        decoder.run(ids[:, :-1])
-    return [decoder.run(np.array([[token]]), budget) for token in (int(ids[0, -1]), *tokens)]
-
-
-def assert_equal(left, right) -> None:
-    for theirs, ours in zip(left, right, strict=True):
-        assert np.isfinite(ours.logits).all()
-        assert np.array_equal(theirs.cells(), ours.cells())
-        assert np.abs(theirs.logits - ours.logits).max() <= LOGITS
+from tests.oracle.models import llama_of
+from tests.parity.requests import VARIANTS, assert_equal, encode, load, request, steps
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -71,7 +19,7 @@ def test_graph_equals_reference(variant, random_model):
     g = tiny(**VARIANTS[variant])
     checkpoint, bundle = random_model(f"variant-{list(VARIANTS).index(variant)}", g)
     reference, graph = load(checkpoint), OrtModel(Bundle(bundle))
-    assert reference.geometry == graph.geometry == replace(g, vision=g.vision)
+    assert reference.geometry == graph.geometry == g != tiny()  # what was asked for, read back
     tiles, ids, begin = request(g, seed=1)
     tokens = [5, 9, 11, 30]
     runs = [steps(model, encode(model, tiles, begin), ids, tokens, g.pages) for model in (reference, graph)]
@@ -136,16 +84,19 @@ def test_batch_of_two_equals_two_singles(kind, random_model):
 
 
 def test_text_only_equals_a_plain_llama(random_model):
-    """Without an image the graph is an ordinary decoder: compare with attention over the whole sequence at once."""
+    """Without an image the graph is an ordinary decoder: that of transformers, over the whole sequence at once."""
     g = tiny()
     checkpoint, bundle = random_model("tiny", g)
     reference, graph = load(checkpoint), OrtModel(Bundle(bundle))
     ids = np.array([[1, 9, 33, 20, 4, 17]])
-    whole = reference.decoder(reference.no_image(1), 8).run(ids)
+    with torch.no_grad():
+        expected = llama_of(checkpoint, g)(torch.from_numpy(ids)).logits[0, -1].numpy()
     for model in (reference, graph):
         (result,) = steps(model, model.no_image(1), ids, [], 0)
         assert not result.cells().any()
-        assert np.abs(result.logits - whole.logits).max() <= 2e-5
+        whole = model.decoder(model.no_image(1), 8).run(ids)
+        for logits in (result.logits[0], whole.logits[0]):
+            assert np.abs(logits - expected).max() <= 2e-5
 
 
 def test_budget_is_monotone_and_zero_is_plain(random_model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engines import cuda
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.bundle.precision import INT4, INT8
 from engines.cuda import Cuda
@@ -117,14 +118,15 @@ def test_boards_are_checked_before_work():
         require_boards(c, ("orin",))
 
 
-def test_this_machine():
+def test_this_machine(monkeypatch):
     assert this_machine(ONNXRUNTIME).memory > 0 and this_machine(ONNXRUNTIME).bandwidth is None
     assert assess(Configuration(official(), backend=ONNXRUNTIME), Room("here", 10**12)).speed is None
     room = this_machine(TENSORRT, Cuda(Driver(sm=87, integrated=True, total=16 << 30)))
     assert room.memory == 16 << 30 and room.integrated and room.reserved == SYSTEM_RESERVE and room.bandwidth is None
-    with pytest.raises(BackendError) as caught:
-        this_machine(TENSORRT, Cuda(Driver(devices=0)))
-    assert caught.value  # the driver's own error: nothing is assumed of a GPU that is not there
+    monkeypatch.setattr(cuda, "_import", lambda: Driver(devices=0))
+    with pytest.raises(BackendError, match=r"this machine's GPU.*CUDA_ERROR_NO_DEVICE") as caught:
+        this_machine(TENSORRT)  # nothing is assumed of a GPU that is not there
+    assert "--target orin-nx-16" in caught.value.fix
 
 
 def test_targets_say_which_backend_is_theirs():

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
-from engines.bundle.pages import cell_of_row
 from engines.ort import OrtModel
 from runtime import Engine
+from tests.parity.gates import GPU_BOUNDS, require
+from tests.parity.official import CASES, recorded
 
 pytestmark = pytest.mark.gpu
-
-LOGITS = {"fp32": 2e-3, "fp16": 0.1}  # float32 sums in another order than the CPU; TF32 is off
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,20 +21,10 @@ def cuda():
         pytest.skip("needs onnxruntime-gpu: pip uninstall onnxruntime && pip install onnxruntime-gpu")
 
 
-@pytest.mark.parametrize("precision", LOGITS)
-def test_replay(case, bundle, precision):
-    model, golden = OrtModel(Bundle(bundle(precision, case.weights)), device="cuda"), case.golden
-    cell = cell_of_row(model.geometry)
-    for step, _, result in case.replay(model, model.geometry):
-        assert np.isfinite(result.logits).all()
-        mask = result.cells()[0].reshape(-1, 9, 9)[:, cell][:, :, cell]
-        flips = int((mask != golden["select_mask"][step]).sum()) // 64
-        if precision == "fp32":
-            assert flips == 0
-        error = np.abs(result.logits[0] - golden["logits"][step]).max()
-        assert flips or error <= LOGITS[precision]
-        if golden["logit_gap"][step] > 2 * error:
-            assert result.logits[0].argmax() == golden["output_ids"][1 + step]
+@pytest.mark.parametrize("precision", GPU_BOUNDS)
+def test_replays(bundle, precision):
+    cases = [recorded(name) for name in CASES]
+    require(lambda case: OrtModel(Bundle(bundle(precision, case.weights)), device="cuda"), cases, GPU_BOUNDS[precision])
 
 
 def test_engine(case, bundle):

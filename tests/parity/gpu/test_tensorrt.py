@@ -11,7 +11,6 @@ import pytest
 from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
-from engines.bundle.pages import cell_of_row
 from engines.errors import BackendError
 from engines.ort import OrtModel
 from engines.trt import library as trt
@@ -19,15 +18,14 @@ from engines.trt.model import TrtModel
 from engines.trt.options import RTX_SMS, EngineOptions
 from export.build import BuildOptions, build
 from runtime import Engine
+from tests.bench.kernels import bandwidth
 from tests.conftest import once
 from tests.gpu import require_gpu
-from tests.plugins.test_gpu_kernels import bandwidth
+from tests.parity.gates import GPU_BOUNDS, require
+from tests.parity.official import CASES, recorded
 
 pytestmark = pytest.mark.gpu
 
-# Largest differences between backends: sums in another order, and in float16 values rounded at other places.
-LOGITS = {"fp32": 2e-3, "fp16": 0.1}
-FEATURES = {"fp32": 1e-3, "fp16": 0.05}
 VARIANTS = {
     "plugins": {},
     "plugins, lazy pages": {"projection": "lazy"},
@@ -69,28 +67,25 @@ def engines(shared, checkpoint, backend, gpu):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("precision", LOGITS)
-def test_ladder(case, engines, backend, precision, variant):
-    """Features, then every official decoding step: selections, logits, and the token the graph chose."""
+@pytest.mark.parametrize("precision", GPU_BOUNDS)
+def test_features(case, engines, backend, precision, variant):
     folder = engines(precision, case.weights, variant)
-    model, theirs, golden = TrtModel(Bundle(folder), backend), OrtModel(Bundle(folder)), case.golden
-    g = model.geometry
-    cell, tiles = cell_of_row(g), case.tiles(g)
+    model, theirs = TrtModel(Bundle(folder), backend), OrtModel(Bundle(folder))
+    tiles = case.tiles(model.geometry)
     for part in (tiles[:1], tiles[1:]):
         ours = model.vision(part).numpy(model.stream).astype(np.float32)
         assert np.isfinite(ours).all()
-        assert np.abs(ours - theirs.vision(part).numpy()).max() <= FEATURES[precision]
-    for step, _, result in case.replay(model, g):
-        logits = result.logits[0]
-        assert np.isfinite(logits).all()
-        assert result.token[0] == logits.argmax()
-        mask = result.cells()[0].reshape(-1, g.cells, g.cells)[:, cell][:, :, cell]
-        flips = int((mask != golden["select_mask"][step]).sum())
-        assert precision != "fp32" or flips == 0
-        error = np.abs(logits - golden["logits"][step]).max()
-        assert flips or error <= LOGITS[precision]
-        if golden["logit_gap"][step] > 2 * error:
-            assert result.token[0] == golden["output_ids"][1 + step]
+        assert np.abs(ours - theirs.vision(part).numpy()).max() <= GPU_BOUNDS[precision].features
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("precision", GPU_BOUNDS)
+def test_replays(engines, backend, precision, variant):
+    """Every official decoding step: selections, logits, and the token the graph chose."""
+    cases = [recorded(name) for name in CASES]
+    require(
+        lambda case: TrtModel(Bundle(engines(precision, case.weights, variant)), backend), cases, GPU_BOUNDS[precision]
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -108,9 +103,9 @@ def test_each_layer_selects_and_caches_what_onnxruntime_does(case, engines, back
     (ours, our_cells, our_logits), (theirs, their_cells, their_logits) = found
     for name, cache in theirs.items():
         assert np.isfinite(ours[name]).all(), name
-        assert np.abs(ours[name] - cache).max() <= FEATURES["fp32"], name
+        assert np.abs(ours[name] - cache).max() <= GPU_BOUNDS["fp32"].features, name
     assert np.array_equal(our_cells, their_cells)
-    assert np.abs(our_logits - their_logits).max() <= LOGITS["fp32"]
+    assert np.abs(our_logits - their_logits).max() <= GPU_BOUNDS["fp32"].logits
 
 
 def cache_of(model, decoder, name: str) -> np.ndarray:
@@ -143,7 +138,7 @@ def test_engine(case, engines, backend, variant):
         Engine(folder, backend=name).generate(None, input_ids=[1, 5, 9], max_new_tokens=6, trace=True)
         for name in (backend, "onnxruntime")
     ]
-    assert np.abs(text[0].trace.logits[0] - text[1].trace.logits[0]).max() <= LOGITS["fp32"]
+    assert np.abs(text[0].trace.logits[0] - text[1].trace.logits[0]).max() <= GPU_BOUNDS["fp32"].logits
 
 
 def test_rows_of_a_batch(engines, backend, case):
@@ -160,7 +155,7 @@ def test_rows_of_a_batch(engines, backend, case):
     column = ids[:, -1:]
     for token, logits in expected[:4]:
         result = decoder.run(column, g.pages)
-        assert np.abs(result.logits - logits).max() <= LOGITS["fp32"]
+        assert np.abs(result.logits - logits).max() <= GPU_BOUNDS["fp32"].logits
         assert result.token.tolist() == [token[0]] * 2
         column = result.token[:, None]
 

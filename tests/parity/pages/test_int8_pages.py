@@ -18,8 +18,9 @@ from engines.sizing.needs import Configuration, store_bytes
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once
+from tests.parity.gates import Bounds, failures, measure, replayed
 
-FLIPPED, LOGITS, CLEAN = 0.0025, 0.3, 0.2  # share of cells; logits in all steps, and before any cell flips
+BOUNDS = Bounds(features=0, logits=0.2, agreeing=0.3, always=0.3, flips=0.0025)
 
 
 @pytest.fixture(scope="session")
@@ -35,23 +36,12 @@ def int8_pages(shared, checkpoint):
 
 
 def test_bounds(case, int8_pages):
-    model, golden = OrtModel(Bundle(int8_pages(case.weights))), case.golden
-    flips, errors, untouched, other, first = 0, [], [], [], 0
-    for step, _, result in case.replay(model, model.geometry):
-        expected = golden["select_mask"][step][:, ::8, ::8].reshape(4, 81)
-        differ = result.cells()[0] != expected
-        first += int(differ[0].sum()) if step == 0 else 0
-        flips += int(differ.sum())
-        errors.append(float(np.abs(result.logits[0] - golden["logits"][step]).max()))
-        if not flips:
-            untouched.append(errors[-1])
-        if result.logits[0].argmax() != golden["output_ids"][1 + step]:
-            other.append(float(golden["logit_gap"][step]))
-    share = flips / (len(errors) * 4 * 81)
-    print(case.name, "flips", share, "logits", max(errors), "before", max(untouched, default=0.0), "others", other)
-    assert first == 0 and share <= FLIPPED
-    assert np.isfinite(errors).all() and max(errors) <= LOGITS and max(untouched, default=0.0) <= CLEAN
-    assert not other
+    model = OrtModel(Bundle(int8_pages(case.weights)))
+    steps = replayed(case, model, model.geometry)
+    found = measure(case, steps)
+    print(case.name, found)
+    assert failures(found, BOUNDS) == []
+    assert np.array_equal(steps[0].cells[0], case.cells(0)[0]) and found.other == 0
 
 
 @pytest.mark.parametrize("case", ["small_150x200"], indirect=True)

@@ -1,0 +1,139 @@
+"""Our conversion of a real SentencePiece model against SentencePiece and against transformers' tokenizers.
+
+The model is the one mistral-common ships: 32,000 pieces with byte fallback, built as Llama's is.
+
+Known differences, tested below: SentencePiece knows no special tokens in a text, so a typed "<s>" is letters to it; the
+official (slow) tokenizer and ours read the token. transformers 5 makes its fast Llama tokenizer of a tokenizer.model
+without the scores of the pieces, and so joins the spaces of a run, which SentencePiece does not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from export.checkpoint.tokenizer import convert_tokenizer
+from tests.paths import ROOT
+
+SPECIAL = ("<s>", "</s>", "<unk>")
+# First and last character of some blocks: Latin to Hangul, symbols, private use, emoji, old scripts, ideographs beyond.
+BLOCKS = [
+    (0x20, 0x7E), (0xA1, 0xFF), (0x100, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x530, 0x58F),
+    (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x10A0, 0x10FF), (0x1E00, 0x1EFF),
+    (0x2000, 0x206F), (0x2190, 0x22FF), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xF8FF),
+    (0xFE00, 0xFEFF), (0x10330, 0x1034A), (0x1F300, 0x1F6FF), (0x20000, 0x2A6DF), (0x00, 0x1F),
+]  # fmt: skip
+SPACES = (" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2581")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with a tokenizer.model."""
+    pytest.importorskip("transformers")
+    found = find_spec("mistral_common")  # only its data is wanted
+    if found is None:
+        pytest.skip("needs mistral-common<1.9: pip install 'flexattention-deploy[test]'")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(Path(found.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(model, tmp_path_factory) -> Tokenizer:
+    out = tmp_path_factory.mktemp("converted")
+    info = convert_tokenizer(model, out)
+    assert (info.bos_id, info.eos_ids) == (1, (2,))
+    return Tokenizer.from_file(str(out / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(model):
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def slow(model):
+    """What is left of the official code's tokenizer in transformers 5: SentencePiece, special tokens cut out before."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return SentencePieceBackend(vocab_file=str(model / "tokenizer.model"), legacy=True, **names)
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    from transformers.models.llama.tokenization_llama import LlamaTokenizer
+
+    return LlamaTokenizer.from_pretrained(str(model), legacy=True)
+
+
+def texts() -> list[str]:
+    """Lines of this repository; words of one script, and of several; the same between all kinds of white space."""
+    rng = np.random.default_rng(4)
+
+    def word(block: tuple[int, int]) -> str:
+        return "".join(map(chr, rng.integers(block[0], block[1] + 1, rng.integers(1, 9))))
+
+    def sentence(blocks: list[tuple[int, int]]) -> str:
+        words = [word(blocks[int(rng.integers(len(blocks)))]) for _ in range(rng.integers(1, 9))]
+        gaps = [SPACES[int(rng.integers(len(SPACES)))] if rng.random() < 0.4 else " " for _ in range(len(words) + 1)]
+        if rng.random() < 0.5:
+            gaps[0] = gaps[-1] = ""
+        return "".join(gap + word for gap, word in zip(gaps, words, strict=False)) + gaps[-1]
+
+    lines = [
+        line
+        for path in ("README.md", "tests/oracle/test_tokenizer.py")
+        for line in (ROOT / path).read_text().splitlines()
+    ]
+    found = [*lines, *(sentence([block]) for block in BLOCKS for _ in range(10))]
+    found += [sentence(BLOCKS) for _ in range(200)]
+    found += [a + b + c for a in SPACES for b in ("x", "7", "", "é") for c in SPACES]
+    return [text for text in dict.fromkeys(found) if not any(token in text for token in SPECIAL)]
+
+
+def test_ids_and_texts(ours, sentencepiece, slow):
+    """Encoded as SentencePiece and the official tokenizer do, decoded as SentencePiece does."""
+    asked, fallback = texts(), 0
+    assert len(asked) > 800
+    for text in asked:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == sentencepiece.encode(text), text
+        assert ids == slow.encode(text, add_special_tokens=False), text
+        assert ours.decode(ids) == sentencepiece.decode(ids), text
+        fallback += any(sentencepiece.is_byte(token) for token in ids)
+    assert fallback > 100  # texts with characters that only bytes can spell
+
+
+def test_every_piece(ours, sentencepiece):
+    """Alone, a piece has the id and the text that it has in SentencePiece."""
+    assert ours.get_vocab_size() == sentencepiece.get_piece_size() == 32_000
+    for index in range(3, 32_000):
+        assert ours.id_to_token(index) == sentencepiece.id_to_piece(index)
+        if not sentencepiece.is_byte(index):
+            assert ours.decode([index]) == sentencepiece.decode([index])
+
+
+def test_special_tokens_in_a_text(ours, sentencepiece, slow):
+    for text in ("<s>", "a <s> b", "x</s>y", "</s>hello", "<unk> k", "<s><s> \n</s>", "é<s>  😀"):
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == slow.encode(text, add_special_tokens=False), text
+        assert ids != sentencepiece.encode(text)
+
+
+def test_fast_tokenizer_of_transformers(ours, fast):
+    """Equal on texts without runs of spaces; at a run it joins what has the lower id, not what has the better score."""
+    asked = [text for text in texts() if "  " not in f" {text} ".replace("\u2581", " ")]
+    assert len(asked) > 500
+    for text in asked:
+        assert ours.encode(text, add_special_tokens=False).ids == fast.encode(text, add_special_tokens=False), text
+    run = [tokenizer.encode("a  b", add_special_tokens=False) for tokenizer in (ours, fast)]
+    assert run[0].tokens == ["\u2581a", "\u2581", "\u2581b"]
+    assert fast.convert_ids_to_tokens(run[1]) == ["\u2581a", "\u2581\u2581", "b"]
