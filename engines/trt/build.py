@@ -4,6 +4,7 @@ out-of-memory killer then ends in an error that says so, and the bundle stays as
 
 from __future__ import annotations
 
+import builtins
 import json
 import logging
 import os
@@ -273,9 +274,10 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
     raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
 
 
-def _told(type: str, **words: str | None) -> FlexError:
+def _told(type: str, found: str, expected: str | None, fix: str | None) -> FlexError:
     """The error that the process has sent, of the class it had there."""
-    return getattr(errors, type, BackendError)(**words)
+    kind: builtins.type[FlexError] = getattr(errors, type, BackendError)
+    return kind(found, expected=expected, fix=fix)
 
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
