@@ -4,7 +4,6 @@ out-of-memory killer then ends in an error that says so, and the bundle stays as
 
 from __future__ import annotations
 
-import builtins
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -270,14 +270,14 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
         if not keep_log:
             log.unlink(missing_ok=True)
         return built
-    error = _told(**failure) if failure else _explained(code, part, weights, log)
+    error = _told(failure) if failure else _explained(code, part, weights, log)
     raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
 
 
-def _told(type: str, found: str, expected: str | None, fix: str | None) -> FlexError:
+def _told(failure: dict[str, Any]) -> FlexError:
     """The error that the process has sent, of the class it had there."""
-    kind: builtins.type[FlexError] = getattr(errors, type, BackendError)
-    return kind(found, expected=expected, fix=fix)
+    kind: type[FlexError] = getattr(errors, failure["type"])
+    return kind(failure["found"], expected=failure["expected"], fix=failure["fix"])
 
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:

@@ -145,10 +145,10 @@ def calibrate(
     """
     result = Calibration()
     requests = sorted(requests, key=lambda request: (str(request.image), request.begin))
-    features = _features(checkpoint, g, pictures)
-    states = _states(checkpoint, g, requests, features, search.rows)
-    share = max(1, search.rows // len(features))
-    hires = torch.cat([_sample(picture.high.flatten(0, 1), share) for picture in features.values()])
+    seen = _features(checkpoint, g, pictures)
+    states = _states(checkpoint, g, requests, seen, search.rows)
+    share = max(1, search.rows // len(seen))
+    hires = torch.cat([_sample(each.high.flatten(0, 1), share) for each in seen.values()])
     # Lazy projection is the same network; the pages part has the projections as linear layers.
     decoder, pages = (module_of(part, replace(g, lazy_pages=False), F32) for part in ("decoder", "pages"))
     projections = dict(pages.model.layers)
@@ -159,9 +159,7 @@ def calibrate(
         if projection is not None:
             load(projection, checkpoint, F32, base)
             pages.model.layers = nn.ModuleDict({str(index): projection})
-        inputs = _advance(
-            layer, pages if projection is not None else None, decoder, g, index, requests, features, states
-        )
+        inputs = _advance(layer, pages if projection is not None else None, decoder, g, index, requests, seen, states)
         _search_layer(layer, base, inputs, g, scheme, search, result)
         if projection is not None and not g.lazy_pages:  # lazy bundles store the projections in float16
             weight = projection.self_attn.v_proj_hd.weight
