@@ -201,9 +201,11 @@ class Artifacts:
 
 def kernel_of(record: Mapping[str, Any]) -> Kernel:
     """The Kernel that `dataclasses.asdict` and JSON turned into this record."""
-    pairs = {key: tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")}
-    rest = {"warps": record["warps"], "stages": record["stages"], "absent": tuple(map(str, record["absent"]))}
-    return Kernel(record["name"], record["function"], **pairs, **rest)
+    parameters, constants = (
+        tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")
+    )
+    absent = tuple(map(str, record["absent"]))
+    return Kernel(record["name"], record["function"], parameters, constants, record["warps"], record["stages"], absent)
 
 
 def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +254,8 @@ def _difference(found: Kernel, wanted: Kernel) -> tuple[str, str] | None:
         is_, should = dict(getattr(found, key)), dict(getattr(wanted, key))
         for name in dict.fromkeys([*should, *is_]):
             if is_.get(name) != should.get(name):
-                return tuple(f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
+                has, needs = (f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
+                return has, needs
     for key in ("function", "warps", "stages"):
         if getattr(found, key) != getattr(wanted, key):
             return f"{key} {getattr(found, key)}", f"{key} {getattr(wanted, key)}"

@@ -75,7 +75,7 @@ def take_error(trt: ModuleType) -> Exception | None:
     return error
 
 
-def _kept(method: Callable) -> Callable:
+def _kept(method: Callable[..., Any]) -> Callable[..., Any]:
     """TensorRT swallows exceptions of a plugin: keep them for `take_error`, and log them."""
 
     @functools.wraps(method)
@@ -96,14 +96,19 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
     types = {getattr(trt.DataType, kind): name for kind, name in DTYPE_OF_KIND.items()}
     kinds = {name: kind for kind, name in types.items()}
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+    # TensorRT is passed in: to a type checker its classes are values.
+    core: Any = trt.IPluginV3OneCore
+    build: Any = trt.IPluginV3OneBuild
+    runtime: Any = trt.IPluginV3OneRuntime
+    plugin: Any = trt.IPluginV3
+    creator: Any = trt.IPluginCreatorV3One
+
+    class Plugin(plugin, core, build, runtime):  # type: ignore[misc]  # see above
         """One node. `building`: made to build an engine, where only its description is wanted, never its result."""
 
         def __init__(self, op: Op, building: bool, dtype: str | None = None, artifacts: Artifacts | None = None):
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
+            for base in (plugin, core, build, runtime):
+                base.__init__(self)
             self.state, self.op, self.op_name, self.building = state, op, op.name, building
             self.dtype, self.artifacts = dtype, artifacts
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
@@ -228,9 +233,9 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     )
             return str(model)
 
-    class Creator(trt.IPluginCreatorV3One):
+    class Creator(creator):  # type: ignore[misc]  # see above
         def __init__(self, op: type[Op]):
-            trt.IPluginCreatorV3One.__init__(self)
+            creator.__init__(self)
             self.state, self.op, self.op_name = state, op, op.name
             self.name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
             fields = [trt.PluginField(name, b"", trt.PluginFieldType.INT32) for name in op.attribute_names]

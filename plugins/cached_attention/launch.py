@@ -29,8 +29,8 @@ def prefill_tile(dtype: str, width: int) -> tuple[int, int]:
 
 class CachedAttention(Op):
     name = "CachedAttention"
-    attribute_names = ("heads", "kv_heads", "head_dim", "grid")
-    inputs = (
+    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "grid")
+    inputs: tuple[Tensor, ...] = (
         Tensor("query", "model"),
         Tensor("key", "model"),
         Tensor("value", "model"),
@@ -41,7 +41,7 @@ class CachedAttention(Op):
         Tensor("sin", "float32"),
         Tensor("image_begin", "int64"),
     )
-    outputs = (
+    outputs: tuple[Tensor, ...] = (
         Tensor("context", "model"),
         Tensor("present_key", "model"),
         Tensor("present_value", "model"),
@@ -72,7 +72,11 @@ class CachedAttention(Op):
         types |= dict.fromkeys(("steps", "capacity", "page_total", "page_splits"), "i32")
 
         def kernel(
-            name: str, function: str, parameters: tuple[str, ...], constants: tuple, absent: tuple[str, ...] = ()
+            name: str,
+            function: str,
+            parameters: tuple[str, ...],
+            constants: tuple[tuple[str, int], ...],
+            absent: tuple[str, ...] = (),
         ) -> Kernel:
             return Kernel(name, function, tuple((each, types[each]) for each in parameters), constants, absent=absent)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.artifacts import Artifacts, Compiled
-from plugins.compiler.ptxas import SMS, Code, assemble, find_assemblers
+from plugins.compiler.ptxas import SMS, Assembler, Code, assemble, find_assemblers
 from plugins.cores import usable_cores
 from plugins.errors import KernelError
 from plugins.op import Kernel
@@ -56,7 +56,7 @@ def compile_kernels(
                 texts[kernel] = text
                 report(len(texts), total, f"{kernel.name}: PTX")
 
-        def run(job: tuple) -> Code:
+        def run(job: tuple[Kernel, Assembler, int]) -> Code:
             kernel, assembler, sm = job
             return assemble(assembler, folder / f"{kernel.name}.ptx", sm, texts[kernel]["shared"])
 

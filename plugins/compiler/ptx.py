@@ -77,11 +77,15 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
 
 
 def parameters(ptx: str) -> list[tuple[str, str]]:
-    """(name, PTX type) of each parameter of the one entry of a PTX text."""
+    """(name, PTX type) of each parameter of the one entry of a PTX text. ValueError for one of another form."""
     (entry,) = _PARAMETERS.finditer(ptx)
-    return [
-        (match["name"], match["type"]) for match in map(_PARAMETER.fullmatch, map(str.strip, entry["list"].split(",")))
-    ]
+    found = []
+    for text in map(str.strip, entry["list"].split(",")):
+        match = _PARAMETER.fullmatch(text)
+        if match is None:
+            raise ValueError(f"no parameter of a kernel: {text}")
+        found.append((match["name"], match["type"]))
+    return found
 
 
 def without_scratch(ptx: str, kernel: Kernel) -> str:

@@ -12,9 +12,9 @@ FOLDER = "plugins.hierarchical_attention.kernel"
 
 class HierarchicalAttention(CachedAttention):
     name = "HierarchicalAttention"
-    attribute_names = ("heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages")
+    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages")
     defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         *CachedAttention.inputs,
         Tensor("page_key", "model"),
         Tensor("page_value", "model"),

@@ -14,7 +14,7 @@ class ProjectPages(Op):
     name = "ProjectPages"
     attribute_names = ("hidden", "kv_heads", "head_dim", "page_size", "cells", "int8_pages")
     defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         Tensor("features", "model"),
         Tensor("key_weight", "model"),
         Tensor("value_weight", "model"),
@@ -26,7 +26,11 @@ class ProjectPages(Op):
         Tensor("pages", "int64"),
         Tensor("page_count", "int64"),
     )
-    outputs = (Tensor("present_key", "model"), Tensor("present_value", "model"), Tensor("present_projected", "int64"))
+    outputs: tuple[Tensor, ...] = (
+        Tensor("present_key", "model"),
+        Tensor("present_value", "model"),
+        Tensor("present_projected", "int64"),
+    )
     in_place: Mapping[str, str] = {"present_key": "page_key", "present_value": "page_value"}
 
     def __init__(self, **attributes: int) -> None:
