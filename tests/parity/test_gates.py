@@ -50,12 +50,16 @@ def test_float16_passes(portrait, steps):
 
 
 def test_a_wrong_token(portrait, steps):
-    """Late in the run, where the logits may be farther off than the runner-up is: nothing but the token is wrong."""
+    """In a step with a flip, where the logits may be farther off than the runner-up is: the flip excuses no token."""
     golden = portrait.golden
     index = next(i for i in range(12, 0, -1) if FP16.gap < golden["logit_gap"][i] < 0.15)
     second = int(np.argsort(golden["logits"][index])[-2])
     lead = steps[index].logits.max() - steps[index].logits[second]
-    assert "another token" in problems(portrait, shifted(steps, index, float(lead) + 0.01, second))
+    cells = portrait.cells(index).copy()
+    cells[0, 0] ^= True
+    flipped = changed(steps, index, cells=cells)
+    assert problems(portrait, flipped) == ""
+    assert "another token" in problems(portrait, shifted(flipped, index, float(lead) + 0.01, second))
 
 
 def test_a_token_that_is_not_the_largest_logit(portrait, steps):
@@ -95,7 +99,8 @@ def test_a_shifted_logit(portrait, steps):
     """All logits of the first step, before any flip; one logit of the last, after flips: each by more than allowed."""
     found = measure(portrait, steps)
     assert 0 < found.clean <= FP16.logits and found.clean < found.always <= FP16.always
-    assert "before any flip" in problems(portrait, shifted(steps, 0, 2 * FP16.logits))
+    early = failures(measure(portrait, shifted(steps, 0, 2 * FP16.logits)), FP16)
+    assert any("before any flip" in text for text in early)
     low = int(steps[-1].logits.argmin())
     found = failures(measure(portrait, shifted(steps, len(steps) - 1, -2 * FP16.always, low)), FP16)
     assert any("in all steps" in text for text in found)
@@ -130,11 +135,10 @@ def test_bfloat16_fails_the_gate_of_float16(portrait, bundle):
 
 def test_an_error_in_a_step_that_agrees_again(portrait, steps):
     """Cells that differed before excuse no logits where they are the official ones again."""
-    bounds = replace(GPU_BOUNDS["fp16"], flips=FP16.flips)
     first = next(i for i, step in enumerate(steps) if (step.cells != portrait.cells(i)).any())
     index = next(i for i in range(first, len(steps)) if np.array_equal(steps[i].cells, portrait.cells(i)))
     low = int(steps[index].logits.argmin())
-    assert "with the official cells" in problems(portrait, shifted(steps, index, -0.3, low), bounds)
+    assert "with the official cells" in problems(portrait, shifted(steps, index, -0.1, low))
 
 
 def test_missing_steps_and_other_shapes(portrait, steps):
