@@ -1,30 +1,35 @@
-"""What every backend takes and gives, whatever runs the graphs. `Array` is the backend's own resident tensor type."""
+"""What every backend is, whatever runs the graphs: the protocols `Model` and `Decoder`, and what goes in and out.
+
+`Array` is the backend's own tensor type, resident on its device: what one method gives, another takes, and nobody in
+between looks inside. A backend satisfies the protocols by having their methods; engines/open.py opens the right one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+
+from engines.bundle.geometry import Geometry
 
 Array = TypeVar("Array")
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How a bundle is opened, and the defaults.
+    """What opens a bundle's model, and the defaults.
 
     backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
-    core. verify: check the SHA-256 of every file.
+    core this process may use.
     """
 
     backend: str | None = None
     device: str | None = None
     threads: int | None = None
-    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,57 @@ class Step:
         chosen = np.arange(self.pages.shape[-1]) < self.page_count[..., None]
         np.put_along_axis(mask, self.pages, chosen, axis=-1)
         return mask
+
+
+class Decoder(Protocol):
+    """B requests on their way, one per row: a cache of keys and values, updated in place.
+
+    length: [B] int64, tokens of each row that are valid. Lower it to forget the newest ones: what the cache holds
+    beyond is never read, and is overwritten.
+    """
+
+    length: np.ndarray
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row has room for: what was asked for, or more."""
+
+    def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
+        """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
+
+        `page_budget` [B] int64 or one number: pages the last column may read; 0, for a prefill, leaves attention plain.
+        `lengths` [B] int64: valid ids of each row when rows are padded at their end (then `Step` means nothing).
+        The step's logits must be asked for before the next run. Raises BackendError when S more tokens do not fit, or
+        the backend fails; `length` is then as it was.
+        """
+
+    def enlarged(self, capacity: int) -> Decoder:
+        """A decoder with room for `capacity` tokens or more that has seen what this one has. This one must not be used
+        afterwards: the other may be the same object. Raises BackendError when there is no such decoder, or no memory.
+        """
+
+
+class Model(Protocol[Array]):
+    """The three parts of a bundle, opened. Nothing of one request is kept for the next."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the bundle."""
+
+    def vision(self, tiles: np.ndarray) -> Array:
+        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden]. Raises BackendError."""
+
+    def project(self, hires: Array, begin: np.ndarray) -> dict[str, Array]:
+        """Features of the hi-res tiles [B * zoom*zoom, T, hidden], row by row, and positions of image token 0, [B]
+        int64 -> `Image.pages`; with lazy pages what they are projected from, nothing being projected yet. Raises
+        BackendError."""
+
+    def no_image(self, batch: int) -> Image[Array]:
+        """Stand-in for `batch` rows without an image: zeros, which nothing reads. Raises BackendError."""
+
+    def decoder(self, image: Image[Array], capacity: int) -> Decoder:
+        """A decoder with an empty cache of at least `capacity` tokens, one row per image. Raises BackendError when the
+        backend has no cache that large, or memory for none."""
+
+    def device_ms(self) -> float:
+        """Milliseconds the device has worked, by its own clock, since this was last asked; 0 where nobody measures."""

@@ -10,9 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-from engines.errors import FlexError
+from engines.command import run
+from engines.progress import print_log
 from engines.trt.build import build_engines
-from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, options_of
+from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, engine_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,17 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
-        build_engines(bundle, options_of(given, backend), make_default=default)
-    except FlexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the bundle is as it was", file=sys.stderr)
-        return 130
-    print(f"{bundle} has engines for {backend}")
-    return 0
+    print_log()
+    bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
+
+    def work() -> None:
+        build_engines(bundle, engine_options(given, backend), make_default=default)
+        print(f"{bundle} has engines for {backend}")
+
+    return run(work, "interrupted; the bundle is as it was")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.errors import BackendError
+from plugins.artifacts import REBUILD_KERNELS
 
 if TYPE_CHECKING:
     from plugins.artifacts import Artifacts, Compiled
@@ -101,7 +102,7 @@ class Cuda:
         BackendError when the driver refuses it."""
         for launch in launches:
             function = self._functions.get((id(artifacts), launch.kernel.name))
-            if function is None or function.kernel != launch.kernel:
+            if function is None or function.asked != launch.kernel:
                 function = self._load(artifacts, launch.kernel)
             function.launch(launch, stream)
 
@@ -145,10 +146,10 @@ class Cuda:
                 raise BackendError(
                     f"the driver does not take the {kind} of kernel {kernel.name}: {self.text(status)}",
                     expected=f"compiled kernels that {self.name} (SM {self.sm}) runs; there are {artifacts.sms}",
-                    fix="update the NVIDIA driver, or compile the kernels again: python -m plugins.compile",
+                    fix=f"update the NVIDIA driver, or build again: {REBUILD_KERNELS}",
                 )
             self._modules[image] = module
-        function = _Function(self, self._modules[image], artifacts, compiled)
+        function = _Function(self, self._modules[image], artifacts, compiled, kernel)
         self._functions[id(artifacts), kernel.name] = function
         return function
 
@@ -214,7 +215,8 @@ class Shared:
     def view(self, offset: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The host's side from `offset` on as an array. It must not outlive this object."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.host[offset : offset + count].view(dtype).reshape(shape)
+        array: np.ndarray = self.host[offset : offset + count].view(dtype)
+        return array.reshape(shape)
 
     def upload(self, stream: Stream, size: int | None = None) -> None:
         """Show the device the first `size` bytes (all) as the host has written them."""
@@ -282,10 +284,13 @@ class Graph:
 
 
 class _Function:
-    """A loaded kernel, and one argument block that every launch fills anew: the driver copies it during the call."""
+    """A loaded kernel, and one argument block that every launch fills anew: the driver copies it during the call.
 
-    def __init__(self, cuda: Cuda, module: Any, artifacts: Artifacts, compiled: Compiled) -> None:
-        self.kernel, self._cuda = compiled.kernel, cuda
+    asked: the kernel it was loaded for; that of the code may have its parameters in another order.
+    """
+
+    def __init__(self, cuda: Cuda, module: Any, artifacts: Artifacts, compiled: Compiled, asked: Kernel) -> None:
+        self.kernel, self.asked, self._cuda = compiled.kernel, asked, cuda
         self._artifacts = artifacts  # its id is the key of this function
         self._threads, self._shared = compiled.threads, compiled.shared
         self._handle = cuda.call("cuModuleGetFunction", module, compiled.entry.encode())
@@ -300,20 +305,16 @@ class _Function:
             attribute = cuda.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             cuda.call("cuFuncSetAttribute", self._handle, attribute, compiled.shared)
         kinds = [ctypes.c_int32 if kind == "i32" else ctypes.c_uint64 for _, kind in self.kernel.parameters]
-        kinds += [ctypes.c_uint64] * compiled.hidden  # null pointers
         self._values = [kind(0) for kind in kinds]
         self._pointers = (ctypes.c_void_p * max(1, len(kinds)))(*map(ctypes.addressof, self._values))
         self._lock = threading.Lock()  # the driver call lets other threads run
 
     def launch(self, launch: Launch, stream: int) -> None:
-        arguments = launch.arguments
-        if len(arguments) != len(self.kernel.parameters):
-            raise ValueError(
-                f"{self.kernel.name}: {len(arguments)} arguments, {len(self.kernel.parameters)} parameters"
-            )
+        """Launch it; does not wait. ValueError unless the launch has an argument for each parameter of the code."""
+        arguments = launch.ordered(self.kernel)
         block = self._threads, 1, 1
         with self._lock:
-            for value, argument in zip(self._values, arguments, strict=False):  # hidden ones stay null
+            for value, argument in zip(self._values, arguments, strict=True):
                 value.value = argument
             self._cuda.call(
                 "cuLaunchKernel", self._handle, *launch.grid, *block, self._shared, stream,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engines import ort
@@ -15,7 +16,7 @@ from engines.sizing.needs import size
 from engines.targets import TARGETS, Target
 from engines.trt import library as trt
 from engines.trt.options import RTX_SMS
-from plugins.compile import SMS
+from plugins.compiler.ptxas import SMS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def examine(cuda: Cuda | None = None, root: Path = Path("/")) -> str:
 def backends(gpu: Gpu | FlexError) -> list[Usable]:
     """What can be run and built here. `gpu`: the one there is, or why there is none."""
     runtime = attempt(ort.installed)
-    rtx, full = (attempt(lambda name=name: str(trt.load(name).__version__)) for name in (TENSORRT_RTX, TENSORRT))
+    rtx, full = (attempt(partial(_version, name)) for name in (TENSORRT_RTX, TENSORRT))
     if isinstance(runtime, FlexError):
         rows = [Usable("run onnxruntime", False, runtime.found, runtime.fix)]
     else:
@@ -74,13 +75,17 @@ def backends(gpu: Gpu | FlexError) -> list[Usable]:
         rows.append(on_gpu)
     rows.append(_of(full, "build and run tensorrt", gpu, SMS))
     needless = f"{rtx}, needs no GPU for that"
-    built = Usable("build tensorrt-rtx", True, needless) if isinstance(rtx, str) else _of(rtx, "build tensorrt-rtx")
+    built = (
+        Usable("build tensorrt-rtx", True, needless) if isinstance(rtx, str) else _of(rtx, "build tensorrt-rtx", gpu)
+    )
     return [*rows, built, _of(rtx, "run tensorrt-rtx", gpu, RTX_SMS)]
 
 
-def _of(
-    found: str | FlexError, what: str, gpu: Gpu | FlexError | None = None, sms: Container[int] | None = None
-) -> Usable:
+def _version(backend: str) -> str:
+    return str(trt.load(backend).__version__)
+
+
+def _of(found: str | FlexError, what: str, gpu: Gpu | FlexError, sms: Container[int] | None = None) -> Usable:
     if isinstance(found, FlexError):
         return Usable(what, False, found.found, found.fix)
     return _on_gpu(what, found, gpu, sms)

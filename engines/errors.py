@@ -1,22 +1,26 @@
-"""The errors this project raises on purpose. Every one says what was found, what was expected and what fixes it."""
+"""The errors this project raises on purpose: one hierarchy, whose root lies with the plugins, the lowest floor.
+
+Every one says what was found, what was expected and what fixes it.
+"""
 
 from __future__ import annotations
 
+from plugins.errors import FlexError, KernelError
 
-class FlexError(Exception):
-    """Base of all errors raised on purpose. `found` is required; `expected` and `fix` complete the message.
-
-    Catch `FlexError` to catch everything; catch a subclass to tell the causes apart.
-    """
-
-    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
-        self.found, self.expected, self.fix = found, expected, fix
-        lines = [found]
-        if expected:
-            lines.append(f"  expected: {expected}")
-        if fix:
-            lines.append(f"  fix: {fix}")
-        super().__init__("\n".join(lines))
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "FlexError",
+    "ImageError",
+    "KernelError",
+    "OptionError",
+    "ParityError",
+    "PromptError",
+    "TokenizerError",
+]
 
 
 class CheckpointError(FlexError):

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from engines.backend import Opening
+from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.errors import BackendError
 
-if TYPE_CHECKING:
-    from engines import ort
-    from engines.trt import model as trt_model
-
-    Model = ort.OrtModel | trt_model.TrtModel
-    Decoder = ort.OrtDecoder | trt_model.TrtDecoder
-
 DEVICES = ("cpu", "cuda")
 
 
-def open_model(bundle: Bundle, opening: Opening) -> Model:
-    """The three parts of a bundle, ready to run. Raises BackendError, and BundleError when it was not built for this.
+def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
+    """The three parts of a bundle, ready to run; what their tensors are is the backend's own affair.
 
-    Only what the backend needs is imported.
+    Raises BackendError, and BundleError when it was not built for this. Only what the backend needs is imported.
     """
     backend = bundle.manifest.backend if opening.backend is None else opening.backend
     if backend not in BACKENDS:

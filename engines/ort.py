@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -12,14 +13,17 @@ from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.specs import TensorSpec, in_place, page_inputs
+from engines.checks import require_integer
 from engines.errors import BackendError
 from engines.memory import release_freed
+from plugins.cores import usable_cores
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # a float32 bundle means float32, not TF32's 10-bit mantissa
+# On the GPU a float32 bundle means float32, not TF32's 10-bit mantissa.
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 # Of MatMulNBits, which int8 and int4 weights become: activations are rounded to int8 in blocks, and multiplied so.
 # That is what makes these precisions fast: with float32 products, ONNX Runtime 1.32 takes three times as long for int4
 # and a hundred times for int8. What it costs: python -m tests.parity.report.
@@ -28,7 +32,7 @@ ROUND = 64  # cache capacities are multiples of this many tokens, so that simila
 
 
 class OrtModel:
-    """An opened bundle. Sessions are created once; nothing of a request is kept here."""
+    """engines.backend.Model on ONNX Runtime. Sessions are created once; nothing of a request is kept here."""
 
     def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads) -> None:
         """`device`: "cpu" or "cuda". `threads`: see Opening. Raises BackendError when onnxruntime or the device is
@@ -43,11 +47,12 @@ class OrtModel:
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
+        require_integer(threads, f"threads={threads!r}", 1, none="every core", error=BackendError)
+        if threads is None and usable_cores() < (os.cpu_count() or 1):  # ONNX Runtime counts the machine's
+            threads = usable_cores()
         if threads is not None:
-            if not isinstance(threads, int) or threads < 1:
-                raise BackendError(f"threads={threads!r}", expected="an integer of at least 1, or None for every core")
             self._options.intra_op_num_threads = threads
-        self._sessions = {}
+        self._sessions: dict[str, ort.InferenceSession] = {}
         for part in bundle.manifest.parts:
             # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
             self._options.enable_cpu_mem_arena = part == "decoder"
@@ -73,11 +78,11 @@ class OrtModel:
         return session
 
     def vision(self, tiles: np.ndarray) -> ort.OrtValue:
-        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
+        """See Model.vision."""
         return self._run("vision", {"tiles": self._value(tiles)})[0]
 
     def project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
+        """See Model.project."""
         found = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
         pages = dict(zip((output.name for output in self._sessions["pages"].get_outputs()), found, strict=True))
         release_freed()
@@ -86,16 +91,16 @@ class OrtModel:
                 pages[spec.name] = self._blank(spec, len(begin))
         return pages
 
-    def no_image(self, batch: int) -> Image:
-        """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
+    def no_image(self, batch: int) -> Image[ort.OrtValue]:
+        """See Model.no_image; one zero buffer serves every layer."""
         g, row = self.geometry, np.zeros(batch, np.int64)
         blank = {(spec.shape, spec.dtype): self._blank(spec, batch) for spec in self._page_specs}
         pages = {spec.name: blank[spec.shape, spec.dtype] for spec in self._page_specs}
         features = self.zeros((batch, g.image_tokens, g.hidden))
         return Image(features, pages, row, np.zeros((batch, 2), np.int64))
 
-    def decoder(self, image: Image, capacity: int) -> OrtDecoder:
-        """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
+    def decoder(self, image: Image[ort.OrtValue], capacity: int) -> OrtDecoder:
+        """See Model.decoder."""
         return OrtDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
     def rounded(self, capacity: int) -> int:
@@ -106,12 +111,12 @@ class OrtModel:
         """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""
         return self._value(np.zeros(shape, self._model_dtype))
 
-    def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
-        return self._value(np.zeros((batch, *spec.shape[1:]), spec.dtype))
-
     def device_ms(self) -> float:
-        """Milliseconds the device has worked since this was last asked: not measured here."""
+        """See Model.device_ms: ONNX Runtime does not measure."""
         return 0.0
+
+    def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
+        return self._value(np.zeros(spec.of_batch(batch), spec.dtype))
 
     def _value(self, array: np.ndarray) -> ort.OrtValue:
         # On the CPU the value is a view: it shares the array's memory and keeps it alive.
@@ -124,16 +129,23 @@ class OrtModel:
             binding.bind_ortvalue_input(name, value)
         for output in session.get_outputs():
             binding.bind_output(output.name, self.device)
-        _execute(session, binding, part)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _failed(part, error) from error
+        binding.synchronize_outputs()
         return list(binding.get_outputs())
 
 
 class OrtDecoder:
-    """One request: a key/value cache bound in place, and the number of valid tokens in each row."""
+    """engines.backend.Decoder on ONNX Runtime: the cache is bound in place, so that a run writes where it reads."""
 
-    def __init__(self, model: OrtModel, session: ort.InferenceSession, image: Image, capacity: int) -> None:
+    def __init__(
+        self, model: OrtModel, session: ort.InferenceSession, image: Image[ort.OrtValue], capacity: int
+    ) -> None:
+        """`session`: of the decoder part. `capacity`: tokens of each row, exactly."""
         self.capacity = capacity
-        self.length = np.zeros(len(image.begin), np.int64)  # [B] valid tokens; lower it to forget the newest ones
+        self.length = np.zeros(len(image.begin), np.int64)
         self._model, self._session, self._image = model, session, image
         g, batch = model.geometry, len(image.begin)
         self._inputs = {
@@ -160,11 +172,7 @@ class OrtDecoder:
         self._step_binding = self._bind(self._ids)
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
-        """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
-
-        `page_budget` [B] or one number: pages the last column may read; 0, for a prefill, leaves attention plain.
-        `lengths` [B]: valid ids of each row when rows are padded at their end (then `Step` means nothing).
-        """
+        """See Decoder.run; the logits lie in the host's memory and stay."""
         batch, steps = ids.shape
         if int(self.length.max()) + steps > self.capacity:
             raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
@@ -173,10 +181,15 @@ class OrtDecoder:
         ids = np.ascontiguousarray(ids, np.int64)
         if steps == 1:
             self._ids.update_inplace(ids)
-            _execute(self._session, self._step_binding, "decoder")
+            binding = self._step_binding
         else:
             value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
-            _execute(self._session, self._bind(value), "decoder")
+            binding = self._bind(value)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _failed("decoder", error) from error
+        binding.synchronize_outputs()
         self.length = self.length + (steps if lengths is None else lengths)
         if "projected" in self._inputs:
             self._inputs["projected"].update_inplace(self._outputs["present_projected"].numpy())
@@ -184,7 +197,7 @@ class OrtDecoder:
         return Step(lambda: logits, *others)
 
     def enlarged(self, capacity: int) -> OrtDecoder:
-        """A decoder with room for `capacity` tokens that has seen what this one has, which then has had its day."""
+        """See Decoder.enlarged; the cache is copied."""
         other, used = self._model.decoder(self._image, capacity), int(self.length.max())
         for name, value in self._cache.items():
             cache = np.zeros(other._cache[name].shape(), self._model._model_dtype)
@@ -217,7 +230,8 @@ def _import() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def _provider(ort_module: ModuleType, device: str) -> str:
@@ -238,9 +252,6 @@ def _numpy_dtype(onnx_type: str) -> type:
     return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]
 
 
-def _execute(session: ort.InferenceSession, binding: ort.IOBinding, part: str) -> None:
-    try:
-        session.run_with_iobinding(binding)
-    except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
-        raise BackendError(f"ONNX Runtime failed in the {part} part: {error}") from error
-    binding.synchronize_outputs()
+def _failed(part: str, error: Exception) -> BackendError:
+    """Of whatever a run raised: onnxruntime has its own classes and raises RuntimeError alike."""
+    return BackendError(f"ONNX Runtime failed in the {part} part: {error}")

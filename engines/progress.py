@@ -1,7 +1,9 @@
-"""Progress of a long task: a bar with the time left where rich is installed, plain lines where it is not."""
+"""What a command line shows of a long task: its progress, a bar with the time left where rich is installed, plain lines
+where it is not; and what the library logs."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,3 +42,19 @@ def _plain(title: str) -> Callable[[float], None]:
             print(f"{title}: {100 * part:.0f} %, about {left:.0f} s left", file=sys.stderr)
 
     return report
+
+
+def print_log() -> None:
+    """From now on, print what `engines` logs, from INFO on, as plain lines: for command lines. Libraries leave what
+    becomes of their log to the program."""
+    logger = logging.getLogger("engines")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Printer) for handler in logger.handlers):
+        logger.addHandler(_Printer())
+
+
+class _Printer(logging.Handler):
+    """To standard output, whatever that is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record))

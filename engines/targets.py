@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
-from engines.bundle.precision import PRECISIONS
 from engines.errors import OptionError
 
 
@@ -21,8 +20,9 @@ class Software:
 
 @dataclass(frozen=True)
 class Status:
-    """What of this project has been seen to work on a target. kernels: "compiled" by its SM's own assembler. engines:
-    "run" on the target, "built" for its SM in the tests, or "untested"."""
+    """What of this project has been seen to work on a target. kernels: "run" on the target, where the GPU tests of all
+    kernels passed, or "compiled" by its SM's own assembler. engines: "run" on the target, "built" for its SM in the
+    tests, or "untested"."""
 
     kernels: str
     engines: str
@@ -33,7 +33,7 @@ class Target:
     """A board or GPU.
 
     sm: compute capability, 87 is 8.7. memory: bytes, shared with the CPU where `integrated`. bandwidth: of the memory,
-    GB/s. precisions: of the weights that its tensor cores and TensorRT serve.
+    GB/s. precisions: by name, those this project builds whose weights its tensor cores and TensorRT serve.
     """
 
     name: str
@@ -59,10 +59,9 @@ _DESKTOP = (Software(None, "12-13", "10-11", "1.7"),)
 _SERVER = (Software(None, "12-13", "10-11"),)
 _AMPERE = ("fp16", "bf16", "int8", "int4")
 _FP8 = (*_AMPERE, "fp8")
-_FP4 = (*_FP8, "nvfp4")
-LEAST_SM = {"fp8": 89}  # of precisions that TensorRT has for some GPUs only: Ada, and all that came after it
 _GB = 10**9  # boards are named by the round number; what is free is less: engines/sizing/fit.py
 _UNTESTED, _BUILT = Status("compiled", "untested"), Status("compiled", "built")
+_KERNELS_RUN = Status("run", "untested")  # November 2026: docs/figures.md
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -71,11 +70,11 @@ TARGETS: dict[str, Target] = {
         Target("orin-nano-8-super", "Jetson Orin Nano 8 GB, Super", 87, 8 * _GB, 102, True, _ORIN, _AMPERE, _UNTESTED),
         Target("orin-nx-16", "Jetson Orin NX 16 GB", 87, 16 * _GB, 102, True, _ORIN, _AMPERE, _UNTESTED),
         Target("agx-orin-64", "Jetson AGX Orin 64 GB", 87, 64 * _GB, 205, True, _AGX_ORIN, _AMPERE, _UNTESTED),
-        Target("agx-thor-128", "Jetson AGX Thor 128 GB", 110, 128 * _GB, 273, True, _THOR, _FP4, _UNTESTED),
+        Target("agx-thor-128", "Jetson AGX Thor 128 GB", 110, 128 * _GB, 273, True, _THOR, _FP8, _UNTESTED),
         Target("rtx-3090", "GeForce RTX 3090 24 GB", 86, 24 * _GB, 936, False, _DESKTOP, _AMPERE, _BUILT),
         Target("rtx-4090", "GeForce RTX 4090 24 GB", 89, 24 * _GB, 1008, False, _DESKTOP, _FP8, _BUILT),
-        Target("rtx-5090", "GeForce RTX 5090 32 GB", 120, 32 * _GB, 1792, False, _DESKTOP, _FP4, _BUILT),
-        Target("h100-80", "H100 80 GB", 90, 80 * _GB, 3350, False, _SERVER, _FP8, _UNTESTED),
+        Target("rtx-5090", "GeForce RTX 5090 32 GB", 120, 32 * _GB, 1792, False, _DESKTOP, _FP8, _BUILT),
+        Target("h100-80", "H100 80 GB", 90, 80 * _GB, 3350, False, _SERVER, _FP8, _KERNELS_RUN),
     )
 }
 
@@ -88,7 +87,7 @@ def target(name: str) -> Target:
 
 
 def markdown() -> str:
-    """The targets as a Markdown table; of precisions only those this project builds."""
+    """The targets as a Markdown table."""
 
     def software(each: Software) -> str:
         place = f"JetPack {each.jetpack}: " if each.jetpack else ""
@@ -102,7 +101,7 @@ def markdown() -> str:
             str(each.sm),
             str(each.bandwidth),
             "; ".join(map(software, each.software)),
-            ", ".join(name for name in each.precisions if name in PRECISIONS),
+            ", ".join(each.precisions),
             each.status.kernels,
             each.status.engines,
         )

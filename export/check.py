@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
-from engines.bundle.precision import BITS
-from engines.errors import ParityError
+from engines.bundle.precision import BF16, FP8, FP16, FP32, INT4, INT8, Precision
+from engines.errors import OptionError, ParityError
+from engines.memory import available_bytes
 from engines.ort import OrtDecoder, OrtModel
-from export.checkpoint.folder import Checkpoint
+from export.checkpoint.folder import Checkpoint, expected_tensors
 from export.network.reference import ReferenceDecoder, ReferenceModel, Weights
-from export.weights.folding import checkpoint_of
+from export.weights.scheme import Scheme
 from export.weights.stored import HALF_A_STEP, Stored, largest_rounding, require_others
 from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
 from plugins.project_pages.reference import quantise
@@ -26,21 +28,41 @@ STEPS = 4  # decode steps compared, tokens forced to the reference's
 TAIL = 12  # prompt tokens around the image
 SEEDS = 3  # requests tried when the first one's selection hangs on rounding
 ON_THE_EDGE = 0.01  # distance from the threshold, on the 0..255 scale, within which float32 rounding may decide
-# Largest error allowed of features and pages, as a share of the reference's largest value. float32 leaves room for the
-# order of summation alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value on the way through all
-# layers; int8 and int4 bundles, compared with the weights they store, round what enters a linear layer to int8. fp8 is
-# multiplied in float32.
-ERROR = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-2, "int4": 2e-2, "fp8": 1e-3}
-# The same of the prompt's logits, which that rounding reaches through all layers.
-PREFILL_ERROR = {**ERROR, "int8": 2e-1, "int4": 2e-1}
-# And once pages are read: a cell that crosses the threshold changes what the next layers see.
-DECODE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 2e-1, "int8": 5e-1, "int4": 5e-1, "fp8": 5e-2}
-# Share of cells that may differ: none in float32; reduced precision moves scores across the threshold.
-CELLS = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.10, "int8": 0.10, "int4": 0.10, "fp8": 0.02}
-# Limits of float32 bundles with lazy int8 pages, once pages are read. There the reference rounds its own pages, and a
-# projection that differs in its last bit may be a tie that goes the other way, by a whole step. Measured, 16 requests
-# of two models: 9e-6 in 15 of them, 5e-4 in one; and what moves a score by as much may flip a cell as float16 does.
-LAZY_INT8 = "fp16"
+OVERHEAD = 1_000_000_000  # Python, torch, ONNX Runtime and their work space, bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest errors allowed, as a share of the reference's largest value: of features and pages; of the prompt's
+    logits; of logits once pages are read. cells: the share of cells that may differ."""
+
+    features: float
+    prefill: float
+    decode: float
+    cells: float
+
+
+# float32 leaves room for the order of summation alone; float16 (11-bit mantissa) and bfloat16 (8-bit) round every value
+# on the way through all layers; int8 and int4 bundles, compared with the weights they store, round what enters a linear
+# layer to int8, which the prompt's logits see through all layers. fp8 is multiplied in float32. Once pages are read, a
+# cell that crosses the threshold changes what the next layers see: none does in float32, but rounding moves scores.
+LIMITS = {
+    FP32: Limits(features=2e-5, prefill=2e-5, decode=1e-4, cells=0.0),
+    FP16: Limits(features=2e-2, prefill=2e-2, decode=5e-2, cells=0.02),
+    BF16: Limits(features=1e-1, prefill=1e-1, decode=2e-1, cells=0.10),
+    INT8: Limits(features=2e-2, prefill=2e-1, decode=5e-1, cells=0.10),
+    INT4: Limits(features=2e-2, prefill=2e-1, decode=5e-1, cells=0.10),
+    FP8: Limits(features=1e-3, prefill=1e-3, decode=5e-2, cells=0.02),
+}
+# Of float32 bundles with lazy int8 pages. Once pages are read the reference rounds its own, and a projection that
+# differs in its last bit may be a tie that goes the other way, by a whole step. Measured, 16 requests of two models:
+# 9e-6 in 15 of them, 5e-4 in one; and what moves a score by as much may flip a cell as float16 does.
+LAZY_INT8 = replace(LIMITS[FP32], decode=LIMITS[FP16].decode, cells=LIMITS[FP16].cells)
+
+
+def limits_of(precision: Precision, g: Geometry) -> Limits:
+    """What a bundle of this precision and geometry is held to."""
+    return LAZY_INT8 if precision == FP32 and g.lazy_pages and g.int8_pages else LIMITS[precision]
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,32 @@ class Stage:
         return self.error <= self.limit  # False for NaN
 
 
+def parity_bytes(g: Geometry, precision: Precision, scheme: Scheme | None = None, calibrated: bool = False) -> int:
+    """Bytes the parity check needs: the float32 reference, and the bundle in ONNX Runtime on the CPU, which keeps the
+    stored weights and, for reduced precisions, copies of them: float32, or of what is quantised in another order;
+    caches and hi-res pages of both. `calibrated`: before that, a second reference in place of the bundle."""
+    shapes = expected_tensors(g)
+    weights = sum(map(prod, shapes.values()))
+    quantised = scheme.tensors(g) if scheme else {}
+    integers = sum(2 * scheme.stored_bytes(shape) for shape in quantised.values()) if scheme else 0
+    others = weights - sum(map(prod, quantised.values()))
+    copies = 4 if precision.itemsize == 4 else 4 + precision.itemsize
+    pages = 2 * len(g.reading_layers) * g.kv_heads * g.head_dim * g.hires_side**2
+    cache = 2 * g.layers * g.kv_heads * g.head_dim * (g.image_tokens + 64)
+    beside = max(others * copies + integers, 4 * weights if calibrated else 0)
+    return 4 * weights + beside + (pages + cache) * 8 + OVERHEAD
+
+
+def require_memory(g: Geometry, precision: Precision, scheme: Scheme | None, calibrated: bool) -> None:
+    """OptionError when the parity check needs more memory than there is."""
+    needed, available = parity_bytes(g, precision, scheme, calibrated), available_bytes()
+    if needed > available:
+        raise OptionError(
+            f"the parity check needs {needed / 1e9:.1f} GB of memory, this machine has {available / 1e9:.1f} GB free",
+            fix="add --check weights: compares every stored tensor with the checkpoint instead, in under 1 GB",
+        )
+
+
 def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
@@ -68,50 +116,53 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     so rounded).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
-    manifest = bundle.manifest
     stages: list[Stage] = []
     weights: Weights = checkpoint
-    if manifest.precision in BITS:
-        weights = stored = Stored(bundle)
+    stored = Stored(bundle) if bundle.precision.quantises else None
+    if stored is not None:
+        weights = stored
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
         require_others(stored, checkpoint)
-    for stage in _all_stages(bundle, checkpoint, weights, threads):
+    folded = stored.source(checkpoint) if stored is not None and stored.scales else None
+    for stage in _all_stages(bundle, checkpoint, folded, weights, threads):
         stages.append(stage)
         if not stage.passed:
             done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
             raise ParityError(
                 f"{stage.name} differs from the reference by {stage.error:.2e} (passed before: {done})",
-                expected=f"at most {stage.limit:.0e} for {manifest.precision}",
+                expected=f"at most {stage.limit:.0e} for {bundle.precision}",
                 fix="--fp32 tells rounding from a wrong graph; please report a miss in fp32",
             )
     return stages
 
 
-def _all_stages(bundle: Bundle, checkpoint: Checkpoint, weights: Weights, threads: int | None) -> Iterator[Stage]:
-    g, precision = bundle.manifest.geometry, bundle.manifest.precision
-    if bundle.manifest.scales:
-        yield from _folding(g, checkpoint, checkpoint_of(bundle, checkpoint))
-    yield from _stages(ReferenceModel(g, weights), OrtModel(bundle, threads=threads), g, precision)
+def _all_stages(
+    bundle: Bundle, checkpoint: Checkpoint, folded: Weights | None, weights: Weights, threads: int | None
+) -> Iterator[Stage]:
+    g = bundle.manifest.geometry
+    if folded is not None:
+        yield from _folding(g, checkpoint, folded)
+    yield from _stages(ReferenceModel(g, weights), OrtModel(bundle, threads=threads), g, bundle.precision)
 
 
 def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:
     """The reference with the checkpoint's weights beside one with scales folded in, both float32. Page values differ:
     scales are in them."""
-    for stage in _stages(ReferenceModel(g, checkpoint), ReferenceModel(g, folded), g, "fp32"):
+    for stage in _stages(ReferenceModel(g, checkpoint), ReferenceModel(g, folded), g, FP32):
         if not stage.name.startswith(("vision ", "page ")):
             yield Stage(f"scales folded in: {stage.name}", stage.error, stage.limit)
 
 
 def _stages(
-    reference: ReferenceModel, model: OrtModel | ReferenceModel, g: Geometry, precision: str
+    reference: ReferenceModel, model: OrtModel | ReferenceModel, g: Geometry, precision: Precision
 ) -> Iterator[Stage]:
-    limit = ERROR[precision]
+    limits = limits_of(precision, g)
     rng = np.random.default_rng(0)
     tiles = rng.standard_normal((1 + g.zoom**2, 3, g.lowres, g.lowres), dtype=np.float32)
     low, high = model.vision(tiles[:1]), model.vision(tiles[1:])
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
     errors = (_error(a.numpy(), b.numpy()) for a, b in ((expected_low, low), (expected_high, high)))
-    yield Stage("vision features", _worst(errors), limit)
+    yield Stage("vision features", _worst(errors), limits.features)
 
     around = min(TAIL, (g.context - g.image_tokens - STEPS) // 2)  # a small context leaves little room for text
     begin = np.array([around], np.int64)
@@ -122,7 +173,7 @@ def _stages(
             errors = [_error(expected[name].numpy(), _as_stored(found, name)) for name in names]
             # A step is a share of the token's largest value, which is at most the layer's.
             rounding = HALF_A_STEP / STEPS_OF_A_PAGE if g.int8_pages else 0.0
-            yield Stage(half.replace("_", " ") + "s", _worst(errors), limit + rounding)
+            yield Stage(half.replace("_", " ") + "s", _worst(errors), limits.features + rounding)
     if g.int8_pages:  # from here on the reference reads rounded pages, too
         for name, pages in expected.items():
             expected[name] = _rounded(pages) if g.lazy_pages else torch.from_numpy(_as_stored(found, name))
@@ -134,19 +185,19 @@ def _stages(
         ids = np.concatenate((text[:, :around], image, text[:, around:]), axis=1)
         slow = reference.decoder(Image(expected_low, expected, begin, wide), ids.shape[1] + STEPS)
         fast = model.decoder(Image(low, found, begin, wide), ids.shape[1] + STEPS)
-        stages = _decode(slow, fast, ids, g, precision)
+        stages = _decode(slow, fast, ids, g, limits)
         if stages is not None:
             yield from stages
             return
-    yield Stage("selection (undecidable in every request tried)", float("nan"), limit)
+    yield Stage("selection (undecidable in every request tried)", float("nan"), limits.cells)
 
 
 def _decode(
-    slow: ReferenceDecoder, fast: OrtDecoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, precision: str
+    slow: ReferenceDecoder, fast: OrtDecoder | ReferenceDecoder, ids: np.ndarray, g: Geometry, limits: Limits
 ) -> list[Stage] | None:
     """Prefill and STEPS forced steps side by side; None when rounding decided a cell before anything was compared."""
     theirs, ours = slow.run(ids[:, :-1]), fast.run(ids[:, :-1])
-    prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), PREFILL_ERROR[precision])
+    prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), limits.prefill)
     token, flips, errors = ids[:, -1:], [], []
     for _ in range(STEPS):
         theirs, ours = slow.run(token, g.pages), fast.run(token, g.pages)
@@ -158,9 +209,8 @@ def _decode(
         token = theirs.logits.argmax(-1, keepdims=True)
     if not errors:
         return None
-    limits = LAZY_INT8 if precision == "fp32" and g.lazy_pages and g.int8_pages else precision
-    cells = Stage("selected cells", _worst(flips), CELLS[limits])
-    return [prefill, cells, Stage("decode logits", _worst(errors), DECODE_ERROR[limits])]
+    cells = Stage("selected cells", _worst(flips), limits.cells)
+    return [prefill, cells, Stage("decode logits", _worst(errors), limits.decode)]
 
 
 def _on_the_edge(decoder: ReferenceDecoder, g: Geometry) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a plan looks like on the command line: `python export/build.py --plan`."""
+"""What sizing looks like on the command line: `python export/build.py --plan`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from engines.trt.options import EngineOptions
 
 
 def require_one_board(boards: tuple[str, ...]) -> None:
-    """OptionError unless there is one: a plan is of one memory."""
+    """OptionError unless there is one: sizes are held against one memory."""
     if len(boards) != 1:
         found = f"the boards {', '.join(boards)}" if boards else "compute capabilities"
-        raise OptionError(f"a plan for {found}", expected=f"one board: {', '.join(TARGETS)}")
+        raise OptionError(f"--plan for {found}", expected=f"one board: {', '.join(TARGETS)}")
 
 
 def room_for(backend: str, engines: EngineOptions | None) -> Room:
-    """The memory to plan for: of the board that is named, else of this machine. OptionError, BackendError."""
+    """The memory to fit into: of the board that is named, else of this machine. OptionError, BackendError."""
     if engines is None or engines.targets is None:
         return this_machine(backend)
     require_one_board(engines.boards)
@@ -54,14 +54,18 @@ def report(a: Assessment, model: str, console: Console) -> None:
     else:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
-        if c.page_budget is not None or c.geometry.lazy_pages:
+        if _limited(c) or c.geometry.lazy_pages:
             _say(console, "  a page budget and lazy projection save reading and computing, not memory")
 
 
 def _title(c: Configuration, model: str, place: str) -> str:
-    budget = "" if c.page_budget is None else f", page budget {c.page_budget}"
+    page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
     pages = ", int8 pages" if c.geometry.int8_pages else ""
-    return f"{model}, {c.precision}{pages}, {c.backend}{budget}, on {place}"
+    return f"{model}, {c.precision}{pages}, {c.backend}{page_budget}, on {place}"
+
+
+def _limited(c: Configuration) -> bool:
+    return c.pages_read < c.geometry.pages
 
 
 def _speed(a: Assessment) -> str:
@@ -70,8 +74,8 @@ def _speed(a: Assessment) -> str:
     c, (slow, fast) = a.configuration, a.speed
     short = min(c.geometry.context, c.geometry.image_tokens + 64)
     return (
-        f"{slow:.1f} ({c.geometry.context} tokens, {c.budget} pages) .. {fast:.1f} ({short} tokens, no page) tokens/s "
-        f"at most: bytes read at {a.room.bandwidth} GB/s, not measured"
+        f"{slow:.1f} ({c.geometry.context} tokens, {c.pages_read} pages) .. "
+        f"{fast:.1f} ({short} tokens, no page) tokens/s at most: bytes read at {a.room.bandwidth} GB/s, not measured"
     )
 
 

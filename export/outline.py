@@ -10,27 +10,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from engines.bundle.kinds import TRACED, kinds
-from engines.bundle.precision import COLUMN
+from engines.bundle.precision import COLUMN, Precision
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
-from export.check import Stage
-from export.checkpoint.config import ModelConfig
-from export.checkpoint.folder import Checkpoint
+from export.check import Stage, parity_bytes
+from export.checkpoint.folder import Checkpoint, dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
-from export.options import BuildOptions, configuration
-from export.weights.memory import parity_bytes
+from export.recipe import Recipe
 
 
-def outline(
-    console: Console, options: BuildOptions, config: ModelConfig, checkpoint: Checkpoint, dropped: dict[str, str]
-) -> None:
-    """Print what a build is about to write and to leave out, what a request will need, and what the options imply."""
-    g, c = config.geometry, configuration(options, config.geometry)
-    parity_check = parity_bytes(g, options.precision, options.scheme, options.calibrate is not None)
-    table = Table("part", "files", "weights", title=f"{options.model} -> {options.folder} ({options.precision})")
+def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Print what a build is about to write and to leave out, what a request will need, and what the recipe implies."""
+    g, c, precision, scheme = recipe.geometry, recipe.configuration(), recipe.precision, recipe.scheme
+    parity_check = parity_bytes(g, precision, scheme, recipe.calibrate is not None)
+    table = Table("part", "files", "weights", title=f"{recipe.model} -> {recipe.folder} ({precision})")
     for part, weights in weight_bytes(c).items():
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
     console.print(table)
+    dropped = dropped_tensors(checkpoint, g)
     if dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped)
         console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")
@@ -44,25 +41,29 @@ def outline(
         f"hi-res pages {size(store_bytes(c))}; "
         f"of the parity check: {size(parity_check)}"
     )
-    if options.scheme:
-        what = "the decoder's linear layers" + (", lm_head" if options.scheme.head else "")
-        projections = not g.lazy_pages and not any("_hd." in name for name in options.floats)
+    if scheme:
+        what = "the decoder's linear layers" + (", lm_head" if scheme.head else "")
+        projections = not g.lazy_pages and not any("_hd." in name for name in scheme.floats)
         what += ", and the pages' projections" if projections else ""
-        block = options.scheme.block
-        layout = "one scale for a column" if block == COLUMN else f"in blocks of {block}"
+        layout = "one scale for a column" if scheme.block == COLUMN else f"in blocks of {scheme.block}"
         console.print(
-            f"{options.precision}: {layout}: {what}; the rest is stored in float16. "
+            f"{precision}: {layout}: {what}; the rest is stored in float16. "
             "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
             soft_wrap=True,
         )
-        if options.precision == "fp8":
-            console.print("fp8: ONNX Runtime runs it, slowly: it unpacks the weights in every step; it is for TensorRT")
+        if precision.e4m3:
+            console.print(
+                f"{precision}: ONNX Runtime runs it, slowly: it unpacks the weights in every step; it is for TensorRT"
+            )
         if g.lazy_pages:
             console.print("k_proj_hd, v_proj_hd stay float16: with --projection lazy a plugin reads them")
+    elif precision.widened:
+        console.print(
+            f"{precision}: weights are stored in {precision.dtype}; "
+            f"ONNX Runtime computes in {precision.ort_dtype} (its CPU has no {precision})"
+        )
     if isinstance(checkpoint, PackedCheckpoint):
-        console.print(summary(checkpoint, options.precision, options.floats), soft_wrap=True)
-    if options.precision == "bf16":
-        console.print("bf16: weights are stored in bfloat16; ONNX Runtime computes in float32 (its CPU has no bf16)")
+        console.print(summary(checkpoint, precision, scheme.floats), soft_wrap=True)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def progress_of(part: str, total: int, console: Console) -> Iterator[Callable[[i
         yield lambda size: bar.advance(task, size)
 
 
-def parity_table(stages: list[Stage], precision: str) -> Table:
+def parity_table(stages: list[Stage], precision: Precision) -> Table:
     """The stages of the parity check."""
     table = Table("stage", "largest difference", "limit", title=f"parity with the float32 reference, {precision}")
     for stage in stages:

@@ -1,7 +1,7 @@
 """Compiled kernels, as a bundle and a plan carry them to a board. Needs nothing but Python.
 
-`plugins/compile.py` makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per SM.
-Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal bytes on every machine.
+plugins/compiler/kernels.py makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per
+SM. Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal bytes on every machine.
 """
 
 from __future__ import annotations
@@ -20,28 +20,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plugins.op import Kernel
+from plugins.errors import KernelError
+from plugins.op import PAGE_SCALES, Kernel
 
-FORMAT = 1  # raised when an older reader would misread the file
+FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` reads format 1
 FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
+# Makes a bundle and its kernels anew.
+REBUILD_KERNELS = "python export/build.py --model CHECKPOINT --out BUNDLE --backend tensorrt"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-class KernelError(Exception):
-    """Kernels cannot be compiled, read, or used here. `expected` and `fix` complete what was `found`."""
-
-    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
-        self.found, self.expected, self.fix = found, expected, fix
-        lines = [found, *(f"  {word}: {text}" for word, text in (("expected", expected), ("fix", fix)) if text)]
-        super().__init__("\n".join(lines))
-
-
-def recompile(sms: Iterable[int] = ()) -> str:
-    """The command that compiles a bundle's kernels, for certain SMs or for all."""
-    only = ",".join(map(str, sms))
-    return f"python -m plugins.compile --bundle BUNDLE {f'--sm {only} ' if only else ''}--out kernels.zip"
 
 
 @dataclass(frozen=True)
@@ -49,8 +37,8 @@ class Compiled:
     """One kernel, compiled.
 
     entry: its symbol in the code. shared: bytes of dynamic shared memory. threads: of one program. ptx: assembles for
-    every SM from FIRST_SM on. cubins, registers: code and registers per thread by SM (86 is 8.6). hidden: pointers,
-    after the kernel's own parameters, that the launcher must pass as null.
+    every SM from FIRST_SM on. cubins, registers: code and registers per thread by SM (86 is 8.6). The order of the
+    kernel's parameters is that of the code, which may be older than the op that asks for it.
     """
 
     kernel: Kernel
@@ -60,7 +48,6 @@ class Compiled:
     ptx: bytes
     cubins: dict[int, bytes]
     registers: dict[int, int]
-    hidden: int = 0
 
     def code(self, sm: int) -> bytes:
         """What a GPU of this SM loads: its cubin, else the PTX, which the driver assembles when it loads it.
@@ -96,17 +83,19 @@ class Artifacts:
         return tuple(sorted(self.compiled[0].cubins)) if self.compiled else ()
 
     def get(self, kernel: Kernel) -> Compiled:
-        """The compiled form of exactly this kernel; KernelError if it is missing or another variant."""
+        """The compiled form of this kernel, whose parameters may have another order; KernelError if it is missing or
+        another variant."""
         found = {c.kernel.name: c for c in self.compiled}.get(kernel.name)
         if found is None:
             names = ", ".join(c.kernel.name for c in self.compiled) or "none"
-            raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=recompile())
-        if found.kernel != kernel:
-            is_, wanted = _difference(found.kernel, kernel)
+            raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=REBUILD_KERNELS)
+        difference = _difference(found.kernel, kernel)
+        if difference:
+            is_, wanted = difference
             raise KernelError(
                 f"kernel {kernel.name} was compiled with {is_}",
                 expected=f"{wanted}, as this model needs",
-                fix=recompile(),
+                fix=REBUILD_KERNELS,
             )
         return found
 
@@ -119,7 +108,7 @@ class Artifacts:
             raise KernelError(
                 f"no compiled kernels for SM {', '.join(map(str, missing))}",
                 expected=f"SMs among {have}",
-                fix=recompile([*self.sms, *missing]),
+                fix=f"{REBUILD_KERNELS} --target {','.join(f'sm_{sm}' for sm in [*self.sms, *missing])}",
             )
         chosen = [self.get(kernel) for kernel in dict.fromkeys(kernels)]
         return Artifacts(
@@ -140,7 +129,7 @@ class Artifacts:
         records, files = [], {}
         for c in self.compiled:
             name = c.kernel.name
-            record = {key: getattr(c, key) for key in ("entry", "shared", "threads", "hidden")}
+            record = {key: getattr(c, key) for key in ("entry", "shared", "threads")}
             record |= {"kernel": asdict(c.kernel), "ptx": f"{name}.ptx", "cubins": {}, "registers": {}}
             files[record["ptx"]] = c.ptx
             for sm in sorted(c.cubins):
@@ -164,8 +153,11 @@ class Artifacts:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 files = {info.filename: _stored(archive, info) for info in archive.infolist()}
             index = json.loads(files[_INDEX])
-            if index["format"] == FORMAT:
-                return cls(tuple(_compiled(record, files) for record in index["kernels"]), dict(index["versions"]))
+            if index["format"] in (1, FORMAT):
+                records = index["kernels"]
+                if index["format"] == 1:
+                    records = [record | {"kernel": _upgraded(record["kernel"])} for record in records]
+                return cls(tuple(_compiled(record, files) for record in records), dict(index["versions"]))
         except (
             zipfile.BadZipFile, struct.error, LookupError, ValueError, TypeError, AttributeError, EOFError,
             OverflowError, RuntimeError, KernelError,
@@ -173,9 +165,11 @@ class Artifacts:
             raise KernelError(
                 f"{name}: {len(data)} bytes that are no whole file of compiled kernels ({error})",
                 expected="a file as plugins.compile writes it",
-                fix=f"copy it again, or compile again: {recompile()}",
+                fix=f"copy it again, or build again: {REBUILD_KERNELS}",
             ) from error
-        raise KernelError(f"{name} has format {index['format']!r}", expected=f"format {FORMAT}", fix=recompile())
+        raise KernelError(
+            f"{name} has format {index['format']!r}", expected=f"format 1 or {FORMAT}", fix=REBUILD_KERNELS
+        )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Artifacts:
@@ -184,7 +178,7 @@ class Artifacts:
             data = Path(path).read_bytes()
         except OSError as error:
             raise KernelError(
-                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=recompile()
+                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=REBUILD_KERNELS
             ) from error
         return cls.from_bytes(data, str(path))
 
@@ -207,8 +201,29 @@ class Artifacts:
 
 def kernel_of(record: Mapping[str, Any]) -> Kernel:
     """The Kernel that `dataclasses.asdict` and JSON turned into this record."""
-    pairs = {key: tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")}
-    return Kernel(record["name"], record["function"], **pairs, warps=record["warps"], stages=record["stages"])
+    parameters, constants = (
+        tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")
+    )
+    absent = tuple(map(str, record["absent"]))
+    return Kernel(record["name"], record["function"], parameters, constants, record["warps"], record["stages"], absent)
+
+
+def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a kernel in a file of format 1, as this format has it; its code is the same.
+
+    There the kernels of int8 pages were functions of their own, without a constant that says so, and two parameters
+    of `select_pages` had other names than the op's tensors.
+    """
+    name = record["name"].replace("_int8_pages", "_pages")
+    upgraded = {**record, "name": name, "function": record["function"].replace("_int8_pages", "_pages"), "absent": []}
+    if name in ("attend_pages", "project_pages"):
+        int8 = name != record["name"]
+        upgraded["constants"] = [*record["constants"], ["INT8", int(int8)]]
+        upgraded["absent"] = [] if int8 else list(PAGE_SCALES)
+    if name == "select_pages":
+        names = {"budget": "page_budget", "count": "page_count"}
+        upgraded["parameters"] = [[names.get(each, each), kind] for each, kind in record["parameters"]]
+    return upgraded
 
 
 def _compiled(record: Mapping[str, Any], files: Mapping[str, bytes]) -> Compiled:
@@ -223,7 +238,6 @@ def _compiled(record: Mapping[str, Any], files: Mapping[str, bytes]) -> Compiled
         ptx=files[record["ptx"]],
         cubins={int(sm): files[file] for sm, file in record["cubins"].items()},
         registers={int(sm): number for sm, number in record["registers"].items()},
-        hidden=record["hidden"],
     )
 
 
@@ -234,16 +248,16 @@ def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
-def _difference(found: Kernel, wanted: Kernel) -> tuple[str, str]:
-    """The first thing two variants of a kernel differ in, as each has it."""
+def _difference(found: Kernel, wanted: Kernel) -> tuple[str, str] | None:
+    """The first thing two variants of a kernel differ in, as each has it; None if only in the order of parameters."""
     for key in ("constants", "parameters"):
         is_, should = dict(getattr(found, key)), dict(getattr(wanted, key))
         for name in dict.fromkeys([*should, *is_]):
             if is_.get(name) != should.get(name):
-                return tuple(f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
-        if list(is_) != list(should):
-            return f"{key} {', '.join(is_)}", f"{key} {', '.join(should)}"
+                has, needs = (f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
+                return has, needs
     for key in ("function", "warps", "stages"):
         if getattr(found, key) != getattr(wanted, key):
             return f"{key} {getattr(found, key)}", f"{key} {getattr(wanted, key)}"
-    raise AssertionError("kernels that differ in nothing")
+    absent = [", ".join(sorted(kernel.absent)) or "nothing" for kernel in (found, wanted)]
+    return None if absent[0] == absent[1] else (f"{absent[0]} absent", f"{absent[1]} absent")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
+Shapes = Mapping[str, Sequence[T]]  # a tensor's dimensions, by its name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8", "int64": "i64"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
+MODEL_DTYPES = "float32", "float16", "bfloat16"  # what a model may compute in
+PAGE_SCALES = "page_key_scale", "page_value_scale"  # inputs of ops on int8 pages, which ops on other pages lack
 
 
 def power_of_two(number: int) -> int:
@@ -27,7 +32,8 @@ class Kernel:
 
     name: unique among the kernels of a model. function: "module:function". parameters: (name, type) of the run-time
     parameters in order; a type is Triton's, a pointer "*fp16", "*bf16", "*fp32", "*i8", "*i64" or the integer "i32".
-    constants: the tl.constexpr parameters. Every pointer is 16-byte aligned, and the compiler is told so.
+    constants: the tl.constexpr parameters. Every pointer is 16-byte aligned, and the compiler is told so. absent:
+    pointers of the function that this variant does without; it is compiled with None in their place.
     """
 
     name: str
@@ -36,15 +42,28 @@ class Kernel:
     constants: tuple[tuple[str, int], ...]
     warps: int = 4
     stages: int = 2
+    absent: tuple[str, ...] = ()
+
+    def launch(self, grid: tuple[int, int, int], values: Mapping[str, int]) -> Launch:
+        """A launch with those of `values` that are its parameters; KeyError when one of them is missing."""
+        return Launch(self, grid, {name: values[name] for name, _ in self.parameters})
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. `arguments`: an address or an integer for each of the kernel's parameters."""
+    """One launch. arguments: an address or an integer for each of the kernel's parameters, by its name."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
-    arguments: tuple[int, ...]
+    arguments: Mapping[str, int]
+
+    def ordered(self, kernel: Kernel) -> list[int]:
+        """The arguments in the order of a compiled kernel's parameters; ValueError unless there is one for each."""
+        names = [name for name, _ in kernel.parameters]
+        if self.arguments.keys() != set(names):
+            odd = ", ".join(sorted(self.arguments.keys() ^ set(names)))
+            raise ValueError(f"{kernel.name}: {len(self.arguments)} arguments, {len(names)} parameters: {odd}")
+        return [self.arguments[name] for name in names]
 
 
 @dataclass(frozen=True)
@@ -54,16 +73,38 @@ class Tensor:
     name: str
     dtype: str
 
+    def kind(self, dtype: str) -> str:
+        """Its dtype when the model computes in `dtype`."""
+        return dtype if self.dtype == "model" else self.dtype
+
+
+def named(tensors: Iterable[Tensor], values: Iterable[T]) -> dict[str, T]:
+    """Values in the order of tensors -> by their names. ValueError unless there is one for each."""
+    return dict(zip((tensor.name for tensor in tensors), values, strict=True))
+
+
+def in_int8(tensors: Iterable[Tensor], prefix: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a store of pages in 8 bits changes: `tensors` with PREFIX_key and PREFIX_value int8, and those that hold the
+    steps of both (how: plugins/project_pages)."""
+    stores = f"{prefix}_key", f"{prefix}_value"
+    kept = tuple(replace(tensor, dtype="int8") if tensor.name in stores else tensor for tensor in tensors)
+    return kept, tuple(Tensor(f"{store}_scale", "float32") for store in stores)
+
 
 class Op(ABC):
-    """One custom op with its attributes. Shapes are those of all inputs, in order."""
+    """One custom op with its attributes.
+
+    Its tensors are addressed by name: `shapes` holds those of all inputs, `addresses` where all inputs and outputs lie
+    on the device. No input of an op has the name of an output.
+    """
 
     name: ClassVar[str]  # the ONNX op type, in the domain "flex"
     attribute_names: ClassVar[tuple[str, ...]]  # integers
     defaults: ClassVar[dict[str, int]] = {}  # of attributes a node may lack
-    inputs: ClassVar[tuple[Tensor, ...]]
-    outputs: ClassVar[tuple[Tensor, ...]]
-    in_place: ClassVar[dict[int, int]] = {}  # output -> the input whose buffer it must share
+    # An instance may have others than its class: what an attribute changes.
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    in_place: Mapping[str, str] = {}  # output -> the input whose buffer it must share
 
     def __init__(self, **attributes: int) -> None:
         """One integer for each of `attribute_names` that has no default."""
@@ -73,7 +114,7 @@ class Op(ABC):
         self.attributes = attributes
 
     @abstractmethod
-    def output_shapes(self, shapes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
         """Each output's dimensions: dimensions of inputs (numbers, or a builder's symbols) and constants."""
 
     @abstractmethod
@@ -81,16 +122,9 @@ class Op(ABC):
         """Every kernel a launch may need when the model computes in `dtype`."""
 
     @abstractmethod
-    def workspace(self, shapes: Sequence[Sequence[int]]) -> int:
+    def workspace(self, shapes: Shapes[int]) -> int:
         """Bytes of scratch memory a call with these (or smaller) shapes needs."""
 
     @abstractmethod
-    def launches(
-        self,
-        dtype: str,
-        shapes: Sequence[Sequence[int]],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        workspace: int,
-    ) -> list[Launch]:
-        """The launches of one call, in order on one stream; `inputs`, `outputs`, `workspace` are device addresses."""
+    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
+        """The launches of one call, in order on one stream; `workspace` is a device address, too."""

@@ -12,7 +12,7 @@ one thing: no other node reads an input that is updated in place, so that Tensor
 from __future__ import annotations
 
 import functools
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from plugins.artifacts import Artifacts, KernelError
-from plugins.op import Launch, Op
+from plugins.artifacts import Artifacts
+from plugins.errors import KernelError
+from plugins.op import MODEL_DTYPES, Launch, Op, named
 from plugins.registry import OPS
 
 NAMESPACE, VERSION = "flex", "1"  # the ONNX domain of the nodes, and its version
-DTYPES = ("float32", "float16", "bfloat16")  # of "model" tensors; the index is what a plan stores
-DTYPE, KERNELS = "dtype", "kernels"  # what a plan stores beside the attributes
+DTYPE_OF_KIND = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}
+DTYPE, KERNELS = "dtype", "kernels"  # what a plan stores beside the attributes: index in MODEL_DTYPES, Artifacts
+_log = logging.getLogger(__name__)
 Run = Callable[[Artifacts, Sequence[Launch], int], None]
 
 
@@ -73,8 +75,8 @@ def take_error(trt: ModuleType) -> Exception | None:
     return error
 
 
-def _kept(method: Callable) -> Callable:
-    """TensorRT swallows exceptions of a plugin: keep them for `take_error`, and print them."""
+def _kept(method: Callable[..., Any]) -> Callable[..., Any]:
+    """TensorRT swallows exceptions of a plugin: keep them for `take_error`, and log them."""
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any) -> Any:
@@ -83,7 +85,7 @@ def _kept(method: Callable) -> Callable:
         except Exception as error:
             if self.state.error is None:  # the first is the cause
                 self.state.error = error
-                print(f"{NAMESPACE}::{self.op_name}: {error}", file=sys.stderr, flush=True)
+                _log.error("%s::%s: %s", NAMESPACE, self.op_name, error)
             raise
 
     return call
@@ -91,17 +93,22 @@ def _kept(method: Callable) -> Callable:
 
 def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
     """One creator per op."""
-    types = {getattr(trt.DataType, kind): name for kind, name in _TYPES.items()}
+    types = {getattr(trt.DataType, kind): name for kind, name in DTYPE_OF_KIND.items()}
     kinds = {name: kind for kind, name in types.items()}
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+    # TensorRT is passed in: to a type checker its classes are values.
+    core: Any = trt.IPluginV3OneCore
+    build: Any = trt.IPluginV3OneBuild
+    runtime: Any = trt.IPluginV3OneRuntime
+    plugin: Any = trt.IPluginV3
+    creator: Any = trt.IPluginCreatorV3One
+
+    class Plugin(plugin, core, build, runtime):  # type: ignore[misc]  # see above
         """One node. `building`: made to build an engine, where only its description is wanted, never its result."""
 
         def __init__(self, op: Op, building: bool, dtype: str | None = None, artifacts: Artifacts | None = None):
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
+            for base in (plugin, core, build, runtime):
+                base.__init__(self)
             self.state, self.op, self.op_name, self.building = state, op, op.name, building
             self.dtype, self.artifacts = dtype, artifacts
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
@@ -123,11 +130,13 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
         @_kept
         def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
             self.dtype = self._model_dtype([types.get(kind) for kind in inputs])
-            return [kinds[self._dtype_of(tensor)] for tensor in self.op.outputs]
+            return [kinds[tensor.kind(self.dtype)] for tensor in self.op.outputs]
 
         @_kept
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-            shapes = self.op.output_shapes([[dims[axis] for axis in range(len(dims))] for dims in inputs])
+            given = named(self.op.inputs, ([dims[axis] for axis in range(len(dims))] for dims in inputs))
+            made = self.op.output_shapes(given)
+            shapes = [made[tensor.name] for tensor in self.op.outputs]
             return [
                 trt.DimsExprs([builder.constant(size) if isinstance(size, int) else size for size in shape])
                 for shape in shapes
@@ -141,7 +150,7 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
             if tensor.format != trt.TensorFormat.LINEAR:
                 return False
             if known[position].dtype == "model":
-                return found in DTYPES and tensor.type == tensors[models[0]].desc.type
+                return found in MODEL_DTYPES and tensor.type == tensors[models[0]].desc.type
             return found == known[position].dtype
 
         @_kept
@@ -150,7 +159,7 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
 
         @_kept
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return self.op.workspace([tuple(tensor.max) for tensor in inputs])
+            return self.op.workspace(named(self.op.inputs, (tuple(tensor.max) for tensor in inputs)))
 
         def get_valid_tactics(self) -> list[int]:
             return []  # one way to run, TensorRT's tactic 0
@@ -166,8 +175,8 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     raise KernelError(
                         f"no compiled kernels for {NAMESPACE}::{self.op_name}", fix="build from a bundle with kernels"
                     )
-                artifacts = state.artifacts.subset(self.op.kernels(self.dtype or DTYPES[0]), state.sms)
-            numbers = {**self.op.attributes, DTYPE: DTYPES.index(self.dtype or DTYPES[0])}
+                artifacts = state.artifacts.subset(self.op.kernels(self.dtype or MODEL_DTYPES[0]), state.sms)
+            numbers = {**self.op.attributes, DTYPE: MODEL_DTYPES.index(self.dtype or MODEL_DTYPES[0])}
             int32, int8 = trt.PluginFieldType.INT32, trt.PluginFieldType.INT8
             data = [(name, np.array([value], np.int32), int32) for name, value in numbers.items()]
             data.append((KERNELS, np.frombuffer(artifacts.to_bytes(), np.int8), int8))
@@ -193,11 +202,11 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
         ) -> None:
             if self.building:
                 return  # TensorRT times its only choice, on random numbers: random positions would write anywhere
+            addresses = named(self.op.inputs, inputs) | named(self.op.outputs, outputs)
             for output, source in self.op.in_place.items():
-                if outputs[output] != inputs[source]:
-                    names = self.op.outputs[output].name, self.op.inputs[source].name
+                if addresses[output] != addresses[source]:
                     raise KernelError(
-                        f"{self.op_name}: {names[0]} is at {outputs[output]:#x}, {names[1]} at {inputs[source]:#x}",
+                        f"{self.op_name}: {output} is at {addresses[output]:#x}, {source} at {addresses[source]:#x}",
                         expected="one buffer bound to both: the cache is updated in place",
                         fix="set the same address for both tensors; if it was, this TensorRT copies the cache",
                     )
@@ -206,16 +215,16 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     f"{self.op_name} was not told how to launch kernels",
                     fix="call plugins.tensorrt.register(trt, run=...) before the plan is opened",
                 )
-            shapes = [tuple(desc.dims) for desc in input_descs]
-            state.run(self.artifacts, self.op.launches(self.dtype, shapes, inputs, outputs, workspace), stream)
+            shapes = named(self.op.inputs, (tuple(desc.dims) for desc in input_descs))
+            state.run(self.artifacts, self.op.launches(self.dtype, shapes, addresses, workspace), stream)
 
         def _model_dtype(self, found: Sequence[str | None]) -> str:
             """The dtype the model computes in, by the dtypes of all inputs; KernelError if they do not fit the op."""
             if len(found) != len(self.op.inputs):
                 raise KernelError(f"{self.op_name} has {len(found)} inputs", expected=f"{len(self.op.inputs)}")
             given = list(zip(found, self.op.inputs, strict=True))
-            model = next((kind for kind, tensor in given if tensor.dtype == "model"), DTYPES[0])
-            usual = model if model in DTYPES else " or ".join(DTYPES)
+            model = next((kind for kind, tensor in given if tensor.dtype == "model"), MODEL_DTYPES[0])
+            usual = model if model in MODEL_DTYPES else " or ".join(MODEL_DTYPES)
             for kind, tensor in given:
                 expected = usual if tensor.dtype == "model" else tensor.dtype
                 if kind != expected:
@@ -224,12 +233,9 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     )
             return str(model)
 
-        def _dtype_of(self, tensor: Any) -> str:
-            return self.dtype if tensor.dtype == "model" else tensor.dtype
-
-    class Creator(trt.IPluginCreatorV3One):
+    class Creator(creator):  # type: ignore[misc]  # see above
         def __init__(self, op: type[Op]):
-            trt.IPluginCreatorV3One.__init__(self)
+            creator.__init__(self)
             self.state, self.op, self.op_name = state, op, op.name
             self.name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
             fields = [trt.PluginField(name, b"", trt.PluginFieldType.INT32) for name in op.attribute_names]
@@ -250,11 +256,8 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
             op = self.op(**{key: int(np.asarray(given[key].data).ravel()[0]) for key in names})
             if KERNELS not in given:
                 return Plugin(op, building=True)
-            dtype = DTYPES[int(np.asarray(given[DTYPE].data).ravel()[0])]
+            dtype = MODEL_DTYPES[int(np.asarray(given[DTYPE].data).ravel()[0])]
             artifacts = Artifacts.from_bytes(np.asarray(given[KERNELS].data).tobytes())
             return Plugin(op, phase == trt.TensorRTPhase.BUILD, dtype, artifacts)
 
     return tuple(Creator(op) for op in OPS.values())
-
-
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}

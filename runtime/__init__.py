@@ -5,12 +5,17 @@ from engines.errors import (
     BundleError,
     FlexError,
     ImageError,
+    KernelError,
     OptionError,
     PromptError,
     TokenizerError,
 )
-from runtime.engine import Engine, ImageView, Stream
-from runtime.types import Answer, Options, Stats, Trace
+from runtime.answer import Answer, Trace
+from runtime.decode import Stream
+from runtime.engine import Engine
+from runtime.request import Options
+from runtime.stats import Stats
+from runtime.view import ImageView
 
 __all__ = [
     "Answer",
@@ -20,6 +25,7 @@ __all__ = [
     "FlexError",
     "ImageError",
     "ImageView",
+    "KernelError",
     "OptionError",
     "Options",
     "PromptError",

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import PIL.Image
 
+from engines import command
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS
-from engines.errors import FlexError, OptionError
+from engines.errors import OptionError
 from engines.open import DEVICES
 from runtime.engine import Engine
 from runtime.image import load_image
+from runtime.request import Options
 from runtime.show import draw_selection
-from runtime.types import Options
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,9 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
-    add(
-        "--no-verify", dest="verify", action="store_false", default=Opening.verify, help="skip the SHA-256 of each file"
-    )
+    add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
     return parser.parse_args(arguments)
 
 
@@ -55,7 +54,7 @@ def run(given: argparse.Namespace) -> None:
     if given.show is not None:
         _require_writable(given.show)
     opening = {field.name: getattr(given, field.name) for field in fields(Opening)}
-    engine = Engine(given.bundle, **opening)
+    engine = Engine(given.bundle, verify=given.verify, **opening)
     options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
     stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
     for piece in stream:
@@ -63,7 +62,7 @@ def run(given: argparse.Namespace) -> None:
     print()
     answer = stream.answer()
     print(answer.stats, file=sys.stderr)
-    if given.show is not None:
+    if image is not None and answer.trace is not None:  # as --show asks for
         captions = [engine.prompter.decode([token]) for token in answer.token_ids]
         try:
             draw_selection(image, answer.trace.cells, captions).save(given.show)
@@ -85,15 +84,7 @@ def _require_writable(picture: Path) -> None:
 
 def main() -> int:
     """Entry of the command line; returns the exit status."""
-    try:
-        run(parse_arguments())
-    except FlexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

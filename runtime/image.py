@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL.Image
@@ -54,19 +55,21 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    """Of uint8 [H, W, 3]; ImageError for any other array, with the line that makes it one."""
     if array.ndim != 3 or array.shape[2] != 3:
         fix = (
             "array[..., :3]" if array.ndim == 3 and array.shape[2] == 4 else "np.stack([grey] * 3, -1) for a grey image"
         )
         raise ImageError(f"an array of shape {list(array.shape)}", expected="[height, width, 3], RGB", fix=fix)
     if array.dtype != np.uint8:
-        fix = "(255 * array).astype(np.uint8) for values 0..1" if array.dtype.kind == "f" else None
-        raise ImageError(f"an array of {array.dtype}", expected="uint8, 0..255", fix=fix)
+        scaled = "(255 * array).astype(np.uint8) for values 0..1" if array.dtype.kind == "f" else None
+        raise ImageError(f"an array of {array.dtype}", expected="uint8, 0..255", fix=scaled)
     _check_size(array.shape[1], array.shape[0], "the array")
     return PIL.Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decode(file: io.BufferedIOBase, name: str) -> PIL.Image.Image:
+def _decode(file: IO[bytes], name: str) -> PIL.Image.Image:
+    """Of an encoded image in `file`, which messages call `name`."""
     with _typed_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
         with PIL.Image.open(file) as image:
@@ -96,9 +99,10 @@ def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Judged by the header, before any pixel is decoded."""
     _check_size(*image.size, name)
     # A phone's MPO is one photo with previews behind it; anything else with several frames has no one image.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+    frames = getattr(image, "n_frames", 1)
+    if image.format != "MPO" and frames > 1:
         raise ImageError(
-            f"{name} has {image.n_frames} frames", expected="one", fix="pick one: image.seek(0); image.convert('RGB')"
+            f"{name} has {frames} frames", expected="one", fix="pick one: image.seek(0); image.convert('RGB')"
         )
     if image.mode not in EIGHT_BIT:
         raise ImageError(
@@ -110,6 +114,7 @@ def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
+    """ImageError for an image of no pixels, or of too many."""
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels", expected="at least 1 x 1")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

@@ -41,7 +41,8 @@ def hires_pixels(image: PIL.Image.Image, geometry: Geometry) -> np.ndarray:
 def lowres_pixels(hires: np.ndarray, geometry: Geometry) -> np.ndarray:
     """[3, highres, highres] -> [3, lowres, lowres] float32 (official: F.interpolate, bilinear, antialias=True)."""
     weights = _antialiased_bilinear(geometry.highres, geometry.lowres)
-    return (weights @ hires @ weights.T).astype(np.float32)
+    lowres: np.ndarray = weights @ hires @ weights.T
+    return lowres.astype(np.float32)
 
 
 def _padded_and_resized(image: PIL.Image.Image, background: tuple[int, ...], out: int) -> PIL.Image.Image:
@@ -73,4 +74,5 @@ def _antialiased_bilinear(size: int, out: int) -> np.ndarray:
     centre = (np.arange(out) + 0.5) * scale
     distance = np.abs(np.arange(size) + 0.5 - centre[:, None]) / support
     weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    whole: np.ndarray = weights / weights.sum(1, keepdims=True)
+    return whole.astype(np.float32)

@@ -18,7 +18,16 @@ PLACEHOLDER = "<image>"
 _SLOT = "{prompt}"
 _BROKEN = "\ufffd"  # what a decoder shows for the first bytes of a character
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
-codecs.register_error("flexattention.each", lambda error: (_BROKEN * (error.end - error.start), error.end))
+
+
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    """Of `codecs.register_error`: one U+FFFD for every byte that cannot be decoded, and where to go on."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return _BROKEN * (error.end - error.start), error.end
+
+
+codecs.register_error("flexattention.each", _replace_each)
 
 
 class Prompter:
@@ -117,7 +126,7 @@ class Prompter:
             return text
         # `tokenizers` gives up a whole run of byte tokens for one bad byte, good characters included.
         tokens = [tokenizer.id_to_token(token) for token in ids if token not in self._special]
-        return tokenizer.decoder.decode(_marked([token for token in tokens if token is not None]))
+        return str(tokenizer.decoder.decode(_marked([token for token in tokens if token is not None])))
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         """A fresh stream for one answer. Without a tokenizer it stays silent, and stop strings are a PromptError."""
@@ -141,6 +150,7 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str] | None, stop: Sequence[str]) -> None:
+        """`decode`: ids -> text, None without a tokenizer. `stop`: what ends the text, and is no part of it."""
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._text = ""
@@ -171,6 +181,7 @@ class TextStream:
         return "" if self._decode is None else self._show(len(self._text))
 
     def _show(self, end: int) -> str:
+        """What lies between the text given so far and `end`, given now."""
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece

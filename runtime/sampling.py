@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines import checks
 from engines.errors import BackendError, OptionError
 
 
@@ -41,11 +42,12 @@ class Sampler:
     """Draws the tokens of one answer."""
 
     def __init__(self, sampling: Sampling) -> None:
+        """`sampling`: how, and from which seed on."""
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
     def check(self, logits: np.ndarray) -> None:
-        """BackendError when a logit is not finite."""
+        """BackendError when one of the logits [V] is not finite."""
         if not np.isfinite(logits).all():
             raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
 
@@ -93,4 +95,4 @@ def _number(value: object) -> bool:
 
 def is_integer(value: object) -> bool:
     """Whether `value` is a whole number, numpy's included; True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, np.integer) or checks.is_integer(value)

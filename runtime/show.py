@@ -44,14 +44,17 @@ def _overlay(image: PIL.Image.Image, share: np.ndarray) -> PIL.Image.Image:
     pixels = np.asarray(image, np.float32)
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    cell = lambda count, offset: (np.arange(count) + offset) * len(share) // side  # noqa: E731
-    alpha = share[cell(image.height, top)[:, None], cell(image.width, left)][..., None]
+    rows, columns = (
+        (np.arange(count) + offset) * len(share) // side for count, offset in ((image.height, top), (image.width, left))
+    )
+    alpha = share[rows[:, None], columns][..., None]
     lit = pixels * (DIM + (1 - DIM) * (alpha > 0))
     opacity = 0.6 * alpha
     return PIL.Image.fromarray((lit * (1 - opacity) + PAGE * opacity).astype(np.uint8))
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text` without what cannot be printed, cut to `width` pixels."""
     text = "".join(character if character.isprintable() else "·" for character in text)
     while text and font.getlength(text) > width:
         text = text[:-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engines.bundle.geometry import Geometry
 from export.checkpoint.folder import expected_tensors
+from export.checkpoint.write_config import write_config
 
+TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -29,7 +30,7 @@ def write_checkpoint(
     `overrides` replaces tensors by name, `config` entries of config.json. Queries and keys are drawn strong enough for
     attention, and with it the selection, to prefer some cells.
     """
-    (folder / "clip").mkdir(parents=True)
+    write_config(folder, g, prompt_template=TEMPLATE, dtype="float32", **config)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -45,8 +46,6 @@ def write_checkpoint(
 
     tensors = {name: draw(name, shape) for name, shape in expected_tensors(g).items()}
     save_file({**tensors, **(overrides or {})}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(_config(g) | config))
-    (folder / "clip" / "config.json").write_text(json.dumps(_tower(g)))
     if tokenizer:
         write_tokenizer(folder, g.vocab)
     return folder
@@ -63,50 +62,3 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     )
     tokenizer.train_from_iterator(["what number is in the red square? a chat between a curious human"] * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def _config(g: Geometry) -> dict[str, object]:
-    depth = g.projector_depth
-    return {
-        "hidden_size": g.hidden,
-        "intermediate_size": g.intermediate,
-        "num_hidden_layers": g.layers,
-        "num_attention_heads": g.heads,
-        "num_key_value_heads": g.kv_heads,
-        "vocab_size": g.vocab,
-        "rms_norm_eps": g.rms_eps,
-        "rope_theta": g.rope_theta,
-        "hidden_act": "silu",
-        "attention_bias": g.attention_bias,
-        "tie_word_embeddings": g.tied_embeddings,
-        "max_position_embeddings": g.context,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "image_aspect_ratio": "pad",
-        "mm_vision_tower": "clip",
-        "mm_vision_select_layer": -2,
-        "mm_projector_type": "linear" if depth == 1 else f"mlp{depth}x_gelu",
-        "extra": {
-            "zoom_ratio": str(g.zoom),
-            "highres_size": str(g.highres),
-            "lowres_size": str(g.lowres),
-            "threshold": str(g.threshold),
-            "start_layer": str(g.start_layer),
-            "cells": str(g.cells),
-            "prompt_template": "USER: <image>\n{prompt} ASSISTANT:",
-        },
-    }
-
-
-def _tower(g: Geometry) -> dict[str, object]:
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": g.vision.hidden,
-        "intermediate_size": g.vision.intermediate,
-        "num_hidden_layers": g.vision.layers + 1,  # the last block is not needed, and not in the weights
-        "num_attention_heads": g.vision.heads,
-        "image_size": g.lowres,
-        "patch_size": g.vision.patch,
-        "hidden_act": g.vision.activation,
-        "layer_norm_eps": g.vision.eps,
-    }

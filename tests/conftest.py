@@ -16,8 +16,18 @@ import pytest
 from filelock import FileLock
 
 from engines.bundle.geometry import Geometry
-from export.build import BuildOptions, build
+from tests import traces  # before whatever imports the tracer
+
+from export.build import BuildOptions, build  # isort: skip
 from tests.checkpoints import write_checkpoint
+from tests.skips import in_one_line
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped and why, in one line at the end."""
+    if line := in_one_line(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +37,13 @@ def shared(tmp_path_factory) -> Path:
     folder = (base.parent if base.name.startswith("popen-") else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(shared):
+    """See tests/traces.py."""
+    (shared / "traces").mkdir(exist_ok=True)
+    os.environ[traces.FOLDER] = str(shared / "traces")
 
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
@@ -45,5 +62,16 @@ def random_model(shared):
         checkpoint = once(shared / f"{name}-checkpoint", lambda folder: write_checkpoint(folder, g, **options))
         built = BuildOptions(model=checkpoint, precision=precision, out=shared / f"{name}-{precision}")
         return checkpoint, once(built.out, lambda _: build(built))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def default_bundle(shared):
+    """default_bundle(precision) -> a bundle of the default model."""
+
+    def get(precision: str) -> Path:
+        options = BuildOptions(out=shared / f"default-{precision}", precision=precision)
+        return once(options.out, lambda _: build(options))
 
     return get

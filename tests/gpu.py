@@ -13,4 +13,4 @@ def require_gpu() -> Cuda:
     try:
         return Cuda()
     except FlexError as error:
-        pytest.skip(error.found)
+        pytest.skip(f"needs an NVIDIA GPU: {error.found}")

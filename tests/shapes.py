@@ -12,20 +12,37 @@ def sizes(g: Geometry) -> dict[str, int]:
     return {name: getattr(g, name) for name in names} | {"page_size": page_size(g), "int8_pages": int(g.int8_pages)}
 
 
-def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, list[tuple[int, ...]]]:
-    """Op -> shapes of its inputs, in order, for `steps` new tokens and a cache for the whole context."""
+def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Op -> shapes of its inputs, by name and in order, for `steps` new tokens and a cache for the whole context."""
     query, new = (batch, steps, g.heads * g.head_dim), (batch, steps, g.kv_heads * g.head_dim)
     cache, turn = (batch, g.kv_heads, g.context, g.head_dim), (g.context, g.head_dim // 2)
-    attention = [query, new, new, cache, cache, (batch, steps), turn, turn, (batch,)]
     slots = g.pages, page_size(g)
     store = (batch, g.kv_heads, *slots, g.head_dim)
-    listed = [(batch, g.pages), (batch,)]
     weight, turned = (g.kv_heads * g.head_dim, g.hidden), (batch, *slots, g.head_dim // 2)
+    stores = {"page_key": store, "page_value": store}
+    scales = {"page_key_scale": store[:-1], "page_value_scale": store[:-1]} if g.int8_pages else {}
+    listed = {"pages": (batch, g.pages), "page_count": (batch,)}
+    attention = {
+        "query": query,
+        "key": new,
+        "value": new,
+        "past_key": cache,
+        "past_value": cache,
+        "positions": (batch, steps),
+        "cos": turn,
+        "sin": turn,
+        "image_begin": (batch,),
+    }
+    projection = {
+        "features": (batch, *slots, g.hidden),
+        "key_weight": weight,
+        "value_weight": weight,
+        "cos": turned,
+        "sin": turned,
+    }
     return {
-        "SelectPages": [(batch, g.grid, g.grid), (batch, 2), (batch,)],
+        "SelectPages": {"map": (batch, g.grid, g.grid), "margins": (batch, 2), "page_budget": (batch,)},
         "CachedAttention": attention,
-        "ProjectPages": [
-            (batch, *slots, g.hidden), weight, weight, turned, turned, store, store, (batch, g.pages), *listed,
-        ],
-        "HierarchicalAttention": [*attention, store, store, (g.pages,), *listed],
-    }  # fmt: skip
+        "ProjectPages": projection | stores | {"projected": (batch, g.pages)} | listed | scales,
+        "HierarchicalAttention": attention | stores | {"page_lengths": (g.pages,)} | listed | scales,
+    }

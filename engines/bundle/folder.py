@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PARTS, kinds
 from engines.bundle.manifest import FORMAT, File, Manifest, Plan, is_template
-from engines.bundle.precision import BLOCKS, PRECISIONS
+from engines.bundle.precision import PRECISIONS, Precision
 from engines.bundle.specs import graph_io, plan_io, symbols
 from engines.errors import BundleError
 
@@ -32,6 +32,11 @@ class Bundle:
         self.manifest = read_manifest(self.path)
         for name, file in self.manifest.files.items():
             self._check(name, file, verify)
+
+    @property
+    def precision(self) -> Precision:
+        """What the manifest's name of a precision means."""
+        return PRECISIONS[self.manifest.precision]
 
     def file(self, name: str) -> Path:
         """Path of a file the manifest lists."""
@@ -107,7 +112,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
         return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
-    sizes = BLOCKS.get(manifest.precision, (None,))
+    precision = PRECISIONS[manifest.precision]
+    sizes = precision.block_sizes or (None,)
     if manifest.block_size not in sizes:
         return f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
     if manifest.backend not in BACKENDS:
@@ -118,7 +124,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
     if not is_template(manifest.prompt.template):
         return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
-    if manifest.scales and manifest.precision not in BLOCKS:
+    if manifest.scales and not precision.quantises:
         return f"scales with {manifest.precision}, which has no quantised weights"
     named = [file for file in (manifest.prompt.tokenizer, manifest.kernels, manifest.scales) if file]
     for name, part in manifest.parts.items():
@@ -127,7 +133,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         if sorted(part.graphs) != sorted(kinds(name, g)):
             return f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(kinds(name, g))}"
         for kind, graph in part.graphs.items():
-            if (graph.inputs, graph.outputs) != graph_io(name, kind, g, manifest.precision):
+            if (graph.inputs, graph.outputs) != graph_io(name, kind, g, precision):
                 return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"
         for backend, plan in part.plans.items():
             if problem := _contradiction_of_plan(manifest, name, backend, plan):
@@ -144,7 +150,7 @@ def _contradiction(manifest: Manifest) -> str | None:
 def _contradiction_of_plan(manifest: Manifest, part: str, backend: str, plan: Plan) -> str | None:
     if backend not in BACKENDS or backend == ONNXRUNTIME:
         return f"expected one of {[name for name in BACKENDS if name != ONNXRUNTIME]}"
-    if (plan.inputs, plan.outputs) != plan_io(part, manifest.geometry, manifest.precision):
+    if (plan.inputs, plan.outputs) != plan_io(part, manifest.geometry, PRECISIONS[manifest.precision]):
         return "inputs and outputs are not those of its geometry"
     if not plan.sms or min(plan.sms) < 50:
         return f"compute capabilities {list(plan.sms)}, expected numbers such as 86"

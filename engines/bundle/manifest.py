@@ -95,4 +95,4 @@ class Manifest:
     scales: str | None = (
         None  # file of the scales folded into the weights (export/weights/folding.py); None: not calibrated
     )
-    block_size: int | None = None  # one of BLOCKS in the precisions in BITS, else None
+    block_size: int | None = None  # one of its precision's; None where nothing is quantised

@@ -14,7 +14,8 @@ def cell_of_row(geometry: Geometry) -> np.ndarray:
     """
     side, cells = geometry.hires_side, geometry.cells
     scale = np.float32(cells) / np.float32(side)
-    return np.minimum(np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64), cells - 1)
+    rows: np.ndarray = np.floor(np.arange(side, dtype=np.float32) * scale).astype(np.int64)
+    return rows.clip(max=cells - 1)
 
 
 def page_tokens(geometry: Geometry) -> list[np.ndarray]:

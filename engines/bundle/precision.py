@@ -1,24 +1,89 @@
-"""The precisions a bundle may have, as data."""
+"""The precisions a bundle may have, as data: whatever differs between them is asked of a `Precision`."""
 
 from __future__ import annotations
 
-# Name on the command line -> dtype of what is not quantised: of activations, and of the other weights.
-PRECISIONS = {
-    "fp16": "float16",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "int8": "float16",
-    "int4": "float16",
-    "fp8": "float16",
-}
-BITS = {"int8": 8, "int4": 4, "fp8": 8}  # of the decoder's linear weights, in these precisions; fp8 is E4M3
+from dataclasses import dataclass, field
+
+from engines.errors import OptionError
+from plugins.op import ITEMSIZE
+
 BLOCK_SIZES = (16, 32, 64, 128)  # values along K that share a scale; 16 is for small models only it divides
 COLUMN = 0  # as a block size: one scale for each output column, whatever K is
-# Block sizes of each precision. int4 with one scale for a column would lose too much; fp8 in blocks, like int8 in
-# blocks, TensorRT-RTX 1.7 unpacks in every step.
-BLOCKS = {"int8": (*BLOCK_SIZES, COLUMN), "int4": BLOCK_SIZES, "fp8": (COLUMN,)}
-# The CPU has no bfloat16 arithmetic, and float16 is no faster there than float32: graphs for ONNX Runtime then widen.
-WIDENED = ("bf16", *BITS)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a bundle stores weights and what it computes in; `str()` gives the name on the command line.
+
+    dtype: of activations, and of weights that are not quantised. ort_dtype: what ONNX Runtime's graphs compute in,
+    wider where its CPU has no arithmetic of `dtype`, or none that is faster. bits: of each weight of the decoder's
+    linear layers, None where these are not quantised. e4m3: those are floats of 8 bits (E4M3), not integers.
+    block_sizes: values that may share a scale, some of BLOCK_SIZES and COLUMN. default_block: the one of them that is
+    meant when none is named. least_sm: the first GPUs that TensorRT has it for (89 is 8.9), None for all. smaller:
+    what to propose instead where memory is short, nearest first.
+    """
+
+    name: str
+    dtype: str
+    ort_dtype: str
+    bits: int | None = None
+    e4m3: bool = False
+    block_sizes: tuple[int, ...] = ()
+    default_block: int | None = None
+    least_sm: int | None = None
+    smaller: tuple[Precision, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def quantises(self) -> bool:
+        """Whether linear layers are stored as codes with scales."""
+        return self.bits is not None
+
+    @property
+    def widened(self) -> bool:
+        """Whether ONNX Runtime computes in a wider dtype than the weights have."""
+        return self.ort_dtype != self.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation, and of a stored weight that is not quantised."""
+        return ITEMSIZE[self.dtype]
+
+    def block_size(self, asked: int | None = None) -> int:
+        """The block size that is meant, of a precision that quantises: the one asked for, else the default."""
+        assert self.default_block is not None, f"{self} does not quantise"
+        return self.default_block if asked is None else asked
+
+    def calibrates(self, block: int) -> bool:
+        """Whether scales and clips can be searched for (AWQ): for integers in blocks."""
+        return self.quantises and not self.e4m3 and block != COLUMN
+
+
+# int4 with one scale for a column would lose too much; fp8 in blocks, like int8 in blocks, TensorRT-RTX 1.7 unpacks in
+# every step. The CPU has no bfloat16 arithmetic, and float16 is no faster there than float32.
+INT4 = Precision("int4", "float16", "float32", 4, block_sizes=BLOCK_SIZES, default_block=128)
+INT8 = Precision(
+    "int8", "float16", "float32", 8, block_sizes=(*BLOCK_SIZES, COLUMN), default_block=128, smaller=(INT4,)
+)
+FP8 = Precision(
+    "fp8", "float16", "float32", 8, e4m3=True, block_sizes=(COLUMN,), default_block=COLUMN, least_sm=89,
+    smaller=(INT4,),
+)  # fmt: skip
+FP16 = Precision("fp16", "float16", "float16", smaller=(INT8, INT4))
+FP32 = Precision("fp32", "float32", "float32", smaller=(FP16, INT8, INT4))
+BF16 = Precision("bf16", "bfloat16", "float32", smaller=(INT8, INT4))
+
+PRECISIONS = {each.name: each for each in (FP16, FP32, BF16, INT8, INT4, FP8)}  # in the order of --help
+DEFAULT = FP16  # of a checkpoint that holds floats, when none is asked for
+
+
+def precision_named(name: str) -> Precision:
+    """The precision of this name; OptionError, which lists the names, if there is none."""
+    if name not in PRECISIONS:
+        raise OptionError(f"precision {name!r}", expected=f"one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
 
 
 def block_name(size: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE, TRACED
 from engines.bundle.pages import page_size
-from engines.bundle.precision import PRECISIONS, WIDENED
+from engines.bundle.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def of_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers."""
+        return (batch, *map(int, self.shape[1:]))
 
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -104,15 +108,15 @@ def _pages(name: str, g: Geometry) -> list[TensorSpec]:
 
 
 def graph_io(
-    part: str, kind: str, g: Geometry, precision: str
+    part: str, kind: str, g: Geometry, precision: Precision
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of a graph, the "model" dtype resolved.
 
-    ONNX Runtime's graphs of the precisions in WIDENED take and give float32 (export/graph/bind.py).
+    ONNX Runtime's graphs take and give what they compute in (export/graph/bind.py).
     The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
-    dtype = "float32" if kind == ONNXRUNTIME and precision in WIDENED else PRECISIONS[precision]
-    sizes = {"capacity": g.context} if kind == PLUGIN_FREE else {}
+    dtype = precision.ort_dtype if kind == ONNXRUNTIME else precision.dtype
+    sizes: dict[int | str, int] = {"capacity": g.context} if kind == PLUGIN_FREE else {}
 
     def resolved(spec: TensorSpec) -> TensorSpec:
         shape = tuple(sizes.get(size, size) for size in spec.shape)
@@ -122,7 +126,7 @@ def graph_io(
     return inputs, outputs
 
 
-def plan_io(part: str, g: Geometry, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def plan_io(part: str, g: Geometry, precision: Precision) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of a TensorRT engine: those of the traced graph, with one cache capacity, the whole context.
 
     Shapes that never change are what lets one decode step be captured and replayed.

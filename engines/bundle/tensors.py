@@ -1,11 +1,14 @@
-"""Names and shapes of a model's weights, and which part of a bundle each is in: from the geometry alone."""
+"""Names and shapes of a model's weights, which part of a bundle each is in, and which can be quantised: from the
+geometry alone."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS
+from engines.bundle.precision import BLOCK_SIZES
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 HEAD = "lm_head.weight"
@@ -86,11 +89,26 @@ def tensors_of_parts(geometry: Geometry) -> dict[str, dict[str, tuple[int, ...]]
 
 
 def is_quantised(name: str, geometry: Geometry, head: bool = False) -> bool:
-    """Whether int8 and int4 builds quantise this tensor: the weights of the decoder's linear layers; `head`: lm_head's,
-    too.
+    """Whether precisions that quantise do so with this tensor: the weights of the decoder's linear layers; `head`:
+    lm_head's, too.
 
     Lazy bundles hand k_proj_hd and v_proj_hd to the op flex::ProjectPages, whose kernels multiply in the model dtype:
     there they stay as they are.
     """
     hires = _HIRES.fullmatch(name) and name.endswith("weight") and not geometry.lazy_pages
     return bool(_LINEAR.fullmatch(name) or hires or (head and name == HEAD))
+
+
+def quantised_tensors(
+    geometry: Geometry, head: bool = False, floats: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape [N, K] of every weight that is quantised (see is_quantised), in model order; `floats`: names of
+    those that are not all the same."""
+    shapes = expected_tensors(geometry).items()
+    return {name: shape for name, shape in shapes if is_quantised(name, geometry, head) and name not in floats}
+
+
+def fitting_blocks(shapes: Iterable[tuple[int, ...]]) -> list[int]:
+    """The BLOCK_SIZES that divide the inputs K of every weight [N, K], smallest first."""
+    inputs = {shape[1] for shape in shapes}
+    return [size for size in BLOCK_SIZES if not any(k % size for k in inputs)]

@@ -8,12 +8,12 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
-from engines.bundle.precision import BLOCKS, COLUMN
+from engines.bundle.precision import COLUMN, FP32, INT8, Precision
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.sizing.machine import look_at
-from engines.sizing.needs import Configuration, Need, builder_bytes, default_block, needs, size, speed, weight_bytes
-from engines.targets import LEAST_SM, TARGETS, Target, target
+from engines.sizing.needs import Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
+from engines.targets import TARGETS, Target, target
 
 if TYPE_CHECKING:
     from engines.cuda import Cuda
@@ -23,14 +23,12 @@ SYSTEM_RESERVE = 1_500_000_000  # of a board that shares its memory: carve-outs,
 DISPLAY_RESERVE = 500_000_000  # of a card's own memory
 
 ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
-_INTEGERS = "int8", "int4"
-SMALLER = {"fp32": ("fp16", *_INTEGERS), "fp16": _INTEGERS, "bf16": _INTEGERS, "int8": ("int4",), "fp8": ("int4",)}
 
 
 @dataclass(frozen=True)
 class Room:
     """Memory to fit into, bytes. reserved: for others. bandwidth: GB/s, None when unknown. integrated: one memory for
-    host and device. precisions: of weights it serves, None when unknown."""
+    host and device. precisions: of weights it serves besides float32, by name, None when unknown."""
 
     name: str
     memory: int
@@ -43,6 +41,10 @@ class Room:
     def usable(self) -> int:
         """Bytes that are left."""
         return self.memory - self.reserved
+
+    def serves(self, precision: Precision) -> bool:
+        """Whether it has what a precision needs, as far as that is known."""
+        return self.precisions is None or precision == FP32 or precision.name in self.precisions
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
     try:
         found = look_at(cuda)
     except BackendError as error:
-        fix = "name the board to plan for, such as --target orin-nx-16"
-        raise BackendError(f"a plan for this machine's GPU: {error.found}", expected=error.expected, fix=fix) from error
+        fix = "name a board, such as --target orin-nx-16"
+        raise BackendError(
+            f"the memory of this machine's GPU: {error.found}", expected=error.expected, fix=fix
+        ) from error
     board = found.target
     reserved = SYSTEM_RESERVE if found.integrated else DISPLAY_RESERVE
     room = Room(f"this machine's {found.name}", found.memory, reserved, integrated=found.integrated)
@@ -112,10 +116,9 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
 
 def assess(c: Configuration, room: Room) -> Assessment:
     """Whether `c` fits, and what would. OptionError when the target does not serve the precision."""
-    if room.precisions is not None and c.precision not in (*room.precisions, "fp32"):
-        raise OptionError(
-            f"precision {c.precision} on {room.name}", expected=f"one of {', '.join(('fp32', *room.precisions))}"
-        )
+    if not room.serves(c.precision):
+        served = ", ".join((FP32.name, *(room.precisions or ())))
+        raise OptionError(f"precision {c.precision} on {room.name}", expected=f"one of {served}")
     found = _assess(c, room)
     if found.fits:
         return found
@@ -144,23 +147,24 @@ def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
 
     What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
     """
-    old = [sm for sm in sms if sm < LEAST_SM.get(c.precision, 0)]
+    p, least = c.precision, c.precision.least_sm or 0
+    old = [sm for sm in sms if sm < least]
     if old:
         able = [sm for sm in sms if sm not in old]
         fix = f"--target {','.join(f'sm_{sm}' for sm in able)}, or " if able else ""
         raise OptionError(
-            f"precision {c.precision} on {', '.join(f'sm_{sm}' for sm in old)}",
-            expected=f"GPUs of SM {LEAST_SM[c.precision] / 10} or newer",
+            f"precision {p} on {', '.join(f'sm_{sm}' for sm in old)}",
+            expected=f"GPUs of SM {least / 10} or newer",
             fix=f"{fix}--int8 --block-size column",
         )
-    if c.precision == "fp8":
+    if p.e4m3:
         return [
-            "fp8: TensorRT-RTX unpacks gate_proj and up_proj of each layer in a kernel of its own in every step; "
-            "--int8 --block-size column takes as many bytes, is unpacked by the products alone, and rounds less"
+            f"{p}: TensorRT-RTX unpacks gate_proj and up_proj of each layer in a kernel of its own in every step; "
+            f"--int8 --block-size column takes as many bytes, is unpacked by the products alone, and rounds less"
         ]
-    if c.precision == "int8" and (default_block("int8") if c.block is None else c.block) != COLUMN:
+    if p == INT8 and p.block_size(c.block) != COLUMN:
         return [
-            "int8 in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "
+            f"{p} in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "
             "float16; --block-size column is read as it is stored, by the product itself"
         ]
     return []
@@ -179,7 +183,7 @@ def builder_verdict(a: Assessment) -> str:
 
 def advice(a: Assessment) -> str:
     """What fits instead."""
-    ways = [] if a.proposal is None else [f"add {_proposal(a)}"]
+    ways = [] if a.proposal is None else [f"add {_proposal(a, a.proposal)}"]
     ways += [] if a.larger is None else [f"as it is, it fits {a.larger}"]
     return "; or ".join(ways) or "no smaller configuration of this model fits, nor a larger board known here"
 
@@ -190,7 +194,7 @@ def builder_advice(a: Assessment) -> str:
     swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
     same = a.larger and target(a.larger).sm == target(a.room.name).sm
     other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
-    return f"{swap}{other}" + (f", or add {_proposal(a)}" if a.proposal else "")
+    return f"{swap}{other}" + (f", or add {_proposal(a, a.proposal)}" if a.proposal else "")
 
 
 def changes(old: Configuration, new: Configuration) -> str:
@@ -202,9 +206,9 @@ def changes(old: Configuration, new: Configuration) -> str:
     return " ".join(options)
 
 
-def _proposal(a: Assessment) -> str:
-    words = changes(a.configuration, a.proposal.configuration)
-    return words if a.proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(a.proposal)}"
+def _proposal(a: Assessment, proposal: Assessment) -> str:
+    words = changes(a.configuration, proposal.configuration)
+    return words if proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(proposal)}"
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
@@ -221,23 +225,22 @@ def _nearest(found: Assessment) -> Assessment | None:
     The page budget and lazy projection are not among them: they save reading and computing, not memory.
     """
     c, room = found.configuration, found.room
-    smaller = () if c.fixed else SMALLER.get(c.precision, ())
-    steps = [p for p in smaller if room.precisions is None or p in room.precisions]
+    steps = [] if c.fixed else [each for each in c.precision.smaller if room.serves(each)]
     precisions, kept = (c.precision, *steps), c.geometry.int8_pages
     ways = product((False, True), (False, True), (False,) if kept else (False, True), precisions)
     order = sorted(
         (way for way in ways if way != (False, False, False, c.precision)),
         key=lambda way: (sum(way[:3]) + (way[3] != c.precision), precisions.index(way[3]), way[2], not way[0]),
     )
-    goals = [lambda a: a.fits] if found.runs else [lambda a: a.fits, lambda a: a.runs]
-    for wanted in goals:  # with the builder if that is possible
+    goals: list[Callable[[Assessment], bool]] = [lambda a: a.fits, lambda a: a.runs]
+    for wanted in goals[:1] if found.runs else goals:  # with the builder if that is possible
         for context, batch, int8_pages, precision in order:
             geometry = replace(c.geometry, int8_pages=kept or int8_pages)
             for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
-                block = c.block if c.block in BLOCKS.get(precision, ()) else None
+                block = c.block if c.block in precision.block_sizes else None
                 other = replace(c, precision=precision, batch=rows, block=block, geometry=geometry)
-                smaller = _largest_context(other, room, wanted) if context else other
-                if smaller is not None and wanted(fitting := _assess(smaller, room)):
+                shorter = _largest_context(other, room, wanted) if context else other
+                if shorter is not None and wanted(fitting := _assess(shorter, room)):
                     return fitting
     return None
 

@@ -11,14 +11,14 @@ from math import prod
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.pages import page_size
-from engines.bundle.precision import BITS, BLOCKS, COLUMN, PRECISIONS, WIDENED
+from engines.bundle.precision import COLUMN, DEFAULT, Precision
 from engines.bundle.tensors import is_quantised, tensors_of_parts
+from engines.checks import require_integer
 from engines.errors import OptionError
-from plugins.op import ITEMSIZE
+from engines.memory import ALIGNMENT
 
-BLOCK, SCALE = 128, 2  # weights that share a float16 scale in int8 and int4 unless told otherwise; its bytes
+SCALE = 2  # bytes of the float16 scale of a block of quantised weights
 PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page
-ALIGNMENT = 256  # bytes: tensors in a file of weights start at multiples (export/weights/write.py)
 MAX_BATCH = 64
 
 # Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
@@ -35,27 +35,21 @@ ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which i
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
-# Assumed: nothing here has run on a GPU. On the high side of what such programs usually take.
+# Assumed: no engine has run through TensorRT on a GPU yet. On the high side of what such programs usually take.
 CUDA_CONTEXT = 400_000_000
-
-
-def default_block(precision: str) -> int | None:
-    """The block size of a precision unless told otherwise; None for those that do not quantise."""
-    sizes = BLOCKS.get(precision, (None,))
-    return BLOCK if BLOCK in sizes else sizes[0]
 
 
 @dataclass(frozen=True)
 class Configuration:
     """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
 
-    block: one of the precision's BLOCKS, None = its default; head: lm_head is quantised, too; floats: weights of linear
-    layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
+    block: one of the precision's block sizes, None = its default; head: lm_head is quantised, too; floats: weights of
+    linear layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
     quantised, in no other precision.
     """
 
     geometry: Geometry
-    precision: str = "fp16"
+    precision: Precision = DEFAULT
     block: int | None = None
     head: bool = False
     batch: int = 1
@@ -66,10 +60,9 @@ class Configuration:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        for knob, known in (("precision", PRECISIONS), ("backend", BACKENDS)):
-            if getattr(self, knob) not in known:
-                raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
-        sizes = BLOCKS.get(self.precision, ())
+        if self.backend not in BACKENDS:
+            raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS)}")
+        sizes = self.precision.block_sizes
         if self.block is not None and self.block not in sizes:
             raise OptionError(
                 f"block {self.block!r} with {self.precision}", expected=f"one of {sizes}" if sizes else "None"
@@ -77,22 +70,20 @@ class Configuration:
         pages, tokens = self.geometry.pages, self.geometry.image_tokens
         for knob, value, low, high in (
             ("batch", self.batch, 1, MAX_BATCH),
-            ("page budget", self.budget, 0, pages),
+            ("page budget", self.pages_read, 0, pages),
             ("context", self.geometry.context, tokens + 1, None),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
-                raise OptionError(f"{knob} {value!r}", expected=f"{low} .. {high}" if high else f"at least {low}")
+            require_integer(value, f"{knob} {value!r}", low, high)
 
     @property
-    def budget(self) -> int:
-        """Pages a layer may read."""
+    def pages_read(self) -> int:
+        """Pages a layer may read at most."""
         return self.geometry.pages if self.page_budget is None else self.page_budget
 
     @property
     def item(self) -> int:
         """Bytes of a value of the cache, the pages and the activations."""
-        widened = self.backend == ONNXRUNTIME and self.precision in WIDENED
-        return 4 if widened else ITEMSIZE[PRECISIONS[self.precision]]
+        return 4 if self.backend == ONNXRUNTIME and self.precision.widened else self.precision.itemsize
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
 def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
     """Bytes a decode step of all rows must read at least: weights once, and of each row the cached tokens and the
     pages of every reading layer."""
-    g, item = c.geometry, ITEMSIZE[PRECISIONS[c.precision]]
+    g, item = c.geometry, c.precision.itemsize
     decoder = weight_bytes(c)["decoder"]
     if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
         decoder -= (g.vocab - c.batch) * g.hidden * item
@@ -181,7 +172,7 @@ def speed(c: Configuration, bandwidth: int) -> tuple[float, float]:
     """Tokens per second of all rows, at most, if memory is all that costs time: at the full context with every allowed
     page read, and just after a short prompt with none. `bandwidth`: GB/s."""
     g = c.geometry
-    slow, fast = step_bytes(c, g.context, c.budget), step_bytes(c, min(g.context, g.image_tokens + 64), 0)
+    slow, fast = step_bytes(c, g.context, c.pages_read), step_bytes(c, min(g.context, g.image_tokens + 64), 0)
     return c.batch * bandwidth * 1e9 / slow, c.batch * bandwidth * 1e9 / fast
 
 
@@ -196,11 +187,12 @@ def size(count: float) -> str:
 
 def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
-    if c.precision in BITS and is_quantised(name, c.geometry, c.head) and name not in c.floats:
-        block = default_block(c.precision) if c.block is None else c.block
-        blocks = 1 if block == COLUMN else -(-shape[-1] // block)
-        return prod(shape) * BITS[c.precision] // 8, prod(shape[:-1]) * blocks * SCALE
-    return (prod(shape) * ITEMSIZE[PRECISIONS[c.precision]],)
+    p = c.precision
+    if p.bits is not None and is_quantised(name, c.geometry, c.head) and name not in c.floats:
+        block = p.block_size(c.block)
+        blocks = 1 if block is None or block == COLUMN else -(-shape[-1] // block)
+        return prod(shape) * p.bits // 8, prod(shape[:-1]) * blocks * SCALE
+    return (prod(shape) * p.itemsize,)
 
 
 def _held(c: Configuration) -> int:
@@ -209,7 +201,7 @@ def _held(c: Configuration) -> int:
     for tensors in tensors_of_parts(c.geometry).values():
         for name, shape in tensors.items():
             pieces = _pieces(c, name, shape)
-            others = ORT_COPIES_WIDENED if c.precision in WIDENED else ORT_COPIES
+            others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
             total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
     return int(total)
 
@@ -231,7 +223,7 @@ def _activations(c: Configuration) -> dict[str, int]:
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
         decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
-        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision == "fp16" else 0
+        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision.ort_dtype == "float16" else 0
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 

@@ -5,6 +5,7 @@ out-of-memory killer then ends in an error that says so, and the bundle stays as
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -14,15 +15,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
+from engines import errors
 from engines.bundle.folder import REBUILD, Bundle, sha256
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
-from engines.bundle.manifest import File, Manifest, Plan, Profile
+from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
 from engines.bundle.pages import page_size
-from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
@@ -33,9 +35,11 @@ from engines.sizing.needs import BUILDER_FACTOR, Configuration, builder_bytes
 from engines.trt import library as trt
 from engines.trt.options import EngineOptions
 from engines.trt.worker import Built, Job
-from plugins.artifacts import Artifacts, KernelError
+from plugins.artifacts import Artifacts
+from plugins.errors import KernelError
 from plugins.registry import OPS, kernels_of_model
 
+logger = logging.getLogger(__name__)
 KILLED = 9  # the signal; not every system has a name for it
 
 
@@ -77,11 +81,12 @@ def attributes(g: Geometry) -> dict[str, int]:
 def profiles(part: str, g: Geometry, options: EngineOptions) -> tuple[Profile, ...]:
     """The optimisation profiles of a part. TensorRT chooses kernels at the optimum of each; RTX does so when it runs,
     and a second profile would double its engine."""
-    batch, tiles = (1, 1, options.batch), g.zoom**2
+    rows, tiles = options.batch, g.zoom**2
+    batch = 1, 1, rows
     if part == "vision":
-        return (Profile("any", {"tiles": (1, tiles, tiles * options.batch)}),)
+        return (Profile("any", {"tiles": (1, tiles, tiles * rows)}),)
     if part == "pages":
-        return (Profile("any", {"batch_tiles": tuple(tiles * rows for rows in batch), "batch": batch}),)
+        return (Profile("any", {"batch_tiles": (tiles, tiles, tiles * rows), "batch": batch}),)
     if options.backend == TENSORRT_RTX:
         return (Profile("any", {"batch": batch, "steps": (1, 1, g.context)}),)
     usual = min(g.context, g.image_tokens + 64)  # an image and a question
@@ -97,15 +102,15 @@ def build_engines(
     """Build the engines of every part into the bundle in `folder`, in place of older ones for the same backend.
 
     `name`: what messages and logs call the folder, when it is a temporary one. `make_default`: the runtime opens these
-    engines unless told otherwise. A failed build changes nothing; its log stays beside the bundle. Raises a FlexError.
+    engines unless told otherwise. `quiet`: no picture of the progress; what else there is to say is logged. A failed
+    build changes nothing; its log stays beside the bundle. Raises a FlexError.
     """
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
-    asked = _configuration(manifest, options)
+    asked = _configuration(bundle, options)
     for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
-        if not quiet:
-            print(warning)
+        logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
     temporary = None
     try:
@@ -114,7 +119,7 @@ def build_engines(
         for part in PARTS:
             plugins = options.plugins and part == "decoder"
             kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
-            inputs, outputs = plan_io(part, manifest.geometry, manifest.precision)
+            inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
             file = temporary / f"{part}.plan"
             job = Job(
                 backend=options.backend,
@@ -133,8 +138,9 @@ def build_engines(
             log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
             weights = manifest.files[manifest.parts[part].weights].bytes
             needed, free = builder_bytes(weights), available_bytes()
-            if needed > free and not quiet:
-                print(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: it may fail")
+            if needed > free:
+                there = f"{free / 1e9:.1f} GB are free"
+                logger.warning(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {there}: it may fail")
             built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
             digest = sha256(file)
             final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old plan stays until the manifest
@@ -145,11 +151,8 @@ def build_engines(
                 kernels if plugins else None,
             )  # fmt: skip
             parts[part] = replace(parts[part], plans={**parts[part].plans, options.backend: plan})
-            if not quiet:
-                size = files[final].bytes
-                print(
-                    f"{part}: {built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory, plan {size / 1e6:.1f} MB"
-                )
+            cost = f"{built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory"
+            logger.info(f"{part}: {cost}, plan {files[final].bytes / 1e6:.1f} MB")
         _put_in_place(folder, manifest, parts, files, moves, options, make_default)
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
@@ -159,25 +162,27 @@ def build_engines(
     return Bundle(folder, verify=False)
 
 
-def _configuration(manifest: Manifest, options: EngineOptions) -> Configuration:
+def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
     """What the engines of a bundle will be asked for at most."""
+    manifest = bundle.manifest
+    floats = manifest.options.get("floats")  # bundles of before there were any do not name them
     return Configuration(
         manifest.geometry,
-        manifest.precision,
+        bundle.precision,
         block=manifest.block_size,
         head=bool(manifest.options.get("quantize_head")),
         batch=options.batch,
         page_budget=manifest.page_budget,
         backend=options.backend,
         plugins=options.plugins,
-        floats=tuple(manifest.options.get("floats", ())),
+        floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
     )
 
 
 def _put_in_place(
     folder: Path,
     manifest: Manifest,
-    parts: dict,
+    parts: dict[str, Part],
     files: dict[str, File],
     moves: list[tuple[Path, Path]],
     options: EngineOptions,
@@ -210,13 +215,13 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
     again = f"{REBUILD.format(path=name)} --backend {options.backend}"
     if manifest.kernels is None:
         raise BundleError(f"{name} holds no compiled kernels", expected="kernels of the plugins", fix=again)
-    needed = kernels_of_model(attributes(manifest.geometry), PRECISIONS[manifest.precision])
+    needed = kernels_of_model(attributes(manifest.geometry), bundle.precision.dtype)
     try:
         artifacts = Artifacts.read(bundle.file(manifest.kernels))
         artifacts.subset(needed, sms)
     except KernelError as error:
         targets = f" --target {','.join(f'sm_{sm}' for sm in sms)}"
-        raise BundleError(f"{name}: {error.found}", expected=error.expected, fix=again + targets) from error
+        raise error.within(str(name), fix=again + targets) from error  # which bundle, and how to build just this one
     return manifest.files[manifest.kernels].sha256
 
 
@@ -241,9 +246,10 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             text=True,
         )
+        assert process.stdin and process.stdout  # both are pipes
         try:
-            with process.stdin:
-                process.stdin.write(json.dumps(asdict(job)))
+            with process.stdin as requests:
+                requests.write(json.dumps(asdict(job)))
             for line in process.stdout:
                 message = json.loads(line)
                 if "progress" in message:
@@ -264,8 +270,14 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
         if not keep_log:
             log.unlink(missing_ok=True)
         return built
-    error = BackendError(**failure) if failure else _explained(code, part, weights, log)
-    raise BackendError(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+    error = _told(failure) if failure else _explained(code, part, weights, log)
+    raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+
+
+def _told(failure: dict[str, Any]) -> FlexError:
+    """The error that the process has sent, of the class it had there."""
+    kind: type[FlexError] = getattr(errors, failure["type"])
+    return kind(failure["found"], expected=failure["expected"], fix=failure["fix"])
 
 
 def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:

@@ -13,11 +13,10 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Plan, Profile
 from engines.cuda import Buffer, Cuda, Stream
 from engines.errors import BackendError, BundleError, FlexError
+from engines.memory import ALIGNMENT
 from engines.trt.library import deserialise
 from plugins.op import ITEMSIZE
 from plugins.tensorrt import take_error
-
-ALIGNMENT = 256  # of every tensor's address: what TensorRT and the kernels are promised
 
 
 def rebuild_command(bundle: Bundle, backend: str) -> str:
@@ -79,7 +78,9 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def allocate(cuda: Cuda, shapes: Mapping[str, tuple[tuple[int, ...], str]], what: str, fix: str | None = None) -> Any:
+def allocate(
+    cuda: Cuda, shapes: Mapping[str, tuple[tuple[int, ...], str]], what: str, fix: str | None = None
+) -> dict[str, DeviceArray]:
     """Arrays of these (shape, dtype) by name, in one buffer; BackendError when `what`, which they are, does not fit."""
     sizes = [padded(nbytes(shape, dtype)) for shape, dtype in shapes.values()]
     memory, arrays, offset = cuda.buffer(sum(sizes), what, fix), {}, 0
@@ -142,14 +143,13 @@ class PartEngine:
             raise self.error(f"profile {profile} could not be chosen: {error}") from error
         return Context(self, made)
 
-    def error(self, what: str) -> BackendError:
-        """BackendError for something that failed in this engine, with a plugin's reason if it has one."""
-        cause = take_error(self._trt)
-        if isinstance(cause, FlexError):
-            return BackendError(f"TensorRT, {self.part} part: {cause.found}", expected=cause.expected, fix=cause.fix)
-        found, expected, fix = (getattr(cause, name, None) for name in ("found", "expected", "fix"))
-        reason = f" ({found or repr(cause)})" if cause else ""
-        return BackendError(f"TensorRT, {self.part} part: {what}{reason}", expected=expected, fix=fix or self._rebuild)
+    def error(self, what: str) -> FlexError:
+        """What a plugin says went wrong, if it is that which failed; else BackendError for `what` in this engine."""
+        cause, where = take_error(self._trt), f"TensorRT, {self.part} part"
+        if isinstance(cause, FlexError):  # which part, no plugin knows
+            return cause.within(where, fix=cause.fix or self._rebuild)
+        reason = f" ({cause!r})" if cause else ""
+        return BackendError(f"{where}: {what}{reason}", fix=self._rebuild)
 
     def _settings(self, one_shape: bool) -> Any:
         """How contexts are made: with scratch memory of ours, and in TensorRT-RTX, which compiles for the GPU as it

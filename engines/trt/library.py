@@ -63,9 +63,11 @@ def cuda_version(backend: str) -> str:
 def make_logger(trt: ModuleType, write: Callable[[str], object] | None = None) -> Any:
     """An ILogger that keeps the text of errors in `.errors` and hands every line to `write`."""
 
-    class Logger(trt.ILogger):
+    base: Any = trt.ILogger
+
+    class Logger(base):  # type: ignore[misc]  # the library is loaded by name: its classes have no types
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -192,5 +194,4 @@ def _raise_error_of_plugin(trt: ModuleType) -> None:
         return
     if isinstance(error, FlexError):
         raise error
-    found, expected, fix = (getattr(error, name, None) for name in ("found", "expected", "fix"))
-    raise BackendError(f"plugin: {found or repr(error)}", expected=expected, fix=fix) from error
+    raise BackendError(f"plugin: {error!r}") from error

@@ -1,4 +1,4 @@
-"""The three parts of a bundle on TensorRT or TensorRT-RTX, with the methods of engines.ort. numpy and the driver only.
+"""The three parts of a bundle on TensorRT or TensorRT-RTX. numpy and the driver only.
 
 One decode step is one CUDA graph: copy the step's numbers to the device, run the engine, copy token and selection back.
 Everything it touches is allocated before it is recorded, the cache is updated in place at its full capacity, and the
@@ -7,19 +7,17 @@ host waits once, for the end.
 
 from __future__ import annotations
 
-import warnings
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import in_place, page_inputs
 from engines.cuda import Buffer, Cuda, Graph, Shared, this_gpu
 from engines.errors import BackendError
@@ -27,9 +25,12 @@ from engines.trt import library as tensorrt
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, padded, plans_of
 from plugins.tensorrt import register
 
+logger = logging.getLogger(__name__)
+
 
 class TrtModel:
-    """An opened bundle. Engines, scratch memory and the buffers of finished requests are kept; nothing else of them."""
+    """engines.backend.Model on TensorRT. Engines, scratch memory and the buffers of finished requests are kept; nothing
+    else of them."""
 
     def __init__(
         self, bundle: Bundle, backend: str, *, cuda: Cuda | None = None, trt: ModuleType | None = None
@@ -47,7 +48,7 @@ class TrtModel:
             register(trt, run=self.cuda.run)
         self._engines = {part: PartEngine(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
         self.outputs = plans["decoder"].outputs
-        self._model_dtype = PRECISIONS[bundle.manifest.precision]
+        self._model_dtype = bundle.precision.dtype
         self.stream = self.cuda.stream()
         self._events = self.cuda.event(), self.cuda.event()
         # Runs follow each other in one stream, so that all parts can work in the same memory.
@@ -55,13 +56,13 @@ class TrtModel:
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", self._smaller())
         self._contexts: dict[tuple[str, int], Context] = {}
         self._desks: dict[int, list[_Desk]] = {}  # by batch: free ones
-        self._blank: dict[int, Image] = {}
+        self._blank: dict[int, Image[DeviceArray]] = {}
         self._tiles: Shared | None = None
         self._device_ms = 0.0
         self.captures = True  # until recording a step fails
 
     def vision(self, tiles: np.ndarray) -> DeviceArray:
-        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden], on the device."""
+        """See Model.vision."""
         self.cuda.make_current()
         engine, g, count = self._engines["vision"], self.geometry, len(tiles)
         features = allocate(
@@ -70,23 +71,21 @@ class TrtModel:
         most = min(engine.limits("tiles")[1], 1 + g.zoom**2)
         if self._tiles is None:
             self._tiles = self.cuda.shared(most * tiles[0].nbytes, "the pixels of an image")
+        pixels = self._tiles
         for start in range(0, count, most):
             part = tiles[start : start + most]
-            self._tiles.view(0, part.shape, np.float32)[:] = part
+            pixels.view(0, part.shape, np.float32)[:] = part
             context = self._context("vision", engine.profile(tiles=len(part)))
-            context.bind("tiles", self._tiles.address, part.shape)
+            context.bind("tiles", pixels.address, part.shape)
             at = features.address + start * (features.nbytes // count)
             context.bind("features", at, (len(part), *features.shape[1:]))
-
-            self.timed(partial(self._encode, context, part.nbytes))
+            with self.timed():
+                pixels.upload(self.stream, part.nbytes)
+                context.enqueue(self.stream)
         return features
 
-    def _encode(self, context: Context, size: int) -> None:
-        self._tiles.upload(self.stream, size)
-        context.enqueue(self.stream)
-
     def project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
+        """See Model.project."""
         self.cuda.make_current()
         engine, batch = self._engines["pages"], len(begin)
         context = self._context("pages", engine.profile(batch=batch, batch_tiles=hires.shape[0]))
@@ -100,26 +99,23 @@ class TrtModel:
             context.bind(name, pages[name].address, pages[name].shape)
         if "projected" in pages:  # lazy: nothing is yet, and what the stores hold is never read
             pages["projected"].clear(self.stream)
-
-        def run() -> None:
+        with self.timed():
             position.upload(self.stream)
             context.enqueue(self.stream)
-
-        self.timed(run)
         return pages
 
     def _pages(self, batch: int, what: str) -> dict[str, DeviceArray]:
         """Memory for `Image.pages`, not initialised."""
         specs, names = self._engines["decoder"].specs, page_inputs(self.geometry)
-        shapes = {name: ((batch, *specs[name].shape[1:]), specs[name].dtype) for name in names}
+        shapes = {name: (specs[name].of_batch(batch), specs[name].dtype) for name in names}
         return allocate(self.cuda, shapes, what, self._smaller())
 
-    def no_image(self, batch: int) -> Image:
-        """Stand-in for rows without an image: one zero buffer serves every layer, and nothing ever reads it."""
+    def no_image(self, batch: int) -> Image[DeviceArray]:
+        """See Model.no_image; one zero buffer serves every layer, and every request."""
         if batch not in self._blank:
             self.cuda.make_current()
             specs, names = self._engines["decoder"].specs, ("features", *page_inputs(self.geometry))
-            kinds = {name: ((batch, *specs[name].shape[1:]), specs[name].dtype) for name in names}
+            kinds = {name: (specs[name].of_batch(batch), specs[name].dtype) for name in names}
             chosen = {kind: name for name, kind in kinds.items()}
             shapes = {name: kind for kind, name in chosen.items()}
             zeros = allocate(self.cuda, shapes, "a request without an image", self._smaller())
@@ -129,10 +125,10 @@ class TrtModel:
             self._blank[batch] = Image(pages.pop("features"), pages, row, np.zeros((batch, 2), np.int64))
         return self._blank[batch]
 
-    def decoder(self, image: Image, capacity: int) -> TrtDecoder:
-        """A decoder with an empty cache, one row per image; BackendError when `capacity` tokens do not fit."""
+    def decoder(self, image: Image[DeviceArray], capacity: int) -> TrtDecoder:
+        """See Model.decoder: whatever is asked for, its capacity is the whole context, the one the engine knows."""
         self.cuda.make_current()
-        if capacity > self.rounded(capacity):
+        if capacity > self.geometry.context:
             raise BackendError(
                 f"a cache of {capacity} tokens",
                 expected=f"at most the {self.geometry.context} the engine was built for",
@@ -144,22 +140,19 @@ class TrtModel:
         desk.cache.fill(0, self.stream)  # NaN of an earlier request would outlive it
         return TrtDecoder(self, desk, free, image)
 
-    def rounded(self, capacity: int) -> int:
-        """The capacity a cache really gets, whatever is asked for: the engine knows one."""
-        return self.geometry.context
-
     def device_ms(self) -> float:
-        """Milliseconds between the begin and the end of the work asked for since this was last asked, by the device's
-        clock: in the first two steps of an answer that is mostly the host, which prepares and records."""
+        """See Model.device_ms. From the begin to the end of the work, waiting for the host included: in the first two
+        steps of an answer that is most of it, as the host prepares and records."""
         spent, self._device_ms = self._device_ms, 0.0
         return spent
 
-    def timed(self, work: Callable[[], None]) -> None:
-        """Do what `work` asks of the stream, wait for it, and count the device's time."""
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Wait at the end for what the block has asked of the stream, and count the device's time."""
         start, end = self._events
         start.record(self.stream)
         try:
-            work()
+            yield
         except BaseException:
             self.stream.wait()  # what was asked for before still reads the step's numbers
             raise
@@ -186,7 +179,7 @@ class TrtModel:
         names = [f"past_{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
         what = f"the cache of {batch} x {g.context} tokens"
         cache = allocate(self.cuda, dict.fromkeys(names, shape), what, self._smaller())
-        results = {"logits": ((batch, g.vocab), "float32")}
+        results: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((batch, g.vocab), "float32")}
         if g.lazy_pages:
             results["present_projected"] = (batch, len(g.reading_layers), g.pages), "int64"
         arrays = cache | allocate(self.cuda, results, "the logits")
@@ -245,11 +238,12 @@ class _Desk:
 
 
 class TrtDecoder:
-    """One request: a key/value cache bound in place, and the number of valid tokens in each row."""
+    """engines.backend.Decoder on TensorRT: the cache is bound in place, at the engine's full capacity."""
 
-    def __init__(self, model: TrtModel, desk: _Desk, free: list[_Desk], image: Image) -> None:
+    def __init__(self, model: TrtModel, desk: _Desk, free: list[_Desk], image: Image[DeviceArray]) -> None:
+        """`desk`: what it works with, put back among the `free` ones when the decoder goes."""
         self.capacity = model.geometry.context
-        self.length = np.zeros(len(image.begin), np.int64)  # [B] valid tokens; lower it to forget the newest ones
+        self.length = np.zeros(len(image.begin), np.int64)
         self._model, self._desk, self._image = model, desk, image
         self._graph: Graph | None = None
         self._runs = 0  # of single steps, and
@@ -260,35 +254,33 @@ class TrtDecoder:
         weakref.finalize(self, free.append, desk)
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
-        """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
-
-        `page_budget` [B] or one number: pages the last column may read; 0, for a prefill, leaves attention plain.
-        `lengths` [B]: valid ids of each row when rows are padded at their end (then `Step` means nothing).
-        The step's logits must be asked for before the next run.
-        """
+        """See Decoder.run; the logits lie on the device until somebody asks for them."""
         model, desk = self._model, self._desk
         batch, steps = ids.shape
         if int(self.length.max()) + steps > self.capacity:
             raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
         model.cuda.make_current()
         self._latest += 1
-        if steps == 1:
-            desk.inputs.view("input_ids").reshape(-1)[:batch] = ids[:, 0]
-            work = self._single
-        else:
+        context = desk.context
+        if steps > 1:
             context = model.prefill_context(batch, steps)
             self._bind(context, steps)
-            desk.inputs.view("input_ids").reshape(-1)[: batch * steps] = ids.reshape(-1)
-            work = partial(self._ask, context, steps)
+        desk.inputs.view("input_ids").reshape(-1)[: batch * steps] = ids.reshape(-1)
         desk.inputs.view("past_length")[:] = self.length
         desk.inputs.view("page_budget")[:] = page_budget
-        model.timed(work)
+        with model.timed():
+            graph = self._recording() if steps == 1 else None
+            if graph is None:
+                self._ask(context, steps)
+            else:
+                graph.launch(model.stream)
+        self._runs += steps == 1
         self.length = self.length + (steps if lengths is None else lengths)
         token, pages, page_count = (desk.outputs.view(name).copy() for name in ("token", "pages", "page_count"))
         return Step(self._logits_of(self._latest), token, pages, page_count)
 
     def enlarged(self, capacity: int) -> TrtDecoder:
-        """This decoder: its capacity is the engine's. BackendError when that is less than `capacity`."""
+        """See Decoder.enlarged: this decoder, whose capacity is the engine's, or an error."""
         if capacity > self.capacity:
             raise BackendError(
                 f"a cache of {capacity} tokens",
@@ -297,21 +289,17 @@ class TrtDecoder:
             )
         return self
 
-    def _single(self) -> None:
-        """One decode step. The first goes to TensorRT as it is, which may have to get ready for its shapes and
-        addresses; the second is recorded; it and all others are one launch of the recording."""
+    def _recording(self) -> Graph | None:
+        """A single step as one launch; None before there is one. The first step goes to TensorRT as it is, which may
+        have to get ready for its shapes and addresses; the second is recorded, and serves all others."""
         model, context = self._model, self._desk.context
         if self._graph is None and self._runs > 0 and model.captures and context.capturable(model.stream):
             try:
                 self._graph = model.cuda.capture(model.stream, lambda: self._ask(context, 1))
             except BackendError as error:
                 model.captures = False
-                warnings.warn(f"decode steps run one by one, slower: recording failed: {error}", stacklevel=2)
-        if self._graph is None:
-            self._ask(context, 1)
-        else:
-            self._graph.launch(model.stream)
-        self._runs += 1
+                logger.warning(f"decode steps run one by one, slower: recording failed: {error}")
+        return self._graph
 
     def _ask(self, context: Context, steps: int) -> None:
         """A run with its copies, as far as they are needed; nothing waits."""
@@ -329,7 +317,7 @@ class TrtDecoder:
             context.bind(name, desk.inputs.address(name), (batch, steps) if name == "input_ids" else shape)
         for name, (_, shape) in desk.outputs.places.items():
             context.bind(name, desk.outputs.address(name), shape)
-        arrays: dict[str, Any] = {"features": image.features, **desk.arrays, **image.pages}
+        arrays: dict[str, DeviceArray] = {"features": image.features, **desk.arrays, **image.pages}
         for output, source in in_place(self._model.outputs).items():  # one buffer on both sides
             arrays[output] = arrays[source]
         for name, array in arrays.items():

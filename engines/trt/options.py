@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.sizing.needs import MAX_BATCH
 from engines.targets import TARGETS, target
-from plugins.compile import SMS
+from plugins.compiler.ptxas import SMS
 
 BACKENDS_WITH_ENGINES = (TENSORRT, TENSORRT_RTX)
 RTX_SMS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 120: "RTX 50", 121: "DGX Spark"}
@@ -45,11 +46,8 @@ class EngineOptions:
         if self.backend not in BACKENDS_WITH_ENGINES:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
         for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
-            value = getattr(self, knob)
-            if value is None and knob == "workspace":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise OptionError(f"{knob} {value!r}", expected=f"an integer, {low} .. {high}")
+            value, none = getattr(self, knob), "TensorRT's own limit" if knob == "workspace" else None
+            require_integer(value, f"{knob} {value!r}", low, high, none=none)
         if self.targets is not None:
             _check_targets(self.backend, self.targets)
 
@@ -131,17 +129,15 @@ def add_arguments(parser: Any) -> None:
     add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")
 
 
-def options_of(arguments: dict[str, object], backend: str) -> EngineOptions | None:
+def options_of(arguments: dict[str, Any], backend: str) -> EngineOptions | None:
     """Takes the arguments of `add_arguments` out of the parsed ones; None for a backend without engines.
 
     OptionError if one is given for such a backend: nothing is accepted and then ignored.
     """
+    if backend in BACKENDS_WITH_ENGINES:
+        return engine_options(arguments, backend)
     named = arguments.pop("target")
     knobs = {name: arguments.pop(name) for name in KNOBS}
-    if backend in BACKENDS_WITH_ENGINES:
-        if named is None:
-            return EngineOptions(backend, **knobs)
-        return EngineOptions(backend, targets=parse_targets(str(named)), boards=boards_of(str(named)), **knobs)
     default = EngineOptions(TENSORRT_RTX)
     odd = [name for name in KNOBS if knobs[name] != getattr(default, name)] + (["target"] if named else [])
     if odd:
@@ -150,3 +146,12 @@ def options_of(arguments: dict[str, object], backend: str) -> EngineOptions | No
             fix=f"add --backend {' or '.join(BACKENDS_WITH_ENGINES)}",
         )
     return None
+
+
+def engine_options(arguments: dict[str, Any], backend: str) -> EngineOptions:
+    """The same for a backend that has engines, one of BACKENDS_WITH_ENGINES."""
+    named = arguments.pop("target")
+    knobs = {name: arguments.pop(name) for name in KNOBS}
+    if named is None:
+        return EngineOptions(backend, **knobs)
+    return EngineOptions(backend, targets=parse_targets(str(named)), boards=boards_of(str(named)), **knobs)

@@ -25,8 +25,8 @@ from engines.bundle.specs import TensorSpec
 from engines.errors import BackendError, FlexError
 from engines.memory import peak_rss
 from engines.trt import library as tensorrt
-from plugins.artifacts import Artifacts, KernelError
-from plugins.tensorrt import register
+from plugins.artifacts import Artifacts
+from plugins.tensorrt import DTYPE_OF_KIND, register
 
 REPORT_EVERY = 0.1  # seconds between lines of progress
 
@@ -112,9 +112,8 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
     The parser takes an empty file for an empty graph, without a word.
     """
-    kinds = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT64": "int64"}
     found = [
-        {(tensor.name, kinds.get(tensor.dtype.name, tensor.dtype.name)) for tensor in tensors}
+        {(tensor.name, DTYPE_OF_KIND.get(tensor.dtype.name, tensor.dtype.name)) for tensor in tensors}
         for tensors in (
             [network.get_input(index) for index in range(network.num_inputs)],
             [network.get_output(index) for index in range(network.num_outputs)],
@@ -188,33 +187,44 @@ def _as_backend_error(file: Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass
+class _Phase:
+    """A part of the builder's work, inside the one before it."""
+
+    name: str
+    steps: int
+    done: int = 0
+
+
 def _monitor(trt: ModuleType, report: Callable[[float], None]) -> Any:
     """An IProgressMonitor that adds the nested phases up to one part of the whole."""
 
-    class Monitor(trt.IProgressMonitor):
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]  # the library is loaded by name: its classes have no types
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: list[list] = []  # name, steps, steps done
+            base.__init__(self)
+            self.phases: list[_Phase] = []
             self.last, self.most = 0.0, 0.0
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.phases.append([name, max(steps, 1), 0])
+            self.phases.append(_Phase(name, max(steps, 1)))
 
         def phase_finish(self, name: str) -> None:
             for index in reversed(range(len(self.phases))):
-                if self.phases[index][0] == name:
+                if self.phases[index].name == name:
                     del self.phases[index:]
                     break
 
         def step_complete(self, name: str, step: int) -> bool:
             for phase in reversed(self.phases):
-                if phase[0] == name:
-                    phase[2] = step + 1
+                if phase.name == name:
+                    phase.done = step + 1
                     break
             done, width = 0.0, 1.0
-            for _, steps, finished in self.phases:
-                width /= steps
-                done += width * finished
+            for phase in self.phases:
+                width /= phase.steps
+                done += width * phase.done
             self.most = min(max(self.most, done), 1.0)
             if time.monotonic() - self.last > REPORT_EVERY:
                 self.last = time.monotonic()
@@ -235,11 +245,13 @@ def main() -> int:
     job = TypeAdapter(Job).validate_json(sys.stdin.read())
     try:
         built = build(job, lambda part: send(progress=part), lambda line: print(line, file=sys.stderr))
-    except (FlexError, KernelError) as error:
-        send(error={"found": error.found, "expected": error.expected, "fix": error.fix})
+    except FlexError as error:
+        told = {"found": error.found, "expected": error.expected, "fix": error.fix}
+        send(error={"type": type(error).__name__, **told})
         return 1
     except OSError as error:
-        send(error={"found": f"the plan cannot be written: {error}", "expected": None, "fix": "free disk space"})
+        told = {"found": f"the plan cannot be written: {error}", "expected": None, "fix": "free disk space"}
+        send(error={"type": BackendError.__name__, **told})
         return 1
     send(built=asdict(built))
     return 0

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.bundle.geometry import Geometry, Vision
 from engines.bundle.manifest import is_template
+from engines.checks import require_integer
 from engines.errors import ConfigError
 from export.checkpoint.packed_settings import Packing, read_packing
 from export.checkpoint.settings import parse, read_object
@@ -130,10 +131,7 @@ def _integer(extra: Mapping[str, Any], key: str, default: int, low: int | None, 
     value = extra.get(key, default)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
         value = int(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or (low is not None and value < low):
-        bound = "" if low is None else f" of at least {low}"
-        raise ConfigError(f"{path}: extra.{key} is {value!r}", expected=f"an integer{bound}")
+    require_integer(value, f"{path}: extra.{key} is {value!r}", low, error=ConfigError)
     return value
 
 

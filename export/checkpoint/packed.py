@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.bundle.tensors import expected_tensors, is_quantised
+from engines.bundle.precision import Precision
+from engines.bundle.tensors import expected_tensors, quantised_tensors
 from engines.errors import CheckpointError
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
@@ -186,15 +187,15 @@ def is_packed(checkpoint: Checkpoint, name: str) -> bool:
 
 def floats_of(checkpoint: PackedCheckpoint, config: ModelConfig) -> tuple[str, ...]:
     """Weights of the decoder's linear layers that a packed checkpoint holds as floats: they stay floats."""
-    g, head = config.geometry, checkpoint.packing.head
-    return tuple(name for name in expected_tensors(g) if is_quantised(name, g, head) and not checkpoint.packs(name))
+    names = quantised_tensors(config.geometry, checkpoint.packing.head)
+    return tuple(name for name in names if not checkpoint.packs(name))
 
 
-def summary(checkpoint: PackedCheckpoint, precision: str, floats: tuple[str, ...]) -> str:
+def summary(checkpoint: PackedCheckpoint, precision: Precision, floats: tuple[str, ...]) -> str:
     """For people: what a bundle takes over, and what it does not."""
     text = f"quantised already ({checkpoint.packing.text}): its integers and scales are carried over exactly"
-    if precision == "int8" and checkpoint.packing.bits == 4:
-        text += ", as code - zero point in int8: TensorRT takes no zero points"
+    if checkpoint.packing.grows:
+        text += f", as code - zero point in {precision}: TensorRT takes no zero points"
     if floats:
         text += f"; {len(floats)} weights of linear layers are floats there and stay float16: {floats[0]}"
     return text + (", ..." if len(floats) > 1 else "")

@@ -20,13 +20,13 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.precision import BITS, BLOCK_SIZES
-from engines.bundle.tensors import HEAD, expected_tensors, is_quantised
+from engines.bundle.precision import BLOCK_SIZES, INT4, INT8, Precision
+from engines.bundle.tensors import HEAD, fitting_blocks, quantised_tensors
 from engines.errors import ConfigError, OptionError
 from export.checkpoint.settings import parse, read_object
 
-PRECISION = "fp16"  # of a checkpoint that holds floats, when none is asked for
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files that need not name their method
+_BITS = {"awq": (4,), "gptq": (4, 8)}
 _FORMATS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}  # the first when none is named
 _USUAL = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 _UNPACKED = "use the checkpoint it was made from: --int4 or --int8 quantises that"
@@ -73,9 +73,14 @@ class Packing:
     only: tuple[str, ...] | None = None
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """The one that holds its integers."""
-        return "int4" if self.bits == 4 and self.symmetric else "int8"
+        return INT4 if self.bits == 4 and not self.grows else INT8
+
+    @property
+    def grows(self) -> bool:
+        """Whether its integers (code - zero) take more bits than its codes."""
+        return not self.symmetric
 
     @property
     def text(self) -> str:
@@ -88,18 +93,18 @@ class Packing:
         one, its scale repeated. OptionError when none does."""
         if self.group is not None:
             return self.group
-        weights = {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, self.head)}
-        fits = [size for size in BLOCK_SIZES if not any(k % size for _, k in weights.values())]
+        shapes = quantised_tensors(g, self.head).values()
+        fits = fitting_blocks(shapes)
         if not fits:
             raise OptionError(
-                f"no block size divides the inputs of every layer: {sorted({k for _, k in weights.values()})}",
+                f"no block size divides the inputs of every layer: {sorted({k for _, k in shapes})}",
                 expected=f"one of {', '.join(map(str, BLOCK_SIZES))}",
             )
         return fits[-1]
 
     def floats(self, g: Geometry) -> tuple[str, ...]:
         """Weights of the decoder's linear layers that should be floats in the checkpoint: from its settings alone."""
-        return tuple(name for name in expected_tensors(g) if is_quantised(name, g, self.head) and not self._has(name))
+        return tuple(name for name in quantised_tensors(g, self.head) if not self._has(name))
 
     def _has(self, name: str) -> bool:
         module = name.removesuffix(".weight")
@@ -125,32 +130,6 @@ def read_packing(folder: Path, config: Mapping[str, Any]) -> Packing | None:
     return None
 
 
-def settled(
-    packing: Packing | None, g: Geometry, *, precision: str | None, block_size: int | None, quantize_head: bool
-) -> dict[str, Any]:
-    """The options of a build that its checkpoint decides: precision, block_size, quantize_head, floats.
-
-    Of a packed checkpoint they are its own; OptionError when others were asked for.
-    """
-    if packing is None:
-        return {"precision": precision or PRECISION}
-    own, block, head = packing.precision, packing.block(g), packing.head and not g.tied_embeddings
-    flags = f"--{own} --block-size {block}" + (" --quantize-head" if head else "")
-    asked = [f"--{precision}"] if precision not in (None, own) else []
-    asked += [f"--block-size {block_size}"] if block_size not in (None, block) else []
-    asked += ["--quantize-head"] if quantize_head and not head else []
-    if asked:
-        why = ""
-        if own == "int8" and packing.bits == 4:
-            why = "; code - zero point is in -15 .. 15, and neither int4 nor TensorRT has zero points"
-        raise OptionError(
-            f"{' '.join(asked)} for a checkpoint that is quantised already ({packing.text})",
-            expected=f"its own integers, carried over as they are: {own} in blocks of {block}{why}",
-            fix=f"{flags}, or leave these options out",
-        )
-    return {"precision": own, "block_size": block, "quantize_head": head, "floats": packing.floats(g)}
-
-
 def _packing(raw: Any, path: Path) -> Packing:
     def refuse(found: str, expected: str, fix: str | None = _UNPACKED) -> None:
         raise ConfigError(f"{path}: {found}", expected=expected, fix=fix)
@@ -165,8 +144,8 @@ def _packing(raw: Any, path: Path) -> Packing:
     format = "marlin" if s.is_marlin_format else (s.format or formats[0]).lower()
     if format not in formats:
         refuse(f"{method} in the format {format!r}", " or ".join(formats))
-    if s.bits not in ((4,) if method == "awq" else tuple(BITS.values())):
-        refuse(f"{method} with {s.bits} bits", "4 bits" + ("" if method == "awq" else " or 8"))
+    if s.bits not in _BITS[method]:
+        refuse(f"{method} with {s.bits} bits", f"{' or '.join(map(str, _BITS[method]))} bits")
     if s.group_size != -1 and s.group_size not in BLOCK_SIZES:
         refuse(f"group_size is {s.group_size}", f"-1, {', '.join(map(str, BLOCK_SIZES))}")
     if s.pack_dtype != "int32":

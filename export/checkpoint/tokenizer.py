@@ -40,13 +40,11 @@ BATTERY = (
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The written tokenizer. `source` is the file of the checkpoint it was made from."""
+    """The written tokenizer."""
 
     file: str  # name in the output folder
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    vocab_size: int  # added tokens included
-    source: str  # "tokenizer.json" or "tokenizer.model"
 
 
 def convert_tokenizer(folder: Path, out: Path) -> TokenizerInfo | None:
@@ -79,8 +77,7 @@ def convert_tokenizer(folder: Path, out: Path) -> TokenizerInfo | None:
     eos = _token_id(tokenizer, Path(folder), "eos_token", "</s>")
     # The library's own save() raises a bare Exception on a full disk.
     (Path(out) / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    eos_ids = () if eos is None else (eos,)
-    return TokenizerInfo("tokenizer.json", bos, eos_ids, tokenizer.get_vocab_size(), source.name)
+    return TokenizerInfo("tokenizer.json", bos, () if eos is None else (eos,))
 
 
 def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from runtime import Answer, Engine
 from runtime.preprocess import preprocess
 
 ASKED = {"one": 3, "two": 3, "yes/no": 2, "count": 1}  # questions per scene
-BUDGETS = (1, 2, 4, 8, 16)
+PAGE_BUDGETS = (1, 2, 4, 8, 16)
 PROBES = {
     "double clutter": {"clutter": 2.0},
     "aspect 2:1": {"aspect": 2.0},
@@ -86,13 +85,13 @@ def scenes_with_questions(count: int, seed: int, **options: object) -> list[tupl
     return made
 
 
-def measure(engine: Engine, asked: list[tuple[Scene, list[Question]]], budget: int | None, name: str) -> Tally:
-    """Ask every question; `budget`: pages per layer, None = the bundle's."""
+def measure(engine: Engine, asked: list[tuple[Scene, list[Question]]], page_budget: int | None, name: str) -> Tally:
+    """Ask every question; `page_budget`: pages per layer, None = the bundle's."""
     tally, tokenizer = Tally(), build_tokenizer()
     for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
         with engine.image(scene.image) as view:
             for question in questions:
-                answer = view.ask(question.text, page_budget=budget, max_new_tokens=8, trace=True)
+                answer = view.ask(question.text, page_budget=page_budget, max_new_tokens=8, trace=True)
                 tally.add(question, scene, answer, tokenizer.encode(question.answer, add_special_tokens=False).ids)
     return tally
 
@@ -114,7 +113,8 @@ def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[
                 image = Image(low, reference.project(high, position), position, sides)
                 decoder = reference.decoder(image, len(ids) + 8)
                 decoder.run(ids[None, :-1])
-                tokens, token = [], int(ids[-1])
+                tokens: list[int] = []
+                token = int(ids[-1])
                 while len(tokens) < 8 and token not in config.eos_token_ids:
                     token = int(decoder.run(np.array([[token]]), g.pages).logits.argmax())
                     tokens.append(token)
@@ -136,8 +136,9 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
         rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", asked, 0)}
         rows["low-res only: this model, hi-res off"] = measure(engine, asked, 0, "off")
         rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
-        for budget in BUDGETS:
-            rows[f"page budget {budget}"] = measure(engine, asked, budget, f"budget {budget}")
+        for page_budget in PAGE_BUDGETS:
+            name = f"page budget {page_budget}"
+            rows[name] = measure(engine, asked, page_budget, name)
         rows["all 81 pages"] = measure_with(everything, folder / "e", asked, None)
         for probe, options in PROBES.items():
             fresh = scenes_with_questions(max(1, count // 2), seed + 1, **options)
@@ -152,9 +153,9 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
     return [head, *([name, *tally.row()] for name, tally in rows.items())], sentence
 
 
-def measure_with(model: Path, folder: Path, asked: list, budget: int | None) -> Tally:
+def measure_with(model: Path, folder: Path, asked: list, page_budget: int | None) -> Tally:
     """Build a checkpoint and measure it."""
-    return measure(Engine(build(BuildOptions(model, folder)).path), asked, budget, folder.name)
+    return measure(Engine(build(BuildOptions(model, folder)).path), asked, page_budget, folder.name)
 
 
 def main() -> None:
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

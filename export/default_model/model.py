@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from engines.bundle.geometry import Geometry, Vision
 from export.checkpoint.folder import TOWER_PREFIX, expected_tensors
 from export.checkpoint.tower import Pixels
+from export.checkpoint.write_config import write_config
 from export.default_model.questions import TEMPLATE, build_tokenizer
 
 CLIP_MEAN, CLIP_STD = Pixels().image_mean, Pixels().image_std
@@ -26,55 +26,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     """config.json, model.safetensors (float16), tokenizer.json and the tower's config. `tensors` by official name."""
     from safetensors.torch import save_file
 
-    g = GEOMETRY
-    (folder / "clip").mkdir(parents=True, exist_ok=True)
-    kept = {name: tensors[name].detach().to(torch.float16).contiguous() for name in expected_tensors(g)}
+    write_config(folder, GEOMETRY, spare_blocks=0, prompt_template=TEMPLATE)
+    kept = {name: tensors[name].detach().to(torch.float16).contiguous() for name in expected_tensors(GEOMETRY)}
     save_file(kept, folder / "model.safetensors")
-    config = {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "hidden_size": g.hidden,
-        "intermediate_size": g.intermediate,
-        "num_hidden_layers": g.layers,
-        "num_attention_heads": g.heads,
-        "num_key_value_heads": g.kv_heads,
-        "vocab_size": g.vocab,
-        "hidden_act": "silu",
-        "rms_norm_eps": g.rms_eps,
-        "rope_theta": g.rope_theta,
-        "max_position_embeddings": g.context,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": g.vision.hidden,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": "clip",
-        "mm_vision_select_layer": -1,
-        "mm_vision_select_feature": "patch",
-        "torch_dtype": "float16",
-        "extra": {
-            "highres_size": str(g.highres),
-            "lowres_size": str(g.lowres),
-            "zoom_ratio": str(g.zoom),
-            "cells": str(g.cells),
-            "start_layer": str(g.start_layer),
-            "threshold": str(g.threshold),
-            "prompt_template": TEMPLATE,
-        },
-    }
-    tower = {
-        "model_type": "clip_vision_model",
-        "hidden_size": g.vision.hidden,
-        "intermediate_size": g.vision.intermediate,
-        "num_hidden_layers": g.vision.layers,
-        "num_attention_heads": g.vision.heads,
-        "image_size": g.lowres,
-        "patch_size": g.vision.patch,
-        "hidden_act": g.vision.activation,
-        "layer_norm_eps": g.vision.eps,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "clip" / "config.json").write_text(json.dumps(tower, indent=1) + "\n")
     (folder / "tokenizer.json").write_text(build_tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ LENGTH = 28  # tokens of a question and its answer
 READS = 6  # answer tokens, the end token included: "12 and 34" and the end
 SHARES = (0.34, 0.30, 0.22, 0.14)  # of the kinds of questions
 BOS, EOS = 1, 2
+Encoded = dict[str, tuple[list[int], list[str]]]  # a text -> its ids and tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ def prefix_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def pack(
-    rng: np.random.Generator, scenes: list[tuple[Thing, ...]], questions: int, tokenizer: Tokenizer, encoded: dict
+    rng: np.random.Generator,
+    scenes: list[tuple[Thing, ...]],
+    questions: int,
+    tokenizer: Tokenizer,
+    encoded: Encoded,
 ) -> Batch:
     """Random questions about scenes; `encoded` remembers the tokens of texts."""
     rows = [
@@ -52,7 +58,7 @@ def _kind(rng: np.random.Generator, things: tuple[Thing, ...]) -> str:
     return "one" if kind == "two" and len(things) < 2 else kind
 
 
-def _row(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer, encoded: dict) -> tuple[np.ndarray, ...]:
+def _row(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer, encoded: Encoded) -> tuple[Any, ...]:
     def tokens(text: str) -> tuple[list[int], list[str]]:
         if text not in encoded:
             encoding = tokenizer.encode(text, add_special_tokens=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from export.default_model.train_vision import train as train_vision
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
     """Scenes and steps of each stage, and the seed of everything."""
 
     vision_scenes: int = 4000
@@ -35,7 +36,7 @@ class Recipe:
     seed: int = 0
 
 
-SMOKE = Recipe(16, 6, 16, 4, 2, 8)
+SMOKE = Schedule(16, 6, 16, 4, 2, 8)
 
 
 @torch.no_grad()
@@ -57,20 +58,20 @@ def features(tower: Tower, pool: Pool, whitening: Whitening | None) -> tuple[Ten
     return white[0], white[1], whitening
 
 
-def run(recipe: Recipe, out: Path, baseline: Path) -> None:
+def run(schedule: Schedule, out: Path, baseline: Path) -> None:
     """Train tower, decoder and low-res baseline; write both checkpoints, and training.json beside the first."""
     started = time.perf_counter()
-    log: dict[str, object] = {"recipe": asdict(recipe)}
-    validation = Pool(recipe.validation_scenes, recipe.seed + 900, "validation")
-    pool = Pool(recipe.vision_scenes, recipe.seed + 1)
-    tower, log["vision"] = train_vision(pool, recipe.vision_steps, validation, recipe.seed)
+    log: dict[str, object] = {"recipe": asdict(schedule)}
+    validation = Pool(schedule.validation_scenes, schedule.seed + 900, "validation")
+    pool = Pool(schedule.vision_scenes, schedule.seed + 1)
+    tower, log["vision"] = train_vision(pool, schedule.vision_steps, validation, schedule.seed)
     log["vision_seconds"] = round(time.perf_counter() - started)
-    pool = Pool(recipe.decoder_scenes, recipe.seed + 2)
+    pool = Pool(schedule.decoder_scenes, schedule.seed + 2)
     low, high, whitening = features(tower, pool, None)
     scenes = low, high, pool.things, margins_of(pool.sizes)
     del pool
     held_out = *features(tower, validation, whitening)[:2], validation.things, margins_of(validation.sizes)
-    for folder, reads, steps in ((out, True, recipe.decoder_steps), (baseline, False, recipe.lowres_only_steps)):
+    for folder, reads, steps in ((out, True, schedule.decoder_steps), (baseline, False, schedule.lowres_only_steps)):
         begun, name = time.perf_counter(), "decoder" if reads else "lowres_only"
         student, log[name] = train_decoder(
             *scenes,
@@ -80,7 +81,7 @@ def run(recipe: Recipe, out: Path, baseline: Path) -> None:
             directions=directions(tower),
             validation=held_out,
             reads=reads,
-            seed=recipe.seed,
+            seed=schedule.seed,
         )
         log[f"{name}_seconds"] = round(time.perf_counter() - begun)
         write_checkpoint(folder, official_names(tower.state_dict(), student.state_dict()))
@@ -95,8 +96,9 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, default=Path("checkpoints/lowres-only"), help="folder of the baseline")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     given = parser.parse_args()
-    run(SMOKE if given.smoke else Recipe(), given.out, given.baseline)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    run(SMOKE if given.smoke else Schedule(), given.out, given.baseline)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,9 +6,11 @@ those its own attention map selects, and the keys and values they leave behind c
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from export.default_model.model import GEOMETRY
-from export.default_model.packing import READS, Batch, pack, prefix_ids
+from export.default_model.packing import READS, Batch, Encoded, pack, prefix_ids
 from export.default_model.questions import KINDS
 from export.default_model.scenes import COLOURS, SHAPES
 from export.default_model.train_vision import Bfloat16
@@ -26,6 +28,8 @@ from export.network.vision import projector
 from plugins.cached_attention.reference import rotary
 from plugins.select_pages.reference import select_pages
 
+logger = logging.getLogger(__name__)
+HeldOut = tuple[Tensor, Tensor, list[Any], Tensor]  # low, high, things, sizes, as `check` takes them
 G = GEOMETRY
 SCENES, QUESTIONS = 8, 9  # of a step
 LEARNING_RATE, DECAY = 1.5e-3, 0.02
@@ -236,7 +240,7 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 
 def train(
     low: Tensor, high: Tensor, things: list, sizes: Tensor, tokenizer: Tokenizer, steps: int, *, whitening: Whitening,
-    directions: Tensor, validation: tuple, reads: bool = True, seed: int = 0, log: int = 200,
+    directions: Tensor, validation: HeldOut, reads: bool = True, seed: int = 0, log: int = 200,
 ) -> tuple[Student, dict[str, float]]:  # fmt: skip
     """A trained student, in float32 and for raw features, and what `check` says of it.
 
@@ -247,7 +251,8 @@ def train(
     student = Student()
     whitening.begin(student, directions, seed)
     trainer = Bfloat16(student, LEARNING_RATE, steps, DECAY)
-    prefix, encoded = torch.tensor(prefix_ids(tokenizer)), {}
+    prefix = torch.tensor(prefix_ids(tokenizer))
+    encoded: Encoded = {}
     started, recent = time.perf_counter(), []
     for step in range(steps):
         chosen = rng.integers(len(things), size=SCENES)
@@ -274,7 +279,7 @@ def train(
             text = " ".join(f"{name} {value:.3f}" for name, value in zip(names, means, strict=True))
             found = check(student, *validation, tokenizer, mode=1 if reads else 0)
             text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())
-            print(f"decoder {step + 1} {text} {time.perf_counter() - started:.0f} s", flush=True)
+            logger.info("decoder %d %s %.0f s", step + 1, text, time.perf_counter() - started)
     trainer.restore()
     found = check(student, *validation, tokenizer, mode=1 if reads else 0)
     whitening.fold_into(student)
@@ -290,7 +295,8 @@ def check(
 
     Answer tokens are forced, which equals greedy decoding where all are right.
     """
-    rng, encoded = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    encoded: Encoded = {}
     prefix = torch.tensor(prefix_ids(tokenizer))
     right: dict[int, list[bool]] = {}
     pages = []

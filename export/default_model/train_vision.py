@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from functools import lru_cache
@@ -16,6 +17,7 @@ from export.default_model.pool import FIRST, LOWRES, NOTHING, SECOND, SINGLE, Po
 from export.default_model.scenes import INK, PLATE
 from export.network.vision import Encoder
 
+logger = logging.getLogger(__name__)
 TILE = GEOMETRY.lowres
 PATCH = GEOMETRY.vision.patch
 CLASSES = {"digit": 11, "place": 4, "hires_colour": 9, "colour": 9, "shape": 6, "plate": 2}
@@ -189,10 +191,8 @@ def train(pool: Pool, steps: int, validation: Pool, seed: int = 0, log: int = 50
         if (step + 1) % log == 0 or step + 1 == steps:
             found = evaluate(tower, validation)
             shown = " ".join(f"{name} {value:.4f}" for name, value in found.items())
-            print(
-                f"vision {step + 1} loss {float(loss.detach()):.3f} {shown} {time.perf_counter() - started:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - started
+            logger.info("vision %d loss %.3f %s %.0f s", step + 1, float(loss.detach()), shown, seconds)
     trainer.restore()
     return tower, evaluate(tower, validation)
 
@@ -230,12 +230,12 @@ def _varied(tiles: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
-    losses = []
+    total = torch.zeros(())
     for name, label in wanted.items():
         target = label.long().flatten()
         target = torch.where(target == NOTHING, -100, target)
-        losses.append(F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02))
-    return sum(losses)
+        total = total + F.cross_entropy(tower.heads[name](x).float().flatten(0, 1), target, label_smoothing=0.02)
+    return total
 
 
 def directions(tower: Tower) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -11,9 +9,10 @@ from onnx_ir.passes.common import (
     InlinePass,
     RemoveUnusedNodesPass,
 )
+from onnxscript import OnnxFunction
 from onnxscript.optimizer import fold_constants
 
-from engines.bundle.precision import PRECISIONS, WIDENED
+from engines.bundle.precision import Precision
 from engines.errors import ExportError
 from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
@@ -21,7 +20,6 @@ from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
 from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
 from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
-from plugins.hierarchical_attention import onnx_static_int8 as static_int8_hierarchical_attention
 from plugins.project_pages import onnx_body as project_pages
 from plugins.project_pages import onnx_int8 as int8_project_pages
 from plugins.select_pages import onnx_body as select_pages
@@ -29,13 +27,15 @@ from plugins.select_pages import onnx_static as static_select_pages
 
 BOUND_OPSET = 24  # TensorScatter
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
-DYNAMIC_BODIES = select_pages, cached_attention, project_pages, hierarchical_attention
-STATIC_BODIES = static_select_pages, static_cached_attention, static_hierarchical_attention
+DYNAMIC = (
+    select_pages.FUNCTIONS, cached_attention.FUNCTIONS, project_pages.FUNCTIONS, hierarchical_attention.FUNCTIONS,
+)  # fmt: skip
+STATIC = static_select_pages.FUNCTIONS, static_cached_attention.FUNCTIONS, static_hierarchical_attention.FUNCTIONS
 INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
-INT8_BODIES = {
-    hierarchical_attention: int8_hierarchical_attention,
-    static_hierarchical_attention: static_int8_hierarchical_attention,
-    project_pages: int8_project_pages,
+IN_INT8 = {
+    hierarchical_attention.FUNCTIONS: int8_hierarchical_attention.FUNCTIONS,
+    static_hierarchical_attention.FUNCTIONS: static_hierarchical_attention.INT8_FUNCTIONS,
+    project_pages.FUNCTIONS: int8_project_pages.FUNCTIONS,
 }
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
 # only admit more types.
@@ -50,14 +50,14 @@ STABLE_SINCE_20 = {
 }  # fmt: skip
 
 
-def for_onnxruntime(model: ir.Model, precision: str) -> ir.Model:
+def for_onnxruntime(model: ir.Model, precision: Precision) -> ir.Model:
     """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
 
-    Graphs of the precisions in WIDENED compute in float32, over weights and scales that stay as they are stored.
+    Graphs of a precision that is widened compute in float32, over weights and scales that stay as they are stored.
     """
-    _bind(model, DYNAMIC_BODIES)
-    if precision in WIDENED:
-        _widen(model, ir.DataType[PRECISIONS[precision].upper()])
+    _bind(model, DYNAMIC)
+    if precision.widened:
+        _widen(model, ir.DataType[precision.dtype.upper()])
     drop_idle_casts(model)
     return model
 
@@ -71,12 +71,12 @@ def for_plugin_free(model: ir.Model, capacity: int) -> ir.Model:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape(capacity if size == symbol else size for size in value.shape)
-    _bind(model, STATIC_BODIES)
+    _bind(model, STATIC)
     return model
 
 
-def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
-    """Replace the flex:: nodes by `bodies` and tidy up."""
+def _bind(model: ir.Model, bodies: tuple[tuple[OnnxFunction, ...], ...]) -> None:
+    """Replace the flex:: nodes by `bodies`, each the functions of one op, and tidy up."""
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
         raise ExportError(
@@ -93,14 +93,14 @@ def _bind(model: ir.Model, bodies: tuple[ModuleType, ...]) -> None:
             for name in (*PLUGIN_ATTRIBUTES, INT8_PAGES):  # no function has them
                 node.attributes.pop(name, None)
     if int8:
-        bodies = tuple(INT8_BODIES.get(body, body) for body in bodies)
+        bodies = tuple(IN_INT8.get(body, body) for body in bodies)
     for body in bodies:
-        names = [function.name for function in body.FUNCTIONS]
+        names = [function.name for function in body]
         if used.intersection(names):
-            for function in body.FUNCTIONS:
+            for function in body:
                 bound = ir.serde.deserialize_function(function.to_function_proto())
                 model.functions[bound.identifier()] = bound
-    unbound = used - {function.name for body in bodies for function in body.FUNCTIONS}
+    unbound = used - {function.name for body in bodies for function in body}
     if unbound:
         raise ExportError(
             f"no ONNX body for {sorted(unbound)}", expected="flex:: nodes of export/graph/bind.py's bodies"

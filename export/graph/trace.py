@@ -144,8 +144,8 @@ def _export(module: nn.Module, args: tuple, shapes: tuple, inputs: list[str], ou
     for node in model.graph.all_nodes():  # stack traces and scopes of the tracer: noise that names this machine's paths
         node.metadata_props.clear()
         node.doc_string = None
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
+    for initializer in model.graph.initializers.values():
+        initializer.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.producer_version = None
@@ -192,7 +192,7 @@ def _translations() -> dict[Any, Callable]:
 def _to_int8(x: Any) -> Any:
     """In steps of 1 QuantizeLinear is the rounding to int8, ties to even."""
     one, zero = opset20.Constant(value_float=1.0), opset20.Constant(value=ir.tensor(0, ir.DataType.INT8))
-    return opset20.QuantizeLinear(x, one, zero)
+    return opset20.QuantizeLinear(x, one, zero)  # type: ignore[type-var]  # its annotation knows tensors, not Constant's
 
 
 def _op_schema(name: str, tensors: list[str], attributes: list[str], outputs: int):

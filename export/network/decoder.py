@@ -223,7 +223,9 @@ class PageProjector(PageLayout):
                 layer.self_attn.add_module(name, nn.Linear(g.hidden, width, bias=g.attention_bias))
             self.model.layers[str(index)] = layer
 
-    def forward(self, tiles: Tensor, image_begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(  # type: ignore[override]  # it goes on where PageLayout ends; nobody takes one for the other
+        self, tiles: Tensor, image_begin: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Arguments as for PageLayout.
 
         Returns page_key, page_value: R x [B, kv_heads, pages, P, hd], then for int8 pages their scales, R x

@@ -1,4 +1,4 @@
-"""The PyTorch reference behind the interface of a backend: the oracle that parity checks compare against."""
+"""The PyTorch reference as a backend (engines.backend): the oracle that parity checks compare against."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
+from engines.errors import BackendError
 from export.network.parts import module_of
 
 
@@ -23,8 +25,8 @@ class Weights(Protocol):
 
 
 class ReferenceModel:
-    """The whole model in PyTorch on the CPU, all pages projected at once and kept as they are, whatever the geometry
-    says. Same methods as engines.ort.OrtModel."""
+    """engines.backend.Model in PyTorch on the CPU. All pages are projected at once and kept as they are, whatever the
+    geometry says."""
 
     def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
@@ -35,19 +37,13 @@ class ReferenceModel:
 
     @torch.no_grad()
     def vision(self, tiles: np.ndarray) -> Tensor:
-        """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden]."""
+        """See Model.vision."""
         return self._vision(torch.from_numpy(tiles))
 
     @torch.no_grad()
     def project(self, hires: Tensor, begin: np.ndarray) -> dict[str, Tensor]:
-        """Features of the hi-res tiles [B * zoom*zoom, T, hidden] and image positions [B] -> `Image.pages`."""
+        """See Model.project."""
         return self._named(*self._pages(hires, torch.from_numpy(begin)))
-
-    def _named(self, keys: list[Tensor], values: list[Tensor]) -> dict[str, Tensor]:
-        halves, layers = (("page_key", keys), ("page_value", values)), self.geometry.reading_layers
-        return {
-            f"{half}.{layer}": store for half, stores in halves for layer, store in zip(layers, stores, strict=True)
-        }
 
     def hires_rotary(self, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos, sin [B, hires tokens, hd/2] float32, row-major."""
@@ -55,7 +51,7 @@ class ReferenceModel:
         return cos.numpy(), sin.numpy()
 
     def no_image(self, batch: int) -> Image[Tensor]:
-        """Stand-in for rows without an image."""
+        """See Model.no_image."""
         g = self.geometry
         store = [torch.zeros(batch, g.kv_heads, g.pages, page_size(g), g.head_dim, dtype=self.dtype)]
         features = torch.zeros(batch, g.image_tokens, g.hidden, dtype=self.dtype)
@@ -63,15 +59,27 @@ class ReferenceModel:
         return Image(features, self._named(stores, stores), np.zeros(batch, np.int64), np.zeros((batch, 2), np.int64))
 
     def decoder(self, image: Image[Tensor], capacity: int) -> ReferenceDecoder:
-        """A decoder with an empty cache of at least `capacity` tokens, one row per image."""
+        """See Model.decoder."""
         return ReferenceDecoder(self, image, max(capacity, self.geometry.image_tokens))
+
+    def device_ms(self) -> float:
+        """See Model.device_ms: the CPU is no device, nobody measures."""
+        return 0.0
+
+    def _named(self, keys: list[Tensor], values: list[Tensor]) -> dict[str, Tensor]:
+        halves, layers = (("page_key", keys), ("page_value", values)), self.geometry.reading_layers
+        return {
+            f"{half}.{layer}": store for half, stores in halves for layer, store in zip(layers, stores, strict=True)
+        }
 
 
 class ReferenceDecoder:
-    """One request. Same methods as engines.ort.OrtDecoder; `maps` and `hidden` show the inside of the last run."""
+    """engines.backend.Decoder in PyTorch; `maps` and `hidden` show the inside of the last run."""
 
     def __init__(self, model: ReferenceModel, image: Image[Tensor], capacity: int) -> None:
+        """`capacity`: tokens of each row, exactly."""
         g, batch = model.geometry, len(image.begin)
+        self.capacity = capacity
         self.length = np.zeros(batch, np.int64)
         self.maps: list[np.ndarray] = []  # selecting layers x [B, G, G]
         self.hidden: list[np.ndarray] = []  # layers + 1 x [B, hidden]
@@ -80,17 +88,30 @@ class ReferenceDecoder:
         shape = (batch, g.kv_heads, capacity, g.head_dim)
         self._key, self._value = ([torch.zeros(shape, dtype=model.dtype)] * g.layers for _ in range(2))
 
+    def enlarged(self, capacity: int) -> ReferenceDecoder:
+        """See Decoder.enlarged: this decoder, with empty slots behind those it has."""
+        more = capacity - self.capacity
+        if more > 0:
+            self._key, self._value = (
+                [functional.pad(cache, (0, 0, 0, more)) for cache in caches] for caches in (self._key, self._value)
+            )
+            self.capacity = capacity
+        return self
+
     @torch.no_grad()
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
-        """See engines.ort.OrtDecoder.run."""
-        image, budget = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
+        """See Decoder.run; the logits stay."""
+        if int(self.length.max()) + ids.shape[1] > self.capacity:
+            left = self.capacity - self.length.max()
+            raise BackendError(f"{ids.shape[1]} more tokens", expected=f"at most {left} fit")
+        image, budgets = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
         logits, token, pages, count, self._key, self._value, maps, hidden = self._module(
             torch.from_numpy(np.ascontiguousarray(ids)),
             torch.from_numpy(self.length),
             image.features,
             torch.from_numpy(image.begin),
             torch.from_numpy(image.margins),
-            torch.from_numpy(budget.copy()),
+            torch.from_numpy(budgets.copy()),
             *(self._key, self._value),
             *([image.pages[f"{half}.{layer}"] for layer in self._reading] for half in ("page_key", "page_value")),
         )

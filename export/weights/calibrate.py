@@ -1,15 +1,16 @@
 """Runs the model on calibration data, layer by layer, and finds what to scale and to clip in each before rounding.
 
 The PyTorch modules of the reference, in float32. One decoder layer is in memory at a time: it takes every request a
-layer further, then its weights are searched (awq.py), then it goes; memory.py counts what that needs.
+layer further, then its weights are searched (awq.py), then it goes; calibration_bytes counts what that needs.
 Answer tokens are decoding steps, as in a real request: they read the pages that the layer below selected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.pages import margins
+from engines.bundle.tensors import tensors_of_parts
 from engines.errors import OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
@@ -28,13 +29,10 @@ from export.checkpoint.folder import Checkpoint
 from export.network.parts import module_of
 from export.network.reference import load
 from export.weights.awq import Found, Search, best_clips, best_scales
-from export.weights.calibration_data import Request, read_requests
+from export.weights.calibration_data import Picture, Request, read_pictures, read_requests
 from export.weights.folding import HEAD_GROUP, Folded, spread
-from export.weights.memory import calibration_bytes
-from export.weights.quantize import Scheme
+from export.weights.scheme import Scheme
 from plugins.select_pages.reference import select_pages
-from runtime.image import load_image
-from runtime.preprocess import preprocess
 
 F32 = torch.float32
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,6 +41,8 @@ OUTPUT, MLP, DOWN = ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("m
 # of them is a product of both, in a softmax.
 GROUPS = {"attention": ATTENTION, "output": OUTPUT, "mlp": MLP, "down": DOWN}
 NOT_CLIPPED = ("q_proj", "k_proj", "k_proj_hd")
+SEARCHED = 40_000_000  # floats of pieces of a weight in awq.py, tried with one scale or clip
+OVERHEAD = 1_000_000_000  # Python, torch and their work space, bytes
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,49 @@ def calibrate_on(
 ) -> Calibration:
     """Read the data, see that memory suffices, calibrate with the defaults of Search, and print what was gained.
 
-    `model`: the checkpoint's folder, `config`: its own, as the build adjusted it. Raises what read_requests and
-    calibrate do, and OptionError where memory is short.
+    `model`: the checkpoint's folder, `config`: its own, as the build adjusted it. Raises what read_requests,
+    read_pictures and calibrate do, and OptionError where memory is short.
     """
     g, search = config.geometry, Search()
     requests = read_requests(data, model, config)
-    pictures = len({request.image for request in requests})
+    images = len({request.image for request in requests})
     lengths = [len(request.ids) + len(request.answer) for request in requests]
-    needed, available = calibration_bytes(g, scheme, pictures, lengths, search.rows), available_bytes()
+    needed, available = calibration_bytes(g, scheme, images, lengths, search.rows), available_bytes()
     if needed > available:
         raise OptionError(
-            f"calibration on {len(requests)} questions about {pictures} images needs {size(needed)} of memory, "
+            f"calibration on {len(requests)} questions about {images} images needs {size(needed)} of memory, "
             f"this machine has {size(available)} free",
             fix="fewer images, or leave out --calibrate: rounding to nearest needs none of this",
         )
-    with progress(f"calibrating on {len(requests)} questions about {pictures} images", quiet=console.quiet) as advance:
-        result = calibrate(checkpoint, g, scheme, requests, search, advance)
+    pictures = read_pictures(requests, g)
+    with progress(f"calibrating on {len(requests)} questions about {images} images", quiet=console.quiet) as advance:
+        result = calibrate(checkpoint, g, scheme, requests, pictures, search, advance)
     changes = [found.after / found.before for found in result.found.values() if found.before > 0]
     console.print(
         f"calibrated: scaling leaves {100 * float(np.mean(changes or [1])):.0f} % of the layers' squared errors on "
         "this data, before clipping",
         soft_wrap=True,
     )
-    result.used.update(examples=len(requests), images=pictures, **asdict(search))
+    result.used.update(examples=len(requests), images=images, **asdict(search))
     return result
+
+
+def calibration_bytes(g: Geometry, scheme: Scheme, pictures: int, lengths: Sequence[int], rows: int) -> int:
+    """Bytes that calibration on requests of `lengths` tokens about `pictures` images needs: the vision tower, then the
+    embedding, then one decoder layer at a time, in float32; and through all of it the requests between two layers, the
+    images' tiles and features, `rows` inputs of each linear layer, and how far to clip each block."""
+    parts = tensors_of_parts(replace(g, lazy_pages=False))
+    layers: dict[str, int] = {}
+    for name, shape in {**parts["pages"], **parts["decoder"]}.items():
+        key = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
+        layers[key] = layers.get(key, 0) + prod(shape)
+    vision = sum(map(prod, parts["vision"].values()))
+    width = g.heads * g.head_dim
+    features = pictures * (1 + g.zoom**2) * (3 * g.lowres**2 + g.image_tokens * g.hidden)
+    between = sum(lengths) * g.hidden + rows * (3 * g.hidden + width + g.intermediate)
+    inside = 2 * g.kv_heads * g.head_dim * g.hires_side**2 * 2 + 3 * g.heads * max(lengths) ** 2
+    clips = sum(map(prod, scheme.tensors(g).values())) // scheme.block
+    return 4 * (max(vision, *layers.values()) + features + between + inside + SEARCHED) + clips + OVERHEAD
 
 
 @dataclass
@@ -103,7 +122,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Features:
     low: Tensor  # [1, T, hidden]
     high: Tensor  # [zoom * zoom, T, hidden]
     margins: Tensor  # [1, 2] int64
@@ -115,19 +134,21 @@ def calibrate(
     g: Geometry,
     scheme: Scheme,
     requests: Sequence[Request],
+    pictures: Mapping[Path, Picture],
     search: Search,
     advance: Callable[[float], None] = lambda part: None,
 ) -> Calibration:
     """Scales and clips for rounding `checkpoint` under `scheme`. `advance`: told the part that is done, 0 .. 1.
 
-    Deterministic on one machine. Raises a FlexError for an image or a tensor that cannot be read.
+    `pictures`: those of `requests`, by their files. Deterministic on one machine. Raises a FlexError for a tensor that
+    cannot be read.
     """
     result = Calibration()
     requests = sorted(requests, key=lambda request: (str(request.image), request.begin))
-    pictures = _pictures(checkpoint, g, requests)
-    states = _states(checkpoint, g, requests, pictures, search.rows)
-    share = max(1, search.rows // len(pictures))
-    hires = torch.cat([_sample(picture.high.flatten(0, 1), share) for picture in pictures.values()])
+    seen = _features(checkpoint, g, pictures)
+    states = _states(checkpoint, g, requests, seen, search.rows)
+    share = max(1, search.rows // len(seen))
+    hires = torch.cat([_sample(each.high.flatten(0, 1), share) for each in seen.values()])
     # Lazy projection is the same network; the pages part has the projections as linear layers.
     decoder, pages = (module_of(part, replace(g, lazy_pages=False), F32) for part in ("decoder", "pages"))
     projections = dict(pages.model.layers)
@@ -138,9 +159,7 @@ def calibrate(
         if projection is not None:
             load(projection, checkpoint, F32, base)
             pages.model.layers = nn.ModuleDict({str(index): projection})
-        inputs = _advance(
-            layer, pages if projection is not None else None, decoder, g, index, requests, pictures, states
-        )
+        inputs = _advance(layer, pages if projection is not None else None, decoder, g, index, requests, seen, states)
         _search_layer(layer, base, inputs, g, scheme, search, result)
         if projection is not None and not g.lazy_pages:  # lazy bundles store the projections in float16
             weight = projection.self_attn.v_proj_hd.weight
@@ -184,19 +203,17 @@ def _search_layer(
                 result.clips[f"{base}{name}.weight"] = best_clips(weight, x, found.scales, scheme)
 
 
-def _pictures(checkpoint: Checkpoint, g: Geometry, requests: Sequence[Request]) -> dict[Path, _Picture]:
+def _features(checkpoint: Checkpoint, g: Geometry, pictures: Mapping[Path, Picture]) -> dict[Path, _Features]:
     encoder = load(module_of("vision", g, F32), checkpoint, F32)
     found = {}
-    for path in dict.fromkeys(request.image for request in requests):
-        image = load_image(path)
-        features = [encoder(torch.from_numpy(tile[None])) for tile in preprocess(image, g)]  # one by one: less memory
-        sides = torch.tensor([margins(*image.size, g.grid)])
-        found[path] = _Picture(features[0], torch.cat(features[1:]), sides)
+    for path, picture in pictures.items():
+        features = [encoder(torch.from_numpy(tile[None])) for tile in picture.tiles]  # one by one: less memory
+        found[path] = _Features(features[0], torch.cat(features[1:]), torch.tensor([picture.margins]))
     return found
 
 
 def _states(
-    checkpoint: Checkpoint, g: Geometry, requests: Sequence[Request], pictures: dict[Path, _Picture], rows: int
+    checkpoint: Checkpoint, g: Geometry, requests: Sequence[Request], pictures: dict[Path, _Features], rows: int
 ) -> list[_State]:
     """Embedded requests, and which of their positions are sampled: of each up to half decoding steps, then as many
     words as image tokens, which are far more."""
@@ -235,7 +252,7 @@ def _advance(
     g: Geometry,
     index: int,
     requests: Sequence[Request],
-    pictures: dict[Path, _Picture],
+    pictures: dict[Path, _Features],
     states: Sequence[_State],
 ) -> dict[str, Tensor]:
     """Take every request through one layer; returns a sample [rows, K] of what entered each group of GROUPS."""
@@ -267,8 +284,8 @@ def _advance(
                 read = (*stored, *selected) if stored else ()
                 state.steps[step], *cache, map = layer(state.steps[step], tuple(cache), at, read)
                 if index in g.selecting_layers:
-                    budget = torch.tensor([g.pages])
-                    state.selected[step] = select_pages(map, picture.margins, budget, g.grid, g.cells, g.threshold)
+                    all_pages = torch.tensor([g.pages])
+                    state.selected[step] = select_pages(map, picture.margins, all_pages, g.grid, g.cells, g.threshold)
     for handle in hooks:
         handle.remove()
     return {group: torch.cat(rows) for group, rows in taken.items()}

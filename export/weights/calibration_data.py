@@ -17,11 +17,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 from tokenizers import Tokenizer
 
+from engines.bundle.geometry import Geometry
+from engines.bundle.pages import margins
 from engines.errors import ConfigError, ImageError, OptionError, PromptError
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.settings import parse
 from export.checkpoint.tokenizer import convert_tokenizer
 from runtime.image import load_image
+from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
 
 ENDINGS = (".json", ".jsonl")
@@ -53,10 +56,19 @@ class Entry(BaseModel):
 class Request:
     """A request as the decoder gets it."""
 
+    name: str  # where it is from, for messages
     image: Path
     ids: np.ndarray  # [S] int64; -1-j stands for image feature j
     begin: int  # position of image feature 0
     answer: tuple[int, ...]  # tokens fed one by one after the prompt
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the vision tower and the selection get it."""
+
+    tiles: np.ndarray  # [1 + zoom * zoom, 3, lowres, lowres] float32: the whole, then its hi-res tiles
+    margins: tuple[int, int]  # rows, columns of the map zeroed at each end
 
 
 def data_file(path: Path) -> Path:
@@ -110,10 +122,10 @@ def _parsed(text: str, file: Path) -> list[Any]:
 
 
 def read_requests(path: Path, model: Path, config: ModelConfig) -> list[Request]:
-    """The requests of a file or folder for the checkpoint in folder `model`.
+    """The requests of a file or folder for the checkpoint in folder `model`. Opens no image.
 
-    Raises OptionError, ConfigError; ImageError for an image that is missing or none; PromptError for a question that
-    does not fit, or one in words where the checkpoint has no tokenizer.
+    Raises OptionError, ConfigError; PromptError for a question that does not fit, or one in words where the checkpoint
+    has no tokenizer.
     """
     file = data_file(path)
     entries = read_entries(file)
@@ -134,15 +146,25 @@ def read_requests(path: Path, model: Path, config: ModelConfig) -> list[Request]
     ]
 
 
+def read_pictures(requests: Sequence[Request], g: Geometry) -> dict[Path, Picture]:
+    """The pictures of the requests, each opened once. ImageError, which names the first entry about it, for one that is
+    missing or none."""
+    pictures: dict[Path, Picture] = {}
+    for request in requests:
+        if request.image not in pictures:
+            try:
+                image = load_image(request.image)
+            except ImageError as error:
+                fix = error.fix or "paths are relative to the file of the data"
+                raise ImageError(f"{request.name}: {error.found}", expected=error.expected, fix=fix) from error
+            pictures[request.image] = Picture(preprocess(image, g), margins(*image.size, g.grid))
+    return pictures
+
+
 def _request(
     entry: Entry, name: str, folder: Path, prompter: Prompter, words: Tokenizer | None, config: ModelConfig
 ) -> Request:
     g = config.geometry
-    try:
-        load_image(folder / entry.image)
-    except ImageError as error:
-        fix = error.fix or f"paths are relative to {folder}"
-        raise ImageError(f"{name}: {error.found}", expected=error.expected, fix=fix) from error
     if words is None and (entry.question is not None or entry.answer is not None):
         raise PromptError(
             f"{name} is in words, and the checkpoint has no tokenizer", fix="give input_ids and answer_ids"
@@ -158,4 +180,4 @@ def _request(
             raise PromptError(f"{len(ids) + len(answer)} tokens with the image", expected=f"at most {g.context}")
     except PromptError as error:
         raise PromptError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
-    return Request(folder / entry.image, ids, begin, tuple(answer))
+    return Request(name, folder / entry.image, ids, begin, tuple(answer))

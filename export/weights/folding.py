@@ -36,7 +36,7 @@ HEAD_GROUP = "head"
 
 def group_sizes(g: Geometry, head: bool) -> dict[str, int]:
     """Channels of every group of scales, in model order."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for index in range(g.layers):
         base = f"model.layers.{index}."
         sizes |= {f"{base}attention": g.hidden, f"{base}output": g.kv_heads * g.head_dim}
@@ -142,9 +142,3 @@ def _read(file: BinaryIO, name: str) -> dict[str, Tensor]:
             return {group: torch.from_numpy(archive[group]) for group in archive.files}
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for damaged data
         raise BundleError(f"{name} holds no scales: {error}", fix="build the bundle again") from error
-
-
-def checkpoint_of(bundle: Bundle, checkpoint: Checkpoint) -> Checkpoint | Folded:
-    """The checkpoint as the bundle stores it: with the bundle's scales, if it has any."""
-    scales = read_scales(bundle)
-    return Folded(checkpoint, bundle.manifest.geometry, scales) if scales else checkpoint

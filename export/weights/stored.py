@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import BinaryIO
 
 import onnx_ir as ir
@@ -12,12 +14,12 @@ from torch import Tensor
 
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TRACED
-from engines.bundle.precision import PRECISIONS
 from engines.errors import ParityError
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import is_packed
-from export.weights.folding import Folded, checkpoint_of
-from export.weights.quantize import CODES, SCALE_SUFFIX, dequantise, largest_errors, quantised, scheme_of
+from export.weights.folding import Folded, read_scales
+from export.weights.rounding import dequantise, largest_errors, quantised
+from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
 from export.weights.write import converted
 
 HALF_A_STEP = 0.5001  # the division by the scale rounds, too
@@ -28,8 +30,8 @@ class Stored:
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
-        self.scheme = scheme_of(manifest.precision, manifest.block_size)
-        self.dtype = getattr(torch, PRECISIONS[manifest.precision])
+        self.scheme = Scheme(bundle.precision, manifest.block_size) if bundle.precision.quantises else None
+        self.dtype = getattr(torch, bundle.precision.dtype)
         self._bundle = bundle
         self._tensors: dict[str, tuple[str, ir.ExternalTensor]] = {}
         for part, description in manifest.parts.items():
@@ -51,9 +53,15 @@ class Stored:
             file.seek(self._tensors[name][1].offset)
             yield file
 
+    @cached_property
+    def scales(self) -> dict[str, Tensor]:
+        """The scales that the bundle was built with, none where it was not calibrated. BundleError where they are
+        damaged."""
+        return read_scales(self._bundle)
+
     def source(self, checkpoint: Checkpoint) -> Checkpoint | Folded:
         """What was stored: the checkpoint, with the scales that the bundle was built with."""
-        return checkpoint_of(self._bundle, checkpoint)
+        return Folded(checkpoint, self._bundle.manifest.geometry, self.scales) if self.scales else checkpoint
 
     @property
     def clipped(self) -> bool:
@@ -65,7 +73,7 @@ class Stored:
         with self.opened(name) as file:
             return file.read(self._tensors[name][1].length)
 
-    def codes(self, name: str) -> tuple[bytes, bytes]:
+    def codes(self, name: str) -> tuple[builtins.bytes, builtins.bytes]:
         """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
         return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
 

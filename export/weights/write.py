@@ -9,9 +9,10 @@ import torch
 
 from engines.bundle.writer import BundleWriter
 from engines.errors import ExportError
-from export.weights.quantize import CODES, SCALE_SUFFIX, Scheme, Source, quantised
+from engines.memory import ALIGNMENT
+from export.weights.rounding import Source, quantised
+from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
 
-ALIGNMENT = 256  # bytes; what GPU copies and vector loads like
 CHUNK = 16 << 20  # bytes held at once
 
 
@@ -35,7 +36,7 @@ def write_weights(
     `dtype`: of those that are not quantised; `scheme`, `clips`: of those that are (see quantised). Raises ExportError
     when a value is not finite or out of range. `progress` is told bytes written.
     """
-    weights = sorted(_weights(model), key=lambda value: value.name)  # scales right after their weight
+    weights = sorted(_weights(model), key=lambda value: str(value.name))  # scales right after their weight
     integers = [value.name for value in weights if value.dtype in CODES]
 
     def chunks() -> Iterator[bytes]:

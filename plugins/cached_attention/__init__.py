@@ -22,7 +22,7 @@ Attributes: `heads` (H), `kv_heads` (Hkv), `head_dim` (hd), `grid` (G). A token 
 position, so rows of different length may be padded at their end: what padding writes is overwritten before it is seen.
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong beside them.
+plugins). `kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """
 
 MASKED = -60000.0  # finite, within float16: its softmax weight is exactly 0, and a fully masked row stays finite

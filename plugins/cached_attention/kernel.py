@@ -125,26 +125,42 @@ def load_last_query(query, cos, sin, position, offset, HEAD_DIM: tl.constexpr, W
 
 
 @triton.jit
-def read_tile(q, keys, values, slot, inside, largest, total, read, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Attend one query to the keys in `slot`: their scores, and the running maximum, sum and weighted values."""
+def read_tile(
+    q, store, slot, inside, largest, total, read, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, INT8: tl.constexpr
+):
+    """Attend one query to the keys in `slot`: their scores, and the running maximum, sum and weighted values.
+
+    store: where keys and values of one head begin, and with INT8 the steps of both: each token's step multiplies its
+    score, and its weight on the value.
+    """
+    keys, values, key_scale, value_scale = store
     dim = tl.arange(0, WIDTH)[None, :]
     real = inside[:, None] & (dim < HEAD_DIM)
     tile = slot[:, None] * HEAD_DIM + dim
-    k = tl.load(keys + tile, mask=real, other=0.0).to(tl.float32)
-    score = tl.where(inside, tl.sum(k * q[None, :], 1), EMPTY)
+    k = tl.load(keys + tile, mask=real, other=0).to(tl.float32)
+    if INT8:  # loaded here, it is on its way while the products are summed
+        key_step = tl.load(key_scale + slot, mask=inside, other=0.0)
+    product = tl.sum(k * q[None, :], 1)
+    if INT8:
+        product *= key_step
+    score = tl.where(inside, product, EMPTY)
     highest = tl.maximum(largest, tl.max(score, 0))
     weight = tl.where(inside, tl.exp(score - highest), 0.0)
     keep = tl.exp(largest - highest)
-    v = tl.load(values + tile, mask=real, other=0.0).to(tl.float32)
-    return score, highest, total * keep + tl.sum(weight, 0), read * keep + tl.sum(weight[:, None] * v, 0)
+    v = tl.load(values + tile, mask=real, other=0).to(tl.float32)
+    share = weight
+    if INT8:
+        share = weight * tl.load(value_scale + slot, mask=inside, other=0.0)
+    return score, highest, total * keep + tl.sum(weight, 0), read * keep + tl.sum(share[:, None] * v, 0)
 
 
 @triton.jit
 def store_part(
-    part, part_max, part_sum, row, head, split, splits, largest, total, read,
+    parts, row, head, split, splits, largest, total, read,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What one program of `attend` found, for `combine`."""
+    """What one program of `attend` found, for `combine`. parts: its part, part_max and part_sum."""
+    part, part_max, part_sum = parts
     dim = tl.arange(0, WIDTH)
     index = (row * HEADS + head) * splits + split
     tl.store(part + index * HEAD_DIM + dim, read, mask=dim < HEAD_DIM)
@@ -154,16 +170,18 @@ def store_part(
 
 @triton.jit
 def attend_cache(
-    query, key, value, cache_key, cache_value, position, cos, sin, image_begin, part, part_max, part_sum, scores,
-    row, head, split, splits, steps, capacity,
+    query, new, cache, position, turn, image_begin, parts, scores, row, head, split, splits, steps, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     IMAGE_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program of `attend`: the last query on its split of the keys cached before it.
 
-    The first split also takes the last token's own key and value, straight from the inputs, and stores them: nobody
-    reads that slot in this launch.
+    new, cache: (key, value); turn: (cos, sin); parts: (part, part_max, part_sum). The first split also takes the last
+    token's own key and value, straight from the inputs, and stores them: nobody reads that slot in this launch.
     """
+    key, value = new
+    cache_key, cache_value = cache
+    cos, sin = turn
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, position)
     if (begin < end) | (split == 0):
@@ -172,7 +190,7 @@ def attend_cache(
         q_at = ((row * steps + steps - 1) * HEADS + head) * HEAD_DIM
         q = load_last_query(query, cos, sin, position, q_at, HEAD_DIM, WIDTH, kind)
         dim = tl.arange(0, WIDTH)
-        cache = (row * kv_heads + head // GROUP) * capacity * HEAD_DIM
+        first = (row * kv_heads + head // GROUP) * capacity * HEAD_DIM
         image = scores + (row * HEADS + head) * IMAGE_TOKENS
         first_image = tl.load(image_begin + row).to(tl.int32)
         largest = tl.full([], EMPTY, tl.float32)
@@ -181,28 +199,29 @@ def attend_cache(
 
         if split == 0:
             one = tl.full([1], 0, tl.int32)
-            new = ((row * steps + steps - 1) * kv_heads + head // GROUP) * HEAD_DIM
-            turned = load_rotated(key + new, cos, sin, one, one + position, one == 0, HEAD_DIM, WIDTH)
+            own = ((row * steps + steps - 1) * kv_heads + head // GROUP) * HEAD_DIM
+            turned = load_rotated(key + own, cos, sin, one, one + position, one == 0, HEAD_DIM, WIDTH)
             own_key = tl.sum(turned.to(kind).to(tl.float32), 0)
-            read = tl.load(value + new + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+            read = tl.load(value + own + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
             largest = tl.sum(own_key * q, 0)
             total = tl.full([], 1.0, tl.float32)
             slot = position * HEAD_DIM + dim
             if (head % GROUP == 0) & (position < capacity):  # one head of the group stores for all
-                tl.store(cache_key + cache + slot, own_key.to(kind), mask=dim < HEAD_DIM)
-                tl.store(cache_value + cache + slot, read.to(kind), mask=dim < HEAD_DIM)
+                tl.store(cache_key + first + slot, own_key.to(kind), mask=dim < HEAD_DIM)
+                tl.store(cache_value + first + slot, read.to(kind), mask=dim < HEAD_DIM)
             token = position - first_image
             if (token >= 0) & (token < IMAGE_TOKENS):
                 tl.store(image + token, largest)
 
+        keys_and_values = cache_key + first, cache_value + first, None, None
         for start in range(begin, end, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             score, largest, total, read = read_tile(
-                q, cache_key + cache, cache_value + cache, slot, slot < end, largest, total, read, HEAD_DIM, WIDTH
+                q, keys_and_values, slot, slot < end, largest, total, read, HEAD_DIM, WIDTH, False
             )
             token = slot - first_image
             tl.store(image + token, score, mask=(slot < end) & (token >= 0) & (token < IMAGE_TOKENS))
-        store_part(part, part_max, part_sum, row, head, split, splits, largest, total, read, HEADS, HEAD_DIM, WIDTH)
+        store_part(parts, row, head, split, splits, largest, total, read, HEADS, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -234,8 +253,8 @@ def attend(
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.load(positions + row * steps + steps - 1).to(tl.int32)
     attend_cache(
-        query, key, value, cache_key, cache_value, position, cos, sin, image_begin, part, part_max, part_sum, scores,
-        row, head, split, tl.num_programs(0), steps, capacity,
+        query, (key, value), (cache_key, cache_value), position, (cos, sin), image_begin, (part, part_max, part_sum),
+        scores, row, head, split, tl.num_programs(0), steps, capacity,
         HEADS, GROUP, HEAD_DIM, WIDTH, IMAGE_TOKENS, BLOCK, SPLIT,
     )  # fmt: skip
 

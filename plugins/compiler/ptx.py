@@ -48,7 +48,8 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
 
     module, name = kernel.function.split(":")
     function = getattr(importlib.import_module(module), name)
-    types = dict(kernel.parameters) | {name: "constexpr" for name, _ in kernel.constants}
+    constants = dict(kernel.constants) | dict.fromkeys(kernel.absent)
+    types = dict(kernel.parameters) | dict.fromkeys(constants, "constexpr")
     runtime = [name for name in function.arg_names if types.get(name) != "constexpr"]
     if set(function.arg_names) != set(types) or runtime != [name for name, _ in kernel.parameters]:
         raise ValueError(f"{kernel.function} takes {function.arg_names}, the plugin declares {list(types)}")
@@ -59,7 +60,7 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
         if types[name].startswith("*")
     }
     compiled = triton.compile(
-        ASTSource(function, signature, dict(kernel.constants), aligned),
+        ASTSource(function, signature, constants, aligned),
         target=GPUTarget("cuda", FIRST_SM, 32),
         options={
             "ptx_version": PTX_VERSION,
@@ -76,11 +77,15 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
 
 
 def parameters(ptx: str) -> list[tuple[str, str]]:
-    """(name, PTX type) of each parameter of the one entry of a PTX text."""
+    """(name, PTX type) of each parameter of the one entry of a PTX text. ValueError for one of another form."""
     (entry,) = _PARAMETERS.finditer(ptx)
-    return [
-        (match["name"], match["type"]) for match in map(_PARAMETER.fullmatch, map(str.strip, entry["list"].split(",")))
-    ]
+    found = []
+    for text in map(str.strip, entry["list"].split(",")):
+        match = _PARAMETER.fullmatch(text)
+        if match is None:
+            raise ValueError(f"no parameter of a kernel: {text}")
+        found.append((match["name"], match["type"]))
+    return found
 
 
 def without_scratch(ptx: str, kernel: Kernel) -> str:

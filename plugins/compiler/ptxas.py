@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugins.artifacts import KernelError
+from plugins.errors import KernelError
 
 # CUDA 12.6 is JetPack 6's, and its code runs under every later driver; newer SMs need CUDA 13.
 SMS_OF_CUDA = {"12.6": (80, 86, 87, 89, 90), "13": (100, 110, 120, 121)}
@@ -43,7 +43,7 @@ def find_assemblers() -> dict[str, Assembler]:
     """The ptxas of CUDA 12.6 and of CUDA 13 among the installed packages, by key of SMS_OF_CUDA. KernelError if not."""
     try:
         package = importlib.metadata.distribution(NVCC)
-        old = next(Path(package.locate_file(file)) for file in package.files or () if file.name == "ptxas")
+        old = next(Path(str(package.locate_file(file))) for file in package.files or () if file.name == "ptxas")
     except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise KernelError("no ptxas of CUDA 12.6 is installed", expected=f"{NVCC} 12.6", fix=INSTALL) from None
     triton = importlib.util.find_spec("triton")
@@ -95,7 +95,7 @@ def _run(assembler: Assembler, ptx: Path, sm: int, *options: str) -> tuple[bytes
     with tempfile.TemporaryDirectory(prefix="cubin-") as folder:
         cubin = Path(folder) / "cubin"
         command = [assembler.path, "-v", *assembler.options, *options, f"--gpu-name=sm_{sm}", ptx, "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         log = run.stdout + run.stderr
         if run.returncode:
             raise KernelError(

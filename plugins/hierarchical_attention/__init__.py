@@ -22,7 +22,7 @@ node lacks it). The last query's context
 comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and the map, from
 the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
-Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins), `onnx_int8.py` and `onnx_static_int8.py` (the same of int8 pages). `kernel.py` (Triton) and `plugin.py`
-(TensorRT) belong beside them.
+Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_int8.py` (the same of int8
+pages), `onnx_static.py` (for TensorRT without plugins, of either), `kernel.py` (Triton), `launch.py` (its launches, as
+a TensorRT plugin asks for them).
 """

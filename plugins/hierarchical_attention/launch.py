@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, CachedAttention
-from plugins.op import Tensor
+from plugins.op import PAGE_SCALES, Tensor, in_int8
 
 FOLDER = "plugins.hierarchical_attention.kernel"
 
 
 class HierarchicalAttention(CachedAttention):
     name = "HierarchicalAttention"
-    attribute_names = ("heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages")
+    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages")
     defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         *CachedAttention.inputs,
         Tensor("page_key", "model"),
         Tensor("page_value", "model"),
@@ -28,28 +26,14 @@ class HierarchicalAttention(CachedAttention):
 
     def __init__(self, **attributes: int) -> None:
         super().__init__(**attributes)
-        if self.attributes["int8_pages"]:
-            self.inputs = (
-                *(
-                    replace(each, dtype="int8") if each.name in ("page_key", "page_value") else each
-                    for each in self.inputs
-                ),
-                Tensor("page_key_scale", "float32"),
-                Tensor("page_value_scale", "float32"),
-            )
-            self.attend = "attend_int8_pages", f"{FOLDER}:attend_int8_pages"
-
-    def _page_parameters(self, model: str) -> tuple[tuple[str, str], ...]:
-        listed = ("page_lengths", "*i64"), ("pages", "*i64"), ("page_count", "*i64")
-        if self.attributes["int8_pages"]:
-            stores = ("page_key", "*i8"), ("page_value", "*i8")
-            listed += ("page_key_scale", "*fp32"), ("page_value_scale", "*fp32")
-        else:
-            stores = ("page_key", model), ("page_value", model)
-        return (*stores, *listed, ("page_total", "i32"))
-
-    def _page_constants(self) -> tuple[tuple[str, int], ...]:
-        return ("PAGE_SIZE", self.attributes["page_size"]), ("PAGES_PER_SPLIT", PAGES_PER_SPLIT)
-
-    def _page_total(self, shapes: Sequence[Sequence[int]]) -> int:
-        return shapes[11][0]
+        int8 = self.attributes["int8_pages"]
+        if int8:
+            inputs, scales = in_int8(self.inputs, "page")
+            self.inputs = *inputs, *scales
+        self.page_parameters = *(tensor.name for tensor in self.inputs[len(CachedAttention.inputs) :]), "page_total"
+        self.page_constants = (
+            ("PAGE_SIZE", self.attributes["page_size"]),
+            ("PAGES_PER_SPLIT", PAGES_PER_SPLIT),
+            ("INT8", int8),
+        )
+        self.absent = () if int8 else PAGE_SCALES

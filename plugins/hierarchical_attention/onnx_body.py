@@ -45,6 +45,24 @@ def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
 
 
 @script(flex, default_opset=op)
+def Gathered(page_key, page_value, listed, inside, most, kv_heads: int, head_dim: int):
+    """Keys and values of the first `most` listed pages, page by page [B, Hkv, n, hd]; which of them are tokens
+    [B, 1, 1, n]; and where their pages are in a store, below the batch [B, Hkv, most, 1]."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    to_tokens = op.Concat(keep, key_heads, op.Constant(value_ints=[-1]), width, axis=0)
+    some = op.Slice(listed, keep, most, one)
+    used = op.Reshape(op.Gather(inside, some), op.Constant(value_ints=[0, 1, 1, -1]))
+    around = op.Constant(value_ints=[1, 3])
+    index = op.Expand(op.Unsqueeze(some, around), op.Concat(one, key_heads, one, one, axis=0))
+    keys = op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens)
+    values = op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens)
+    return keys, values, used, index
+
+
+@script(flex, default_opset=op)
 def HierarchicalAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     page_key, page_value, page_lengths, pages, page_count,
@@ -55,38 +73,28 @@ def HierarchicalAttention(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
     )  # fmt: skip
     keep = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    zero = op.Constant(value_int=0)
-    around = op.Constant(value_ints=[1, 3])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
-    to_mask = op.Constant(value_ints=[0, 1, 1, -1])
-
     last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
 
     # The branches assign one value: onnxscript puts several in no certain order. The common case comes first: each If
     # costs as much as a few operators.
     capacity = op.Shape(past_key, start=2, end=3)
     few = op.LessOrEqual(most, op.Div(op.Shape(page_lengths), op.Constant(value_int=2)))
-    if op.And(op.Greater(most, zero), few):
-        some = op.Slice(listed, keep, most, one)
-        used = op.Reshape(op.Gather(inside, some), to_mask)
-        index = op.Expand(op.Unsqueeze(some, around), op.Concat(one, key_heads, one, one, axis=0))
-        context = PageAttention(
-            rows, scores, present_value,
-            op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens),
-            op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens),
-            op.And(used, last), capacity,
-        )  # fmt: skip
+    if op.And(op.Greater(most, op.Constant(value_int=0)), few):
+        keys, values, used, index = Gathered(
+            page_key, page_value, listed, inside, most, kv_heads=kv_heads, head_dim=head_dim
+        )
+        context = PageAttention(rows, scores, present_value, keys, values, op.And(used, last), capacity)
     else:
         if few:
             context = op.MatMul(op.CastLike(weights, query), present_value)
         else:
             # Single pages are gathered and read at half the speed of the whole store in place (measured on the CPU).
             by_page = op.ScatterElements(op.Expand(rest, op.Shape(pages)), pages, listed, axis=1)
-            used = op.Reshape(op.Gather(inside, by_page), to_mask)
+            used = op.Reshape(op.Gather(inside, by_page), op.Constant(value_ints=[0, 1, 1, -1]))
             context = PageAttention(
                 rows, scores, present_value, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
                 op.And(used, last), capacity,
@@ -94,4 +102,5 @@ def HierarchicalAttention(
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-FUNCTIONS = (TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageAttention, PageList, HierarchicalAttention)
+SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, Gathered
+FUNCTIONS = (*SHARED, PageAttention, HierarchicalAttention)

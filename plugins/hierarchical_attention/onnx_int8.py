@@ -12,8 +12,8 @@ from __future__ import annotations
 from onnxscript import script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import ImageMap, JoinHeads, LowAttention, Scores, TurnAndStore, flex, op
-from plugins.hierarchical_attention.onnx_body import PageList
+from plugins.cached_attention.onnx_body import JoinHeads, LowAttention, flex, op
+from plugins.hierarchical_attention.onnx_body import SHARED, Gathered, PageList
 
 
 @script(flex, default_opset=op)
@@ -44,25 +44,18 @@ def HierarchicalAttention(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
     )  # fmt: skip
     keep = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    rest = op.Constant(value_ints=[-1])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
-    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
-    to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
-    to_steps = op.Concat(keep, key_heads, one, rest, axis=0)
+    to_steps = op.Concat(keep, key_heads, op.Constant(value_ints=[1, -1]), axis=0)
     last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
     # The branches assign one value: onnxscript puts several in no certain order.
     if op.Equal(most, op.Constant(value_int=0)):
         context = op.MatMul(op.CastLike(weights, query), present_value)
     else:
-        some = op.Slice(listed, keep, most, one)
-        used = op.Reshape(op.Gather(inside, some), op.Constant(value_ints=[0, 1, 1, -1]))
-        around = op.Constant(value_ints=[1, 3])
-        index = op.Expand(op.Unsqueeze(some, around), op.Concat(one, key_heads, one, one, axis=0))
+        keys, values, used, index = Gathered(
+            page_key, page_value, listed, inside, most, kv_heads=kv_heads, head_dim=head_dim
+        )
         context = Int8PageAttention(
-            rows, scores, present_value,
-            op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens),
-            op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens),
+            rows, scores, present_value, keys, values,
             op.Reshape(op.GatherND(page_key_scale, index, batch_dims=2), to_steps),
             op.Reshape(op.GatherND(page_value_scale, index, batch_dims=2), to_steps),
             op.And(used, last),
@@ -70,6 +63,4 @@ def HierarchicalAttention(
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-FUNCTIONS = (
-    TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, Int8PageAttention, HierarchicalAttention,
-)  # fmt: skip
+FUNCTIONS = (*SHARED, Int8PageAttention, HierarchicalAttention)

@@ -3,11 +3,12 @@
 Inputs and outputs: see the package docstring. A bias of MASKED gives a key the softmax weight 0 exactly, so the result
 is that of the selected pages alone; the price is the memory traffic of all C*C pages, each read once, where it is.
 Weight 0 times NaN is NaN: the whole store must hold finite numbers, so every page is projected before the first step.
+Of int8 pages the integers are cast inside the sums over them, so that no float copy of the store is made.
 """
 
 from __future__ import annotations
 
-from onnxscript import script
+from onnxscript import OnnxFunction, script
 
 from plugins.cached_attention import MASKED
 from plugins.cached_attention.onnx_body import ImageMap, TurnAndStore, flex, op
@@ -36,8 +37,8 @@ def PageBias(page_lengths, pages, page_count, page_size: int):
 
 
 @script(flex, default_opset=op)
-def PageProducts(last_query, page_key, heads: int, kv_heads: int):
-    """Products [B, Hkv, group, C*C, P] float32 of the last query [B, H, 1, hd] with all page keys.
+def PageProducts(last_query, page_key, page_key_scale, heads: int, kv_heads: int):
+    """Products [B, Hkv, group, C*C, P] float32 of the last query [B, H, 1, hd] with all page keys; no scale is read.
 
     As products and sums, here and in PageValues: a MatMul would copy the pages.
     """
@@ -52,9 +53,17 @@ def PageProducts(last_query, page_key, heads: int, kv_heads: int):
 
 
 @script(flex, default_opset=op)
-def PageWeights(products, bias, last_scores, past_key, heads: int, kv_heads: int, page_size: int):
+def Int8PageProducts(last_query, page_key, page_key_scale, heads: int, kv_heads: int):
+    """`PageProducts` with int8 keys, each token's times its step."""
+    whole = PageProducts(last_query, page_key, page_key_scale, heads=heads, kv_heads=kv_heads)
+    return op.Mul(whole, op.Unsqueeze(page_key_scale, op.Constant(value_ints=[2])))
+
+
+@script(flex, default_opset=op)
+def PageWeights(products, bias, last_scores, past_key, page_value_scale, heads: int, kv_heads: int, page_size: int):
     """Weights of the page tokens in one softmax of the last query over [ordinary keys | page keys], float32:
-    [B, H, 1, C*C*P], and by page [B, Hkv, group, C*C, P, 1]."""
+    [B, H, 1, C*C*P], and what page values are multiplied by, here the same by page [B, Hkv, group, C*C, P, 1]; no scale
+    is read."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
@@ -68,6 +77,15 @@ def PageWeights(products, bias, last_scores, past_key, heads: int, kv_heads: int
     joint = op.Softmax(op.Concat(last_scores, page_scores, axis=3), axis=-1)
     weights = op.Slice(joint, op.Shape(past_key, start=2, end=3), end, three)
     return weights, op.Reshape(weights, op.Concat(keep, key_heads, group, rest, size, one, axis=0))
+
+
+@script(flex, default_opset=op)
+def Int8PageWeights(products, bias, last_scores, past_key, page_value_scale, heads: int, kv_heads: int, page_size: int):
+    """`PageWeights`, each token's times the step of its int8 value."""
+    weights, shared = PageWeights(
+        products, bias, last_scores, past_key, page_value_scale, heads=heads, kv_heads=kv_heads, page_size=page_size
+    )
+    return weights, op.Mul(shared, op.Unsqueeze(page_value_scale, op.Constant(value_ints=[2, 5])))
 
 
 @script(flex, default_opset=op)
@@ -86,24 +104,32 @@ def PageValues(last_context, weights, shared, page_value, heads: int):
     return op.Add(op.Mul(share, last_context), read)
 
 
-@script(flex, default_opset=op)
-def HierarchicalAttention(
-    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-    page_key, page_value, page_lengths, pages, page_count,
-    heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
-):  # fmt: skip
-    context, present_key, present_value, map, last_query, last_scores, last_context = StaticAttention(
+def attention(Products: OnnxFunction, Weights: OnnxFunction) -> OnnxFunction:
+    """The op; its steps `Products` and `Weights` depend on how pages are stored. A node on pages that are not int8 has
+    no scales, and nobody reads them."""
+
+    @script(flex, default_opset=op)
+    def HierarchicalAttention(
         query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
-    )  # fmt: skip
-    bias = PageBias(page_lengths, pages, page_count, page_size=page_size)
-    products = PageProducts(last_query, page_key, heads=heads, kv_heads=kv_heads)
-    weights, shared = PageWeights(
-        products, bias, last_scores, past_key, heads=heads, kv_heads=kv_heads, page_size=page_size
-    )
-    mixed = PageValues(last_context, weights, shared, page_value, heads=heads)
-    return JoinLast(context, mixed, positions), present_key, present_value, map
+        page_key, page_value, page_lengths, pages, page_count, page_key_scale, page_value_scale,
+        heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
+    ):  # fmt: skip
+        context, present_key, present_value, map, last_query, last_scores, last_context = StaticAttention(
+            query, key, value, past_key, past_value, positions, cos, sin, image_begin,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
+        )  # fmt: skip
+        bias = PageBias(page_lengths, pages, page_count, page_size=page_size)
+        products = Products(last_query, page_key, page_key_scale, heads=heads, kv_heads=kv_heads)
+        weights, shared = Weights(
+            products, bias, last_scores, past_key, page_value_scale,
+            heads=heads, kv_heads=kv_heads, page_size=page_size,
+        )  # fmt: skip
+        mixed = PageValues(last_context, weights, shared, page_value, heads=heads)
+        return JoinLast(context, mixed, positions), present_key, present_value, map
+
+    return HierarchicalAttention
 
 
 SHARED = TurnAndStore, ImageMap, StaticAttention, JoinLast, PageBias, PageProducts, PageWeights, PageValues
-FUNCTIONS = (*SHARED, HierarchicalAttention)
+FUNCTIONS = (*SHARED, attention(PageProducts, PageWeights))
+INT8_FUNCTIONS = (*SHARED, Int8PageProducts, Int8PageWeights, attention(Int8PageProducts, Int8PageWeights))

@@ -28,8 +28,8 @@ divided by STEPS (at least LEAST). A value is stored as the nearest whole number
 is the projection in T, keys after the rotation in float32. The steps stay float32: in T they would be subnormal where
 features are small, and 4 bytes for hd values are little.
 
-Faces: `reference.py` (PyTorch), `onnx_body.py` and `onnx_int8.py` (ONNX functions), `kernel.py` (Triton), `plugin.py`
-(its launch).
+Faces: `reference.py` (PyTorch), `onnx_body.py` and `onnx_int8.py` (ONNX functions), `kernel.py` (Triton), `launch.py`
+(its launches, as a TensorRT plugin asks for them).
 """
 
 STEPS = 127  # on each side of zero: symmetric, -128 is not used

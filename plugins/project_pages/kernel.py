@@ -1,4 +1,4 @@
-"""flex::ProjectPages as Triton kernels. Inputs and outputs: see the package docstring."""
+"""flex::ProjectPages as a Triton kernel. Inputs and outputs: see the package docstring."""
 
 import triton
 import triton.language as tl
@@ -11,13 +11,37 @@ TO_WHOLE = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
-def project_new(
-    features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
-    page_key_scale, page_value_scale, present_projected, page_total,
-    HIDDEN: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PAGE_BLOCK: tl.constexpr, LANES: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
-    """One program of either kernel. Without INT8 the scales are not looked at."""
+def project_pages(
+    features,  # [B, N, P, hidden]
+    key_weight,  # [Hkv*hd, hidden]
+    value_weight,
+    cos,  # [B, N, P, hd/2] float32
+    sin,
+    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8 int8
+    page_value,
+    projected,  # [B, N] int64
+    pages,  # [B, N] int64
+    page_count,  # [B] int64
+    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8
+    page_value_scale,
+    present_projected,  # [B, N] int64, written
+    page_total,  # N
+    HIDDEN: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,  # power of two, at least hd/2
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens of one tile, a power of two
+    WIDTH: tl.constexpr,  # of `hidden` in one tile
+    PAGE_BLOCK: tl.constexpr,  # power of two, at least N
+    LANES: tl.constexpr,  # programs that share the new pages
+    INT8: tl.constexpr,  # whether the pages are stored in 8 bits
+):
+    """Programs: (LANES; Hkv for the keys, then Hkv for the values; B). With nothing new they end after three loads.
+
+    `projected` is read by every program and must not change while this runs: the result goes elsewhere. A program holds
+    whole heads of its tokens, and so finds the steps of an int8 store.
+    """
     lane, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) % KV_HEADS
     is_key = tl.program_id(1) < KV_HEADS
@@ -81,72 +105,3 @@ def project_new(
                 kept: tl.constexpr = kind
             tl.store(store + out, left.to(kept), mask=inside)
             tl.store(store + out + half, right.to(kept), mask=inside)
-
-
-@triton.jit
-def project_pages(
-    features,  # [B, N, P, hidden]
-    key_weight,  # [Hkv*hd, hidden]
-    value_weight,
-    cos,  # [B, N, P, hd/2] float32
-    sin,
-    page_key,  # [B, Hkv, N, P, hd], new pages written
-    page_value,
-    projected,  # [B, N] int64
-    pages,  # [B, N] int64
-    page_count,  # [B] int64
-    present_projected,  # [B, N] int64, written
-    page_total,  # N
-    HIDDEN: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,  # power of two, at least hd/2
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens of one tile, a power of two
-    WIDTH: tl.constexpr,  # of `hidden` in one tile
-    PAGE_BLOCK: tl.constexpr,  # power of two, at least N
-    LANES: tl.constexpr,  # programs that share the new pages
-):
-    """Programs: (LANES; Hkv for the keys, then Hkv for the values; B). With nothing new they end after three loads.
-
-    `projected` is read by every program and must not change while this runs: the result goes elsewhere.
-    """
-    project_new(
-        features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
-        page_key, page_value, present_projected, page_total,
-        HIDDEN, KV_HEADS, HEAD_DIM, HALF, PAGE_SIZE, ROWS, WIDTH, PAGE_BLOCK, LANES, False,
-    )  # fmt: skip
-
-
-@triton.jit
-def project_int8_pages(
-    features,  # [B, N, P, hidden]
-    key_weight,  # [Hkv*hd, hidden]
-    value_weight,
-    cos,  # [B, N, P, hd/2] float32
-    sin,
-    page_key,  # [B, Hkv, N, P, hd] int8, new pages written
-    page_value,
-    projected,  # [B, N] int64
-    pages,  # [B, N] int64
-    page_count,  # [B] int64
-    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written
-    page_value_scale,
-    present_projected,  # [B, N] int64, written
-    page_total,  # N
-    HIDDEN: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,  # power of two, at least hd/2
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens of one tile, a power of two
-    WIDTH: tl.constexpr,  # of `hidden` in one tile
-    PAGE_BLOCK: tl.constexpr,  # power of two, at least N
-    LANES: tl.constexpr,  # programs that share the new pages
-):
-    """`project_pages` into an int8 store: a program holds whole heads of its tokens, and so finds their steps."""
-    project_new(
-        features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
-        page_key_scale, page_value_scale, present_projected, page_total,
-        HIDDEN, KV_HEADS, HEAD_DIM, HALF, PAGE_SIZE, ROWS, WIDTH, PAGE_BLOCK, LANES, True,
-    )  # fmt: skip

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from plugins.op import TRITON_TYPES, Kernel, Launch, Op, Tensor, power_of_two
+from plugins.op import PAGE_SCALES, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
 
 LANES = 8  # programs per head that share the new pages of a row
 
@@ -15,7 +14,7 @@ class ProjectPages(Op):
     name = "ProjectPages"
     attribute_names = ("hidden", "kv_heads", "head_dim", "page_size", "cells", "int8_pages")
     defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         Tensor("features", "model"),
         Tensor("key_weight", "model"),
         Tensor("value_weight", "model"),
@@ -27,52 +26,36 @@ class ProjectPages(Op):
         Tensor("pages", "int64"),
         Tensor("page_count", "int64"),
     )
-    outputs = (Tensor("present_key", "model"), Tensor("present_value", "model"), Tensor("present_projected", "int64"))
-    in_place: ClassVar[dict[int, int]] = {0: 5, 1: 6}
+    outputs: tuple[Tensor, ...] = (
+        Tensor("present_key", "model"),
+        Tensor("present_value", "model"),
+        Tensor("present_projected", "int64"),
+    )
+    in_place: Mapping[str, str] = {"present_key": "page_key", "present_value": "page_value"}
 
     def __init__(self, **attributes: int) -> None:
         super().__init__(**attributes)
         if self.attributes["int8_pages"]:
-            self.inputs = (
-                *(
-                    replace(each, dtype="int8") if each.name in ("page_key", "page_value") else each
-                    for each in self.inputs
-                ),
-                Tensor("page_key_scale", "float32"),
-                Tensor("page_value_scale", "float32"),
-            )
-            *stores, projected = self.outputs
-            self.outputs = (
-                *(replace(store, dtype="int8") for store in stores),
-                Tensor("present_key_scale", "float32"),
-                Tensor("present_value_scale", "float32"),
-                projected,
-            )
-            self.in_place = self.in_place | {2: 10, 3: 11}
+            inputs, scales = in_int8(self.inputs, "page")
+            (*stores, projected), present_scales = in_int8(self.outputs, "present")
+            self.inputs = *inputs, *scales
+            self.outputs = *stores, *present_scales, projected
+            scales_in_place = {f"{output}_scale": f"{store}_scale" for output, store in self.in_place.items()}
+            self.in_place = {**self.in_place, **scales_in_place}
 
-    def output_shapes(self, shapes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-        sources = (5, 6, 10, 11, 7) if self.attributes["int8_pages"] else (5, 6, 7)
-        return [tuple(shapes[source]) for source in sources]
+    def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
+        sources = {**self.in_place, "present_projected": "projected"}
+        return {output.name: tuple(shapes[sources[output.name]]) for output in self.outputs}
 
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
-        a, model = self.attributes, f"*{TRITON_TYPES[dtype]}"
+        a = self.attributes
         wide = dtype != "float32"  # without tensor cores the products are unrolled
-        name, store, scales = "project_pages", model, ()
-        if a["int8_pages"]:
-            name, store = "project_int8_pages", "*i8"
-            scales = ("page_key_scale", "*fp32"), ("page_value_scale", "*fp32")
+        pointers = *self.inputs, self.outputs[-1]  # the other outputs are inputs: see in_place
         kernel = Kernel(
-            name,
-            f"plugins.project_pages.kernel:{name}",
+            "project_pages",
+            "plugins.project_pages.kernel:project_pages",
             (
-                *((name, model) for name in ("features", "key_weight", "value_weight")),
-                ("cos", "*fp32"),
-                ("sin", "*fp32"),
-                ("page_key", store),
-                ("page_value", store),
-                *((name, "*i64") for name in ("projected", "pages", "page_count")),
-                *scales,
-                ("present_projected", "*i64"),
+                *((tensor.name, f"*{TRITON_TYPES[tensor.kind(dtype)]}") for tensor in pointers),
                 ("page_total", "i32"),
             ),
             (
@@ -85,23 +68,18 @@ class ProjectPages(Op):
                 ("WIDTH", 32 if wide else 16),
                 ("PAGE_BLOCK", power_of_two(a["cells"] ** 2)),
                 ("LANES", LANES),
+                ("INT8", a["int8_pages"]),
             ),
             stages=3 if wide else 2,
+            absent=() if a["int8_pages"] else PAGE_SCALES,
         )
         return (kernel,)
 
-    def workspace(self, shapes: Sequence[Sequence[int]]) -> int:
+    def workspace(self, shapes: Shapes[int]) -> int:
         return 0
 
-    def launches(
-        self,
-        dtype: str,
-        shapes: Sequence[Sequence[int]],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        workspace: int,
-    ) -> list[Launch]:
+    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
         (kernel,) = self.kernels(dtype)
-        batch, page_total = shapes[0][:2]
+        batch, page_total = shapes["features"][:2]
         grid = LANES, 2 * self.attributes["kv_heads"], batch
-        return [Launch(kernel, grid, (*inputs, outputs[-1], page_total))]
+        return [kernel.launch(grid, {**addresses, "page_total": page_total})]

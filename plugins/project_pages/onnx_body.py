@@ -47,31 +47,56 @@ def Projected(features, key_weight, value_weight, cos, sin, new, kv_heads: int, 
 
 
 @script(flex, default_opset=op)
-def ProjectPages(
-    features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
-    hidden: int, kv_heads: int, head_dim: int, page_size: int, cells: int,
+def NewHalves(
+    features, key_weight, value_weight, cos, sin, projected, pages, page_count, like,
+    kv_heads: int, head_dim: int, page_size: int, cells: int,
 ):  # fmt: skip
+    """Keys and values of the new pages [2, n, Hkv, P, hd] in the dtype of `like`; where they belong [n*Hkv, 3]; and
+    `projected` with the wanted pages."""
     keep = op.Constant(value_ints=[0])
     two = op.Constant(value_ints=[2])
-    zero = op.Constant(value_int=0)
-    step = op.Constant(value_int=1)
     heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
     present, new, where = NewPages(projected, pages, page_count, kv_heads=kv_heads, cells=cells)
-    # Keys and values of the new pages, the halves of one value [2, n, Hkv, P, hd], as a branch assigns one.
-    if op.Greater(op.Shape(where, start=0, end=1), zero):
+    # The halves of one value, as a branch assigns one.
+    if op.Greater(op.Shape(where, start=0, end=1), op.Constant(value_int=0)):
         turned, value = Projected(
             features, key_weight, value_weight, cos, sin, new, kv_heads=kv_heads, head_dim=head_dim
         )
-        both = op.Concat(op.Unsqueeze(op.CastLike(turned, page_key), keep), op.Unsqueeze(value, keep), axis=0)
+        both = op.Concat(
+            op.Unsqueeze(op.CastLike(turned, like), keep), op.Unsqueeze(op.CastLike(value, like), keep), axis=0
+        )
         halves = op.Transpose(both, perm=[0, 1, 3, 2, 4])
     else:
-        halves = op.CastLike(op.ConstantOfShape(op.Concat(two, keep, heads, size, width, axis=0)), page_key)
-    to_rows = op.Concat(op.Constant(value_ints=[-1]), size, width, axis=0)
-    keys = op.Reshape(op.Gather(halves, zero, axis=0), to_rows)  # [n*Hkv, P, hd]
-    values = op.Reshape(op.Gather(halves, step, axis=0), to_rows)
-    return op.ScatterND(page_key, where, keys), op.ScatterND(page_value, where, values), present
+        halves = op.CastLike(op.ConstantOfShape(op.Concat(two, keep, heads, size, width, axis=0)), like)
+    return halves, where, present
 
 
-FUNCTIONS = (NewPages, Projected, ProjectPages)
+@script(flex, default_opset=op)
+def Stored(page_key, page_value, halves, where, slot):
+    """The stores with the new `halves`; slot: the dimensions of what a head has in a page."""
+    to_rows = op.Concat(op.Constant(value_ints=[-1]), slot, axis=0)  # [n*Hkv, ...]
+    keys = op.Reshape(op.Gather(halves, op.Constant(value_int=0), axis=0), to_rows)
+    values = op.Reshape(op.Gather(halves, op.Constant(value_int=1), axis=0), to_rows)
+    return op.ScatterND(page_key, where, keys), op.ScatterND(page_value, where, values)
+
+
+@script(flex, default_opset=op)
+def ProjectPages(
+    features, key_weight, value_weight, cos, sin, page_key, page_value, projected, pages, page_count,
+    hidden: int, kv_heads: int, head_dim: int, page_size: int, cells: int,
+):  # fmt: skip
+    halves, where, present = NewHalves(
+        features, key_weight, value_weight, cos, sin, projected, pages, page_count, page_key,
+        kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, cells=cells,
+    )  # fmt: skip
+    keep = op.Constant(value_ints=[0])
+    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
+    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    present_key, present_value = Stored(page_key, page_value, halves, where, op.Concat(size, width, axis=0))
+    return present_key, present_value, present
+
+
+SHARED = NewPages, Projected, NewHalves, Stored
+FUNCTIONS = (*SHARED, ProjectPages)

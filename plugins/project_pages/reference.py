@@ -102,7 +102,7 @@ def project_pages_int8(
     key, value, row, page, present = _new_pages(
         features, (key_weight, value_weight), cos, sin, projected, pages, page_count, kv_heads, head_dim
     )
-    stores = [store.clone() for store in (page_key, page_value, page_key_scale, page_value_scale)]
+    stores = page_key.clone(), page_value.clone(), page_key_scale.clone(), page_value_scale.clone()
     (key, key_step), (value, value_step) = quantise(key), quantise(value)
     for store, new in zip(stores, (key, value, key_step, value_step), strict=True):
         store[row, :, page] = new
@@ -150,5 +150,5 @@ def _(
     page_size: int,
     cells: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    changed = page_key, page_value, page_key_scale, page_value_scale, projected
-    return tuple(map(torch.empty_like, changed))
+    like = torch.empty_like
+    return like(page_key), like(page_value), like(page_key_scale), like(page_value_scale), like(projected)

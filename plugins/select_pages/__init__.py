@@ -14,5 +14,5 @@
 Attributes: `grid` (G), `cells` (C), `threshold` (0..255 scale, strict comparison).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins). `kernel.py` (Triton) and `plugin.py` (TensorRT) belong beside them.
+plugins). `kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """

@@ -28,9 +28,9 @@ def cell_values(map, top, left, cell, GRID: tl.constexpr, CELLS: tl.constexpr):
 def select_pages(
     map,  # [B, G, G] float32
     margins,  # [B, 2] int64
-    budget,  # [B] int64
+    page_budget,  # [B] int64
     pages,  # [B, C*C] int64, written
-    count,  # [B] int64, written
+    page_count,  # [B] int64, written
     GRID: tl.constexpr,
     CELLS: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -74,4 +74,4 @@ def select_pages(
     tl.store(pages + batch_row * CELLS * CELLS + rank, cell.to(tl.int64), mask=real)
     eligible = real & (score * 255.0 > THRESHOLD) & (high != low)
     total = tl.sum(eligible.to(tl.int64), 0)
-    tl.store(count + batch_row, tl.minimum(total, tl.load(budget + batch_row)))
+    tl.store(page_count + batch_row, tl.minimum(total, tl.load(page_budget + batch_row)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from plugins.op import Kernel, Launch, Op, Tensor, power_of_two
+from plugins.op import TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, power_of_two
 
 
 class SelectPages(Op):
@@ -14,9 +14,9 @@ class SelectPages(Op):
     inputs = (Tensor("map", "float32"), Tensor("margins", "int64"), Tensor("page_budget", "int64"))
     outputs = (Tensor("pages", "int64"), Tensor("page_count", "int64"))
 
-    def output_shapes(self, shapes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-        batch = shapes[0][0]
-        return [(batch, self.attributes["cells"] ** 2), (batch,)]
+    def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
+        batch = shapes["map"][0]
+        return {"pages": (batch, self.attributes["cells"] ** 2), "page_count": (batch,)}
 
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a = self.attributes
@@ -24,7 +24,7 @@ class SelectPages(Op):
         kernel = Kernel(
             "select_pages",
             "plugins.select_pages.kernel:select_pages",
-            (("map", "*fp32"), ("margins", "*i64"), ("budget", "*i64"), ("pages", "*i64"), ("count", "*i64")),
+            tuple((tensor.name, f"*{TRITON_TYPES[tensor.dtype]}") for tensor in (*self.inputs, *self.outputs)),
             (
                 ("GRID", a["grid"]),
                 ("CELLS", a["cells"]),
@@ -36,16 +36,9 @@ class SelectPages(Op):
         )
         return (kernel,)
 
-    def workspace(self, shapes: Sequence[Sequence[int]]) -> int:
+    def workspace(self, shapes: Shapes[int]) -> int:
         return 0
 
-    def launches(
-        self,
-        dtype: str,
-        shapes: Sequence[Sequence[int]],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        workspace: int,
-    ) -> list[Launch]:
+    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
         (kernel,) = self.kernels(dtype)
-        return [Launch(kernel, (shapes[0][0], 1, 1), (*inputs, *outputs))]
+        return [kernel.launch((shapes["map"][0], 1, 1), addresses)]

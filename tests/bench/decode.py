@@ -39,7 +39,7 @@ from tests.bench.contenders.cost import Cost, cost
 from tests.bench.contenders.official import OfficialDecoder
 from tests.bench.contenders.plain import PlainModel
 from tests.bench.contenders.ways import TEXT, question
-from tests.bench.random_checkpoint import DECODERS, write
+from tests.bench.random_checkpoint import SHAPES, write
 
 AGREE = 1e-3  # largest logit difference allowed between ours and the official way
 
@@ -203,9 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, help="checkpoint with threshold -1 and room for all tokens; a random one when not given")
-    add(
-        "--shape", choices=DECODERS, default="mid", help="of the random one; 7b-slice takes 12 GB of disk, 17 of memory"
-    )
+    add("--shape", choices=SHAPES, default="mid", help="of the random one; 7b-slice takes 12 GB of disk, 17 of memory")
     add("--rounds", type=int, default=6, help="turns of each variant")
     add("--steps", type=int, default=8, help="steps in each turn")
     add("--threads", type=int, help="None = every core")

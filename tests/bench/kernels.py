@@ -1,38 +1,51 @@
-"""ESTIMATES, from shapes alone, what each kernel must move at 7B and how long each board's memory takes for that.
+"""What each kernel must move at 7B, and how long each board's memory takes for that: ESTIMATES, from shapes alone.
 
-`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`.
+`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`. With `--gpu` the kernels of a decode step
+are compiled and timed on this machine's GPU, and held against its bandwidth.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
+from engines.cuda import Cuda
+from engines.errors import FlexError
 from engines.targets import TARGETS, Target
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, SPLIT
-from plugins.op import ITEMSIZE, blocks
+from plugins.compiler.kernels import compile_kernels
+from plugins.compiler.ptxas import SMS
+from plugins.op import ITEMSIZE, Op, blocks
 from plugins.registry import ops_of_model
 from tests.bench.contenders.cost import cost
 from tests.geometries import official
 from tests.shapes import input_shapes, sizes
 
+if TYPE_CHECKING:
+    from tests.plugins.harness import Launcher
+
 NOTE = """\
-**An estimate, not a measurement: nothing here ran on a GPU.** Bytes are counted from shapes: what a launch must read
-or write, each byte once. Microseconds are those bytes at the full bandwidth of the board's memory, the least a kernel
-can take. A launch also has a floor of a few microseconds, which is all that the small kernels cost; what stays in the
-GPU's cache between launches costs less; `append` and `prefill` run for the prompt only, and arithmetic, not memory,
-bounds `prefill` and `project_pages`."""
+**An estimate, not a measurement: no figure of this table was taken on a GPU** (docs/figures.md has what an H100 took).
+Bytes are counted from shapes: what a launch must read or write, each byte once. Microseconds are those bytes at the
+full bandwidth of the board's memory, the least a kernel can take. A launch also has a floor of a few microseconds,
+which is all that the small kernels cost; what stays in the GPU's cache between launches costs less; `append` and
+`prefill` run for the prompt only, and arithmetic, not memory, bounds `prefill` and `project_pages`."""
 
 BOARDS = ("orin-nano-8", "orin-nano-8-super", "orin-nx-16", "agx-orin-64", "agx-thor-128", "rtx-4090", "h100-80")
 F32, I64 = 4, 8
+ROUNDS, REPEATS = 50, 10  # launches in a graph, of which the fastest of so many runs counts
 
 
 @dataclass(frozen=True)
@@ -140,8 +153,8 @@ def launches(g: Geometry) -> Counter[tuple[str, str]]:
     }
     counted: Counter[tuple[str, str]] = Counter()
     for op in ops_of_model(sizes(g)):
-        shapes = input_shapes(g)[op.name]
-        for launch in op.launches("float16", shapes, [0] * len(op.inputs), [0] * len(op.outputs), 0):
+        nowhere = dict.fromkeys((tensor.name for tensor in (*op.inputs, *op.outputs)), 0)
+        for launch in op.launches("float16", input_shapes(g)[op.name], nowhere, 0):
             counted[op.name, launch.kernel.name] += layers[op.name]
     return counted
 
@@ -182,8 +195,93 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
 
 
-def main() -> None:
-    case = Case(official())
+def inputs_of(op: Op, case: Case) -> dict[str, np.ndarray]:
+    """Inputs of a decode step: random numbers, `case.tokens` cached, the first `case.pages` pages listed and there."""
+    rng, arrays = np.random.default_rng(0), {}
+    shapes = input_shapes(case.geometry)[op.name]
+    whole = {
+        "positions": case.tokens - 1,
+        "page_budget": case.pages,
+        "page_count": case.pages,
+        "projected": 1,
+        "page_lengths": page_size(case.geometry),
+    }
+    for tensor in op.inputs:
+        shape, kind = shapes[tensor.name], tensor.kind(case.dtype)
+        if tensor.name == "pages":
+            arrays[tensor.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(np.int64)
+        elif kind == "int64":
+            arrays[tensor.name] = np.full(shape, whole.get(tensor.name, 0), np.int64)
+        else:
+            arrays[tensor.name] = (rng.standard_normal(shape, np.float32) / 4).astype(kind)
+    return arrays
+
+
+def bandwidth(cuda: Cuda, size: int = 256 << 20) -> float:
+    """Bytes per second of copying `size` bytes within the device's memory: read once, written once."""
+    buffers, stream = [cuda.buffer(size, "a benchmark") for _ in range(2)], cuda.stream()
+    start, end = cuda.event(), cuda.event()
+    best = 0.0
+    for _ in range(5):
+        start.record(stream)
+        for _ in range(10):
+            buffers[0].take(buffers[1].address, size, stream)
+        end.record(stream)
+        end.wait()
+        best = max(best, 2 * 10 * size / (end.since(start) / 1000))
+    return best
+
+
+def measured(
+    case: Case, launcher: Launcher, limit: float, rounds: int = ROUNDS, repeats: int = REPEATS
+) -> list[list[str]]:
+    """Microseconds of each launch of a decode step on the GPU of `launcher`, repeated in a graph, and its share of
+    `limit`, the bytes that the memory moves in a second. What stays in the GPU's cache may look faster than its memory.
+    The first row is the header."""
+    cuda, stream = launcher.cuda, launcher.stream
+    start, end = cuda.event(), cuda.event()
+    rows = [["kernel", "bytes a launch", "us", f"share of {limit / 1e9:.0f} GB/s, measured by copying"]]
+    for op in ops_of_model(sizes(case.geometry)):
+        steps, _memory = launcher.prepare(op, case.dtype, inputs_of(op, case))
+        artifacts = launcher.artifacts(op, case.dtype)
+        for launch in steps:
+            cuda.run(artifacts, [launch], int(stream))  # loads it
+            stream.wait()
+
+            def record(launch=launch, artifacts=artifacts) -> None:
+                cuda.run(artifacts, [launch] * rounds, int(stream))
+
+            graph, times = cuda.capture(stream, record), []
+            for _ in range(repeats):
+                start.record(stream)
+                graph.launch(stream)
+                end.record(stream)
+                end.wait()
+                times.append(1000 * end.since(start) / rounds)
+            moved = STEP[op.name, launch.kernel.name](case)
+            share = moved / limit / (min(times) / 1e6)
+            rows.append([f"{op.name}: {launch.kernel.name}", f"{moved:,}", f"{min(times):.1f}", f"{share:.0%}"])
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python tests/bench/kernels.py", description="Bytes and time of each kernel at 7B."
+    )
+    parser.add_argument("--gpu", action="store_true", help="time them on this machine's GPU")
+    case, gpu = Case(official()), parser.parse_args(arguments).gpu
+    if gpu:
+        from tests.plugins.harness import Launcher  # the estimate needs no Triton
+
+        try:
+            cuda = Cuda()
+        except FlexError as error:
+            sys.exit(str(error))
+        sms = (cuda.sm,) if cuda.sm in SMS else SMS[:1]  # of a GPU nobody has heard of the driver compiles the PTX
+        rows = measured(case, Launcher(cuda, lambda kernels: compile_kernels(kernels, sms)), bandwidth(cuda))
+        print(f"{cuda.name}; LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer\n")
+        print(markdown(rows))
+        return
     print(
         f"LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer, batch 1; microseconds.\n"
     )

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -18,24 +19,24 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engines.bundle.geometry import Geometry
-from export.checkpoint.config import read_config
+from engines.bundle.geometry import Geometry, Vision
 from export.checkpoint.folder import expected_tensors
+from export.checkpoint.write_config import write_config
+from tests.geometries import official
 
 SHARD = 1 << 30  # bytes
 BLOCK = 1 << 24  # random numbers drawn once; tensors are windows of them
-DECODERS = {
-    "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 12, "num_attention_heads": 4},
-    "mid": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "7b-slice": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "num_attention_heads": 32},
+SMALL_TOWER = Vision(32, 64, 3, 4, 14, 1e-5, "quick_gelu")
+SHAPES = {
+    "small": official(
+        hidden=64, intermediate=176, layers=12, heads=4, kv_heads=4, head_dim=16, vocab=512, vision=SMALL_TOWER
+    ),
+    "mid": official(
+        hidden=512, intermediate=1376, layers=16, heads=8, kv_heads=8, head_dim=64, vocab=4096, vision=SMALL_TOWER
+    ),
+    "7b": official(),
+    "7b-slice": official(layers=4, start_layer=1),  # two layers of each kind
 }
-START_LAYER = {"7b-slice": "1"}  # two layers of each kind; the others start where official code does
-VOCABULARY = {"small": 512, "mid": 4096, "7b": 32000, "7b-slice": 32000}
-SMALL_TOWER = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 336,
-    "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_vision_model",
-}  # fmt: skip
 
 
 def write(
@@ -47,40 +48,12 @@ def write(
     threshold: int = 48,
     context: int = 2048,
 ) -> Path:
-    """Write a checkpoint of `shape`, a key of DECODERS, into `out` and return it; threshold -1 selects all."""
-    out.mkdir(parents=True, exist_ok=True)
-    tower = "openai/clip-vit-large-patch14-336" if shape.startswith("7b") else "clip"
-    config = {
-        **DECODERS[shape],
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "vocab_size": VOCABULARY[shape],
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": context,
-        "tokenizer_model_max_length": context,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "image_aspect_ratio": "pad",
-        "mm_vision_tower": tower,
-        "mm_vision_select_layer": -2,
-        "mm_projector_type": "mlp2x_gelu",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "extra": {
-            "highres_size": "1008",
-            "lowres_size": "336",
-            "threshold": str(threshold),
-            "warmup": "10",
-            "zoom_ratio": "3",
-            **({"start_layer": START_LAYER[shape]} if shape in START_LAYER else {}),
-        },
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    if tower == "clip":
-        (out / "clip").mkdir(exist_ok=True)
-        (out / "clip" / "config.json").write_text(json.dumps(SMALL_TOWER, indent=1))
-    _write_tokenizer(out, VOCABULARY[shape])
-    _write_shards(out, read_config(out).geometry, dtype, seed)
+    """Write a checkpoint of `shape`, a key of SHAPES, into `out` and return it; threshold -1 selects all."""
+    g = replace(SHAPES[shape], threshold=threshold, context=context)
+    tower = "clip" if g.vision == SMALL_TOWER else "openai/clip-vit-large-patch14-336"
+    write_config(out, g, tower=tower, dtype=str(dtype).removeprefix("torch."))
+    _write_tokenizer(out, g.vocab)
+    _write_shards(out, g, dtype, seed)
     return out
 
 
@@ -148,7 +121,7 @@ def _write_tokenizer(out: Path, vocabulary: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shape", choices=DECODERS, default="small")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=["float16", "float32", "bfloat16"], default="float16")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,12 +5,26 @@ from __future__ import annotations
 import pytest
 
 from engines.bundle.pages import page_size
+from engines.cuda import Cuda
 from engines.errors import OptionError
 from engines.targets import TARGETS, target
 from plugins.compiler.ptxas import SMS
 from tests.bench.contenders.cost import cost
-from tests.bench.kernels import STEP, Case, attend, attend_pages, launches, main, project_pages, table
-from tests.geometries import official
+from tests.bench.kernels import (
+    STEP,
+    Case,
+    attend,
+    attend_pages,
+    bandwidth,
+    launches,
+    main,
+    measured,
+    project_pages,
+    table,
+)
+from tests.emulator.driver import Driver, emulated_artifacts
+from tests.geometries import official, tiny
+from tests.plugins.harness import Launcher
 
 
 def test_every_launch_is_counted():
@@ -52,8 +66,18 @@ def test_table(capsys):
     assert float(orin.replace(",", "")) == pytest.approx(int(count.replace(",", "")) / 68e3, abs=0.06)
     weights = rows["**weights of a token**"]
     assert weights[3:5] == ["does not fit"] * 2 and float(weights[-1].replace(",", "")) == pytest.approx(3944, abs=1)
-    main()
-    assert "An estimate, not a measurement: nothing here ran on a GPU." in capsys.readouterr().out
+    main([])
+    assert "An estimate, not a measurement: no figure of this table was taken on a GPU" in capsys.readouterr().out
+
+
+def test_the_kernels_of_a_step_are_timed():
+    """On the emulated driver, whose times mean nothing: that every kernel of a step is launched as often as asked."""
+    driver = Driver()
+    case, launcher = Case(tiny(), tokens=20, pages=2), Launcher(Cuda(driver), emulated_artifacts)
+    rows = measured(case, launcher, bandwidth(launcher.cuda, 1 << 16), rounds=2, repeats=3)
+    assert [row[0] for row in rows[1:]] == [f"{op}: {kernel}" for op, kernel in launches(tiny())]
+    assert {row[0] for row in rows[1:]} == {f"{op}: {kernel}" for op, kernel in STEP}
+    assert len(driver.launches) == len(STEP) * (1 + 2 * 3)
 
 
 def test_targets():

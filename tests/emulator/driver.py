@@ -34,17 +34,18 @@ TEXTS = {
     UNSUPPORTED_IN_CAPTURE: ("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when capturing"),
     CAPTURE_INVALIDATED: ("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "capture failed due to a previous error"),
 }
-HIDDEN = 2  # pointers after the parameters, as Triton's own code has them
 
 
 def emulated_artifacts(kernels: Iterable[Kernel], sms: Iterable[int] = (86,)) -> Artifacts:
-    """Compiled kernels that the emulated driver loads: in place of code, which kernel it is."""
-    sms, compiled = tuple(sms), []
-    for kernel in kernels:
-        code = json.dumps(asdict(kernel)).encode()
-        cubins, registers = {sm: b"cubin:" + code for sm in sms}, dict.fromkeys(sms, 0)
-        compiled.append(Compiled(kernel, kernel.name, 0, 32 * kernel.warps, b"ptx:" + code, cubins, registers, HIDDEN))
-    return Artifacts(tuple(compiled), {})
+    """Compiled kernels that the emulated driver loads."""
+    return Artifacts(tuple(emulated(kernel, kernel.name, sms) for kernel in kernels), {})
+
+
+def emulated(kernel: Kernel, entry: str, sms: Iterable[int] = (86,)) -> Compiled:
+    """A compiled kernel, whose symbol is `entry`: in place of code, which kernel it is."""
+    code = json.dumps(asdict(kernel) | {"name": entry}).encode()
+    cubins = {sm: b"cubin:" + code for sm in sms}
+    return Compiled(kernel, entry, 0, 32 * kernel.warps, b"ptx:" + code, cubins, dict.fromkeys(cubins, 0))
 
 
 class _Stream:
@@ -314,11 +315,10 @@ class Driver:
         if (bx, by, bz) != (32 * kernel.warps, 1, 1) or shared > loaded.shared:
             return (INVALID_VALUE,)
         kinds = [ctypes.c_int32 if kind == "i32" else ctypes.c_uint64 for _, kind in kernel.parameters]
-        pointers = (ctypes.c_void_p * (len(kinds) + HIDDEN)).from_address(parameters)
-        arguments = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=False)]
-        if any(ctypes.c_uint64.from_address(at).value for at in pointers[len(kinds) :]):
-            return (INVALID_VALUE,)
-        launch = Launch(kernel, (x, y, z), tuple(arguments))
+        pointers = (ctypes.c_void_p * len(kinds)).from_address(parameters)
+        values = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=True)]
+        names = [name for name, _ in kernel.parameters]
+        launch = Launch(kernel, (x, y, z), dict(zip(names, values, strict=True)))
 
         def execute() -> None:
             self.launches.append(kernel.name)

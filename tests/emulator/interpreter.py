@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,40 +32,42 @@ def run(launches: Sequence[Launch], memory: Memory | Iterable[np.ndarray]) -> No
         _run(launch, memory)
 
 
-def call(op: Op, dtype: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What `op` makes of `inputs` (the op's, in order; bfloat16 as uint16 bits) when the model computes in `dtype`.
+def call(op: Op, dtype: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `op` makes of `inputs`, both by name (bfloat16 as uint16 bits), when the model computes in `dtype`.
 
     Inputs are copied first; outputs that share the buffer of an input are that copy, updated. Everything else an op
     writes, its scratch memory too, is NaN beforehand.
     """
     memory = Memory()
-    kinds = [NUMPY[dtype if tensor.dtype == "model" else tensor.dtype] for tensor in (*op.inputs, *op.outputs)]
-    for tensor, kind, array in zip(op.inputs, kinds, inputs, strict=False):
-        if array.dtype != kind:
-            raise ValueError(f"{op.name}: {tensor.name} is {array.dtype}, expected {np.dtype(kind)}")
-    given = [aligned_copy(array) for array in inputs]
-    shapes = [array.shape for array in given]
-    results = [
-        given[op.in_place[index]] if index in op.in_place else aligned(shape, kind)
-        for index, (shape, kind) in enumerate(zip(op.output_shapes(shapes), kinds[len(inputs) :], strict=True))
-    ]
-    names = [tensor.name for tensor in (*op.inputs, *op.outputs)]
-    addresses = [memory.add(array, name) for array, name in zip((*given, *results), names, strict=True)]
+    for tensor in op.inputs:
+        kind, found = np.dtype(NUMPY[tensor.kind(dtype)]), inputs[tensor.name].dtype
+        if found != kind:
+            raise ValueError(f"{op.name}: {tensor.name} is {found}, expected {kind}")
+    given = {tensor.name: aligned_copy(inputs[tensor.name]) for tensor in op.inputs}
+    shapes = {name: array.shape for name, array in given.items()}
+    made = op.output_shapes(shapes)
+    results = {
+        tensor.name: given[op.in_place[tensor.name]]
+        if tensor.name in op.in_place
+        else aligned(made[tensor.name], NUMPY[tensor.kind(dtype)])
+        for tensor in op.outputs
+    }
+    addresses = {name: memory.add(array, name) for name, array in (given | results).items()}
     scratch = memory.add(aligned(op.workspace(shapes), np.uint8), "workspace")
-    run(op.launches(dtype, shapes, addresses[: len(given)], addresses[len(given) :], scratch), memory)
+    run(op.launches(dtype, shapes, addresses, scratch), memory)
     return results
 
 
 def function_of(kernel: Kernel) -> InterpretedFunction:
-    """The Triton function of a kernel; ValueError unless its parameters are those the launcher will pass, in order."""
+    """The Triton function of a kernel; ValueError unless its parameters are those the launcher will pass, by name."""
     module, name = kernel.function.split(":")
     function = getattr(importlib.import_module(module), name)
     if not isinstance(function, InterpretedFunction):
         raise ImportError(f"{kernel.function} was imported for the compiler: set TRITON_INTERPRET=1")
     declared = function.fn.__annotations__
     constant = [each for each in function.arg_names if "constexpr" in str(declared.get(each, ""))]
-    passed = [each for each in function.arg_names if each not in constant]
-    if passed != [each for each, _ in kernel.parameters]:
+    passed = [each for each in function.arg_names if each not in (*constant, *kernel.absent)]
+    if sorted(passed) != sorted(each for each, _ in kernel.parameters):
         raise ValueError(f"{kernel.name}: parameters {[each for each, _ in kernel.parameters]}, function has {passed}")
     if sorted(constant) != sorted(each for each, _ in kernel.constants):
         raise ValueError(f"{kernel.name}: constants {[each for each, _ in kernel.constants]}, function has {constant}")
@@ -86,12 +88,10 @@ def _argument(kernel: Kernel, name: str, kind: str, value: int) -> object:
 def _run(launch: Launch, memory: Memory) -> None:
     kernel = launch.kernel
     function = function_of(kernel)
-    if len(launch.arguments) != len(kernel.parameters):
-        raise ValueError(f"{kernel.name}: {len(launch.arguments)} arguments, expected {len(kernel.parameters)}")
     if not all(0 < size <= limit for size, limit in zip(launch.grid, (2**31 - 1, 65535, 65535), strict=True)):
         raise ValueError(f"{kernel.name}: a grid of {launch.grid}")
-    arguments: dict[str, object] = dict(kernel.constants)
-    for (name, kind), value in zip(kernel.parameters, launch.arguments, strict=True):
+    arguments: dict[str, object] = dict(kernel.constants) | dict.fromkeys(kernel.absent)
+    for (name, kind), value in zip(kernel.parameters, launch.ordered(kernel), strict=True):
         arguments[name] = _argument(kernel, name, kind, value)
     body = function.rewrite()
     watch = Watch(memory, kernel.name)

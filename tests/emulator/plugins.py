@@ -13,8 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from plugins.artifacts import Artifacts
+from plugins.op import MODEL_DTYPES, named
 from plugins.registry import OPS
-from plugins.tensorrt import DTYPE, DTYPES, KERNELS, NAMESPACE
+from plugins.tensorrt import DTYPE, KERNELS, NAMESPACE
 from tests.emulator.driver import Driver
 from tests.emulator.memory import aligned
 
@@ -88,7 +89,7 @@ class PluginGraph:
             numbers = {each.name: each.i for each in node.attribute if each.name in OPS[node.op_type].attribute_names}
             op = OPS[node.op_type](**numbers)
             fields = [PluginField(name, np.array([value], np.int32), 0) for name, value in numbers.items()]
-            fields.append(PluginField(DTYPE, np.array([DTYPES.index(dtype)], np.int32), 0))
+            fields.append(PluginField(DTYPE, np.array([MODEL_DTYPES.index(dtype)], np.int32), 0))
             code = artifacts.subset(op.kernels(dtype), artifacts.sms).to_bytes()
             fields.append(PluginField(KERNELS, np.frombuffer(code, np.int8), 1))
             creator, phase = registry.creators[node.op_type], CLASSES["TensorRTPhase"].RUNTIME
@@ -147,9 +148,9 @@ class PluginRun:
             for name in node.input:
                 known.setdefault(name, (values[name].shape, values[name].dtype))
         shapes = [known[name][0] for name in node.input]
-        kinds = [np.dtype(plugin.dtype if tensor.dtype == "model" else tensor.dtype) for tensor in op.outputs]
-        for name, shape, kind in zip(node.output, op.output_shapes(shapes), kinds, strict=True):
-            known[name] = tuple(shape), kind
+        made = op.output_shapes(named(op.inputs, shapes))
+        for name, tensor in zip(node.output, op.outputs, strict=True):
+            known[name] = tuple(made[tensor.name]), np.dtype(tensor.kind(plugin.dtype))
         places = {}
         for name in (*node.input, *node.output):
             places[name] = addresses[name] if name in addresses else self._place(name, *known[name])

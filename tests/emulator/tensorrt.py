@@ -22,7 +22,6 @@ import onnxruntime as ort
 from engines.bundle.folder import MANIFEST, Bundle, sha256
 from engines.bundle.kinds import ONNXRUNTIME, TRACED
 from engines.bundle.manifest import File, Plan
-from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import TensorSpec, in_place, plan_io
 from engines.trt.build import attributes, profiles
 from engines.trt.options import EngineOptions
@@ -59,12 +58,12 @@ def with_plans(
     manifest, files, parts = bundle.manifest, dict(bundle.manifest.files), {}
     g = manifest.geometry
     if plugins:
-        artifacts = emulated_artifacts(kernels_of_model(attributes(g), PRECISIONS[manifest.precision]), sms)
+        artifacts = emulated_artifacts(kernels_of_model(attributes(g), bundle.precision.dtype), sms)
         artifacts.write(out / KERNELS)
         files[KERNELS] = File((out / KERNELS).stat().st_size, artifacts.sha256)
     for name, part in manifest.parts.items():
         with_kernels = plugins and name == "decoder"
-        inputs, outputs = plan_io(name, g, manifest.precision)
+        inputs, outputs = plan_io(name, g, bundle.precision)
         options = EngineOptions(backend, batch=most)
         plan = Plan(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,

@@ -18,7 +18,8 @@ def launch(name, source, target, *, count=BLOCK, kind="fp32", grid=1, **change):
     parameters = ("source", f"*{kind}"), ("target", f"*{kind}"), ("count", "i32")
     function = f"tests.emulator.kernels_for_tests:{name}"
     kernel = Kernel(name, function, change.get("parameters", parameters), (("BLOCK", BLOCK),))
-    arguments = source.ctypes.data + change.get("offset", 0), target.ctypes.data, count
+    addresses = {"source": source.ctypes.data + change.get("offset", 0), "target": target.ctypes.data}
+    arguments = addresses | {"count": count} | change.get("arguments", {})
     run([Launch(kernel, (grid, 1, 1), arguments)], [source, target])
 
 
@@ -53,6 +54,8 @@ def test_what_a_driver_would_not_notice_is_refused():
         launch("all_write_first", source, target, grid=0)
     with pytest.raises(ValueError, match="function has"):
         launch("all_write_first", source, target, parameters=(("target", "*fp32"), ("source", "*fp32")))
+    with pytest.raises(ValueError, match="4 arguments, 3 parameters: limit"):
+        launch("all_write_first", source, target, arguments={"limit": 3})
 
 
 def test_bfloat16_rounds_like_a_gpu():
@@ -82,7 +85,8 @@ def test_an_op_with_its_shapes_and_scratch():
     maps = np.zeros((2, 9, 9), np.float32)
     maps[0, 2, 5] = maps[0, 6, 1] = maps[0, 0, 7] = 0.5
     op = SelectPages(grid=9, cells=9, threshold=-1)
-    pages, count = call(op, "float16", [maps, np.zeros((2, 2), np.int64), np.array([2, 9])])
-    assert count.tolist() == [2, 0] and pages[0, :2].tolist() == [7, 2 * 9 + 5]
+    inputs = {"map": maps, "margins": np.zeros((2, 2), np.int64), "page_budget": np.array([2, 9])}
+    found = call(op, "float16", inputs)
+    assert found["page_count"].tolist() == [2, 0] and found["pages"][0, :2].tolist() == [7, 2 * 9 + 5]
     with pytest.raises(ValueError, match="margins is int32"):
-        call(op, "float16", [maps, np.zeros((2, 2), np.int32), np.array([2, 9])])
+        call(op, "float16", inputs | {"margins": np.zeros((2, 2), np.int32)})

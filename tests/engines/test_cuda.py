@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engines.cuda import Cuda
-from engines.errors import BackendError
-from plugins.artifacts import Artifacts, KernelError
+from engines.errors import BackendError, KernelError
+from plugins.artifacts import Artifacts
 from plugins.op import Kernel, Launch
 from tests.emulator.driver import Driver, emulated_artifacts
 from tests.emulator.memory import MemoryFault
@@ -23,6 +23,11 @@ COPY = Kernel(
 )
 
 
+def copy(source: int, target: int, count: int, kernel: Kernel = COPY) -> Launch:
+    """A launch of one program."""
+    return Launch(kernel, (1, 1, 1), {"source": source, "target": target, "count": count})
+
+
 def upload(cuda: Cuda, array: np.ndarray):
     stream, buffer = cuda.stream(), cuda.buffer(array.nbytes, "a test")
     buffer.upload(array, stream)
@@ -31,21 +36,21 @@ def upload(cuda: Cuda, array: np.ndarray):
 
 @pytest.mark.parametrize("sm", [86, 87, 120])
 def test_a_kernel_gets_its_arguments(sm):
-    """The cubin of the GPU's SM where there is one, else PTX; the hidden pointers are null (the driver checks)."""
+    """The cubin of the GPU's SM where there is one, else PTX; arguments in the order of the code's parameters."""
     driver = Driver(sm=sm)
     cuda = Cuda(driver)
     assert (cuda.sm, cuda.integrated, cuda.name) == (sm, False, "Emulated GPU")
     values = np.arange(32, dtype=np.float32)
     stream, source = upload(cuda, values)
     _, target = upload(cuda, np.zeros(32, np.float32))
-    artifacts = emulated_artifacts([COPY], sms=(86, 87))
+    artifacts = emulated_artifacts([replace(COPY, parameters=COPY.parameters[::-1])], sms=(86, 87))
     for count in (3, 9, 15):
-        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), (source.address, target.address, count))], int(stream))
+        cuda.run(artifacts, [copy(source.address, target.address, count)], int(stream))
         found = target.download(np.empty(32, np.float32), stream)
         assert np.array_equal(found[:count], values[:count]) and not found[count:].any()
     # The same code again, from another engine, is not loaded again.
     other = Artifacts.from_bytes(artifacts.to_bytes())
-    cuda.run(other, [Launch(COPY, (1, 1, 1), (source.address, target.address, 4))], int(stream))
+    cuda.run(other, [copy(source.address, target.address, 4)], int(stream))
     stream.wait()
     assert driver.counts["cuModuleLoadData"] == 1 and driver.launches == [COPY.name] * 4
 
@@ -55,16 +60,16 @@ def test_kernels_that_cannot_run():
     stream, artifacts = cuda.stream(), emulated_artifacts([COPY])
     missing = replace(COPY, name="another")
     with pytest.raises(KernelError, match="no compiled kernel another"):
-        cuda.run(artifacts, [Launch(missing, (1, 1, 1), (0, 0, 0))], int(stream))
+        cuda.run(artifacts, [copy(0, 0, 0, missing)], int(stream))
     with pytest.raises(KernelError, match="BLOCK"):
-        cuda.run(artifacts, [Launch(replace(COPY, constants=(("BLOCK", 32),)), (1, 1, 1), (0, 0, 0))], int(stream))
-    with pytest.raises(ValueError, match="2 arguments, 3 parameters"):
-        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), (0, 0))], int(stream))
+        cuda.run(artifacts, [copy(0, 0, 0, replace(COPY, constants=(("BLOCK", 32),)))], int(stream))
+    with pytest.raises(ValueError, match="2 arguments, 3 parameters: count"):
+        cuda.run(artifacts, [Launch(COPY, (1, 1, 1), {"source": 0, "target": 0})], int(stream))
 
     def changed(**change) -> Artifacts:
         return Artifacts((replace(artifacts.compiled[0], **change),), {})
 
-    launch = [Launch(COPY, (1, 1, 1), (0, 0, 0))]
+    launch = [copy(0, 0, 0)]
     with pytest.raises(BackendError, match=r"does not take the code for SM 86.*INVALID_IMAGE(.|\n)*update the NVIDIA"):
         cuda.run(changed(cubins={86: b"\x7fELF"}), launch, int(stream))
     with pytest.raises(BackendError, match=r"needs 200000 bytes of shared memory(.|\n)*101376(.|\n)*--no-plugins"):
@@ -78,9 +83,7 @@ def test_more_than_48_kb_of_shared_memory_is_asked_for():
     cuda = Cuda(driver)
     stream, source = upload(cuda, np.zeros(32, np.float32))
     compiled = replace(emulated_artifacts([COPY]).compiled[0], shared=64 << 10)
-    cuda.run(
-        Artifacts((compiled,), {}), [Launch(COPY, (1, 1, 1), (source.address, source.address + 64, 3))], int(stream)
-    )
+    cuda.run(Artifacts((compiled,), {}), [copy(source.address, source.address + 64, 3)], int(stream))
     stream.wait()
     assert driver.counts["cuFuncSetAttribute"] == 1 and driver.launches == [COPY.name]
 
@@ -112,7 +115,7 @@ def test_graphs_replay_and_record_nothing_forbidden():
     cuda = Cuda(driver)
     stream, source = upload(cuda, np.arange(16, dtype=np.float32))
     _, target = upload(cuda, np.zeros(16, np.float32))
-    artifacts, launch = emulated_artifacts([COPY]), Launch(COPY, (1, 1, 1), (source.address, target.address, 15))
+    artifacts, launch = emulated_artifacts([COPY]), copy(source.address, target.address, 15)
     cuda.run(artifacts, [launch], int(stream))
     stream.wait()
     target.fill(0, stream)

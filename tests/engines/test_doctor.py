@@ -121,6 +121,15 @@ def test_a_card(root, installed, monkeypatch):
     assert "no row in engines/targets.py; of SM 89 there are rtx-4090" in other
 
 
+def test_a_card_that_ran_the_kernels(root, installed, monkeypatch):
+    """The H100: TensorRT-RTX, installed as it may be, does not serve it."""
+    installed(("1.32.0", ["CUDAExecutionProvider", "CPUExecutionProvider"]), tensorrt_rtx="1.7.1")
+    monkeypatch.setattr(Driver, "cuDeviceGetName", lambda *_: (0, b"NVIDIA H100 80GB HBM3\0"))
+    text = examine(Cuda(Driver(sm=90, total=85_500_000_000)), root({}))
+    assert "h100-80: fp16, bf16, int8, int4, fp8; kernels run, engines untested" in text
+    assert "run onnxruntime on the GPU: yes" in text and "run tensorrt-rtx: no: 1.7.1 has nothing for SM 90" in text
+
+
 @pytest.mark.parametrize(("sm", "rtx", "full"), [(87, False, True), (75, False, False), (86, True, True)])
 def test_gpus_that_a_backend_does_not_serve(installed, sm, rtx, full):
     installed(tensorrt="10.3.0", tensorrt_rtx="1.7.1")

@@ -28,7 +28,7 @@ def test_unknown_or_absent_devices(random_model):
         assert "onnxruntime-gpu" in caught.value.fix
 
 
-@pytest.mark.parametrize("threads", [0, -3, "2", 1.5])
+@pytest.mark.parametrize("threads", [0, -3, "2", 1.5, True])
 def test_bad_threads(threads, random_model):
     with pytest.raises(BackendError, match="threads="):
         OrtModel(Bundle(random_model("tiny", tiny())[1]), threads=threads)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -15,11 +17,16 @@ import pytest
 import torch
 
 import export.build
+import export.check
 from engines.bundle.folder import Bundle
+from engines.bundle.precision import FP16, FP32, PRECISIONS
 from engines.bundle.writer import BundleWriter
 from engines.errors import CheckpointError, ExportError, OptionError, ParityError
 from engines.ort import OrtDecoder, OrtModel
 from export.build import BuildOptions, build, parse_arguments
+from export.check import LIMITS, limits_of, parity
+from export.checkpoint.folder import Checkpoint
+from export.weights.stored import stored_weights
 from tests.checkpoints import write_checkpoint
 from tests.geometries import tiny
 from tests.paths import ROOT
@@ -52,7 +59,6 @@ def test_command_line(checkpoint, tmp_path):
 def test_defaults_are_those_of_the_dataclass():
     assert parse_arguments([]) == BuildOptions()
     assert parse_arguments(["--bf16"]).precision == "bf16"
-    assert BuildOptions(model=Path("a/b")).folder == Path("build/b-fp16")
     result = command("--help")
     assert result.returncode == 0 and str(BuildOptions().model) in result.stdout and "(the default)" in result.stdout
 
@@ -146,7 +152,7 @@ def test_interrupted_builds_leave_nothing(checkpoint, tmp_path, kind):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("method", ["vision", "project", "run"])
-def test_a_nan_fails_the_check(checkpoint, tmp_path, monkeypatch, method, late):
+def test_a_nan_fails_the_check(random_model, monkeypatch, method, late):
     """NaN everywhere, or only in the last layer, tile batch or step: no number before it hides it."""
     owner, calls = (OrtDecoder if method == "run" else OrtModel), []
     original = getattr(owner, method)
@@ -166,8 +172,9 @@ def test_a_nan_fails_the_check(checkpoint, tmp_path, monkeypatch, method, late):
 
     monkeypatch.setattr(owner, method, broken)
     stage = {"vision": "vision features", "project": "page values", "run": "decode" if late else "prefill"}[method]
+    checkpoint, bundle = random_model("tiny", tiny())
     with pytest.raises(ParityError, match=f"{stage}.* nan"):
-        build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32"))
+        parity(Bundle(bundle), Checkpoint.open(checkpoint, checkpoint / "clip"))
 
 
 @pytest.mark.parametrize(
@@ -199,38 +206,49 @@ def test_missing_key(tmp_path):
         build(BuildOptions(checkpoint, tmp_path / "bundle"))
 
 
-@pytest.fixture
-def damaged(monkeypatch):
-    """damaged(file): the next build writes this file with one weight changed, unnoticed."""
+def damage(file: Path) -> None:
+    """Change one weight of a file."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x42  # sign or exponent of the last weight
+    file.write_bytes(data)
 
-    def harm(name: str) -> None:
-        original = BundleWriter.write
 
-        def write(self, file, chunks, progress=None):
-            original(self, file, chunks, progress)
-            if file == name:
-                data = bytearray((self.folder / file).read_bytes())
-                data[-1] ^= 0x42  # sign or exponent of the last weight
-                (self.folder / file).write_bytes(data)
-
-        monkeypatch.setattr(BundleWriter, "write", write)
-
-    return harm
+@pytest.mark.parametrize("check", [parity, stored_weights])
+@pytest.mark.parametrize("part", ["vision", "pages", "decoder"])
+def test_a_wrong_weight_fails_the_check(random_model, tmp_path, part, check):
+    checkpoint, bundle = random_model("tiny", tiny())
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    damage(folder / f"{part}.weights")
+    with pytest.raises(ParityError) as caught:
+        check(Bundle(folder, verify=False), Checkpoint.open(checkpoint, checkpoint / "clip"))
+    first = {"vision": "vision features", "pages": "page", "decoder": "logits"}[part]
+    assert (first if check is parity else f"{part}.weights") in str(caught.value)
 
 
 @pytest.mark.parametrize("check", ["parity", "weights"])
-@pytest.mark.parametrize("part", ["vision", "pages", "decoder"])
-def test_a_wrong_weight_fails_the_build(checkpoint, tmp_path, damaged, part, check):
-    damaged(f"{part}.weights")
-    with pytest.raises(ParityError) as caught:
+def test_a_check_that_fails_fails_the_build(checkpoint, tmp_path, monkeypatch, check):
+    """The decoder's weights are written with one of them changed, unnoticed."""
+    original = BundleWriter.write
+
+    def write(self, file, chunks, progress=None):
+        original(self, file, chunks, progress)
+        if file == "decoder.weights":
+            damage(self.folder / file)
+
+    monkeypatch.setattr(BundleWriter, "write", write)
+    with pytest.raises(ParityError, match="logits" if check == "parity" else r"decoder\.weights"):
         build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32", check=check))
-    first = {"vision": "vision features", "pages": "page", "decoder": "logits"}[part]
-    assert (first if check == "parity" else f"{part}.weights") in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
+def test_every_precision_has_limits():
+    assert set(LIMITS) == set(PRECISIONS.values())
+    lazy_int8 = replace(tiny(), lazy_pages=True, int8_pages=True)
+    assert limits_of(FP32, tiny()).cells == 0 < limits_of(FP32, lazy_int8).cells == limits_of(FP16, tiny()).cells
+
+
 def test_too_little_memory_is_said_before_work_starts(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.build, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(export.check, "available_bytes", lambda: 10**6)
     with pytest.raises(OptionError, match="free") as caught:
         build(BuildOptions(checkpoint, tmp_path / "bundle"))
     assert "--check weights" in caught.value.fix

@@ -28,7 +28,7 @@ class InspectedModel(OrtModel):
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
-        precision = bundle.manifest.precision
+        precision = bundle.precision
         ir.save(for_onnxruntime(model, precision) if kind == ONNXRUNTIME else for_plugin_free(model, g.context), path)
         self._sessions["decoder"] = self.session(path)
         path.unlink()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import BLOCKS, COLUMN, PRECISIONS
+from engines.bundle.precision import COLUMN, FP32, INT4, PRECISIONS
 from engines.errors import OptionError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
@@ -49,10 +49,10 @@ class Row:
         return label + ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
 
 
-BY_PRECISION = ["fp32", *(name for name in PRECISIONS if name != "fp32")]  # first what the answers are compared with
-ROWS = [Row(name, block) for name in BY_PRECISION for block in BLOCKS.get(name, (None,))]
-ROWS[1:1] = [Row("fp32", kv="int8")]  # the pages alone; others differ from their row above by as little
-ROWS += [Row("int4", block, calibrated=True) for block in BLOCKS["int4"]]
+BY_PRECISION = sorted(PRECISIONS.values(), key=lambda each: each != FP32)  # first what the answers are compared with
+ROWS = [Row(each.name, block) for each in BY_PRECISION for block in each.block_sizes or (None,)]
+ROWS[1:1] = [Row(FP32.name, kv="int8")]  # the pages alone; others differ from their row above by as little
+ROWS += [Row(INT4.name, block, calibrated=True) for block in INT4.block_sizes]
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,11 @@ from safetensors.torch import load_file
 from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.pages import margins
-from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
-from tests.conftest import once
 from tests.parity.inspected import InspectedModel
 from tests.parity.official import Official
 from tests.paths import ROOT
@@ -29,14 +26,6 @@ MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
 ROWS = json.loads((EXAMPLES / "examples.json").read_text())
 # Between float32 implementations. Logits of a trained model are ten times those of the random ones.
 FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 1e-3, 2e-3
-
-
-@pytest.fixture(scope="module")
-def default_bundle(shared):
-    def get(precision: str) -> Path:
-        return once(shared / f"default-{precision}", lambda out: build(BuildOptions(MODEL, out, precision=precision)))
-
-    return get
 
 
 def test_answers_of_the_shipped_examples(default_bundle):

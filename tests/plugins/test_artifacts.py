@@ -7,15 +7,34 @@ import io
 import json
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from plugins.artifacts import Artifacts, Compiled, KernelError
+from engines.cuda import Cuda
+from plugins.artifacts import REBUILD_KERNELS, Artifacts, Compiled
 from plugins.compile import OFFICIAL_7B
+from plugins.errors import KernelError
 from plugins.registry import kernels_of_model
+from tests.emulator.driver import Driver, emulated
+from tests.plugins.checks import (
+    check_attention,
+    check_int8_attention,
+    check_int8_projection,
+    check_projection,
+    check_selection,
+)
+from tests.plugins.harness import Launcher
+from tests.plugins.inputs import Sizes
 
 KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
 SELECT, ATTEND = KERNELS[0], KERNELS[3]
+
+
+OLD = Path(__file__).parent / "data"  # files of format 1, as version 0.1.0 wrote them, with words in place of code
+OLD_SIZES = {
+    "hidden": 48, "heads": 4, "kv_heads": 4, "head_dim": 16, "grid": 9, "cells": 3, "page_size": 4, "threshold": 48,
+}  # fmt: skip
 
 
 def made_up(kernel, sms=(86, 120)) -> Compiled:
@@ -56,7 +75,8 @@ def test_missing_sm(artifacts):
     with pytest.raises(KernelError) as caught:
         artifacts.subset([SELECT], [87])
     assert caught.value.found == "no compiled kernels for SM 87" and caught.value.expected == "SMs among 86, 120"
-    assert caught.value.fix == "python -m plugins.compile --bundle BUNDLE --sm 86,120,87 --out kernels.zip"
+    assert caught.value.fix == f"{REBUILD_KERNELS} --target sm_86,sm_120,sm_87"
+    assert REBUILD_KERNELS.startswith("python export/build.py ")
 
 
 def test_missing_kernel(artifacts):
@@ -70,7 +90,8 @@ def test_missing_kernel(artifacts):
         ({"constants": (*ATTEND.constants[:-1], ("SPLIT", 256))}, "SPLIT=128", "SPLIT=256"),
         ({"constants": ATTEND.constants[1:]}, "HEADS=32", "no HEADS"),
         ({"parameters": (("query", "*bf16"), *ATTEND.parameters[1:])}, r"query=\*fp16", r"query=\*bf16"),
-        ({"parameters": ATTEND.parameters[::-1]}, "parameters query, ", "parameters capacity, "),
+        ({"parameters": ATTEND.parameters[1:]}, r"query=\*fp16", "no query"),
+        ({"absent": ("scales",)}, "nothing absent", "scales absent"),
         ({"warps": 8}, "warps 4", "warps 8"),
         ({"function": "elsewhere:attend"}, "function plugins.cached_attention", "function elsewhere:attend"),
     ],
@@ -78,6 +99,11 @@ def test_missing_kernel(artifacts):
 def test_another_variant_is_refused(artifacts, change, found, expected):
     with pytest.raises(KernelError, match=f"attend was compiled with {found}(.|\n)*expected: {expected}(.|\n)*fix: "):
         artifacts.get(replace(ATTEND, **change))
+
+
+def test_the_order_of_parameters_is_no_variant(artifacts):
+    """Arguments are passed by name, in the order of whatever code there is."""
+    assert artifacts.get(replace(ATTEND, parameters=ATTEND.parameters[::-1])).kernel == ATTEND
 
 
 def test_truncated_anywhere(artifacts):
@@ -112,6 +138,7 @@ def zipped(files: dict[str, str], method=zipfile.ZIP_STORED) -> bytes:
         zipped({"readme.txt": "another zip"}),
         zipped({"index.json": "no JSON"}),
         zipped({"index.json": "[]"}),
+        zipped({"index.json": '{"format": 2, "kernels": [{"kernel": {}}], "versions": {}}'}),
         zipped({"index.json": '{"format": 1, "kernels": [{"kernel": {}}], "versions": {}}'}),
         zipped({"index.json": '{"format": 1, "kernels": 5, "versions": {}}'}),
         zipped({"index.json": " " * 999}, zipfile.ZIP_DEFLATED),
@@ -125,8 +152,8 @@ def test_foreign_files(data, tmp_path):
 
 
 def test_a_later_format():
-    data = zipped({"index.json": json.dumps({"format": 2})})
-    with pytest.raises(KernelError, match="format 2\n  expected: format 1"):
+    data = zipped({"index.json": json.dumps({"format": 3})})
+    with pytest.raises(KernelError, match="format 3\n  expected: format 1 or 2"):
         Artifacts.from_bytes(data)
 
 
@@ -146,3 +173,40 @@ def test_kernels_that_do_not_belong_together():
         Artifacts((made_up(SELECT), made_up(SELECT)), {})
     with pytest.raises(KernelError, match="different SMs"):
         Artifacts((made_up(SELECT), made_up(ATTEND, (86,))), {})
+
+
+@pytest.mark.parametrize(("int8", "file"), [(0, "format-1-float.zip"), (1, "format-1-int8.zip")])
+def test_format_1_holds_the_kernels_of_today(int8, file):
+    """There the kernels of int8 pages were functions, and symbols, of their own."""
+    old = Artifacts.read(OLD / file)
+    kernels = kernels_of_model(OLD_SIZES | {"int8_pages": int8}, "float16")
+    taken = old.subset(kernels, [86])
+    assert [c.kernel for c in taken.compiled] == kernels
+    entries = {c.kernel.name: c.entry for c in taken.compiled}
+    assert entries["attend_pages"] == ("attend_int8_pages" if int8 else "attend_pages")
+    assert entries["project_pages"] == ("project_int8_pages" if int8 else "project_pages")
+    assert Artifacts.from_bytes(taken.to_bytes()) == taken
+    others = kernels_of_model(OLD_SIZES | {"int8_pages": 1 - int8}, "float16")
+    for kernel in others[-2:]:
+        with pytest.raises(KernelError, match=f"pages was compiled with INT8={int8}\n  expected: INT8={1 - int8}"):
+            old.get(kernel)
+
+
+@pytest.mark.parametrize(("int8", "file"), [(0, "format-1-float.zip"), (1, "format-1-int8.zip")])
+def test_format_1_launches(int8, file):
+    """Through the driver's wrapper, with what the emulated driver takes for code, whose parameters are in an order that
+    no op has."""
+    kernels = [(c.kernel, c.entry) for c in Artifacts.read(OLD / file).compiled]
+    turned = [emulated(replace(kernel, parameters=kernel.parameters[::-1]), entry) for kernel, entry in kernels]
+    driver = Driver()
+    launcher = Launcher(Cuda(driver), lambda _: Artifacts(tuple(turned), {}))
+    sizes, case = Sizes(grid=9, capacity=120, past=(100,), steps=3), {"counts": (4,), "done": (1,), "kv_heads": 4}
+    if int8:
+        check_int8_attention(sizes, "float16", launcher)
+        check_int8_projection(case, "float16", launcher)
+    else:
+        check_attention(sizes, "float16", launcher, paged=True)
+        check_projection(case, "float16", launcher)
+    check_attention(sizes, "float16", launcher, paged=False)
+    check_selection(9, 3, launcher)
+    assert set(driver.launches) == {entry for _, entry in kernels}

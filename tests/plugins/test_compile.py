@@ -15,15 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from plugins.artifacts import Artifacts, KernelError
-from plugins.compile import OFFICIAL_7B, compile_kernels, main, sizes_of_bundle, table
+from plugins.artifacts import Artifacts
+from plugins.compile import OFFICIAL_7B, main, table
 from plugins.compiler import ptxas
+from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptx import without_scratch
 from plugins.compiler.ptxas import SHARED_LIMIT, SMS, read_log
+from plugins.errors import KernelError
 from plugins.op import Kernel
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
-from tests.geometries import official, tiny
+from tests.geometries import official
 from tests.shapes import input_shapes, sizes
 
 KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
@@ -34,6 +36,7 @@ VARIANTS = {
     "head-96": {"head_dim": 96},  # padded to 128
     "grouped": {"kv_heads": 8},
     "default-model": {"heads": 4, "kv_heads": 4, "head_dim": 32, "grid": 12, "page_size": 16, "threshold": 96},
+    "int8-pages": {"int8_pages": 1},
 }
 
 
@@ -98,7 +101,6 @@ def test_ptx_that_every_board_takes(artifacts, dtype, name):
     assert (symbol, int(threads)) == (compiled.entry, compiled.threads)
     kinds = re.findall(r"\.param \.(\w+)", listed)
     assert kinds == ["u32" if size == 4 else "u64" for size in passed(compiled.kernel)]
-    assert compiled.hidden == 0
     assert ".loc" not in text and ".file" not in text  # nothing of the machine it was made on
 
 
@@ -123,7 +125,8 @@ def test_other_sizes(dtype, variant):
     """compile_kernels refuses spills and too much shared memory, and has both versions of ptxas read every PTX."""
     kernels = kernels_of_model(OFFICIAL_7B | VARIANTS[variant], dtype)
     made = compile_kernels([kernel for kernel in kernels if kernel not in KERNELS], (87, 110))
-    assert {"append", "prefill", "attend", "attend_pages"} <= {c.kernel.name for c in made.compiled}
+    changed = {"project_pages"} if variant == "int8-pages" else {"append", "prefill", "attend"}
+    assert {"attend_pages", *changed} <= {c.kernel.name for c in made.compiled}
     assert all(c.shared <= 48 << 10 for c in made.compiled)
 
 
@@ -139,11 +142,13 @@ def test_launches_pass_what_the_code_takes(artifacts, steps):
     made = artifacts("float16")
     for op in ops_of_model(OFFICIAL_7B):
         given = input_shapes(official(), batch=2, steps=steps)[op.name]
-        launches = op.launches("float16", given, range(len(given)), range(len(op.outputs)), 1 << 20)
-        assert len(given) == len(op.inputs) and launches
+        addresses = {tensor.name: 256 * at for at, tensor in enumerate((*op.inputs, *op.outputs))}
+        assert len(addresses) == len(op.inputs) + len(op.outputs)  # no input has the name of an output
+        launches = op.launches("float16", given, addresses, 1 << 20)
+        assert list(given) == [tensor.name for tensor in op.inputs] and launches
         for launch in launches:
             code = made.get(launch.kernel)
-            assert len(launch.arguments) == len(passed(code.kernel)), launch.kernel.name
+            assert len(launch.ordered(code.kernel)) == len(passed(code.kernel)), launch.kernel.name
             assert launch.grid[0] < 2**31 and max(launch.grid[1:]) <= 65535
 
 
@@ -295,35 +300,27 @@ def test_a_report_that_cannot_be_read():
         read_log("all went well")
 
 
-def test_sizes_of_a_bundle(random_model):
-    g = tiny()
-    _, bundle = random_model("tiny", g)
-    assert sizes_of_bundle(bundle) == (sizes(g), "float32")
-
-
 def test_the_default_sizes_are_the_official_ones():
     assert sizes(official()) == OFFICIAL_7B
 
 
-def test_command(random_model, tmp_path, capsys):
-    _, bundle = random_model("tiny", tiny())
+def test_command(tmp_path, capsys):
     out = tmp_path / "kernels.zip"
-    assert main(["--bundle", str(bundle), "--sm", "87,110", "--out", str(out)]) == 0
+    given = {"hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 16, "grid": 6, "cells": 3, "page_size": 4}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    assert main([*options, "--int8-pages=1", "--dtype=float32", "--sm=87,110", "--out", str(out)]) == 0
     made = Artifacts.read(out)
     assert made.sms == (87, 110)
-    assert [c.kernel for c in made.compiled] == kernels_of_model(*sizes_of_bundle(bundle))
+    assert [c.kernel for c in made.compiled] == kernels_of_model(OFFICIAL_7B | given | {"int8_pages": 1}, "float32")
     printed = capsys.readouterr().out
     assert table(made) in printed and made.sha256 in printed
     assert len(table(made).splitlines()) == 2 + len(made.compiled)
 
 
 def test_command_with_bad_input(tmp_path, capsys):
-    assert main(["--bundle", str(tmp_path), "--out", str(tmp_path / "kernels.zip")]) == 1
-    assert "bundle.json cannot be read" in capsys.readouterr().err
-    (tmp_path / "bundle.json").write_text('{"geometry": {"heads": 4}}')
-    assert main(["--bundle", str(tmp_path), "--out", str(tmp_path / "kernels.zip")]) == 1
-    assert "KeyError('parts')" in capsys.readouterr().err
-    for wrong in (["--sm", "ampere"], ["--bundle", str(tmp_path), "--heads", "8"], ["--dtype", "int8"]):
+    assert main(["--sm", "75", "--out", str(tmp_path / "kernels.zip")]) == 1
+    assert "correct --sm" in capsys.readouterr().err
+    for wrong in (["--sm", "ampere"], ["--heads", "many"], ["--dtype", "int8"]):
         with pytest.raises(SystemExit):
             main(wrong)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle.json"]
+    assert not list(tmp_path.iterdir())

@@ -4,32 +4,28 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 
 from engines.bundle.pages import cell_of_row, margins
 from plugins.select_pages import onnx_body, onnx_static
-from plugins.select_pages.reference import select_pages
+from plugins.select_pages.launch import SelectPages
 from tests.geometries import official
 from tests.paths import OFFICIAL
-from tests.plugins.harness import run_body
+from tests.plugins.harness import by_body, by_reference
 
 GOLDEN = OFFICIAL / "selection.npz"
 
 
-def by_reference(maps, sides, budget, cells, threshold):
-    pages, count = select_pages(
-        torch.from_numpy(maps), torch.from_numpy(sides), torch.from_numpy(budget), maps.shape[1], cells, threshold
-    )
-    return pages.numpy(), count.numpy()
+def by(run, maps, sides, budget, cells, threshold):
+    op = SelectPages(grid=maps.shape[1], cells=cells, threshold=threshold)
+    found = run(op, "float32", {"map": maps, "margins": sides, "page_budget": budget})
+    return found["pages"], found["page_count"]
 
 
-def by_onnx(body, maps, sides, budget, cells, threshold):
-    sizes = {"grid": maps.shape[1], "cells": cells, "threshold": threshold}
-    return run_body(body.FUNCTIONS, [maps, sides, budget], [np.int64, np.int64], **sizes)
-
-
-BY_ONNX = {"dynamic body": partial(by_onnx, onnx_body), "static body": partial(by_onnx, onnx_static)}
-SELECT = {"reference": by_reference, **BY_ONNX}
+BY_ONNX = {
+    "dynamic body": partial(by, by_body(onnx_body.FUNCTIONS)),
+    "static body": partial(by, by_body(onnx_static.FUNCTIONS)),
+}
+SELECT = {"reference": partial(by, by_reference), **BY_ONNX}
 
 
 def selected(pages, count):
@@ -91,5 +87,5 @@ def test_other_grids(grid, cells, select):
     rng = np.random.default_rng(grid * cells)
     maps = rng.random((3, grid, grid), np.float32) ** 4
     arguments = maps, np.array([[0, 1], [2, 0], [0, 0]]), np.array([4, 81, 0]), cells, 48
-    left, right = by_reference(*arguments), select(*arguments)
+    left, right = SELECT["reference"](*arguments), select(*arguments)
     assert (left[0] == right[0]).all() and (left[1] == right[1]).all()

@@ -15,12 +15,7 @@ from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
 from runtime import BackendError, Engine, FlexError, ImageError, OptionError, PromptError
 from tests.geometries import tiny
-
-VOCAB = 300  # room for a byte-level tokenizer
-GEOMETRY = tiny(vocab=VOCAB, context=200)
-PHOTO = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
-OTHER = np.random.default_rng(1).integers(0, 256, (150, 80, 3), dtype=np.uint8)
-QUESTION = "what number is in the red square?"
+from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, VOCAB, same
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +28,6 @@ def reference(random_model) -> ReferenceModel:
     checkpoint, _ = random_model("engine", GEOMETRY, tokenizer=True)
     config = read_config(checkpoint)
     return ReferenceModel(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
-
-
-def same(left, right) -> bool:
-    """Equal tokens, text and cells; logits up to the order of summation, which the cache's capacity may change."""
-    return (
-        left.token_ids == right.token_ids
-        and left.text == right.text
-        and np.abs(left.trace.logits - right.trace.logits).max() <= 1e-5
-        and np.array_equal(left.trace.cells, right.trace.cells)
-    )
-
-
-OPTIONS = {"max_new_tokens": 6, "trace": True, "stop_at_eos": False}
 
 
 def test_generate_stream_and_view_agree(engine):
@@ -104,7 +86,9 @@ def test_streams_of_one_view_do_not_disturb_each_other(engine):
         abandoned = view.stream(QUESTION, **OPTIONS)
         next(abandoned)
         del abandoned
-        assert same(view.ask("and now?", **OPTIONS), expected[1])
+        after = view.ask("and now?", **OPTIONS)
+        assert same(after, expected[1])
+        assert after.stats.reused_tokens > 0  # a stream that is dropped gives its cache back at once
     with pytest.raises(OptionError, match="closed"):
         view.ask(QUESTION)
 
@@ -149,6 +133,28 @@ def test_engine_equals_reference_greedily(budget, engine, reference):
         assert np.array_equal(result.cells()[0].reshape(4, 4, 4), answer.trace.cells[step])
         token = int(result.logits.argmax())
         assert token == answer.token_ids[step]
+
+
+def test_any_model_serves(engine, reference, monkeypatch):
+    """The runtime knows a backend by engines.backend's protocols alone: with the reference in its place it answers."""
+    longer = "what colour is the circle on the left, and is it larger than the square?"
+
+    def answers():
+        with engine.image(PHOTO) as view:
+            view.ask(QUESTION, max_new_tokens=1)
+            asked = [view.ask(question, **OPTIONS) for question in (longer, QUESTION)]
+        return [*asked, engine.generate(None, "hello", **OPTIONS)]
+
+    expected = answers()
+    monkeypatch.setattr(engine, "model", reference)
+    for ours, theirs in zip(answers(), expected, strict=True):
+        assert ours.token_ids == theirs.token_ids and np.array_equal(ours.trace.cells, theirs.trace.cells)
+        assert np.abs(ours.trace.logits - theirs.trace.logits).max() <= 2e-4
+        assert ours.stats.reused_tokens == theirs.stats.reused_tokens
+    decoder = reference.decoder(reference.no_image(1), 70)
+    assert decoder.enlarged(80).capacity == 80
+    with pytest.raises(BackendError, match="81 more tokens"):
+        decoder.run(np.ones((1, 81), np.int64))
 
 
 def test_no_state_between_requests(engine, reference):

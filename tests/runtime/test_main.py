@@ -13,7 +13,7 @@ from PIL import Image
 from runtime import Engine
 from runtime.show import DIM, draw_selection
 from tests.paths import ROOT
-from tests.runtime.test_engine import GEOMETRY, PHOTO, QUESTION
+from tests.runtime.questions import GEOMETRY, PHOTO, QUESTION
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class OfficialDecoder(ReferenceDecoder):
 
     @torch.no_grad()
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
-        """See engines.ort.Decoder.run."""
+        """See Decoder.run."""
         if ids.shape[1] > 1:
             return super().run(ids, page_budget, lengths=lengths)
         g, module, position = self.geometry, self._module, int(self.length[0])

@@ -38,7 +38,7 @@ def plain_graph(bundle: Bundle) -> Path:
             values.remove(value)
     RemoveUnusedNodesPass()(model)
     assert {node.op_type for node in model.graph if node.domain == "flex"} == {"CachedAttention"}
-    for_onnxruntime(model, bundle.manifest.precision)
+    for_onnxruntime(model, bundle.precision)
     left = {value.name for node in model.graph for value in node.inputs if value is not None}
     for value in [value for value in model.graph.inputs if value.name not in left]:
         model.graph.inputs.remove(value)

@@ -6,6 +6,7 @@ import pytest
 
 from engines import cuda
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.precision import INT4, INT8
 from engines.cuda import Cuda
 from engines.errors import BackendError, OptionError
 from engines.sizing.fit import (
@@ -36,18 +37,18 @@ def total(c: Configuration) -> int:
 
 
 def test_7b_on_boards():
-    assert on("agx-orin-64").fits and on("orin-nx-16", precision="int4").fits and on("rtx-4090").fits
+    assert on("agx-orin-64").fits and on("orin-nx-16", precision=INT4).fits and on("rtx-4090").fits
     nx = on("orin-nx-16")
     assert not nx.runs and not nx.fits and nx.room.usable == 16 * 10**9 - SYSTEM_RESERVE
     assert changes(nx.configuration, nx.proposal.configuration) == "--int4" and nx.proposal.fits
     assert nx.larger == "agx-orin-64" and advice(nx) == "add --int4; or as it is, it fits agx-orin-64"
     assert verdict(nx) == f"needs {nx.total / 1e9:.1f} GB, has 14.5 GB of 16.0 GB"
-    nano = on("orin-nano-8", precision="int4")
+    nano = on("orin-nano-8", precision=INT4)
     assert not nano.fits and nano.proposal is None and nano.larger == "orin-nx-16"
 
 
 def test_engines_that_fit_where_their_builder_does_not():
-    found = on("orin-nx-16", precision="int8")
+    found = on("orin-nx-16", precision=INT8)
     assert found.runs and not found.builds and not found.fits
     said = builder_advice(found)
     assert "2 GB of swap" in said and "build on agx-orin-64" in said and "add --int4" in said
@@ -101,7 +102,7 @@ def test_a_smaller_context_is_the_largest_that_fits():
 
 def test_precisions_a_target_does_not_serve():
     with pytest.raises(OptionError, match="precision int4 on a card") as caught:
-        assess(Configuration(official(), "int4"), Room("a card", 10**11, precisions=("fp16", "bf16")))
+        assess(Configuration(official(), INT4), Room("a card", 10**11, precisions=("fp16", "bf16")))
     assert "fp16, bf16" in caught.value.expected
     small = assess(Configuration(official()), Room("a card", 10**10, precisions=("fp16", "bf16")))
     assert small.proposal is None  # nor does a proposal name one

@@ -10,7 +10,7 @@ import pytest
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
-from engines.bundle.precision import COLUMN
+from engines.bundle.precision import BF16, COLUMN, FP8, FP16, FP32, INT4, INT8
 from engines.errors import OptionError
 from engines.sizing.needs import (
     SCRATCH,
@@ -43,41 +43,41 @@ def weights(g: Geometry, *knobs: object, **named: object) -> dict[str, int]:
 
 
 def test_weights_of_7b_by_hand():
-    full = weights(official(), "fp16")
+    full = weights(official(), FP16)
     assert full["decoder"] == 2 * (LINEAR + 2 * TABLE + NORMS)
     assert 13.4e9 < full["decoder"] < 13.5e9
     assert full["pages"] == 2 * HIRES and 0.60e9 < full["vision"] < 0.63e9
-    assert weights(official(), "bf16") == full
-    assert weights(official(), "fp32")["decoder"] == 2 * full["decoder"]
-    lazy = weights(official(lazy_pages=True), "fp16")
+    assert weights(official(), BF16) == full
+    assert weights(official(), FP32)["decoder"] == 2 * full["decoder"]
+    lazy = weights(official(lazy_pages=True), FP16)
     assert lazy["pages"] == 0 and lazy["decoder"] == full["decoder"] + full["pages"]
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(("precision", "bits"), [(INT8, 8), (INT4, 4)], ids=["int8", "int4"])
 @pytest.mark.parametrize("block", [32, 128])
 def test_quantised_weights_by_hand(precision, bits, block):
     found = weights(official(), precision, block)
     kept = 2 * (2 * TABLE + NORMS)
     assert found["decoder"] == LINEAR * bits // 8 + LINEAR // block * 2 + kept
     assert found["pages"] == HIRES * bits // 8 + HIRES // block * 2
-    assert found["vision"] == weights(official(), "fp16")["vision"]
+    assert found["vision"] == weights(official(), FP16)["vision"]
     lazy = weights(official(lazy_pages=True), precision, block)  # the kernel that projects multiplies in float16
     assert lazy["decoder"] == found["decoder"] + 2 * HIRES
     head = weights(official(), precision, block, head=True)
     assert found["decoder"] - head["decoder"] == 2 * TABLE - TABLE * bits // 8 - TABLE // block * 2
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", [INT8, FP8], ids=str)
 def test_columns_by_hand(precision):
     found = weights(official(), precision, COLUMN)
     rows = 32 * (6 * 4096 + 2 * 11008 - 4096)  # outputs of a layer's seven products
     assert found["decoder"] == LINEAR + 2 * rows + 2 * (2 * TABLE + NORMS)
     assert found["pages"] == HIRES + 2 * 23 * 2 * 4096
-    assert weights(official(), "fp8") == weights(official(), "fp8", COLUMN)
+    assert weights(official(), FP8) == weights(official(), FP8, COLUMN)
 
 
 def test_blocks_nobody_knows():
-    for precision, block in (("int4", COLUMN), ("fp8", 128), ("fp16", 128), ("int8", 48)):
+    for precision, block in ((INT4, COLUMN), (FP8, 128), (FP16, 128), (INT8, 48)):
         with pytest.raises(OptionError, match=f"block {block} with {precision}"):
             Configuration(official(), precision, block)
 
@@ -86,10 +86,10 @@ ODD = tiny(kv_heads=2, tied_embeddings=True, projector_depth=1, attention_bias=T
 
 
 @pytest.mark.parametrize(
-    ("name", "g", "precision"), [("tiny", tiny(), "fp32"), ("tiny", tiny(), "fp16"), ("odd", ODD, "bf16")]
+    ("name", "g", "precision"), [("tiny", tiny(), FP32), ("tiny", tiny(), FP16), ("odd", ODD, BF16)]
 )
 def test_weights_are_the_files_of_a_bundle(random_model, name, g, precision):
-    _, bundle = random_model(name, g, precision)
+    _, bundle = random_model(name, g, precision.name)
     found = {part: (bundle / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
     assert weights(g, precision) == found
 
@@ -100,7 +100,7 @@ def test_quantised_weights_are_the_files_of_a_bundle(tmp_path, head):
     options = {"precision": "int4", "block_size": 16, "quantize_head": head, "check": "none"}
     build(BuildOptions(model=checkpoint, out=out, **options))
     found = {part: (out / f"{part}.weights").stat().st_size for part in ("vision", "pages", "decoder")}
-    assert weights(tiny(), "int4", 16, head) == found
+    assert weights(tiny(), INT4, 16, head) == found
 
 
 def test_cache_and_pages_of_7b_by_hand():
@@ -117,7 +117,7 @@ def test_int8_pages_of_7b_by_hand():
     c = Configuration(official(int8_pages=True))
     token = 2 * 32 * (128 + 4)  # key and value: a byte for each value, a float32 scale for each head
     assert store_bytes(c) == 23 * 5184 * token
-    assert store_bytes(replace(c, backend=ONNXRUNTIME, precision="int4")) == store_bytes(c)
+    assert store_bytes(replace(c, backend=ONNXRUNTIME, precision=INT4)) == store_bytes(c)
     assert cache_bytes(c) == cache_bytes(Configuration(official()))
     saved = step_bytes(Configuration(official()), 2048, 81) - step_bytes(c, 2048, 81)
     assert saved == 23 * 5184 * (2 * 32 * 128 * 2 - token)
@@ -137,7 +137,7 @@ def test_neither_page_budget_nor_lazy_projection_saves_memory():
 
 def test_pages_that_do_not_divide_are_padded():
     g = tiny(zoom=2, cells=3)  # 16 rows in 3 cells: pages of 6 x 6 at most
-    assert store_bytes(Configuration(g, "fp32")) == 3 * 9 * 36 * 2 * 4 * 8 * 4
+    assert store_bytes(Configuration(g, FP32)) == 3 * 9 * 36 * 2 * 4 * 8 * 4
 
 
 SLICE = official(layers=4, start_layer=1)
@@ -168,8 +168,8 @@ def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages
     ("part", "lazy", "peak"),
     [("vision", False, 2.34e9), ("pages", False, 0.65e9), ("decoder", False, 6.74e9), ("decoder", True, 7.14e9)],
 )
-def test_builders_take_no_more_than_planned(part, lazy, peak):
-    held = weights(replace(SLICE, lazy_pages=lazy), "fp16")[part]
+def test_builders_take_no_more_than_estimated(part, lazy, peak):
+    held = weights(replace(SLICE, lazy_pages=lazy), FP16)[part]
     assert peak - held < builder_bytes(held) < 1.4 * (peak - held)
 
 
@@ -187,7 +187,7 @@ def test_a_step_reads_what_the_benchmark_counts():
 def test_ceilings_are_those_people_know():
     """Published weights-only ceilings of 7B: 7.6 tokens/s in float16 on 102 GB/s, 27 in int4; batches share weights."""
     board = target("orin-nx-16").bandwidth
-    full, four = Configuration(official()), Configuration(official(), "int4")
+    full, four = Configuration(official()), Configuration(official(), INT4)
     assert board * 1e9 / step_bytes(full, 0, 0) == pytest.approx(7.6, rel=0.03)
     assert board * 1e9 / step_bytes(four, 0, 0) == pytest.approx(27, rel=0.06)
     slow, fast = speed(full, board)
@@ -198,17 +198,17 @@ def test_ceilings_are_those_people_know():
 
 
 def test_onnxruntime_computes_some_precisions_in_float32():
-    named = {p: Configuration(official(), p, backend=ONNXRUNTIME) for p in ("fp32", "fp16", "bf16", "int4")}
-    assert cache_bytes(named["bf16"]) == cache_bytes(named["int4"]) == cache_bytes(named["fp32"])
-    assert cache_bytes(named["fp16"]) * 2 == cache_bytes(named["fp32"])
-    assert cache_bytes(replace(named["int4"], backend=TENSORRT)) == cache_bytes(named["fp16"])
+    named = {p: Configuration(official(), p, backend=ONNXRUNTIME) for p in (FP32, FP16, BF16, INT4)}
+    assert cache_bytes(named[BF16]) == cache_bytes(named[INT4]) == cache_bytes(named[FP32])
+    assert cache_bytes(named[FP16]) * 2 == cache_bytes(named[FP32])
+    assert cache_bytes(replace(named[INT4], backend=TENSORRT)) == cache_bytes(named[FP16])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_run_takes_what_is_planned(random_model, precision):
+@pytest.mark.parametrize("precision", [FP16, BF16], ids=str)
+def test_a_run_takes_what_is_estimated(random_model, precision):
     """The largest memory of a process that opens a bundle and fills its context."""
     g = tiny(hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704, vocab=30_000, context=640)
-    _, bundle = random_model("plan-run", g, precision)
+    _, bundle = random_model("sizing-run", g, precision.name)
     program = f"""
 import numpy as np
 from engines.memory import peak_rss
@@ -218,14 +218,13 @@ Engine({str(bundle)!r}).generate(image, input_ids=[1, -200] + [5] * 570, max_new
 print(peak_rss())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    planned = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
-    assert int(found.stdout) < planned < 2 * int(found.stdout)
+    estimated = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
+    assert int(found.stdout) < estimated < 2 * int(found.stdout)
 
 
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"precision": "nvfp4"},
         {"backend": "tensorflow"},
         {"block": 48},
         {"batch": 0},

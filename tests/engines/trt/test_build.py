@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,7 +21,8 @@ from engines.bundle.kinds import PARTS, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import File
 from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
-from engines.errors import BackendError, BundleError, FlexError, OptionError
+from engines.errors import BackendError, BundleError, FlexError, KernelError, OptionError
+from engines.progress import print_log
 from engines.trt import build as trt_build
 from engines.trt import library as trt
 from engines.trt.build import attributes, build_engines, profiles
@@ -53,7 +55,7 @@ def built(shared, random_model) -> Path:
         out=shared / "tiny-rtx",
         backend=TENSORRT_RTX,
         check="none",
-        plans=EngineOptions(TENSORRT_RTX, keep_log=True),
+        engines=EngineOptions(TENSORRT_RTX, keep_log=True),
     )
     return once(options.out, lambda _: build(options))
 
@@ -66,9 +68,9 @@ def copy(built, tmp_path) -> Path:
 
 def job(bundle: Path, part: str = "vision", **changes) -> Job:
     """The job that builds a part."""
-    manifest = Bundle(bundle, verify=False).manifest
-    options = EngineOptions(TENSORRT_RTX)
-    inputs, outputs = plan_io(part, manifest.geometry, manifest.precision)
+    opened = Bundle(bundle, verify=False)
+    manifest, options = opened.manifest, EngineOptions(TENSORRT_RTX)
+    inputs, outputs = plan_io(part, manifest.geometry, opened.precision)
     usual = Job(
         backend=TENSORRT_RTX, graph=str(bundle / manifest.parts[part].graphs[TRACED].file),
         plan=str(bundle.parent / "test.plan"), kernels=str(bundle / manifest.kernels), sms=SMS, inputs=inputs,
@@ -167,6 +169,9 @@ def test_a_board_needs_no_torch_onnx_or_triton(copy, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert Bundle(copy).manifest.parts["decoder"].plans[TENSORRT_RTX].sms == (86,)
+    cost = re.compile(r"(\w+): \d+ s, \d+\.\d\d GB memory, plan \d+\.\d MB")
+    told = [match[1] for line in result.stdout.splitlines() if (match := cost.fullmatch(line))]
+    assert told == ["vision", "pages", "decoder"]
 
 
 def test_a_bundle_for_a_board_is_prepared_and_says_so(random_model, tmp_path, capsys):
@@ -222,6 +227,25 @@ def test_progress_without_rich_is_lines_with_the_time_left(monkeypatch, capsys):
         "decoder: building: 25 %, about 18 s left",
         "decoder: building: 50 %, about 12 s left",
     ]
+
+
+def test_the_library_logs_and_command_lines_print_it(copy, monkeypatch, capsys):
+    logger, said = logging.getLogger("engines"), logging.getLogger("engines.trt.build")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(trt_build, "available_bytes", lambda: 0)
+    monkeypatch.setattr(trt_build, "_run", lambda *given, **named: pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
+    assert capsys.readouterr().out == ""
+    print_log()
+    print_log()  # once is enough
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
+    said.info("and this")
+    said.debug("not this")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1] == "and this"
+    assert re.fullmatch(r"vision: needs about \d+\.\d GB of memory, 0\.0 GB are free: it may fail", lines[0])
 
 
 class Gpu:
@@ -319,6 +343,13 @@ def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
     assert "2.15x the weights and more: 2.5 GB" in caught.value.expected
 
 
+def test_an_error_of_the_builders_process_keeps_its_class(built, tmp_path):
+    (tmp_path / "kernels.zip").write_bytes(b"no zip")
+    with pytest.raises(KernelError, match=r"no whole file of compiled kernels(.|\n)*log: .*log") as caught:
+        run(job(built, "decoder", kernels=str(tmp_path / "kernels.zip")), tmp_path / "log")
+    assert "python export/build.py" in caught.value.fix
+
+
 def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -339,7 +370,7 @@ def test_kernels_missing_for_a_target(copy):
     parts = {name: replace(part, plans={}) for name, part in manifest.parts.items()}
     write_manifest(copy, replace(manifest, files={**manifest.files, "kernels.zip": file}, parts=parts))
     before = listing(copy)
-    with pytest.raises(BundleError, match="SM 89") as caught:
+    with pytest.raises(KernelError, match=f"{copy}: no compiled kernels for SM 89") as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX, targets=(89,)), quiet=True)
     assert f"--out {copy} --backend tensorrt-rtx --target sm_89" in caught.value.fix
     assert listing(copy) == before
@@ -430,7 +461,7 @@ def test_knobs_of_engines_are_not_ignored_for_other_backends():
     with pytest.raises(OptionError, match="--plugins"):
         parse_arguments(["--no-plugins"])
     with pytest.raises(OptionError, match="engines for the backend onnxruntime"):
-        BuildOptions(plans=EngineOptions(TENSORRT))
+        BuildOptions(engines=EngineOptions(TENSORRT))
 
 
 def test_the_rebuild_command_is_the_options():

@@ -12,18 +12,18 @@ import pytest
 from engines import cuda
 from engines.bundle.folder import Bundle, sha256
 from engines.cuda import Cuda
-from engines.errors import BackendError, BundleError
+from engines.errors import BackendError, BundleError, KernelError
 from engines.ort import OrtModel
 from engines.trt import library as trt
 from engines.trt.model import TrtModel
 from export.build import BuildOptions, build
-from plugins.artifacts import Artifacts, KernelError
+from plugins.artifacts import Artifacts
 from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import module, with_plans
 from tests.parity.requests import encode, request
-from tests.runtime.test_engine import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
+from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -329,9 +329,8 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
         assert left.token_ids == right.token_ids
         assert np.array_equal(left.trace.cells, right.trace.cells)
         assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
-    pages = "int8_pages" if ours.geometry.int8_pages else "pages"
-    kernels = {"append", "prefill", "attend", f"attend_{pages}", "combine", "select_pages"}
-    assert set(driver.launches) == kernels | ({f"project_{pages}"} if ours.geometry.lazy_pages else set())
+    kernels = {"append", "prefill", "attend", "attend_pages", "combine", "select_pages"}
+    assert set(driver.launches) == kernels | ({"project_pages"} if ours.geometry.lazy_pages else set())
     assert driver.counts["cuGraphInstantiate"] == 2  # one for the view, one without an image
 
 
@@ -340,7 +339,7 @@ def test_a_kernel_that_is_missing_is_told(plugin_bundle, monkeypatch):
     use(driver, monkeypatch)
     engine = Engine(plugin_bundle)
     monkeypatch.setattr(Artifacts, "get", lambda self, kernel: _raise(KernelError("no compiled kernel", fix="compile")))
-    with pytest.raises(BackendError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):
+    with pytest.raises(KernelError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):
         engine.generate(None, "hello", max_new_tokens=2)
 
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from engines.bundle.kinds import TENSORRT_RTX
+from engines.bundle.precision import FP32
 from engines.errors import ExportError
 from engines.trt.build import build_engines
 from engines.trt.options import EngineOptions
@@ -76,7 +77,7 @@ def test_float32_builds_too_without_that_kernel(built):
 
 
 @pytest.mark.parametrize(
-    "bind", [lambda model: for_onnxruntime(model, "fp32"), lambda model: for_plugin_free(model, 160)]
+    "bind", [lambda model: for_onnxruntime(model, FP32), lambda model: for_plugin_free(model, 160)]
 )
 @pytest.mark.parametrize(("op_type", "domain"), [("Unheard", "flex"), ("Unheard", "")])
 def test_an_operator_nobody_knows_is_not_left_to_the_backend(bind, op_type, domain):

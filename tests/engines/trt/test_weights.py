@@ -8,7 +8,7 @@ import pytest
 
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
-from engines.bundle.precision import COLUMN
+from engines.bundle.precision import COLUMN, FP8, INT4, INT8
 from engines.errors import OptionError
 from engines.sizing.fit import require_boards, require_sms
 from engines.sizing.needs import Configuration
@@ -32,7 +32,7 @@ def engine(shared, checkpoint, precision: str, block: int | None, *sms: int) -> 
     """The wide model with engines for `sms`; logs beside it."""
     knobs = EngineOptions(TENSORRT_RTX, targets=sms, keep_log=True)
     out = shared / f"wide-rtx-{precision}-{block}"
-    options = BuildOptions(checkpoint, out, precision, block, backend=TENSORRT_RTX, check="none", plans=knobs)
+    options = BuildOptions(checkpoint, out, precision, block, backend=TENSORRT_RTX, check="none", engines=knobs)
     return Bundle(once(out, lambda _: build(options)))
 
 
@@ -71,7 +71,7 @@ def test_quantised_weights_in_the_engine(shared, random_model, precision, block,
 
 
 def test_fp8_is_refused_where_there_is_none():
-    c = Configuration(official(), "fp8", backend=TENSORRT)
+    c = Configuration(official(), FP8, backend=TENSORRT)
     (warning,) = require_sms(c, (89, 90, 110, 120))
     assert "gate_proj and up_proj" in warning and require_boards(c, ("agx-thor-128", "h100-80")) == []
     with pytest.raises(OptionError, match="fp8 on sm_86, sm_87") as caught:
@@ -111,7 +111,7 @@ def test_a_finished_bundle_is_refused_too(shared, random_model):
 
 def test_blocks_of_int8_are_warned_of():
     for block in (None, 32, 128):
-        (warning,) = require_sms(Configuration(official(), "int8", block), (86,))
+        (warning,) = require_sms(Configuration(official(), INT8, block), (86,))
         assert "--block-size column" in warning
-    assert require_sms(Configuration(official(), "int8", COLUMN), (86,)) == []
-    assert require_sms(Configuration(official(), "int4"), (86,)) == require_sms(Configuration(official()), (86,)) == []
+    assert require_sms(Configuration(official(), INT8, COLUMN), (86,)) == []
+    assert require_sms(Configuration(official(), INT4), (86,)) == require_sms(Configuration(official()), (86,)) == []

@@ -10,6 +10,8 @@ import pytest
 from engines.errors import ConfigError
 from export.checkpoint.config import PROMPT_TEMPLATE, read_config
 from export.checkpoint.tower import find_tower
+from export.checkpoint.write_config import write_config
+from tests.geometries import official, tiny
 
 EXTRA = {"zoom_ratio": "3", "lowres_size": "336", "highres_size": "1008", "threshold": "48", "warmup": "10"}
 DECODER = {
@@ -268,3 +270,22 @@ def test_unreadable_files(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not JSON"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("g", "options"),
+    [
+        (tiny(), {}),
+        (tiny(kv_heads=2, projector_depth=1, attention_bias=True, tied_embeddings=True), {"spare_blocks": 0}),
+        (tiny(image_mean=(0.5, 0.25, 0.75), image_std=(1.0, 0.5, 0.25)), {"prompt_template": "<image> {prompt}"}),
+        (official(threshold=-1), {"tower": "openai/clip-vit-large-patch14-336"}),
+    ],
+    ids=["tiny", "variants", "other pixels", "published tower"],
+)
+def test_what_is_written_reads_back(folder: Path, monkeypatch: pytest.MonkeyPatch, g, options) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "empty"))
+    write_config(folder, g, **options, eos_token_id=7)
+    config = read_config(folder)
+    assert config.geometry == g and config.eos_token_ids == (7,)
+    assert config.prompt_template == options.get("prompt_template", PROMPT_TEMPLATE)
+    assert config.tower_folder == (None if "tower" in options else folder / "clip")

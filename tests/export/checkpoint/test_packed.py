@@ -15,20 +15,24 @@ from safetensors.torch import save_file
 
 from engines import ort
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import BITS
+from engines.bundle.geometry import Geometry
+from engines.bundle.precision import INT4, INT8
 from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
-from export.build import BuildOptions, build, parse_arguments, plan
+from export.build import BuildOptions, build, parse_arguments, print_sizes
 from export.check import _stages, parity
-from export.checkpoint.config import read_config
+from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
-from export.checkpoint.packed_settings import Packing, read_packing, settled
+from export.checkpoint.packed_settings import Packing, read_packing
+from export.checkpoint.write_config import write_config
 from export.network.reference import ReferenceModel
-from export.weights.quantize import Scheme, quantised, unpack
+from export.recipe import settle
+from export.weights.rounding import quantised, unpack
+from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from export.weights.write import converted
-from tests.checkpoints import _config, write_checkpoint
+from tests.checkpoints import write_checkpoint
 from tests.conftest import once
 from tests.geometries import official, tiny
 from tests.packed import Format, pack, quantise, write_packed
@@ -37,13 +41,13 @@ G = tiny(hidden=64, intermediate=128, head_dim=16)
 LAYER = "model.layers.2.self_attn.q_proj"
 AWQ, ASYMMETRIC = Format("awq", group=32), Format("awq", group=32, symmetric=False)
 FORMATS = {
-    "awq": (AWQ, "int4"),
-    "awq-asymmetric": (ASYMMETRIC, "int8"),
-    "gptq": (Format("gptq", group=64), "int4"),
-    "gptq-asymmetric": (Format("gptq", group=16, symmetric=False), "int8"),
-    "gptq-v2-asymmetric": (Format("gptq", group=32, symmetric=False, v2=True), "int8"),
-    "gptq-8": (Format("gptq", bits=8, group=32), "int8"),
-    "gptq-columns": (Format("gptq", group=-1), "int4"),
+    "awq": (AWQ, INT4),
+    "awq-asymmetric": (ASYMMETRIC, INT8),
+    "gptq": (Format("gptq", group=64), INT4),
+    "gptq-asymmetric": (Format("gptq", group=16, symmetric=False), INT8),
+    "gptq-v2-asymmetric": (Format("gptq", group=32, symmetric=False, v2=True), INT8),
+    "gptq-8": (Format("gptq", bits=8, group=32), INT8),
+    "gptq-columns": (Format("gptq", group=-1), INT4),
 }
 
 
@@ -112,7 +116,7 @@ def test_integers_are_read_and_stored_as_they_are(source, tmp_path, monkeypatch,
     checkpoint, floats = opened(folder), Checkpoint.open(exact, exact / "clip")
     packing = checkpoint.packing
     assert packing.precision == precision and checkpoint.names == floats.names
-    scheme = Scheme(BITS[precision], packing.block(G))
+    scheme = Scheme(precision, packing.block(G))
     whole = list(quantised(checkpoint, list(held), scheme))
     monkeypatch.setattr("export.checkpoint.packed.PIECE", 24)  # words
     assert list(quantised(checkpoint, list(held), scheme)) == whole
@@ -148,7 +152,7 @@ def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, m
     folder, exact, made = built(name, projection=projection)
     bundle, checkpoint, (format, precision) = Bundle(made), opened(folder), FORMATS[name]
     manifest = bundle.manifest
-    for knob, value in (("precision", precision), ("block_size", format.group)):  # as the checkpoint decided
+    for knob, value in (("precision", precision.name), ("block_size", format.group)):  # as the checkpoint decided
         assert getattr(manifest, knob) == manifest.options[knob] == value
     assert manifest.options["floats"] == [] and parity(bundle, checkpoint)[0].error == 0
     monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)  # float32 products
@@ -204,12 +208,12 @@ def test_the_official_tiny_model_packed(weights, tmp_path):
         assert scales == held[name].scales.tobytes()
 
 
-# Plans, from config.json alone.
+# Sizes, from config.json alone.
 
 
-def planned(folder: Path, *arguments: str) -> str:
+def sized(folder: Path, *arguments: str) -> str:
     console = Console(file=io.StringIO(), width=200)
-    plan(parse_arguments(["--plan", "--target", "orin-nx-16", "--model", str(folder), *arguments]), console)
+    print_sizes(parse_arguments(["--plan", "--target", "orin-nx-16", "--model", str(folder), *arguments]), console)
     return console.file.getvalue()
 
 
@@ -225,14 +229,13 @@ def planned(folder: Path, *arguments: str) -> str:
         ),
     ],
 )
-def test_a_plan_knows_the_precision(tmp_path, settings, texts):
-    config = _config(official()) | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    text = planned(tmp_path)
+def test_sizing_knows_the_precision(tmp_path, settings, texts):
+    write_config(tmp_path, official(), tower="openai/clip-vit-large-patch14-336", quantization_config=settings)
+    text = sized(tmp_path)
     assert any(word in text for word in texts[-2:]) and all(word in text for word in texts[:2]), text
-    assert "--int" not in planned(tmp_path, "--context", "2048")  # no other precision is proposed
+    assert "--int" not in sized(tmp_path, "--context", "2048")  # no other precision is proposed
     with pytest.raises(OptionError, match="quantised already"):
-        planned(tmp_path, "--fp16")
+        sized(tmp_path, "--fp16")
 
 
 # What fails, and how.
@@ -369,18 +372,19 @@ def test_settings_and_weights_that_disagree(write, source, tmp_path):
 
 def test_a_shared_head_is_not_packed(tmp_path):
     packing = Packing("gptq", 4, 32, True, head=True)
-    shared = settled(
-        packing, tiny(hidden=64, tied_embeddings=True), precision=None, block_size=None, quantize_head=False
-    )
-    own = settled(packing, G, precision="int4", block_size=32, quantize_head=True)
-    assert (shared["quantize_head"], own["quantize_head"]) == (False, True)
+
+    def head(g: Geometry, **asked: object) -> bool:
+        return settle(BuildOptions(**asked), ModelConfig(g, 1, (2,), PROMPT_TEMPLATE, None, packing)).scheme.head
+
+    assert not head(tiny(hidden=64, tied_embeddings=True))
+    assert head(G, precision="int4", block_size=32, quantize_head=True)
     with pytest.raises(OptionError, match="no block size divides"):
         Packing("awq", 4, None, True).block(tiny(hidden=64, intermediate=100))
 
 
 def test_a_scheme_that_cannot_hold_the_integers(write):
     checkpoint = opened(write(ASYMMETRIC))
-    for scheme in (Scheme(4, 32), Scheme(8, 128)):
+    for scheme in (Scheme(INT4, 32), Scheme(INT8, 128)):
         with pytest.raises(ExportError, match=r"integers in -\d+ \.\. \d+ and groups of 32"):
             next(quantised(checkpoint, [f"{LAYER}.weight"], scheme))
 

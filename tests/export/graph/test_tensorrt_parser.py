@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from engines.bundle.kinds import PARTS
+from engines.bundle.precision import INT4, INT8
 from export.graph.bind import PLUGIN_ATTRIBUTES
+from export.graph.quantize import rewrite
 from export.graph.trace import trace
-from export.weights.quantize import Scheme, quantised_tensors, rewrite
+from export.weights.scheme import Scheme
 from plugins.registry import OPS
 from tests.geometries import tiny
 
@@ -122,11 +124,11 @@ def test_the_traced_graphs_parse(part, geometry, dtype):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_quantised_graphs_parse(part, bits):
-    scheme = Scheme(bits, 16, head=True)
+@pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
+def test_the_quantised_graphs_parse(part, precision):
+    scheme = Scheme(precision, 16, head=True)
     model = trace(part, GEOMETRIES["tiny"], torch.float16)
-    assert bool(rewrite(model, quantised_tensors(GEOMETRIES["tiny"], scheme), scheme)) == (part != "vision")
+    assert bool(rewrite(model, scheme.tensors(GEOMETRIES["tiny"]), scheme)) == (part != "vision")
     assert not problems(model)
 
 

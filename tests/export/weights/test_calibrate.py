@@ -16,18 +16,22 @@ from PIL import Image as Picture
 
 import export.weights.calibrate
 from engines.bundle.folder import Bundle
+from engines.bundle.precision import INT4, INT8
 from engines.errors import BundleError, ConfigError, FlexError, ImageError, OptionError, ParityError, PromptError
 from export.build import BuildOptions, build, parse_arguments
 from export.check import parity
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
-from export.weights.awq import Search, best_clips, best_scales, output_errors, ratios_of, rounded
+from export.weights import calibration_data, stored
+from export.weights.awq import Search, best_clips, best_scales, output_errors, rounded
 from export.weights.calibrate import calibrate
-from export.weights.calibration_data import read_requests
+from export.weights.calibration_data import read_pictures, read_requests
 from export.weights.folding import Folded, group_sizes, read_scales
-from export.weights.quantize import RATIOS, Scheme, quantised_tensors
+from export.weights.rounding import RATIOS, ratios_of
+from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
+from runtime.image import load_image
 from tests.checkpoints import write_checkpoint
 from tests.conftest import once
 from tests.geometries import tiny
@@ -35,7 +39,7 @@ from tests.paths import ROOT
 
 G = tiny(hidden=64, intermediate=128, head_dim=16, vocab=300)
 LOUD = 4  # of the 64 channels
-SCHEME = Scheme(4, 32)
+SCHEME = Scheme(INT4, 32)
 
 
 def loud(g) -> dict[str, torch.Tensor]:
@@ -91,7 +95,7 @@ class Rounded:
     """Weights as a bundle would store them."""
 
     def __init__(self, source, g, scheme: Scheme, clips: dict[str, torch.Tensor]) -> None:
-        self.source, self.names, self.scheme, self.clips = source, quantised_tensors(g, scheme), scheme, clips
+        self.source, self.names, self.scheme, self.clips = source, scheme.tensors(g), scheme, clips
 
     def tensor(self, name: str) -> torch.Tensor:
         values = self.source.tensor(name).float()
@@ -150,12 +154,12 @@ def test_a_folded_tensor_is_the_same_in_pieces(model):
 # The search.
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_search_is_never_worse_than_rounding(bits):
+@pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
+def test_the_search_is_never_worse_than_rounding(precision):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 64, generator=generator) * torch.exp2(2 * torch.randn(64, generator=generator))
     weights = [torch.randn(n, 64, generator=generator) for n in (48, 96)]
-    scheme = Scheme(bits, 32)
+    scheme = Scheme(precision, 32)
     found = best_scales(weights, x, scheme, Search())
 
     def share(scales: torch.Tensor, clips: list[torch.Tensor | None]) -> float:
@@ -170,7 +174,7 @@ def test_the_search_is_never_worse_than_rounding(bits):
     assert share(found.scales, [None, None]) == pytest.approx(found.after, rel=1e-4)
     assert found.after < 0.6 * found.before
     clips = [best_clips(weight, x, found.scales, scheme) for weight in weights]
-    assert share(found.scales, clips) <= found.after and (bits == 8 or clips[0].any())
+    assert share(found.scales, clips) <= found.after and (precision == INT8 or clips[0].any())
     for weight, clip in zip(weights, clips, strict=True):  # row by row
         plain = output_errors(weight, x, found.scales, scheme)
         assert bool((output_errors(weight, x, found.scales, scheme, ratios_of(clip)) <= plain).all())
@@ -191,8 +195,9 @@ def test_loud_channels_cost_less_after_calibration(tmp_path, data, kv_heads):
     folder = write_checkpoint(tmp_path / "checkpoint", g, tokenizer=True, overrides=loud(g))
     checkpoint, config = opened(folder), read_config(folder)
     requests = read_requests(data, folder, config)
-    found = calibrate(checkpoint, g, SCHEME, requests, Search())
-    again = calibrate(checkpoint, g, SCHEME, requests, Search())
+    pictures = read_pictures(requests, g)
+    found = calibrate(checkpoint, g, SCHEME, requests, pictures, Search())
+    again = calibrate(checkpoint, g, SCHEME, requests, pictures, Search())
     assert set(found.scales) == set(group_sizes(g, False))
     assert all(torch.equal(found.scales[name], again.scales[name]) for name in found.scales)
     assert all(torch.equal(found.clips[name], again.clips[name]) for name in found.clips)
@@ -225,16 +230,16 @@ def test_a_calibrated_bundle(bundle, model, data):
 def test_lazy_bundles_store_the_scaled_projection(model, data, tmp_path):
     options = BuildOptions(model, tmp_path / "bundle", "int8", 32, calibrate=data, projection="lazy", check="weights")
     made = build(options)
-    stored = Stored(made)
+    found = Stored(made)
     name = f"model.layers.{G.layers - 1}.self_attn.v_proj_hd.weight"
-    assert name not in stored.quantised and not torch.equal(stored.tensor(name), opened(model).tensor(name).half())
+    assert name not in found.quantised and not torch.equal(found.tensor(name), opened(model).tensor(name).half())
 
 
 @pytest.mark.parametrize("check", [stored_weights, parity])
 @pytest.mark.parametrize("what", ["integer", "step", "norm", "scales"])
 def test_a_bundle_that_is_not_the_checkpoint_times_its_scales(bundle, model, tmp_path, check, what):
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    stored = Stored(Bundle(folder))
+    found = Stored(Bundle(folder))
     name = "model.layers.2.self_attn.o_proj.weight" + {"step": ".scale"}.get(what, "")
     if what == "norm":
         name = "model.layers.2.input_layernorm.weight"
@@ -244,7 +249,7 @@ def test_a_bundle_that_is_not_the_checkpoint_times_its_scales(bundle, model, tmp
         with open(folder / "scales.npz", "wb") as file:
             np.savez(file, **arrays)
     else:
-        with stored.opened(name) as file:
+        with found.opened(name) as file:
             offset = file.tell()
         with open(folder / "decoder.weights", "r+b") as file:
             file.seek(offset + 1)
@@ -297,8 +302,24 @@ def test_data_that_is_none(data, model, tmp_path, lines, error, text):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     (folder / "data.json").write_text(lines)
     with pytest.raises(error, match=text) as caught:
-        read_requests(folder, model, read_config(model))
+        read_pictures(read_requests(folder, model, read_config(model)), G)
     assert caught.value.expected or caught.value.fix
+
+
+def test_every_picture_is_opened_once(data, model, monkeypatch):
+    opened, requests = [], read_requests(data, model, read_config(model))
+    monkeypatch.setattr(calibration_data, "load_image", lambda path: opened.append(path.name) or load_image(path))
+    assert [picture.tiles.shape[0] for picture in read_pictures(requests, G).values()] == [1 + G.zoom**2] * 2
+    assert sorted(opened) == ["tall.png", "wide.png"]
+
+
+def test_a_check_reads_the_scales_once(bundle, model, monkeypatch):
+    read = []
+    monkeypatch.setattr(stored, "read_scales", lambda made: read.append(made) or read_scales(made))
+    for check in (stored_weights, parity):
+        check(Bundle(bundle), opened(model))
+        assert len(read) == 1, check
+        read.clear()
 
 
 def test_where_the_data_is(data, model, tmp_path):

@@ -14,29 +14,23 @@ import torch
 from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, TRACED
-from engines.bundle.precision import BITS, COLUMN
+from engines.bundle.precision import COLUMN, FP8, INT4, INT8, PRECISIONS
 from engines.errors import BundleError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments
 from export.check import parity
+from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig
 from export.checkpoint.folder import Checkpoint
-from export.weights.quantize import (
-    Scheme,
-    dequantise,
-    largest_errors,
-    pack,
-    quantise,
-    quantised,
-    quantised_tensors,
-    scheme_of,
-    unpack,
-)
+from export.recipe import settle
+from export.weights.rounding import dequantise, largest_errors, pack, quantise, quantised, unpack
+from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from tests.checkpoints import write_checkpoint
 from tests.conftest import once
 from tests.geometries import official, tiny
 
 G = tiny(hidden=64, intermediate=128, head_dim=16)
+OFFICIAL_7B = ModelConfig(official(), 1, (2,), PROMPT_TEMPLATE, None)
 LINEARS = 7  # of a decoder layer
 WEIGHT = "model.layers.2.self_attn.q_proj.weight"
 KINDS = [("int8", 32), ("int8", COLUMN), ("int4", 32), ("fp8", COLUMN)]
@@ -63,9 +57,9 @@ def built(shared):
 
 
 @pytest.mark.parametrize("block", [32, 128, COLUMN])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rounding_is_to_nearest_and_nothing_is_clipped(bits, block):
-    scheme = Scheme(bits, block)
+@pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
+def test_rounding_is_to_nearest_and_nothing_is_clipped(precision, block):
+    scheme = Scheme(precision, block)
     values = torch.randn(6, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-7, 4, 6)[:, None]
     integers, scales = quantise(values, scheme)
     steps = scales.float().repeat_interleave(block or 256, 1)
@@ -75,17 +69,17 @@ def test_rounding_is_to_nearest_and_nothing_is_clipped(bits, block):
     assert scales.dtype == torch.float16 and bool((scales > 0).all())  # TensorRT takes no other
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_zeros_and_single_values(bits):
+@pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
+def test_zeros_and_single_values(precision):
     values = torch.zeros(3, 32)
     values[1, 5], values[2, 7] = -1.0, 65504.0
-    integers, scales = quantise(values, Scheme(bits, 32))
+    integers, scales = quantise(values, Scheme(precision, 32))
     found = integers * scales.float()
     assert torch.equal(found[0], values[0]) and bool(torch.isfinite(scales).all())
     assert torch.allclose(found, values, rtol=2e-3)
 
 
-FLOATS = Scheme(8, COLUMN, e4m3=True)
+FLOATS = Scheme(FP8, COLUMN)
 
 
 def test_floats_are_the_nearest_e4m3():
@@ -115,7 +109,7 @@ def test_floats_of_zeros_and_single_values():
 
 def test_int4_uses_its_ninth_negative_code():
     values = torch.linspace(-1, 0.5, 32)[None]
-    integers, scales = quantise(values, Scheme(4, 32))
+    integers, scales = quantise(values, Scheme(INT4, 32))
     assert integers.min() == -8 and float(scales) == pytest.approx(1 / 8, rel=1e-3)
 
 
@@ -134,9 +128,9 @@ def test_packing_is_that_of_onnx(bits):
 
 def test_a_weight_is_quantised_in_pieces_as_in_one(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "checkpoint", G), tmp_path / "checkpoint" / "clip")
-    names, scheme = list(quantised_tensors(G, Scheme(4, 32))), Scheme(4, 32)
+    names, scheme = list(Scheme(INT4, 32).tensors(G)), Scheme(INT4, 32)
     whole = list(quantised(checkpoint, names, scheme))
-    monkeypatch.setattr("export.weights.quantize.PIECE", 3 * 64)
+    monkeypatch.setattr("export.weights.rounding.PIECE", 3 * 64)
     assert list(quantised(checkpoint, names, scheme)) == whole
     name, (data, scales) = names[0], whole[0]
     integers, steps = quantise(checkpoint.tensor(name), scheme)
@@ -147,7 +141,7 @@ def test_a_weight_is_quantised_in_pieces_as_in_one(tmp_path, monkeypatch):
 def test_threads_are_given_back(tmp_path):
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "checkpoint", G), tmp_path / "checkpoint" / "clip")
     before = torch.get_num_threads()
-    made = quantised(checkpoint, [WEIGHT] * 9, Scheme(8, 32))
+    made = quantised(checkpoint, [WEIGHT] * 9, Scheme(INT8, 32))
     next(made)
     made.close()
     assert torch.get_num_threads() == before
@@ -159,7 +153,7 @@ def test_threads_are_given_back(tmp_path):
 @pytest.mark.parametrize(("precision", "block", "projection"), BUILDS)
 def test_linear_layers_are_read_through_dequantize_linear(built, precision, block, projection):
     bundle = Bundle(built(precision, block, projection)[1])
-    g, scheme = bundle.manifest.geometry, scheme_of(precision, block, head=True)
+    g, scheme = bundle.manifest.geometry, Scheme(PRECISIONS[precision], block, head=True)
     dtype = {"int8": "INT8", "int4": "INT4", "fp8": "FLOAT8E4M3FN"}[precision]
     found: dict[str, tuple[int, ...]] = {}
     for part in PARTS:
@@ -175,7 +169,7 @@ def test_linear_layers_are_read_through_dequantize_linear(built, precision, bloc
                 assert scales.shape.numpy() == ((k // block, n) if block else (n,))
                 assert [(use.node.op_type, use.idx) for use in node.outputs[0].uses()] == [("MatMul", 1)]
         assert model.opset_imports[""] == (21 if any(name in found for name in model.graph.initializers) else 20)
-    assert found == quantised_tensors(g, scheme)
+    assert found == scheme.tensors(g)
     pages = 0 if projection == "lazy" else 2 * len(g.reading_layers)
     assert len(found) == LINEARS * g.layers + pages + 1
 
@@ -193,7 +187,7 @@ def test_onnxruntime_multiplies_with_the_integers(built, precision, block, tmp_p
         assert len(fused) == expected[part]
         assert not [node for node in nodes if node.op_type == "DequantizeLinear"]
         for attributes in fused:
-            assert attributes["bits"].as_int() == BITS[precision] and attributes["block_size"].as_int() == 32
+            assert attributes["bits"].as_int() == PRECISIONS[precision].bits and attributes["block_size"].as_int() == 32
             assert attributes["accuracy_level"].as_int() == ort.ACCURACY_LEVEL
 
 
@@ -237,9 +231,9 @@ def test_the_manifest_says_it(built, precision, block):
 def test_less_is_stored():
     """Of LLaVA-1.5-7B's decoder layers: 4.125 bits for each weight in blocks of 128."""
     g = official()
-    shapes = quantised_tensors(g, Scheme(4, 128))
+    shapes = Scheme(INT4, 128).tensors(g)
     count = sum(np.prod(shape) for shape in shapes.values())
-    assert sum(Scheme(4, 128).stored_bytes(shape) for shape in shapes.values()) * 8 == count * 4.125
+    assert sum(Scheme(INT4, 128).stored_bytes(shape) for shape in shapes.values()) * 8 == count * 4.125
     rows = sum(shape[0] for shape in shapes.values())
     assert sum(FLOATS.stored_bytes(shape) for shape in shapes.values()) == count + 2 * rows
 
@@ -265,11 +259,13 @@ def test_block_sizes_nobody_knows(precision, block, text):
 
 
 def test_command_line():
-    assert parse_arguments(["--int4"]).scheme == Scheme(4, 128)
-    options = parse_arguments(["--int8", "--block-size", "64", "--quantize-head"])
-    assert options.scheme == Scheme(8, 64, head=True)
-    assert parse_arguments(["--int8", "--block-size", "column"]).scheme == Scheme(8, COLUMN)
-    assert parse_arguments(["--fp8"]).scheme == replace(FLOATS, head=False)
+    def scheme(*arguments: str) -> Scheme | None:
+        return settle(parse_arguments([*arguments]), OFFICIAL_7B).scheme
+
+    assert scheme("--int4") == Scheme(INT4, 128) and scheme("--fp16") is None
+    assert scheme("--int8", "--block-size", "64", "--quantize-head") == Scheme(INT8, 64, head=True)
+    assert scheme("--int8", "--block-size", "column") == Scheme(INT8, COLUMN)
+    assert scheme("--fp8") == FLOATS
     for wrong in (["--quantize-head"], ["--bf16", "--block-size", "64"]):
         with pytest.raises(OptionError):
             parse_arguments(wrong)

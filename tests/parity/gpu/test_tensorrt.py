@@ -11,20 +11,18 @@ import pytest
 from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
-from engines.bundle.precision import PRECISIONS
 from engines.errors import BackendError
 from engines.ort import OrtModel
 from engines.trt import library as trt
 from engines.trt.model import TrtModel
 from engines.trt.options import RTX_SMS, EngineOptions
 from export.build import BuildOptions, build
-from plugins.op import ITEMSIZE
 from runtime import Engine
+from tests.bench.kernels import bandwidth
 from tests.conftest import once
 from tests.gpu import require_gpu
 from tests.parity.gates import GPU_BOUNDS, require
 from tests.parity.official import CASES, recorded
-from tests.plugins.test_gpu_kernels import bandwidth
 
 pytestmark = pytest.mark.gpu
 
@@ -58,10 +56,10 @@ def engines(shared, checkpoint, backend, gpu):
     def get(precision: str, name: str = "plain", variant: str = "plugins"):
         change = dict(VARIANTS[variant])
         projection = change.pop("projection", "eager")
-        plans = EngineOptions(backend, targets=(gpu.sm,), batch=2, **change)
+        knobs = EngineOptions(backend, targets=(gpu.sm,), batch=2, **change)
         out = shared / f"{name}-{precision}-{backend}-{variant.replace(', ', '-').replace(' ', '-')}"
         options = BuildOptions(
-            checkpoint(name), out, precision=precision, projection=projection, backend=backend, plans=plans
+            checkpoint(name), out, precision=precision, projection=projection, backend=backend, engines=knobs
         )
         return once(out, lambda _: build(options))
 
@@ -198,7 +196,7 @@ def test_time_of_a_step_against_the_bandwidth(engines, backend, variant, gpu, ca
         times.append(model.device_ms())
     manifest, g = bundle.manifest, model.geometry
     weights = manifest.files[manifest.parts["decoder"].weights].bytes
-    unread = g.vocab * g.hidden * ITEMSIZE[PRECISIONS[manifest.precision]] * (not g.tied_embeddings)  # but one row
+    unread = g.vocab * g.hidden * bundle.precision.itemsize * (not g.tied_embeddings)  # but one row
     limit, spent = bandwidth(gpu), float(np.median(times)) / 1000
     with capsys.disabled():
         print(

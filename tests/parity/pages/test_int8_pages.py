@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
+from engines.bundle.precision import FP32
 from engines.errors import OptionError
 from engines.ort import OrtModel
 from engines.sizing.needs import Configuration, store_bytes
@@ -51,7 +52,7 @@ def test_the_store_is_a_quarter_and_a_lazy_one_fills_as_the_eager_one(case, int8
     stored = {name: value.numpy() for name, value in image.pages.items()}
     floats = 2 * len(g.reading_layers) * g.kv_heads * g.hires_side**2 * g.head_dim * 4
     assert sum(array.nbytes for array in stored.values()) == floats * (g.head_dim + 4) / (4 * g.head_dim)
-    assert sum(array.nbytes for array in stored.values()) == store_bytes(Configuration(g, "fp32"))
+    assert sum(array.nbytes for array in stored.values()) == store_bytes(Configuration(g, FP32))
     steps = list(zip(case.replay(lazy, g), case.replay(eager, g), strict=True))
     for (step, _, result), (_, _, other) in steps:
         assert np.array_equal(result.cells(), other.cells()), step

@@ -29,7 +29,7 @@ def engines(shared, checkpoint):
         def make(folder):
             model = checkpoint("plain")
             how = {"projection": projection, "kv": kv, "check": "none"}
-            build(BuildOptions(model, folder, backend=TENSORRT_RTX, plans=knobs, **how))
+            build(BuildOptions(model, folder, backend=TENSORRT_RTX, engines=knobs, **how))
 
         return once(shared / f"official-{projection}-{kv}-{'plugins' if plugins else 'free'}", make)
 

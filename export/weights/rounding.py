@@ -1,13 +1,4 @@
-"""Weight-only int8, int4 and fp8: which weights, how the graph reads them, and how they are made from the checkpoint.
-
-A linear layer's weight [N, K] is stored as codes [K, N] with one scale for each block of `block` values along K, or
-for each column, both read by a DequantizeLinear right before the MatMul (axis 0 with blocks, 1 with columns). A code
-is an integer, or in fp8 a float of 8 bits (E4M3); a value is code * scale, symmetric, without zero points: TensorRT
-takes no other, nor a scale that is not positive.
-
-ONNX Runtime fuses all integers to MatMulNBits, and unpacks fp8 in every step. TensorRT-RTX 1.7 unpacks int4 blocks, and
-int8 and fp8 columns, inside the product that reads them; int8 or fp8 in blocks it unpacks in kernels of their own
-(tests/engines/trt/test_weights.py), so that fp8 is made in columns only.
+"""Quantised weights made from a checkpoint's, and compared with them: rounding, packing, and the way back.
 
 No library does this part: NVIDIA's modelopt, Intel's neural-compressor and ONNX Runtime's own quantiser read a whole
 model, or run it, to quantise it; here a 7B checkpoint passes through in pieces of a megabyte.
@@ -19,28 +10,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from engines.bundle.geometry import Geometry
-from engines.bundle.precision import BITS, BLOCK_SIZES, COLUMN, block_name
-from engines.bundle.tensors import is_quantised
-from engines.errors import ExportError, OptionError
-from export.checkpoint.folder import expected_tensors
+from engines.errors import ExportError
 from export.checkpoint.packed import PackedCheckpoint, is_packed
 from export.checkpoint.shards import TensorInfo
+from export.weights.scheme import Scheme
 
-QUANTISED_OPSET = 21  # the first with int4, and with blocks in DequantizeLinear; float8 is older
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
-CODES = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN  # what no other initializer is
-SCALE_SUFFIX = ".scale"
 RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Source(Protocol):
@@ -51,117 +35,6 @@ class Source(Protocol):
 
     def chunks(self, name: str, max_bytes: int = ...) -> Iterator[bytes]:
         """Its bytes in order, in pieces."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """`bits` (4 or 8) for each weight, a scale for `block` of them (COLUMN: for all of a column); `head`: of lm_head,
-    too; `floats`: names of weights that are not quantised though others of their kind are; `e4m3`: 8-bit floats
-    instead of integers."""
-
-    bits: int
-    block: int
-    head: bool = False
-    floats: tuple[str, ...] = ()
-    e4m3: bool = False
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """Of the codes."""
-        integers = ir.DataType.INT4 if self.bits == 4 else ir.DataType.INT8
-        return ir.DataType.FLOAT8E4M3FN if self.e4m3 else integers
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        """Smallest and largest code stored. int4 uses -8 as well; in int8 one more code would make no difference."""
-        if self.e4m3:
-            return (-448, 448)  # E4M3 has no infinities, only NaN beyond
-        return (-8, 7) if self.bits == 4 else (-127, 127)
-
-    def span(self, k: int) -> int:
-        """How many of a weight's K inputs share a scale."""
-        return k if self.block == COLUMN else self.block
-
-    def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a quantised weight [N, K] with its float16 scales."""
-        count = torch.Size(shape).numel()
-        return count * self.bits // 8 + count // self.span(shape[-1]) * 2
-
-
-def scheme_of(
-    precision: str | None, block: int | None, head: bool = False, floats: tuple[str, ...] = ()
-) -> Scheme | None:
-    """The scheme of a precision; None for those that do not quantise."""
-    known = block is not None and precision in BITS
-    return Scheme(BITS[precision], block, head, floats, precision == "fp8") if known else None
-
-
-def quantised_tensors(g: Geometry, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """Name and checkpoint shape [N, K] of every weight that is quantised: see is_quantised."""
-    weights = {name: shape for name, shape in expected_tensors(g).items() if is_quantised(name, g, scheme.head)}
-    return {name: shape for name, shape in weights.items() if name not in scheme.floats}
-
-
-def require_blocks(g: Geometry, scheme: Scheme) -> None:
-    """OptionError unless the blocks divide the K of every weight that is to be quantised."""
-    if scheme.head and g.tied_embeddings:
-        raise OptionError(
-            "lm_head cannot be quantised: it shares its weight with the embeddings", fix="leave out --quantize-head"
-        )
-    weights = quantised_tensors(g, scheme)
-    wrong = {name: shape for name, shape in weights.items() if shape[1] % scheme.span(shape[1])}
-    if wrong:
-        name, shape = next(iter(wrong.items()))
-        fits = [size for size in BLOCK_SIZES if not any(k % size for _, k in weights.values())]
-        raise OptionError(
-            f"blocks of {scheme.block} do not divide {name} with its {shape[1]} inputs ({len(wrong)} such weights)",
-            expected=f"a block size that divides them all: {' or '.join(map(str, fits)) or f'none of {BLOCK_SIZES}'}",
-            fix=f"--block-size {fits[-1]}" if fits else _without_blocks(scheme),
-        )
-
-
-def _without_blocks(scheme: Scheme) -> str:
-    """What to build instead where no block size divides the weights."""
-    return f"{'' if scheme.bits == 8 else '--int8 '}--block-size {block_name(COLUMN)}, or --fp16"
-
-
-def rewrite(model: ir.Model, names: Iterable[str], scheme: Scheme) -> int:
-    """Make a traced graph read those of `names` it holds as quantised, in place; returns how many it does.
-
-    The weight keeps its name, its scales are called `<name>.scale`; both are still without bytes.
-    """
-    graph, count = model.graph, 0
-    for name in names:
-        weight = graph.initializers.get(name)
-        if weight is None:
-            continue
-        (user,) = [use.node for use in weight.uses()] if len(weight.uses()) == 1 else (None,)
-        if user is None or user.op_type not in ("Transpose", "Gemm"):
-            raise ExportError(f"the graph does not read {name} as the weight of one linear layer")
-        n, k = weight.shape.numpy()
-        dtype = weight.dtype
-        weight.shape, weight.dtype = ir.Shape((k, n)), scheme.dtype
-        columns = scheme.block == COLUMN
-        shape = (n,) if columns else (k // scheme.block, n)
-        scale = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        graph.initializers[scale.name] = scale
-        attributes = {"axis": 1} if columns else {"axis": 0, "block_size": scheme.block}
-        read = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"node_dequantize_{name}")
-        read.outputs[0].name, read.outputs[0].dtype, read.outputs[0].shape = f"{name}.float", dtype, ir.Shape((k, n))
-        graph.insert_before(user, read)
-        if user.op_type == "Transpose":
-            ir.convenience.replace_all_uses_with(user.outputs[0], read.outputs[0])
-        else:  # lm_head: x [B, K] times the transposed weight, no bias
-            product = ir.node("MatMul", [user.inputs[0], read.outputs[0]], name=user.name)
-            product.outputs[0].dtype, product.outputs[0].shape = user.outputs[0].dtype, user.outputs[0].shape
-            product.outputs[0].name, user.outputs[0].name = user.outputs[0].name, f"{name}.unused"
-            graph.insert_before(user, product)
-            ir.convenience.replace_all_uses_with(user.outputs[0], product.outputs[0])
-        graph.remove(user, safe=True)
-        count += 1
-    if count:
-        model.opset_imports[""] = QUANTISED_OPSET
-    return count
 
 
 def quantise(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -289,7 +162,7 @@ def carried(checkpoint: PackedCheckpoint, name: str, scheme: Scheme) -> tuple[by
     if low < -(2 ** (scheme.bits - 1)) or high >= 2 ** (scheme.bits - 1) or group % scheme.block:
         raise ExportError(
             f"{name} has integers in {low} .. {high} and groups of {group} (code less zero point)",
-            expected=f"what int{scheme.bits} in blocks of {scheme.block} holds exactly",
+            expected=f"what {scheme.precision} in blocks of {scheme.block} holds exactly",
             fix=f"build with --{checkpoint.packing.precision} and no --block-size",
         )
     scales = scales.repeat_interleave(group // scheme.block, 0)

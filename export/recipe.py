@@ -1,0 +1,161 @@
+"""What is to be built, settled: the options as given, and what the checkpoint's configuration makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from engines.bundle.geometry import Geometry
+from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
+from engines.errors import OptionError
+from engines.sizing.needs import Configuration
+from engines.trt.options import EngineOptions
+from export.check import STEPS
+from export.checkpoint.config import ModelConfig
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.packed import PackedCheckpoint, floats_of
+from export.checkpoint.packed_settings import Packing
+from export.options import BuildOptions
+from export.weights.scheme import Scheme, require_blocks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A build in which nothing is open any more.
+
+    config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. scheme: how weights are
+    quantised, None if they are not. calibrate: data to choose scales and clips by. page_budget: pages a layer may read
+    at most. engines: the TensorRT engines to build, None for ONNX Runtime. check: one of CHECKS.
+    """
+
+    model: Path
+    folder: Path
+    config: ModelConfig
+    precision: Precision
+    scheme: Scheme | None
+    calibrate: Path | None
+    page_budget: int
+    backend: str
+    engines: EngineOptions | None
+    check: str
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the bundle."""
+        return self.config.geometry
+
+    def confirmed(self, checkpoint: Checkpoint) -> Recipe:
+        """The same for the checkpoint as it was opened: what a packed one holds as floats, its weights say, where
+        settle could only go by its settings."""
+        if self.scheme is None or not isinstance(checkpoint, PackedCheckpoint):
+            return self
+        return replace(self, scheme=replace(self.scheme, floats=floats_of(checkpoint, self.config)))
+
+    def configuration(self, batch: int | None = None) -> Configuration:
+        """What sizing asks about; `batch`: rows of a request, those of the engines when not given."""
+        engines, scheme = self.engines, self.scheme
+        rows = engines.batch if engines else 1
+        return Configuration(
+            self.geometry,
+            self.precision,
+            block=scheme.block if scheme else None,
+            head=scheme.head if scheme else False,
+            batch=rows if batch is None else batch,
+            page_budget=self.page_budget,
+            backend=self.backend,
+            plugins=engines.plugins if engines else True,
+            floats=scheme.floats if scheme else (),
+            fixed=self.config.packing is not None,
+        )
+
+    def record(self, calibration: dict[str, object] | None) -> dict[str, object]:
+        """The knobs as this build uses them, for the manifest; of folders only their names, which say nothing about
+        this machine. `calibration`: what it was made with, if it was."""
+        g, scheme = self.geometry, self.scheme
+        used: dict[str, object] = {
+            "model": self.model.resolve().name,
+            "out": self.folder.resolve().name,
+            "precision": self.precision.name,
+            "block_size": scheme.block if scheme else None,
+            "quantize_head": scheme.head if scheme else False,
+            "calibrate": self.calibrate.resolve().name if self.calibrate else None,
+            "page_budget": self.page_budget,
+            "context": g.context,
+            "projection": "lazy" if g.lazy_pages else "eager",
+            "kv": "int8" if g.int8_pages else "model",
+            "backend": self.backend,
+            "check": self.check,
+            "floats": list(scheme.floats) if scheme else [],
+            "calibration": calibration,
+        }
+        if self.engines:
+            used[self.backend] = json.loads(json.dumps(asdict(self.engines)))  # tuples as the manifest reads them
+        return used
+
+
+def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
+    """The recipe for a checkpoint whose configuration is `config`.
+
+    OptionError for what this model does not admit, and for what a packed checkpoint decides otherwise.
+    """
+    g = _adjusted(config.geometry, options)
+    if config.packing is None:
+        precision = PRECISIONS[options.precision] if options.precision else DEFAULT
+        scheme = None
+        if precision.quantises:
+            scheme = Scheme(precision, precision.block_size(options.block_size), options.quantize_head)
+            require_blocks(g, scheme)
+    else:  # its own groups were checked against its weights when it was packed, and are when it is opened
+        scheme = _carried(config.packing, g, options)
+        precision = scheme.precision
+    return Recipe(
+        model=options.model,
+        folder=options.out or Path("build") / f"{options.model.resolve().name}-{precision}",
+        config=replace(config, geometry=g),
+        precision=precision,
+        scheme=scheme,
+        calibrate=options.calibrate,
+        page_budget=g.pages if options.page_budget is None else options.page_budget,
+        backend=options.backend,
+        engines=None if options.backend == ONNXRUNTIME else options.engines or EngineOptions(options.backend),
+        check=options.check,
+    )
+
+
+def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
+    """The checkpoint's geometry with what the options change."""
+    if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
+        raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
+    context = g.context if options.context is None else options.context
+    least = g.image_tokens + 2 * STEPS  # room for a question and an answer
+    if not least <= context <= g.context:
+        raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
+    lazy = options.projection == "lazy"
+    if lazy and g.attention_bias:
+        raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
+    return replace(g, context=context, lazy_pages=lazy, int8_pages=options.kv == "int8")
+
+
+def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:
+    """The scheme that holds a packed checkpoint's own integers."""
+    if options.calibrate is not None:
+        raise OptionError(
+            f"--calibrate for a checkpoint that is quantised already ({packing.text})", fix="leave it out"
+        )
+    own, block, head = packing.precision, packing.block(g), packing.head and not g.tied_embeddings
+    asked = [f"--{options.precision}"] if options.precision not in (None, own.name) else []
+    asked += [f"--block-size {options.block_size}"] if options.block_size not in (None, block) else []
+    asked += ["--quantize-head"] if options.quantize_head and not head else []
+    if asked:
+        flags = f"--{own} --block-size {block}" + (" --quantize-head" if head else "")
+        why = ""
+        if packing.grows:
+            why = "; code - zero point is in -15 .. 15, and neither int4 nor TensorRT has zero points"
+        raise OptionError(
+            f"{' '.join(asked)} for a checkpoint that is quantised already ({packing.text})",
+            expected=f"its own integers, carried over as they are: {own} in blocks of {block}{why}",
+            fix=f"{flags}, or leave these options out",
+        )
+    return Scheme(own, block, head, packing.floats(g))

@@ -1,0 +1,89 @@
+"""The way of one question through the decoder: prefill, then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.backend import Decoder
+from engines.errors import OptionError
+from runtime.answer import Answer, Draft
+from runtime.request import Request
+from runtime.sampling import Sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """A decoder that holds a prompt. prefix: the ids it holds up to the end of the image, [n] int64. reused: how many
+    of these it held before this prompt."""
+
+    decoder: Decoder
+    prefix: np.ndarray
+    reused: int
+
+
+def prefill(decoder: Decoder, request: Request, known: int) -> None:
+    """Feed the prompt's ids but the last to a cache that holds the first `known`: none, or the request's prefix.
+
+    A run ends with the image, so that the cache holds the same up to there, to the last bit, whatever the question.
+    """
+    end = len(request.prefix)
+    for ids in (request.ids[known:end], request.ids[end:-1]):
+        if len(ids):
+            decoder.run(ids[None])
+
+
+def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
+    """Answer `draft.request`: yields the pieces of the text as they settle, then leaves the whole in `draft.answer`.
+
+    `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
+    raises, and BackendError when the device fails or a logit is not finite.
+    """
+    request, options = draft.request, draft.request.options
+    sampler, vocab = Sampler(options.sampling()), draft.geometry.vocab
+    looks = options.trace or options.temperature > 0  # somebody needs the logits of every step
+    # The last prompt token is the first decoding step: it alone, and every answer token after it, reads pages.
+    token = int(request.ids[-1])
+    with lent as cache:
+        while not draft.done:
+            with draft.clock.stage("decode"):
+                step = cache.decoder.run(np.array([[token]], np.int64), request.page_budget)
+                token = int(step.token[0])  # chosen on the device, where the logits stay
+                if looks or not draft.tokens or not 0 <= token < vocab:
+                    token = sampler.pick(step.logits[0])  # raises where there is nothing to choose from
+            if piece := draft.add(token, step):
+                yield piece
+        sampler.check(step.logits[0])  # what goes wrong in a step goes wrong in all after it
+    if piece := draft.text.finish():
+        yield piece
+    draft.finish(cache.reused)
+
+
+class Stream:
+    """A running answer: iterate for text pieces, `answer()` for the whole. Nothing runs before the first is asked for.
+
+    A stream that is dropped half-way gives its cache back.
+    """
+
+    def __init__(self, lent: AbstractContextManager[Cache], draft: Draft) -> None:
+        """Arguments of `decode`."""
+        # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
+        self._draft, self._pieces = draft, decode(lent, draft)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def answer(self) -> Answer:
+        """Run to the end and return the whole answer. Raises what `Engine.generate` does while it runs, and OptionError
+        for an answer that an error has cut off before."""
+        for _ in self._pieces:
+            pass
+        if self._draft.answer is None:
+            raise OptionError("this answer was cut off", fix="ask again")
+        return self._draft.answer

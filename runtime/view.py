@@ -1,0 +1,112 @@
+"""`ImageView`: one image held on to for several questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from engines.backend import Image, Model
+from engines.bundle.manifest import Manifest
+from engines.bundle.pages import margins
+from engines.errors import OptionError
+from runtime.answer import Answer, Draft
+from runtime.decode import Cache, Stream, prefill
+from runtime.image import ImageSource, load_image
+from runtime.preprocess import preprocess
+from runtime.prompt import Prompter
+from runtime.request import Request, read_request
+from runtime.stats import Clock
+
+
+class ImageView:
+    """One image (or none), encoded when first needed and kept, with a decoder's cache, until the view is closed."""
+
+    def __init__(self, model: Model[Any], prompter: Prompter, manifest: Manifest, image: ImageSource | None) -> None:
+        """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`: see
+        runtime.image.load_image, or None for text alone. Raises ImageError; computes nothing yet."""
+        self._prompter, self._manifest = prompter, manifest
+        self._model: Model[Any] | None = model
+        self._image = None if image is None else load_image(image)
+        self._features: tuple[Any, Any] | None = None  # of the low-res and of the hi-res tiles, on the device
+        self._encoded: Image[Any] | None = None
+        self._idle: Cache | None = None  # what no running answer uses
+
+    def __enter__(self) -> ImageView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the features, pages and cache. The view cannot be asked again; an answer that runs goes on."""
+        self._model = self._image = self._features = self._encoded = self._idle = None
+
+    def ask(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Answer:
+        """Answer one question; arguments and errors of `Engine.generate`."""
+        return self.stream(prompt, input_ids=input_ids, **options).answer()
+
+    def stream(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Stream:
+        """Answer one question as an iterator of text pieces; arguments and errors of `Engine.generate`.
+
+        A question that cannot be answered is an error here; work begins when the first piece is asked for.
+        """
+        model, has_image = self._opened(), self._image is not None
+        request = read_request(
+            prompt, input_ids, options, has_image=has_image, prompter=self._prompter, manifest=self._manifest
+        )
+        text, clock = self._prompter.text_stream(request.options.stop), Clock(model.device_ms)
+        return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
+
+    def _opened(self) -> Model[Any]:
+        """The model; OptionError when the view is closed."""
+        if self._model is None:
+            raise OptionError("this image view is closed", fix="ask, and read the answer, inside the `with` block")
+        return self._model
+
+    @contextmanager
+    def _prefilled(self, request: Request, clock: Clock) -> Iterator[Cache]:
+        """Lend the block a cache that holds the request's ids but the last, with room for the answer.
+
+        Encodes the image and prefills as far as the view does not hold the results yet, and counts both on `clock`.
+        After the block, whatever ends it, the view keeps the decoder for its next question. Raises BackendError.
+        """
+        model, prefix = self._opened(), request.prefix
+        image = self._image_at(request.begin, clock)
+        idle, self._idle = self._idle, None  # who asks meanwhile gets another decoder
+        decoder = idle.decoder if idle is not None and np.array_equal(idle.prefix, prefix) else None
+        idle, reused = None, 0  # its memory may be needed
+        with clock.stage("prefill"):
+            if decoder is None:
+                decoder = model.decoder(image, request.room)
+            else:
+                decoder.length[:] = reused = len(prefix)
+                if decoder.capacity < request.room:
+                    decoder = decoder.enlarged(request.room)
+            prefill(decoder, request, reused)
+        cache = Cache(decoder, prefix, reused)
+        try:
+            yield cache
+        finally:
+            if self._image is not None:
+                self._idle = cache
+
+    def _image_at(self, begin: int, clock: Clock) -> Image[Any]:
+        """The encoded image with its first token at position `begin`; what is already there is not computed again."""
+        model = self._opened()
+        if self._image is None:
+            return model.no_image(1)
+        if self._features is None:
+            with clock.stage("preprocess"):
+                tiles = preprocess(self._image, model.geometry)
+            with clock.stage("vision"):
+                self._features = model.vision(tiles[:1]), model.vision(tiles[1:])
+        if self._encoded is None or self._encoded.begin[0] != begin:  # hi-res rotary depends on the position
+            with clock.stage("projection"):
+                self._encoded = self._idle = None  # their memory may be needed
+                (lowres, hires), position = self._features, np.array([begin], np.int64)
+                sides = np.array([margins(*self._image.size, model.geometry.grid)], np.int64)
+                self._encoded = Image(lowres, model.project(hires, position), position, sides)
+        return self._encoded

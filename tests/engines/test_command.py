@@ -1,0 +1,34 @@
+"""What a command leaves behind: its exit status, and one message."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.command import run
+from engines.errors import OptionError
+
+
+def failing(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "said"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (failing(OptionError("batch 0", fix="leave it out")), 1, "error: batch 0\n  fix: leave it out\n"),
+        (failing(KeyboardInterrupt()), 130, "interrupted; nothing was written\n"),
+    ],
+)
+def test_status_and_message(capsys, main, status, said):
+    assert run(main, "interrupted; nothing was written") == status
+    assert capsys.readouterr() == ("", said)
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run(failing(ZeroDivisionError()))

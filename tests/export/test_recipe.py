@@ -1,0 +1,85 @@
+"""What the options and the checkpoint's configuration settle between them, for a build and for its sizes alike."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8
+from engines.errors import OptionError
+from engines.trt.options import EngineOptions
+from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig
+from export.checkpoint.packed_settings import Packing
+from export.options import BuildOptions
+from export.recipe import Recipe, settle
+from export.weights.scheme import Scheme
+from tests.geometries import official, tiny
+
+CONFIG = ModelConfig(official(), 1, (2,), PROMPT_TEMPLATE, None)
+
+
+def settled(config: ModelConfig = CONFIG, **options: object) -> Recipe:
+    return settle(BuildOptions(model=Path("a/b"), **options), config)
+
+
+def test_nothing_given():
+    recipe = settled()
+    assert recipe.folder == Path("build/b-fp16") and recipe.precision == FP16 and recipe.scheme is None
+    assert recipe.page_budget == 81 and recipe.geometry == official() and recipe.config == CONFIG
+    assert recipe.backend == ONNXRUNTIME and recipe.engines is None
+    open_still = [each.name for each in fields(recipe) if getattr(recipe, each.name) is None]
+    assert open_still == ["scheme", "calibrate", "engines"]  # there are none of these: nothing is left to a default
+
+
+def test_defaults_of_block_sizes_and_engines():
+    assert settled(precision="int8").scheme == Scheme(INT8, 128)
+    assert settled(precision="fp8").scheme == Scheme(FP8, COLUMN)
+    assert settled(precision="int4", block_size=32, quantize_head=True).scheme == Scheme(INT4, 32, True)
+    assert settled(backend=TENSORRT).engines == EngineOptions(TENSORRT)
+    given = EngineOptions(TENSORRT_RTX, batch=3)
+    recipe = settled(backend=TENSORRT_RTX, engines=given)
+    assert recipe.engines is given and recipe.configuration().batch == 3 and recipe.configuration(7).batch == 7
+
+
+def test_the_geometry_is_the_bundles():
+    g = settled(context=1024, projection="lazy", kv="int8").geometry
+    assert g == replace(official(), context=1024, lazy_pages=True, int8_pages=True)
+
+
+def test_a_packed_checkpoint_brings_its_own():
+    packing = Packing("gptq", 4, 64, True, only=("self_attn.q_proj",))
+    recipe = settled(replace(CONFIG, packing=packing), quantize_head=False)
+    assert recipe.folder == Path("build/b-int4") and recipe.precision == INT4
+    assert recipe.scheme.block == 64 and len(recipe.scheme.floats) == 32 * 6 + 2 * 23
+    c = recipe.configuration()
+    assert c.fixed and c.floats == recipe.scheme.floats and c.precision == INT4
+    with pytest.raises(OptionError, match="--calibrate for a checkpoint that is quantised already"):
+        settled(replace(CONFIG, packing=packing), precision="int4", calibrate=Path("examples"))
+
+
+@pytest.mark.parametrize(
+    ("g", "options", "text"),
+    [
+        (official(), {"page_budget": 82}, "--page-budget 82"),
+        (official(), {"context": 4096}, "a context of 4096"),
+        (tiny(attention_bias=True), {"projection": "lazy"}, "attention biases"),
+        (tiny(), {"precision": "int4"}, "blocks of 128 do not divide"),  # sizes of what cannot be built are none
+        (tiny(tied_embeddings=True), {"precision": "int4", "block_size": 16, "quantize_head": True}, "shares"),
+    ],
+)
+def test_what_a_model_does_not_admit(g, options, text):
+    with pytest.raises(OptionError, match=text):
+        settled(replace(CONFIG, geometry=g), **options)
+
+
+def test_the_record_has_every_knob_and_no_path():
+    options = BuildOptions(Path("/a/b"), Path("/c/d"), "int8", 64, calibrate=Path("/e/f"), backend=TENSORRT)
+    record = settle(options, CONFIG).record({"examples": 3})
+    knobs = {each.name for each in fields(BuildOptions)} - {"engines"}
+    assert set(record) == knobs | {"floats", "calibration", TENSORRT}
+    assert (record["model"], record["out"], record["calibrate"]) == ("b", "d", "f")
+    assert (record["precision"], record["block_size"], record["page_budget"]) == ("int8", 64, 81)
+    assert record[TENSORRT]["batch"] == 1 and record[TENSORRT]["boards"] == []
