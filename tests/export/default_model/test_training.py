@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engines.backend import Image
 from engines.bundle.pages import margins
@@ -17,13 +19,16 @@ from export.default_model import train_decoder
 from export.default_model.model import GEOMETRY, official_names, write_checkpoint
 from export.default_model.packing import pack, prefix_ids
 from export.default_model.pool import lowres, margins_of, normalised, padded
-from export.default_model.questions import build_tokenizer
+from export.default_model.questions import KINDS, build_tokenizer
 from export.default_model.scenes import make_scene
 from export.default_model.train import SMOKE, run
 from export.default_model.train_vision import Tower, tiles_of
 from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
+
+STEP = 1.5e-3  # every trained tensor has a number that even the shortest training moves farther
+QUESTION = "what number is in the red square?"
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +84,55 @@ def test_one_training_pass_equals_inference_step_by_step(random_model):
                 assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def moved(found: dict[str, torch.Tensor], begin: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Tensor -> the farthest that one of its numbers is from where it was."""
+    return {name: float((found[name].float() - begin[name].float()).abs().max()) for name in found}
+
+
 def test_smoke_run(tmp_path):
+    """Every stage trains what it should and nothing else, says what it found, and writes what the runtime answers
+    with."""
     model, baseline = tmp_path / "model", tmp_path / "baseline"
     run(SMOKE, model, baseline)
-    assert json.loads((model / "training.json").read_text())["seconds"] > 0
+
+    log = json.loads((model / "training.json").read_text())
+    assert log["recipe"] == asdict(SMOKE)
+    stages = ("vision", "decoder", "lowres_only")
+    assert log["seconds"] >= sum(log[f"{stage}_seconds"] for stage in stages) - 2 > 0  # each is rounded
+    assert 0 < log["decoder"].pop("pages") <= GEOMETRY.pages
+    assert set(log["decoder"]) == set(log["lowres_only"]) == set(KINDS)
+    assert all(0 <= share <= 1 for stage in stages for share in log[stage].values())
+
+    torch.manual_seed(SMOKE.seed)
+    tower = Tower().state_dict()
+    torch.manual_seed(SMOKE.seed)
+    begin = official_names(tower, train_decoder.Student().state_dict())
+    stored = [load_file(folder / "model.safetensors") for folder in (model, baseline)]
+    for tensors, sees_pages in zip(stored, (True, False), strict=True):
+        assert tensors.keys() == begin.keys() and all(tensor.isfinite().all() for tensor in tensors.values())
+        for name, distance in moved(tensors, begin).items():
+            if name.endswith("k_proj.bias"):
+                continue  # added to all keys alike, it changes no softmax: there is nothing to learn
+            trained = sees_pages or "_proj_hd" not in name  # the baseline reads no page
+            assert (distance > STEP) == trained, (name, distance)
+    for name, distance in moved(*stored).items():  # one tower, two decoders
+        assert (distance == 0) == ("vision_tower" in name), (name, distance)
+
     for folder in (model, baseline):
         assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 5_000_000
-        engine = Engine(build(BuildOptions(folder, tmp_path / f"{folder.name}-bundle")).path)
+        engine = Engine(build(BuildOptions(folder, tmp_path / f"{folder.name}-bundle", precision="fp32")).path)
         scene = make_scene(np.random.default_rng(0), "test")
-        assert isinstance(engine.generate(scene.image, "what number is in the red square?").text, str)
+        ids = engine.prompter.encode(QUESTION, True)
+        answer = engine.generate(scene.image, QUESTION, max_new_tokens=5, stop_at_eos=False, trace=True)
+        config = read_config(folder)
+        reference = ReferenceModel(config.geometry, Checkpoint.open(folder, config.tower_folder))
+        row, begin = engine.prompter.expand(ids, True)
+        tiles, position = preprocess(scene.image, GEOMETRY), np.array([begin])
+        near, far = reference.vision(tiles[:1]), reference.vision(tiles[1:])
+        sides = np.array([margins(*scene.image.size, GEOMETRY.grid)], np.int64)
+        decoder = reference.decoder(Image(near, reference.project(far, position), position, sides), len(row) + 5)
+        decoder.run(row[None, :-1])
+        for token, logits in zip([int(row[-1]), *answer.token_ids], answer.trace.logits, strict=False):
+            expected = decoder.run(np.array([[token]]), GEOMETRY.pages).logits[0]
+            assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert len(answer.token_ids) == 5 and answer.text == engine.prompter.decode(answer.token_ids)
