@@ -11,8 +11,8 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports onnxruntime, in processes that tests start as well: no test reports to anybody.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-# Each worker of a parallel run keeps to a core of its own, and so do the processes that it starts: threads that spin for
-# the cores of others took two fifths of the time.
+# Each worker of a parallel run keeps to a core of its own, and so do the processes that it starts: threads that spin
+# for the cores of others took two fifths of the time.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
