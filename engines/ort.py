@@ -226,6 +226,7 @@ def installed() -> tuple[str, list[str]]:
 
 
 def _import() -> ModuleType:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its wheels report to their maker when imported
     try:
         import onnxruntime
     except ImportError as error:

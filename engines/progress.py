@@ -45,12 +45,13 @@ def _plain(title: str) -> Callable[[float], None]:
 
 
 def print_log() -> None:
-    """From now on, print what `engines` logs, from INFO on, as plain lines: for command lines. Libraries leave what
-    becomes of their log to the program."""
-    logger = logging.getLogger("engines")
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Printer) for handler in logger.handlers):
-        logger.addHandler(_Printer())
+    """From now on, print what `engines` and `plugins` log, from INFO on, as plain lines: for command lines. Libraries
+    leave what becomes of their log to the program."""
+    for name in ("engines", "plugins"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Printer) for handler in logger.handlers):
+            logger.addHandler(_Printer())
 
 
 class _Printer(logging.Handler):
