@@ -6,23 +6,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from engines.bundle.pages import page_size
 from export.build import BuildOptions, build
 from tests.bench import decode
 from tests.bench.contenders.cost import cost
 from tests.bench.decode import measure, table
-from tests.bench.random_checkpoint import write
-from tests.geometries import official
+from tests.checkpoints import write_checkpoint
+from tests.geometries import official, tiny
 
 
 def test_small_run(tmp_path):
-    model = write("small", tmp_path / "checkpoint", torch.float32, threshold=-1, context=8192)
+    model = write_checkpoint(tmp_path / "checkpoint", tiny(threshold=-1, context=1024))  # room for all hi-res tokens
     bundle = build(BuildOptions(model, tmp_path / "bundle", precision="fp32", check="none")).path
     options = BuildOptions(model, tmp_path / "int4", precision="int4", block_size=16, check="none")
     _, rows = measure(model, bundle, build(options).path, rounds=1, steps=2, threads=None)
-    assert [row.pages for row in rows] == [0, 0, 22, 81, 22, 0, 22, 22, 81, 0]
+    assert [row.pages for row in rows] == [0, 0, 4, 16, 4, 0, 4, 4, 16, 0]
     assert all(row.ratio == pytest.approx(row.milliseconds / rows[0].milliseconds) and row.ratio > 0 for row in rows)
     assert rows[0].cost == rows[5].cost and rows[2].cost == rows[6].cost and rows[7].cost.flops > rows[6].cost.flops
     assert rows[4].cost.flops == rows[2].cost.flops and rows[4].cost.bytes < rows[2].cost.bytes
