@@ -59,7 +59,8 @@ def trace(part: str, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
         debugging = [f"map.{layer}" for layer in geometry.selecting_layers]
         debugging += [f"hidden.{layer}" for layer in range(geometry.layers + 1)]
     model = _export(module, args, shapes, [spec.name for spec in inputs], names + debugging)
-    del model.graph.outputs[len(names) :]
+    for _ in debugging:  # one by one: values of a deleted slice stay marked as outputs, and their types are not saved
+        model.graph.outputs.pop()
     model.graph.name = part
     return model
 

@@ -1,7 +1,7 @@
 """Ways to answer a question about an image, each a whole request: vision, hi-res, prompt, answer tokens.
 
-`python -m tests.bench.ways WAY BUDGET --model DIR --eager DIR --lazy DIR --tokens N` answers once, in a process of its
-own, and prints the peak memory of that in bytes.
+`python -m tests.bench.contenders.ways WAY BUDGET --model DIR --eager DIR --lazy DIR --tokens N` answers once, in a
+process of its own, and prints the peak memory of that in bytes.
 """
 
 from __future__ import annotations
