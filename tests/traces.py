@@ -6,6 +6,7 @@ what comes back from the disk is what the tracer made.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -29,7 +30,11 @@ def cached(part: str, geometry: Geometry, dtype: torch.dtype) -> ir.Model:
     path = Path(folder) / f"{hashlib.sha256(key(part, geometry, dtype).encode()).hexdigest()}.onnx"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            write(trace(part, geometry, dtype), path)
+            gc.disable()  # it would find nothing in what the tracer makes, for a sixth of the time
+            try:
+                write(trace(part, geometry, dtype), path)
+            finally:
+                gc.enable()
     return read(path)
 
 

@@ -98,7 +98,17 @@ def measure(entered: Sequence[Way], asked: Question, rounds: int) -> list[Row]:
 
 def peak(name: str, budget: int, folders: dict[str, Path], device: str, threads: int | None) -> int:
     """Peak memory of one request in a process of its own, bytes."""
-    command = [sys.executable, "-m", "tests.bench.contenders.ways", name, str(budget), "--device", device, "--tokens", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.contenders.ways",
+        name,
+        str(budget),
+        "--device",
+        device,
+        "--tokens",
+        "4",
+    ]
     for key, folder in folders.items():
         command += [f"--{key}", str(folder)]
     command += [] if threads is None else ["--threads", str(threads)]

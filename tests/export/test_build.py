@@ -79,10 +79,11 @@ def test_errors_are_messages(arguments, text):
 
 
 def test_two_exports_are_the_same_bytes(checkpoint, tmp_path):
+    """One in a process of its own: Python orders sets differently in each."""
     folders = [tmp_path / name for name in ("first", "second")]
-    for seed, folder in enumerate(folders):  # in processes of their own: Python orders sets differently in each
-        result = command("--model", checkpoint, "--out", folder, "--check", "none", PYTHONHASHSEED=str(seed))
-        assert result.returncode == 0, result.stderr
+    result = command("--model", checkpoint, "--out", folders[0], "--check", "none", PYTHONHASHSEED="1")
+    assert result.returncode == 0, result.stderr
+    build(BuildOptions(checkpoint, folders[1], check="none"))
     names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert names[0] == names[1]
     for name in names[0]:
