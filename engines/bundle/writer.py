@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -63,13 +63,13 @@ def write_bundle(out: Path) -> Iterator[BundleWriter]:
     """
     out = out.resolve()  # a link to a bundle stays a link
     _require_replaceable(out)
+    folder = unused_beside(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write to {out.parent}: {error.strerror}", fix="choose another --out") from error
-    try:
-        folder.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the finished bundle
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755)
+        except OSError as error:
+            raise ExportError(f"cannot write to {out.parent}: {error.strerror}", fix="choose another --out") from error
         yield BundleWriter(folder)
         _put_in_place(folder, out)
     except OSError as error:
@@ -81,6 +81,12 @@ def write_bundle(out: Path) -> Iterator[BundleWriter]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def unused_beside(path: Path) -> Path:
+    """A hidden name beside `path` that nothing has. Known before there is a folder of that name: an interruption right
+    after it was made finds what to delete."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def _require_replaceable(out: Path) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRA
 from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
 from engines.bundle.pages import page_size
 from engines.bundle.specs import plan_io
-from engines.bundle.writer import write_manifest
+from engines.bundle.writer import unused_beside, write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
@@ -112,9 +111,9 @@ def build_engines(
     for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
         logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
-    temporary = None
+    temporary = unused_beside(folder.resolve())
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-plans-", dir=folder.resolve().parent))
+        temporary.mkdir()
         parts, files, moves = dict(manifest.parts), dict(manifest.files), []
         for part in PARTS:
             plugins = options.plugins and part == "decoder"
@@ -157,8 +156,7 @@ def build_engines(
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
     finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(folder, verify=False)
 
 
