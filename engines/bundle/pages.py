@@ -50,7 +50,8 @@ def tile_order(geometry: Geometry) -> np.ndarray:
     """
     grid, zoom = geometry.grid, geometry.zoom
     tiles = np.arange(zoom * zoom * grid * grid).reshape(zoom, zoom, grid, grid)
-    return tiles.transpose(0, 2, 1, 3).ravel()
+    order: np.ndarray = tiles.transpose(0, 2, 1, 3).ravel()
+    return order
 
 
 def margins(width: int, height: int, grid: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, KernelError, OptionError
 from engines.progress import print_log
-from engines.trt import build as trt_build
+from engines.trt import build as building
 from engines.trt import library as trt
 from engines.trt.build import attributes, build_engines, profiles
 from engines.trt.options import EngineOptions, boards_of, command, parse_targets
@@ -81,7 +81,7 @@ def job(bundle: Path, part: str = "vision", **changes) -> Job:
 
 
 def run(job: Job, log: Path) -> None:
-    trt_build._run(job, "vision", log, weights=10**9, keep_log=False, quiet=True)
+    building._run(job, "vision", log, weights=10**9, keep_log=False, quiet=True)
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -152,7 +152,7 @@ def test_new_engines_replace_the_old(copy):
 
 def test_a_damaged_timing_cache_is_no_cache(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = trt_build._timing_cache(TENSORRT_RTX, SMS)
+    path = building._timing_cache(TENSORRT_RTX, SMS)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a cache")
     run(job(copy, timing_cache=str(path)), tmp_path / "log")
@@ -208,7 +208,7 @@ def test_progress_only_grows_and_reaches_the_end(built, tmp_path, monkeypatch):
     def record(title, quiet):
         yield shown.append
 
-    monkeypatch.setattr(trt_build, "progress", record)
+    monkeypatch.setattr(building, "progress", record)
     run(job(built, "decoder"), tmp_path / "log")
     assert shown and shown == sorted(shown) and shown[0] >= 0 and shown[-1] <= 1
 
@@ -232,8 +232,8 @@ def test_progress_without_rich_is_lines_with_the_time_left(monkeypatch, capsys):
 def test_the_library_logs_and_command_lines_print_it(copy, monkeypatch, capsys):
     logger, said = logging.getLogger("engines"), logging.getLogger("engines.trt.build")
     monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(trt_build, "available_bytes", lambda: 0)
-    monkeypatch.setattr(trt_build, "_run", lambda *given, **named: pytest.fail("enough"))
+    monkeypatch.setattr(building, "available_bytes", lambda: 0)
+    monkeypatch.setattr(building, "_run", lambda *given, **named: pytest.fail("enough"))
     with pytest.raises(pytest.fail.Exception, match="enough"):
         build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
     assert capsys.readouterr().out == ""
@@ -257,11 +257,11 @@ class Gpu:
 def test_tensorrt_builds_for_the_gpu_of_the_machine(monkeypatch):
     monkeypatch.setitem(sys.modules, "engines.cuda", SimpleNamespace(Cuda=Gpu))
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
-    assert trt_build.sms_to_build(EngineOptions(TENSORRT)) == (87,)
-    assert trt_build.elsewhere(EngineOptions(TENSORRT, targets=(87,))) is None
-    assert "this machine's GPU is sm_87" in trt_build.elsewhere(EngineOptions(TENSORRT, targets=(110,)))
+    assert building.sms_to_build(EngineOptions(TENSORRT)) == (87,)
+    assert building.elsewhere(EngineOptions(TENSORRT, targets=(87,))) is None
+    assert "this machine's GPU is sm_87" in building.elsewhere(EngineOptions(TENSORRT, targets=(110,)))
     with pytest.raises(OptionError, match="target sm_110, this machine's GPU is sm_87") as caught:
-        trt_build.sms_to_build(EngineOptions(TENSORRT, targets=(110,)))
+        building.sms_to_build(EngineOptions(TENSORRT, targets=(110,)))
     assert "python -m engines.build BUNDLE --backend tensorrt" in caught.value.fix
     decode, prefill = profiles("decoder", tiny(), EngineOptions(TENSORRT))
     assert decode.sizes["steps"] == (1, 1, 1)
@@ -319,7 +319,7 @@ def test_a_builder_that_dies(copy, tmp_path, monkeypatch, ending, message, fix):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{ending}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(trt_build.sys, "executable", str(program))
+    monkeypatch.setattr(building.sys, "executable", str(program))
     before = listing(copy)
     with pytest.raises(BackendError, match=message) as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
@@ -337,7 +337,7 @@ def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
         os.kill(process.pid, signal.SIGKILL)
         return process
 
-    monkeypatch.setattr(trt_build.subprocess, "Popen", kill_it)
+    monkeypatch.setattr(building.subprocess, "Popen", kill_it)
     with pytest.raises(BackendError, match="signal 9") as caught:
         run(job(built), tmp_path / "log")
     assert "2.15x the weights and more: 2.5 GB" in caught.value.expected
@@ -355,7 +355,7 @@ def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = listing(copy)
-    monkeypatch.setattr(trt_build, "write_manifest", full)
+    monkeypatch.setattr(building, "write_manifest", full)
     with pytest.raises(BackendError, match="No space left"):
         build_engines(copy, EngineOptions(TENSORRT_RTX, targets=(89,)), quiet=True)
     assert listing(copy) == before
