@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-from engines.command import run
 from engines.progress import print_log
 from engines.trt.build import build_engines
 from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, engine_options
+from plugins.command import run
 
 
 def main(arguments: list[str] | None = None) -> int:

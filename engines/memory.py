@@ -8,8 +8,6 @@ import resource
 import sys
 from pathlib import Path
 
-ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
-
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, bytes."""

@@ -25,7 +25,7 @@ def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
 
         device = "cpu" if opening.device is None else opening.device
         return OrtModel(bundle, device=device, threads=opening.threads)
-    if opening.device not in (None, "cuda"):
+    if opening.device not in (None, "cuda"):  # TensorRT, in both its kinds
         raise BackendError(
             f"device {opening.device!r} with the backend {backend}",
             expected="'cuda'",

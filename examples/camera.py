@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from time import perf_counter, sleep
 
-from runtime import Engine, ImageError
+from runtime import Engine, FlexError, ImageError
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path, help="where a camera program writes .png or .jpg files")
@@ -29,7 +29,10 @@ def newest(folder: Path) -> Iterator[Path]:
         sleep(0.01)
 
 
-engine = Engine(given.bundle)  # once: no frame waits for it
+try:
+    engine = Engine(given.bundle)  # once: no frame waits for it
+except FlexError as error:  # found, expected, fix
+    raise SystemExit(f"error: {error}") from None
 for frame in islice(newest(given.folder), given.frames):
     start = perf_counter()
     try:

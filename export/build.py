@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 
-from engines import command, ort
+from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
@@ -45,6 +45,7 @@ from export.weights.folding import to_bytes
 from export.weights.rounding import Source
 from export.weights.stored import stored_weights
 from export.weights.write import stored_bytes, write_weights
+from plugins import command
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
 from plugins.registry import kernels_of_model
@@ -78,7 +79,7 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
         _write(recipe, checkpoint, calibration, versions, writer, console)
         _check(recipe, Bundle(writer.folder, verify=False), checkpoint, console)
         if recipe.engines and not not_here:
-            build_engines(writer.folder, recipe.engines, name=recipe.folder, quiet=console.quiet)
+            build_engines(writer.folder, recipe.engines, name=recipe.folder, quiet=console.quiet, warned=True)
     if recipe.engines and not_here:
         there = engines_command("BUNDLE", recipe.engines)
         console.print(f"[yellow]no engines yet[/]: {not_here}", soft_wrap=True)

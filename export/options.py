@@ -64,7 +64,7 @@ class BuildOptions:
         size = self.block_size
         if size is not None and not (is_integer(size) and size in precision.block_sizes):
             raise OptionError(
-                f"block_size {size!r} with {precision}",
+                f"block_size {block_name(size) if is_integer(size) else repr(size)} with {precision}",
                 expected="; ".join(f"{each}: {_sizes(each)}" for each in QUANTISING),
                 fix=None if precision.quantises else "add --int4 or --int8, or leave out --block-size",
             )
@@ -116,7 +116,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         )
     add(
         "--block-size",
-        type=_block_size,
+        type=block_size,
         metavar="SIZE",
         help="weights that share a scale: "
         + "; ".join(
@@ -175,5 +175,6 @@ def _sizes(precision: Precision) -> str:
     return ", ".join(map(block_name, precision.block_sizes))
 
 
-def _block_size(text: str) -> int:
+def block_size(text: str) -> int:
+    """A block size as the command line has it. ValueError, which argparse tells, for other words."""
     return COLUMN if text == block_name(COLUMN) else int(text)

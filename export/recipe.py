@@ -23,7 +23,8 @@ from export.weights.scheme import Scheme, require_blocks
 
 @dataclass(frozen=True)
 class Recipe:
-    """A build in which nothing is open any more.
+    """A build in which nothing is open any more, but for one thing that only the files of a packed checkpoint tell:
+    which of its weights are floats (`confirmed`).
 
     config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. scheme: how weights are
     quantised, None if they are not. calibrate: data to choose scales and clips by. page_budget: pages a layer may read

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plugins.artifacts import Artifacts
+from plugins.command import run
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
-from plugins.errors import KernelError
 from plugins.op import MODEL_DTYPES
 from plugins.registry import kernels_of_model
 
@@ -34,6 +34,7 @@ def table(artifacts: Artifacts) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the command line; returns the exit status."""
     parser = argparse.ArgumentParser("python -m plugins.compile", description="Compile the kernels of the plugins.")
     for name, value in OFFICIAL_7B.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
@@ -49,16 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(done: int, total: int, what: str) -> None:
         print(f"\r[{done}/{total}] {what:<40}", end="", file=sys.stderr, flush=True)
 
-    try:
+    def work() -> None:
         kernels = kernels_of_model({name: getattr(options, name) for name in OFFICIAL_7B}, options.dtype)
         artifacts = compile_kernels(kernels, sms, progress if sys.stderr.isatty() else None)
         artifacts.write(options.out)
-    except KernelError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    print(table(artifacts))
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {options.dtype}, SHA-256 {artifacts.sha256}")
-    return 0
+        print(table(artifacts))
+        print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {options.dtype}, SHA-256 {artifacts.sha256}")
+
+    return run(work, "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

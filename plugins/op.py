@@ -11,6 +11,7 @@ T = TypeVar("T")
 Shapes = Mapping[str, Sequence[T]]  # a tensor's dimensions, by its name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8", "int64": "i64"}
+ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
 MODEL_DTYPES = "float32", "float16", "bfloat16"  # what a model may compute in
 PAGE_SCALES = "page_key_scale", "page_value_scale"  # inputs of ops on int8 pages, which ops on other pages lack

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import PIL.Image
 
-from engines import command
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS
 from engines.errors import OptionError
 from engines.open import DEVICES
+from plugins import command
 from runtime.engine import Engine
 from runtime.image import load_image
 from runtime.request import Options

@@ -11,7 +11,7 @@ import numpy as np
 from engines.bundle.manifest import Manifest
 from engines.errors import OptionError, PromptError
 from runtime.prompt import Prompter
-from runtime.sampling import Sampling, is_integer
+from runtime.sampling import Sampling, is_whole_number
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Options:
 
     def _check(self) -> None:
         self.sampling()  # checks its own
-        if not is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
+        if not is_whole_number(self.max_new_tokens) or self.max_new_tokens < 1:
             raise OptionError(f"max_new_tokens={self.max_new_tokens!r}", expected="an integer of at least 1")
-        if self.page_budget is not None and (not is_integer(self.page_budget) or self.page_budget < 0):
+        if self.page_budget is not None and (not is_whole_number(self.page_budget) or self.page_budget < 0):
             raise OptionError(f"page_budget={self.page_budget!r}", expected="an integer of at least 0, or None")
         for name in ("stop_at_eos", "trace"):
             if not isinstance(getattr(self, name), bool):

@@ -24,11 +24,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not _number(self.temperature) or not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise OptionError(f"temperature={self.temperature!r}", expected="a number of at least 0")
-        if not is_integer(self.top_k) or self.top_k < 0:
+        if not is_whole_number(self.top_k) or self.top_k < 0:
             raise OptionError(f"top_k={self.top_k!r}", expected="an integer of at least 0 (0 = all tokens)")
         if not _number(self.top_p) or not 0 < self.top_p <= 1:
             raise OptionError(f"top_p={self.top_p!r}", expected="a number above 0, at most 1")
-        if self.seed is not None and (not is_integer(self.seed) or self.seed < 0):
+        if self.seed is not None and (not is_whole_number(self.seed) or self.seed < 0):
             raise OptionError(f"seed={self.seed!r}", expected="an integer of at least 0, or None")
         given = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("seed", None)) if getattr(self, name) != off]
         if self.temperature == 0 and given:
@@ -93,6 +93,6 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
 
 
-def is_integer(value: object) -> bool:
+def is_whole_number(value: object) -> bool:
     """Whether `value` is a whole number, numpy's included; True and False are none."""
     return isinstance(value, np.integer) or checks.is_integer(value)

@@ -15,7 +15,7 @@ from engines.bundle.precision import COLUMN, DEFAULT, Precision
 from engines.bundle.tensors import is_quantised, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
-from engines.memory import ALIGNMENT
+from plugins.op import ALIGNMENT
 
 SCALE = 2  # bytes of the float16 scale of a block of quantised weights
 PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page

@@ -96,20 +96,28 @@ def profiles(part: str, g: Geometry, options: EngineOptions) -> tuple[Profile, .
 
 
 def build_engines(
-    folder: Path, options: EngineOptions, *, name: Path | None = None, make_default: bool = False, quiet: bool = False
+    folder: Path,
+    options: EngineOptions,
+    *,
+    name: Path | None = None,
+    make_default: bool = False,
+    quiet: bool = False,
+    warned: bool = False,
 ) -> Bundle:
     """Build the engines of every part into the bundle in `folder`, in place of older ones for the same backend.
 
     `name`: what messages and logs call the folder, when it is a temporary one. `make_default`: the runtime opens these
-    engines unless told otherwise. `quiet`: no picture of the progress; what else there is to say is logged. A failed
-    build changes nothing; its log stays beside the bundle. Raises a FlexError.
+    engines unless told otherwise. `quiet`: no picture of the progress; what else there is to say is logged.
+    `warned`: what boards and GPUs have to be told was said before. A failed build changes nothing; its log stays beside
+    the bundle. Raises a FlexError.
     """
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
     asked = _configuration(bundle, options)
     for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
-        logger.warning(warning)
+        if not warned:
+            logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
     temporary = unused_beside(folder.resolve())
     try:

@@ -13,9 +13,8 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Plan, Profile
 from engines.cuda import Buffer, Cuda, Stream
 from engines.errors import BackendError, BundleError, FlexError
-from engines.memory import ALIGNMENT
 from engines.trt.library import deserialise
-from plugins.op import ITEMSIZE
+from plugins.op import ALIGNMENT, ITEMSIZE
 from plugins.tensorrt import take_error
 
 

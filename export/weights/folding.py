@@ -50,7 +50,8 @@ def spread(scales: Tensor, g: Geometry) -> Tensor:
 
 
 class Folded:
-    """A checkpoint whose tensors carry the scales; what they change is float32. Same methods as export.Checkpoint."""
+    """A checkpoint whose tensors carry the scales; what they change is float32. `info`, `chunks` and
+    `tensor` as of Checkpoint (export/checkpoint/folder.py)."""
 
     def __init__(self, checkpoint: Checkpoint, g: Geometry, scales: Mapping[str, Tensor]) -> None:
         self._checkpoint = checkpoint

@@ -9,9 +9,9 @@ import torch
 
 from engines.bundle.writer import BundleWriter
 from engines.errors import ExportError
-from engines.memory import ALIGNMENT
 from export.weights.rounding import Source, quantised
 from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
+from plugins.op import ALIGNMENT
 
 CHUNK = 16 << 20  # bytes held at once
 

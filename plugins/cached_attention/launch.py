@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from plugins.op import TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, blocks, power_of_two
+from plugins.op import ALIGNMENT, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, blocks, power_of_two
 
 BLOCK = 64  # keys of one tile
 SPLIT = 128  # keys of one program of `attend`
@@ -125,11 +125,11 @@ class CachedAttention(Op):
         return blocks(shapes["past_key"][2], SPLIT), blocks(page_total, PAGES_PER_SPLIT)
 
     def _scratch(self, shapes: Shapes[int]) -> dict[str, int]:
-        """Bytes of each of PARTS, rounded up to 256."""
+        """Bytes of each of PARTS, rounded up to ALIGNMENT."""
         batch, heads = shapes["query"][0], self.attributes["heads"]
         partial = batch * heads * sum(self._splits(shapes))
         counts = partial * self.attributes["head_dim"], partial, partial, batch * heads * self.attributes["grid"] ** 2
-        return {name: blocks(4 * count, 256) * 256 for name, count in zip(PARTS, counts, strict=True)}
+        return {name: blocks(4 * count, ALIGNMENT) * ALIGNMENT for name, count in zip(PARTS, counts, strict=True)}
 
     def workspace(self, shapes: Shapes[int]) -> int:
         return sum(self._scratch(shapes).values())

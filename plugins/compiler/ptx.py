@@ -16,7 +16,7 @@ from plugins.artifacts import FIRST_SM, kernel_of
 from plugins.op import Kernel
 
 PTX_VERSION = 80  # 8.0, of CUDA 12.0: what Triton writes by itself is too new for JetPack 6
-ALIGNMENT = 16  # bytes, of every pointer: lets a thread load 16 bytes at once
+POINTER_ALIGNMENT = 16  # bytes, of every pointer: lets a thread load 16 bytes at once
 SCRATCH = 2  # Triton ends every parameter list with the addresses of two scratch buffers
 _PARAMETERS = re.compile(r"(?<=\.entry )(?P<entry>\w+)\((?P<list>[^)]*)\)")
 _PARAMETER = re.compile(r"\.param (?P<type>\.\w+)[^,]*\s(?P<name>\w+)\s*")
@@ -55,7 +55,7 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
         raise ValueError(f"{kernel.function} takes {function.arg_names}, the plugin declares {list(types)}")
     signature = {name: types[name] for name in function.arg_names}
     aligned = {
-        (index,): [["tt.divisibility", ALIGNMENT]]
+        (index,): [["tt.divisibility", POINTER_ALIGNMENT]]
         for index, name in enumerate(function.arg_names)
         if types[name].startswith("*")
     }

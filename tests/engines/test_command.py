@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engines.command import run
 from engines.errors import OptionError
+from plugins.command import run
 
 
 def failing(error: BaseException):

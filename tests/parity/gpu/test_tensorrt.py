@@ -18,7 +18,6 @@ from engines.trt.model import TrtModel
 from engines.trt.options import RTX_SMS, EngineOptions
 from export.build import BuildOptions, build
 from runtime import Engine
-from tests.bench.kernels import bandwidth
 from tests.conftest import once
 from tests.gpu import require_gpu
 from tests.parity.gates import GPU_BOUNDS, require
@@ -179,28 +178,3 @@ def test_a_thousand_steps_are_one_graph_and_grow_nothing(engines, backend, varia
     assert free - model.cuda.memory()[0] <= 16 << 20
     decoder.length[:] = 0
     assert np.array_equal(decoder.run(np.array([[5]])).logits, first)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_time_of_a_step_against_the_bandwidth(engines, backend, variant, gpu, capsys):
-    """A step must read every weight of the decoder once. This small model is bound by its launches, not by memory."""
-    bundle = Bundle(engines("fp16", variant=variant))
-    model = TrtModel(bundle, backend)
-    decoder = model.decoder(model.no_image(1), 64)
-    for _ in range(5):
-        decoder.run(np.array([[5]]))
-    model.device_ms()
-    times = []
-    for _ in range(50):
-        decoder.run(np.array([[5]]))
-        times.append(model.device_ms())
-    manifest, g = bundle.manifest, model.geometry
-    weights = manifest.files[manifest.parts["decoder"].weights].bytes
-    unread = g.vocab * g.hidden * bundle.precision.itemsize * (not g.tied_embeddings)  # but one row
-    limit, spent = bandwidth(gpu), float(np.median(times)) / 1000
-    with capsys.disabled():
-        print(
-            f"\n{gpu.name}, {backend}, {variant}: {1000 * spent:.3f} ms a step, "
-            f"{(weights - unread) / limit / spent:.1%} of the bandwidth ({limit / 1e9:.0f} GB/s measured by copying)"
-        )
-    assert 0 < spent < 1

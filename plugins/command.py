@@ -1,11 +1,11 @@
-"""How every command line of this project ends: an error or an interruption is a message and an exit status."""
+"""How a command line that can fail ends: an error or an interruption is a message and an exit status."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from engines.errors import FlexError
+from plugins.errors import FlexError
 
 
 def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
