@@ -1,9 +1,7 @@
 """Ask the same of every new frame: python examples/camera.py FOLDER QUESTION [--bundle FOLDER] [--frames N]."""
 
 import argparse
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -16,25 +14,21 @@ parser.add_argument("--bundle", default="build/default-fp16", help="made by scri
 parser.add_argument("--frames", type=int, help="end after so many; never when not given")
 given = parser.parse_args()
 
-
-def newest(folder: Path) -> Iterator[Path]:
-    """The latest frame whenever there is a new one; those that came in while it was answered are skipped."""
-    latest = seen = 0, folder
-    while True:
-        with suppress(FileNotFoundError):  # camera programs delete old frames
-            latest = max([seen, *((path.stat().st_mtime_ns, path) for path in folder.glob("*.[jp][pn]g"))])
-        if latest != seen:
-            yield latest[1]
-        seen = latest
-        sleep(0.01)
-
-
 try:
     engine = Engine(given.bundle)  # once: no frame waits for it
 except FlexError as error:  # found, expected, fix
     raise SystemExit(f"error: {error}") from None
-for frame in islice(newest(given.folder), given.frames):
-    start = perf_counter()
+
+seen, answered = (0, given.folder), 0
+while answered != given.frames:
+    sleep(0.01)
+    latest = seen
+    with suppress(FileNotFoundError):  # camera programs delete old frames
+        latest = max([seen, *((path.stat().st_mtime_ns, path) for path in given.folder.glob("*.[jp][pn]g"))])
+    if latest == seen:
+        continue
+    seen, answered, start = latest, answered + 1, perf_counter()  # what came in meanwhile is skipped: the newest counts
+    frame = latest[1]
     try:
         answer = engine.generate(frame, given.question, max_new_tokens=16)
         print(f"{frame.name}: {answer} ({1000 * (perf_counter() - start):.0f} ms)", flush=True)

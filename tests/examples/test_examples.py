@@ -37,6 +37,13 @@ def test_ask_says_what_is_wrong(run):
     assert "expected:" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_a_missing_bundle_is_told(script):
+    line = [sys.executable, EXAMPLES / script, "examples", "read the number.", "--bundle", "nowhere"]
+    result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 1 and "no bundle folder nowhere" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_many_questions(run):
     """The image is encoded for the first question alone."""
     lines = run("many_questions.py").stdout.splitlines()

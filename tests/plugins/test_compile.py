@@ -324,3 +324,10 @@ def test_command_with_bad_input(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(wrong)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_the_number_of_cores_changes_nothing(monkeypatch, artifacts, cores):
+    monkeypatch.setattr("plugins.compiler.kernels.usable_cores", lambda: cores)
+    wanted = [kernel for kernel in KERNELS if kernel.name in ("append", "select_pages", "combine")]
+    assert compile_kernels(wanted, (87,)).to_bytes() == artifacts("float16").subset(wanted, (87,)).to_bytes()

@@ -56,6 +56,19 @@ def built(shared):
 # Arithmetic.
 
 
+def test_the_number_of_cores_changes_nothing(built):
+    """Every core works on a weight of its own; they come in order."""
+    checkpoint, scheme, threads = Checkpoint.open(built("int4")[0]), Scheme(INT4, 32), torch.get_num_threads()
+    made = []
+    try:
+        for cores in (1, 4):
+            torch.set_num_threads(cores)
+            made.append(list(quantised(checkpoint, list(scheme.tensors(G)), scheme)))
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1] and len(made[0]) > G.layers
+
+
 @pytest.mark.parametrize("block", [32, 128, COLUMN])
 @pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
 def test_rounding_is_to_nearest_and_nothing_is_clipped(precision, block):
