@@ -63,10 +63,11 @@ class BuildOptions:
             require_integer(getattr(self, knob), f"{knob} {getattr(self, knob)!r}", none=none)
         size = self.block_size
         if size is not None and not (is_integer(size) and size in precision.block_sizes):
+            having = [f"--{each}" for each in QUANTISING if size in each.block_sizes]
             raise OptionError(
                 f"block_size {block_name(size) if is_integer(size) else repr(size)} with {precision}",
                 expected="; ".join(f"{each}: {_sizes(each)}" for each in QUANTISING),
-                fix=None if precision.quantises else "add --int4 or --int8, or leave out --block-size",
+                fix=f"{' or '.join(having)}, or leave out --block-size" if having else "leave out --block-size",
             )
         if self.quantize_head and not precision.quantises:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
