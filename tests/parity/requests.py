@@ -57,3 +57,13 @@ def assert_equal(left, right) -> None:
         assert np.isfinite(ours.logits).all()
         assert np.array_equal(theirs.cells(), ours.cells())
         assert np.abs(theirs.logits - ours.logits).max() <= LOGITS
+
+
+def padded(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embedded prompts, each [1, n], as rows of one prefill: their ids but the last, padded at the end [B, S], how many
+    of them are valid [B], and the last ids [B, 1], which are the first decoding step."""
+    lengths = np.array([ids.shape[1] - 1 for ids in prompts])
+    rows = np.zeros((len(prompts), lengths.max()), np.int64)
+    for row, ids in zip(rows, prompts, strict=True):
+        row[: ids.shape[1] - 1] = ids[0, :-1]
+    return rows, lengths, np.stack([ids[0, -1:] for ids in prompts])

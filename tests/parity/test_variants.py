@@ -11,7 +11,7 @@ from engines.bundle.folder import Bundle
 from engines.ort import OrtModel
 from tests.geometries import tiny
 from tests.oracle.models import llama_of
-from tests.parity.requests import VARIANTS, assert_equal, encode, load, request, steps
+from tests.parity.requests import VARIANTS, assert_equal, encode, load, padded, request, steps
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,13 +67,9 @@ def test_batch_of_two_equals_two_singles(kind, random_model):
     high = model.vision(np.concatenate([tiles[1:] for tiles, _, _ in requests]))
     begin = np.concatenate([begin for _, _, begin in requests])
     image = Image(low, model.project(high, begin), begin, np.array(sides, np.int64))
-    lengths = np.array([ids.shape[1] - 1 for _, ids, _ in requests])
-    padded = np.zeros((2, lengths.max()), np.int64)
-    for row, (_, ids, _) in zip(padded, requests, strict=True):
-        row[: ids.shape[1] - 1] = ids[0, :-1]
+    prompts, lengths, column = padded([ids for _, ids, _ in requests])
     decoder = model.decoder(image, int(lengths.max()) + 8)
-    decoder.run(padded, lengths=lengths)
-    column = np.stack([ids[0, -1:] for _, ids, _ in requests])
+    decoder.run(prompts, lengths=lengths)
     for index in range(3):
         result = decoder.run(column, g.pages)
         for row, single in enumerate(singles):

@@ -22,7 +22,7 @@ from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import module, with_plans
-from tests.parity.requests import encode, request
+from tests.parity.requests import encode, padded, request
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -104,13 +104,9 @@ def test_rows_of_a_batch(backend, driver, bundles):
         image = encode(_Fixed(model, low, high), np.empty(2), begin)
         image.margins.resize((2, 2), refcheck=False)
         image.margins[:] = [(1, 0), (0, 2)]
-        lengths = np.array([ids.shape[1] - 1 for _, ids, _ in requests])
-        padded = np.zeros((2, lengths.max()), np.int64)
-        for row, (_, ids, _) in zip(padded, requests, strict=True):
-            row[: ids.shape[1] - 1] = ids[0, :-1]
+        prompts, lengths, column = padded([ids for _, ids, _ in requests])
         decoder = model.decoder(image, int(lengths.max()) + 8)
-        decoder.run(padded, lengths=lengths)
-        column = np.stack([ids[0, -1:] for _, ids, _ in requests])
+        decoder.run(prompts, lengths=lengths)
         for _ in range(4):
             step = decoder.run(column, np.array([16, 2]))
             results.append((step.token, step.logits, step.cells()))
