@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from numbers import Integral
+from typing import TypeGuard, overload
 
 from engines.errors import FlexError, OptionError
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether `value` is one of Python's integers; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether `value` is a whole number, NumPy's included; True and False are none.
+
+    Keep `int(value)` of it, not itself: NumPy's wrap around where Python's grow.
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+@overload
+def require_integer(
+    value: object,
+    found: str,
+    low: int | None = None,
+    high: int | None = None,
+    *,
+    none: None = None,
+    error: type[FlexError] = OptionError,
+) -> int: ...
+
+
+@overload
+def require_integer(
+    value: object,
+    found: str,
+    low: int | None = None,
+    high: int | None = None,
+    *,
+    none: str,
+    error: type[FlexError] = OptionError,
+) -> int | None: ...
 
 
 def require_integer(
@@ -20,14 +48,15 @@ def require_integer(
     *,
     none: str | None = None,
     error: type[FlexError] = OptionError,
-) -> None:
-    """Raise `error` unless `value` is an integer from `low` to `high`, both included (None: no bound).
+) -> int | None:
+    """`value` as one of Python's integers; `error` unless it is whole, from `low` to `high`, both included (None: no
+    bound).
 
     found: what the message says of the value, such as "batch 0". none: None is allowed, and means this ("every core").
     """
     if value is None and none is not None:
-        return
+        return None
     if is_integer(value) and (low is None or value >= low) and (high is None or value <= high):
-        return
+        return int(value)
     bounds = "" if low is None else f" of at least {low}" if high is None else f", {low} .. {high}"
     raise error(found, expected=f"an integer{bounds}" + (f", or None for {none}" if none else ""))
