@@ -27,7 +27,8 @@ HOMES = {
     "sentencepiece": ("export/checkpoint/tokenizer.py",),
     "google": ("export/checkpoint/tokenizer.py",),  # protobuf
     "huggingface_hub": ("export/checkpoint/tower.py",),
-    "safetensors": ("export/default_model/*",),
+    "safetensors": ("export/default_model/*", "export/second_opinion.py"),
+    "transformers": ("export/second_opinion.py",),
     "sklearn": ("export/default_model/*",),
     "triton": ("plugins/*/kernel.py", "plugins/compiler/*"),
     "onnxruntime": ("engines/ort.py",),
