@@ -11,6 +11,7 @@ from time import perf_counter
 
 if __package__ in (None, ""):  # run as a script: the packages lie beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import export  # noqa: F401  says what is not installed, before anything needs it
 
 import onnx_ir as ir
 import torch
