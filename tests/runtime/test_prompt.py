@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.checkpoint.tokenizer import convert_tokenizer
 from runtime import PromptError, TokenizerError
-from runtime.prompt import IMAGE_TOKEN, Prompter, TextStream
+from runtime.prompt import IMAGE_TOKEN, Prompter
+from runtime.text import TextStream
 from tests.checkpoints import write_tokenizer
 
 TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
@@ -62,12 +63,12 @@ def test_template_and_image(prompter):
 
 
 def test_a_prompt_may_place_the_image(prompter):
-    ids = prompter.encode("see <image> there", has_image=True)
+    ids = prompter.encode("see <image> there", has_image=True, special_tokens=True)
     assert ids == [1, *pieces(prompter, "USER: see "), IMAGE_TOKEN, *pieces(prompter, " there ASSISTANT:")]
     with pytest.raises(PromptError, match="no image"):
-        prompter.encode("see <image> there", has_image=False)
+        prompter.encode("see <image> there", has_image=False, special_tokens=True)
     with pytest.raises(PromptError, match="2 images"):
-        prompter.encode("<image><image>", has_image=True)
+        prompter.encode("<image><image>", has_image=True, special_tokens=True)
     with pytest.raises(PromptError, match="type int"):
         prompter.encode(5, has_image=False)
 
