@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from engines.backend import Decoder
-from engines.errors import OptionError
+from engines.errors import BackendError, OptionError
 from runtime.answer import Answer, Draft
 from runtime.request import Request
 from runtime.sampling import Sampler
@@ -65,7 +66,21 @@ def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
 
 
 class InOneProcess:
-    """Base of what cannot be copied or sent to another process: it holds open files, threads, or memory of a device."""
+    """Base of what belongs to the process that made it: it holds open files, threads, or memory of a device."""
+
+    def __init__(self) -> None:
+        """Remember the process."""
+        self._process = os.getpid()
+
+    def _require_own_process(self) -> None:
+        """BackendError in a fork of the process: threads of ONNX Runtime do not come along, and a run may wait for them
+        for ever; nor does what a driver knows of the GPU."""
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"{type(self).__name__} of process {self._process}, of which this is a fork",
+                expected="a bundle opened after the fork",
+                fix="open an Engine(path) in each process; with multiprocessing, start them by 'spawn'",
+            )
 
     def __reduce__(self) -> NoReturn:
         """What pickle and copy ask for. Always raises OptionError."""
@@ -84,6 +99,7 @@ class Stream(InOneProcess):
 
     def __init__(self, lent: AbstractContextManager[Cache], draft: Draft) -> None:
         """Arguments of `decode`."""
+        super().__init__()
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
         self._draft, self._pieces = draft, decode(lent, draft)
         self._reading = threading.Lock()
@@ -107,6 +123,7 @@ class Stream(InOneProcess):
 
     @contextmanager
     def _one_reader(self) -> Iterator[None]:
+        self._require_own_process()
         if not self._reading.acquire(blocking=False):
             raise OptionError(
                 "this answer is being read by another thread", expected="one reader", fix="ask once for each reader"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Sequence
@@ -18,13 +19,25 @@ from runtime.image import EXIF, ImageSource
 from runtime.prompt import Prompter
 from runtime.view import ImageView
 
+_models = weakref.WeakSet[Model[Any]]()  # all that live
+
+
+def _keep_models() -> None:
+    """In a fork: never free the parent's models. ONNX Runtime would wait for threads that are not there, or crash."""
+    for model in list(_models):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_models)
+
 
 class Engine(InOneProcess):
     """An opened bundle, until it is closed: `with Engine(path) as engine: ...`, or `engine.close()`.
 
     No request leaves anything behind for the next. With ONNX Runtime several threads may ask at the same time, each
-    reading the answer it asked for; with TensorRT one request runs at a time. An engine cannot be pickled or copied:
-    open the bundle in each process.
+    reading the answer it asked for; with TensorRT one request runs at a time. An engine belongs to its process: it
+    cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in each process.
 
     manifest, geometry: of the bundle. prompter: its text side. model: its three parts, opened; gone once it is closed.
     """
@@ -40,6 +53,7 @@ class Engine(InOneProcess):
     ) -> None:
         """Open a bundle folder. `backend`, `device`, `threads`: see Opening. `verify`: check the SHA-256 of every file,
         which takes about 10 s for 13 GB. Raises BundleError, BackendError, TokenizerError."""
+        super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
         opened = Bundle(bundle, verify=verify)
@@ -56,6 +70,7 @@ class Engine(InOneProcess):
         )
         self._views = weakref.WeakSet[ImageView]()
         self.model: Model[Any] = open_model(opened, Opening(backend, device, threads))
+        _models.add(self.model)
 
     def __enter__(self) -> Engine:
         return self
@@ -106,6 +121,7 @@ class Engine(InOneProcess):
         Vision and page projection run once, and the cache keeps the prompt up to and including the image. `exif`: see
         `generate`. ImageError for an image that cannot be read, OptionError when the engine is closed.
         """
+        self._require_own_process()
         if "model" not in vars(self):
             raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
         view = ImageView(self.model, self.prompter, self.manifest, image, exif=exif)

@@ -72,18 +72,21 @@ class Options:
 
 def _stop_strings(given: object) -> tuple[str, ...]:
     """Of the option `stop`; OptionError for anything but a string or several, not too many and not too long."""
-    if isinstance(given, bytes | bytearray | memoryview) or not isinstance(given, Iterable):
-        raise OptionError(f"stop={shown(given)}", expected="a string or several")
-    found = (given,) if isinstance(given, str) else tuple(islice(given, STOP_STRINGS + 1))
+    try:
+        if isinstance(given, bytes | bytearray | memoryview):
+            raise TypeError
+        several: Iterable[object] = (given,) if isinstance(given, str) else given  # type: ignore[assignment]
+        found = list(islice(several, STOP_STRINGS + 1))
+    except TypeError:  # nothing to iterate over, or an array without dimensions
+        raise OptionError(f"stop={shown(given)}", expected="a string or several") from None
     if len(found) > STOP_STRINGS:
         raise OptionError(f"more than {STOP_STRINGS} stop strings", expected=f"at most {STOP_STRINGS}")
     for text in found:
-        if not isinstance(text, str) or not 0 < len(text) <= STOP_LENGTH:
-            what = (
-                f"a stop string of {len(text)} characters" if isinstance(text, str) and text else f"stop={shown(given)}"
-            )
+        length = len(text) if isinstance(text, str) else 0
+        if not 0 < length <= STOP_LENGTH:
+            what = f"a stop string of {length} characters" if length else f"stop={shown(given)}"
             raise OptionError(what, expected=f"non-empty strings of at most {STOP_LENGTH} characters")
-    return found
+    return tuple(map(str, found))
 
 
 @dataclass(frozen=True, eq=False)

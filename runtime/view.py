@@ -39,6 +39,7 @@ class ImageView(InOneProcess):
     ) -> None:
         """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`, `exif`: see
         runtime.image.load_image; no image for text alone. Raises ImageError; computes nothing yet."""
+        super().__init__()
         self._prompter, self._manifest = prompter, manifest
         self._model: Model[Any] | None = model
         self._image = None if image is None else load_image(image, exif=exif)
@@ -76,7 +77,8 @@ class ImageView(InOneProcess):
         return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
 
     def _opened(self) -> Model[Any]:
-        """The model; OptionError when the view is closed."""
+        """The model; OptionError when the view is closed, BackendError in a fork."""
+        self._require_own_process()
         if self._model is None:
             raise OptionError(
                 "this image view, or its engine, is closed", fix="ask, and read the answer, inside the `with` block"
