@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +130,7 @@ def _typed_errors(name: str) -> Iterator[None]:
     Pillow's warnings are dropped: our own limit of pixels is lower, and of a damaged block it warns thousands of times.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet:
             yield
     except (ImageError, MemoryError):
         raise
@@ -146,6 +146,31 @@ def _typed_errors(name: str) -> Iterator[None]:
             expected="a complete image, and an open file behind an image from Image.open",
             fix="save or download it again",
         ) from error
+
+
+class _Quiet:
+    """Drops warnings while any thread is inside. Python's own way to, one for each thread, puts back the filters of
+    whoever went in last, and may leave all warnings of the process dropped."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

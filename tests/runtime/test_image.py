@@ -10,6 +10,7 @@ import random
 import struct
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,6 +129,15 @@ def test_a_damaged_exif_block_is_no_reason_to_refuse_an_image(block):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(np.asarray(load_image(data)), stored)
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    before = list(warnings.filters)
+    photos = [encoded(Image.fromarray(RGB).resize((200 + 50 * n, 150)), "PNG") for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for image in pool.map(load_image, photos * 20):
+            assert image.height == 150
+    assert list(warnings.filters) == before
 
 
 def test_orientation_only_of_an_image():
