@@ -89,6 +89,7 @@ class Recipe:
             "backend": self.backend,
             "check": self.check,
             "floats": list(scheme.floats) if scheme else [],
+            "not_obeyed": list(self.config.unknown),
             "calibration": calibration,
         }
         if self.engines:

@@ -22,7 +22,7 @@ from engines.bundle.pages import margins
 from engines.errors import ConfigError, ImageError, OptionError, PromptError
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.settings import parse
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime.image import load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
@@ -129,9 +129,11 @@ def read_requests(path: Path, model: Path, config: ModelConfig) -> list[Request]
     """
     file = data_file(path)
     entries = read_entries(file)
+    info = read_tokenizer(model, config.geometry.vocab)
     with tempfile.TemporaryDirectory() as folder:
-        info = convert_tokenizer(model, Path(folder))
-        tokenizer = Path(folder) / info.file if info else None
+        tokenizer = Path(folder) / "tokenizer.json" if info else None
+        if info and tokenizer:
+            tokenizer.write_bytes(info.content)
         prompter = Prompter(
             tokenizer,
             template=config.prompt_template,
