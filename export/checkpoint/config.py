@@ -50,6 +50,7 @@ _DIGITS = 9  # of a number under `extra`
 _TEMPLATE = 10_000  # characters of a prompt's template
 _TOWER_NAME = 1_000  # characters of mm_vision_tower: a path
 _PROJECTOR = 16  # linear layers of a projector
+_UNKNOWN = 100  # keys nobody knows
 _HIRES_SIDE = 1_024  # hi-res tokens per side; officially 72. The order of the pages is in memory: 8 MB at this
 
 
@@ -146,9 +147,19 @@ def read_config(folder: Path) -> ModelConfig:
         tower_folder=tower.folder,
         packing=read_packing(Path(folder), raw),
         tower_blocks=tower.config.num_hidden_layers,
-        unknown=(*DECODER.unknown(given), *repeated, *tower.unknown, *generation.unknown),
+        unknown=_bounded([*DECODER.unknown(given), *repeated, *tower.unknown, *generation.unknown], path),
         notes=generation.notes,
     )
+
+
+def _bounded(unknown: list[str], path: Path) -> tuple[str, ...]:
+    """The unknown keys, as messages and a manifest can hold them. ConfigError for more than any model has."""
+    if len(unknown) > _UNKNOWN:
+        raise ConfigError(
+            f"{path}: {len(unknown)} keys are unknown, {shown(unknown[0])} among them",
+            expected=f"the config of a LLaVA-FlexAttention model, with at most {_UNKNOWN} that are",
+        )
+    return tuple(f"{key:.80}" for key in unknown)
 
 
 def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
@@ -173,8 +184,9 @@ def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
             expected='"extra": {"zoom_ratio": "3", ...}',
             fix="use a checkpoint trained with FlexAttention; plain LLaVA has no hi-res projections",
         )
-    EXTRA.check({f"extra.{key}": value for key, value in raw.items()}, path)
-    unknown = EXTRA.unknown([f"extra.{key}" for key in raw])
+    named = {f"extra.{key}": value for key, value in raw.items()}
+    EXTRA.check(named, path)
+    unknown = EXTRA.unknown(named)
     if unknown:
         raise ConfigError(
             f"{path}: {', '.join(f'{key:.60}' for key in unknown[:5])}: unknown, also to the official code",
@@ -252,7 +264,8 @@ def _check_text_config(given: Mapping[str, Any], config: ConfigJson, theta: floa
     values = {key: getattr(config, key) for key in _REPEATED} | {"rope_theta": theta}
     values["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
     values["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
-    said = text | {"rope_theta": rope_theta({"rope_theta": theta} | text, path)}
+    rotary = text.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}
+    said = text | ({"rope_theta": rope_theta(text, where)} if rotary else {})
     for key, value in values.items():
         if key in said and said[key] != value:
             raise ConfigError(

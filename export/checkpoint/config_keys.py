@@ -8,7 +8,7 @@ not obeyed. null always means the default, as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,9 +43,10 @@ class Keys:
     irrelevant: Mapping[str, str]
     neutral: Mapping[str, Neutral]
 
-    def unknown(self, given: Collection[str]) -> list[str]:
-        """The keys of `given` that are in no part of the table, sorted."""
-        return sorted({*given} - self.used - {*self.irrelevant} - {*self.neutral})
+    def unknown(self, given: Mapping[str, Any]) -> list[str]:
+        """The keys of `given`, null ones apart, that are in no part of the table, sorted."""
+        said = {key for key, value in given.items() if value is not None}
+        return sorted(said - self.used - {*self.irrelevant} - {*self.neutral})
 
     def refused(self, given: Mapping[str, Any]) -> list[str]:
         """The keys of `given` whose value asks for what is not computed here."""
@@ -109,9 +110,8 @@ _PLAIN = {
 # generation_config.json, and config.json where transformers kept the same before there was that file. A neutral key
 # with another value is no error but a note (token_ids.py): a request says how it wants its answer.
 GENERATION = Keys(
-    used=_names("eos_token_id"),
+    used=_names("eos_token_id bos_token_id"),  # BOS: of an empty prompt; the prompt's is the tokenizer's
     irrelevant={
-        **_each("the prompt's BOS is the tokenizer's", "bos_token_id"),
         **_each("of batches of unequal prompts", "pad_token_id"),
         **_each("where it came from", "_from_model_config transformers_version _commit_hash"),
         **_each("how long an answer may be is a request's to say", "max_length max_new_tokens"),
@@ -300,7 +300,9 @@ PREPROCESSOR = Keys(
 
 # tokenizer_config.json. What texts become is decided by tokenizer.model or tokenizer.json.
 TOKENIZER = Keys(
-    used=_names("add_bos_token bos_token eos_token pad_token added_tokens_decoder clean_up_tokenization_spaces"),
+    used=_names(
+        "add_bos_token add_prefix_space bos_token eos_token pad_token added_tokens_decoder clean_up_tokenization_spaces"
+    ),
     irrelevant={
         **_each("of the tokenizer's own files, or without a place in a prompt", "unk_token sep_token cls_token "
                 "mask_token additional_special_tokens extra_special_tokens image_token boi_token eoi_token "
@@ -347,7 +349,7 @@ class _RopeTheta(BaseModel):
     rope_theta: Base = 10000.0
 
 
-def rope_theta(given: Mapping[str, Any], path: Path) -> float:
+def rope_theta(given: Mapping[str, Any], path: Path | str) -> float:
     """The base of the rotary positions, from whichever of its spellings are there: rope_theta, and inside rope_scaling
     and rope_parameters. ConfigError when they contradict each other, and for every kind of scaling."""
     bases = {"rope_theta": parse(_RopeTheta, given, path).rope_theta} if "rope_theta" in given else {}

@@ -46,12 +46,15 @@ class Generation:
 @dataclass(frozen=True)
 class SpecialTokens:
     """What the files beside a tokenizer say: the texts of its BOS, EOS and pad token (None: it has none), whether a
-    prompt begins with BOS, and `notes`, what is not obeyed, for people."""
+    prompt begins with BOS, whether a text gets a space before it (None: SentencePiece's own model decides), which of
+    "bos" and "eos" they name themselves, and `notes`, what is not obeyed, for people."""
 
     bos: str | None
     eos: str | None
     pad: str | None
     adds_bos: bool
+    adds_space: bool | None
+    named: frozenset[str]
     notes: tuple[str, ...]
 
     def is_pad(self, text: str) -> bool:
@@ -104,13 +107,16 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     """
     settings, names = optional(folder / SETTINGS), optional(folder / SPECIAL_MAP)
     TOKENIZER.check(settings, folder / SETTINGS, TokenizerError)
-    adds = settings.get("add_bos_token")
-    if adds is not None and not isinstance(adds, bool):
-        raise TokenizerError(f"{folder / SETTINGS}: add_bos_token is {shown(adds)}", expected="true or false")
     unknown = TOKENIZER.unknown(settings)
     notes = [f"{SETTINGS}: unknown to this project, not obeyed: {', '.join(unknown)}"] if unknown else []
     if settings.get("clean_up_tokenization_spaces"):
         notes.append(f"{SETTINGS}: not obeyed: clean_up_tokenization_spaces: answers keep the spaces of their tokens")
+
+    def flag(key: str) -> bool | None:
+        value = settings.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise TokenizerError(f"{folder / SETTINGS}: {key} is {shown(value)}", expected="true or false")
+        return value
 
     def text(key: str, usual: str | None) -> str | None:
         said = {file: _content(given[key], folder / file, key) for file, given in
@@ -126,7 +132,13 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         return found.pop() if found else None if said else usual
 
     return SpecialTokens(
-        text("bos_token", "<s>"), text("eos_token", "</s>"), text("pad_token", None), adds is not False, tuple(notes)
+        text("bos_token", "<s>"),
+        text("eos_token", "</s>"),
+        text("pad_token", None),
+        flag("add_bos_token") is not False,
+        flag("add_prefix_space"),
+        frozenset(kind for kind in ("bos", "eos") if {**settings, **names}.get(f"{kind}_token") is not None),
+        tuple(notes),
     )
 
 

@@ -70,7 +70,8 @@ def read_tokenizer(folder: Path, vocab: int) -> CheckpointTokenizer | None:
     """
     folder = Path(folder)
     fast_file, slow_file = folder / "tokenizer.json", folder / "tokenizer.model"
-    settings, notes = read_special_tokens(folder), []
+    notes: list[str] = []
+    settings = read_special_tokens(folder)
     fast = _load_fast(fast_file, settings, vocab, notes) if present(fast_file) else None
     slow = _load_slow(slow_file) if present(slow_file) else None
     with _contained(fast_file):
@@ -92,7 +93,7 @@ def read_tokenizer(folder: Path, vocab: int) -> CheckpointTokenizer | None:
     with _contained(source):
         _check_vocabulary(tokenizer, source, vocab)
         notes += _check_texts(tokenizer)
-        bos, eos = (tokenizer.token_to_id(text) if text is not None else None for text in (settings.bos, settings.eos))
+        bos, eos = (_special_id(tokenizer, settings, kind, folder) for kind in ("bos", "eos"))
         content = tokenizer.to_str(pretty=True).encode()
     if not settings.adds_bos:
         bos = None
@@ -107,11 +108,25 @@ def _contained(path: Path) -> Iterator[None]:
     except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
+        spare = path.suffix == ".json" and present(path.with_name("tokenizer.model"))
         raise TokenizerError(
             f"{path}: cannot be used ({error!s:.200})",
             expected="a tokenizer.json of the tokenizers library",
-            fix="download the file again, or remove it to use tokenizer.model",
+            fix="download the file again" + (", or remove it to use tokenizer.model" if spare else ""),
         ) from None
+
+
+def _special_id(tokenizer: Tokenizer, settings: SpecialTokens, kind: str, folder: Path) -> int | None:
+    """The id of the BOS or EOS ("bos", "eos"). TokenizerError when the settings name one that there is not."""
+    text = getattr(settings, kind)
+    index = tokenizer.token_to_id(text) if text is not None else None
+    if index is None and kind in settings.named:
+        raise TokenizerError(
+            f"{folder}: {kind}_token is {shown(text)}, which the tokenizer does not have",
+            expected="a token of its vocabulary",
+            fix="use the tokenizer that belongs to these settings",
+        )
+    return index
 
 
 def _check_texts(tokenizer: Tokenizer) -> list[str]:
@@ -204,6 +219,12 @@ def _convert(
         models.BPE(pieces, _merges(proto), unk_token=slow.id_to_piece(slow.unk_id()), fuse_unk=True, byte_fallback=True)
     )
     prefix = proto.normalizer_spec.add_dummy_prefix
+    if settings.adds_space not in (None, prefix):
+        raise TokenizerError(
+            f"{path.parent}: add_prefix_space is {settings.adds_space}, add_dummy_prefix of {path.name} {prefix}",
+            expected="the same in both",
+            fix="remove add_prefix_space from tokenizer_config.json: the official code does not read it",
+        )
     tokenizer.normalizer = normalizers.Sequence(
         ([normalizers.Prepend(_SPACE)] if prefix else []) + [normalizers.Replace(" ", _SPACE)]
     )

@@ -96,7 +96,9 @@ def read_tower(model: Path, name: str, described: Any = None) -> Tower:
         raise ConfigError(
             f"{path}: mm_vision_tower is {shown(name)}, and there is no such folder",
             expected=f"a CLIP folder with config.json, one of {', '.join(PUBLISHED)}, or vision_config in config.json",
-            fix=f"put the folder of the vision tower at {model / f'{PurePath(name).name:.80}'}",
+            fix="name the folder of the vision tower there, and put it beside or into the checkpoint"
+            if _last(name) is None
+            else f"put the folder of the vision tower at {model / f'{_last(name):.80}'}",
         )
     for key in TowerConfig.model_fields:
         if key in given and getattr(own, key) != getattr(config, key):
@@ -168,8 +170,8 @@ def find_tower(model: Path, name: str) -> Path | None:
     then in the local Hugging Face cache. Never uses the network. A name with ".." is a path of the training machine: of
     that only the last part says something here.
     """
-    last = PurePath(name).name
-    if last in ("", ".."):
+    last = _last(name)
+    if last is None:
         return None
     whole = () if ".." in PurePath(name).parts else (name,)
     # An absolute `name` replaces what stands left of it, so the first candidate covers that case too.
@@ -177,6 +179,12 @@ def find_tower(model: Path, name: str) -> Path | None:
         if _is_file(folder / "config.json") and folder.resolve() != model.resolve():
             return folder
     return _cached(name)
+
+
+def _last(name: str) -> str | None:
+    """The last part of a path, where that is the name of something."""
+    last = PurePath(name).name
+    return None if last in ("", "..") else last
 
 
 def _is_file(path: Path) -> bool:
