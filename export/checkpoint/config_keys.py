@@ -249,7 +249,8 @@ TOWER = Keys(
         **_COMMON,
         **GENERATION.irrelevant,  # older transformers wrote these into every config
         **dict.fromkeys(GENERATION.neutral, "of generation, which a tower has none of"),
-        **_each("of the text beside it, which LLaVA does not use", "projection_dim vocab_size eos_token_id"),
+        **_each("of the text beside it, which LLaVA does not use", "projection_dim vocab_size bos_token_id "
+                "eos_token_id"),
         **_each("the official code names its classes itself", "auto_map"),
     },
     neutral={
@@ -268,7 +269,10 @@ CLIP = Keys(
     used=_names("vision_config vision_config_dict"),
     irrelevant={
         **_COMMON,
-        **_each("of the text beside it, which LLaVA does not use", "text_config text_config_dict projection_dim"),
+        **_each(
+            "of the text beside it, which LLaVA does not use",
+            "text_config text_config_dict projection_dim bos_token_id eos_token_id",
+        ),
         **_each("the official code names its classes itself", "auto_map"),
     },
     neutral={key: TOWER.neutral[key] for key in (*_PLAIN, "model_type", "architectures")},

@@ -86,11 +86,13 @@ def read_tower(model: Path, name: str, described: Any = None) -> Tower:
     if folder is not None:
         where = str(folder / "config.json")
         _, config, more = _read(read_object(folder / "config.json"), where, f"{folder.name}/config.json: ")
+        _check(config, where)
         pixels, others = _read_pixels(folder / "preprocessor_config.json")
         unknown = [*unknown, *more, *others]
     elif published is not None:
         where, config, pixels = f"the published {PurePath(name).name}", published, Pixels()
     elif own is not None:
+        _check(own, inside)
         return Tower(own, Pixels(), None, tuple(unknown))
     else:
         raise ConfigError(
@@ -123,7 +125,8 @@ def require_blocks_of(config: int, names: Iterable[str], path: Path) -> None:
 
 
 def _read(raw: Any, where: str, prefix: str) -> tuple[dict[str, Any], TowerConfig, list[str]]:
-    """What a config of a tower (or of the CLIP around it) gives, as a whole, and its unknown keys behind `prefix`."""
+    """What a config of a tower (or of the CLIP around it) gives, that with CLIP's defaults, and its unknown keys behind
+    `prefix`."""
     unknown: list[str] = []
     if isinstance(raw, dict) and raw.get("vision_config") is not None:
         CLIP.check(raw, where)
@@ -133,9 +136,7 @@ def _read(raw: Any, where: str, prefix: str) -> tuple[dict[str, Any], TowerConfi
         raw = {key: value for key, value in raw.items() if value is not None}
         TOWER.check(raw, where)
         unknown += TOWER.unknown(raw)
-    config = parse(TowerConfig, raw, where)
-    _check(config, where)
-    return raw, config, [f"{prefix}{key}" for key in unknown]
+    return raw, parse(TowerConfig, raw, where), [f"{prefix}{key}" for key in unknown]
 
 
 def _merged(config: Any, older: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Every key of a settings file is used, irrelevant, neutral or refused, and none that transformers writes is unknown."""
+"""Every key of a settings file is used, irrelevant, neutral or refused; none that transformers writes is unknown."""
 
 from __future__ import annotations
 
