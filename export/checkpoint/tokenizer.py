@@ -176,6 +176,13 @@ def _load_fast(path: Path, settings: SpecialTokens, vocab: int, notes: list[str]
     data = read_file(path, TokenizerError, limit=_LIMIT)
     with _contained(path):
         tokenizer = Tokenizer.from_buffer(data)
+        for token in json.loads(data).get("added_tokens") or ():
+            given = tokenizer.token_to_id(token["content"])
+            if given != token["id"]:  # the library counts on behind its vocabulary, whatever the file says
+                raise TokenizerError(
+                    f"{path}: added token {shown(token['content'])} has id {shown(token['id'])}",
+                    expected=f"id {given}: added tokens follow the vocabulary without gaps",
+                )
         kept = [(index, token) for index, token in tokenizer.get_added_tokens_decoder().items() if index >= vocab]
         if [index for index, _ in kept] == [vocab] and settings.is_pad(kept[0][1].content):
             notes.append(_left_out(kept[0][1].content, vocab))
