@@ -81,7 +81,7 @@ def read_tower(model: Path, name: str, described: Any = None) -> Tower:
     """
     path = model / "config.json"
     inside = f"{path}: vision_config"
-    given, own, unknown = _read(described, inside, "vision_config.") if described is not None else ({}, None, [])
+    given, own, unknown = _read(described, inside, "vision_config.") if described not in (None, {}) else ({}, None, [])
     folder, published = find_tower(model, name), PUBLISHED.get(PurePath(name).name)
     if folder is not None:
         where = str(folder / "config.json")
@@ -102,10 +102,12 @@ def read_tower(model: Path, name: str, described: Any = None) -> Tower:
             if _last(name) is None
             else f"put the folder of the vision tower at {model / f'{_last(name):.80}'}",
         )
-    for key in TowerConfig.model_fields:
-        if key in given and getattr(own, key) != getattr(config, key):
+    for key in TowerConfig.model_fields if own is not None else ():
+        if getattr(own, key) != getattr(config, key):
+            absent = "" if key in given else ", for it is absent"
             raise ConfigError(
-                f"{inside}: {key} is {shown(given[key])}; {where}: {key} is {shown(getattr(config, key))}",
+                f"{inside}: {key} is {shown(getattr(own, key))}{absent}; {where}: {key} is "
+                f"{shown(getattr(config, key))}",
                 expected="the same in both: mm_vision_tower names the tower that vision_config describes",
                 fix="name the tower that the weights belong to, or remove vision_config",
             )

@@ -60,7 +60,7 @@ def test_vision_config_against_the_folder(tmp_path, key, value):
     write_config(tmp_path, tiny())
     edit(tmp_path / "config.json", vision_config=numbers(tmp_path))
     assert read_config(tmp_path).geometry == tiny()
-    edit(tmp_path / "config.json", vision_config={key: value})
+    edit(tmp_path / "config.json", vision_config=numbers(tmp_path, **{key: value}))
     with pytest.raises(ConfigError, match=f"vision_config: {key} is {value!r}") as caught:
         read_config(tmp_path)
     assert f"clip/config.json: {key} is {numbers(tmp_path)[key]!r}" in caught.value.found
@@ -70,9 +70,15 @@ def test_vision_config_against_the_folder(tmp_path, key, value):
 
 def test_vision_config_against_a_published_tower(tmp_path):
     write_config(tmp_path, official(), tower=PUBLISHED)
-    edit(tmp_path / "config.json", vision_config={"image_size": 336, "num_hidden_layers": 24, "projection_dim": 768})
+    vision = {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+    }  # fmt: skip
+    edit(
+        tmp_path / "config.json", vision_config=vision
+    )  # as transformers writes it: without CLIPVisionConfig's defaults
     assert read_config(tmp_path).geometry == official()
-    edit(tmp_path / "config.json", vision_config={"hidden_size": 1152})
+    edit(tmp_path / "config.json", vision_config=vision | {"hidden_size": 1152})
     with pytest.raises(
         ConfigError, match="hidden_size is 1152; the published clip-vit-large-patch14-336: hidden_size is 1024"
     ):
@@ -145,3 +151,15 @@ def test_a_path_of_the_training_machine(tmp_path):
     write_config(tmp_path, tiny())
     for name in ("../checkpoints/clip", "/mnt/models/clip", "../../clip"):
         assert find_tower(tmp_path, name) == tmp_path / "clip"
+
+
+def test_what_vision_config_leaves_out_is_a_default(tmp_path):
+    """Of CLIPVisionConfig, as for transformers."""
+    write_config(tmp_path, tiny())
+    vision = numbers(tmp_path)
+    del vision["patch_size"]
+    edit(tmp_path / "config.json", vision_config=vision)
+    with pytest.raises(ConfigError, match=r"patch_size is 32, for it is absent; .*patch_size is 14"):
+        read_config(tmp_path)
+    edit(tmp_path / "config.json", vision_config={})
+    assert read_config(tmp_path).geometry == tiny()
