@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engines.bundle.folder import Bundle
@@ -302,10 +304,15 @@ def test_a_build_asks_for_the_tokenizer_first(tmp_path, monkeypatch):
 def test_what_the_bundle_has_of_it(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(DEFAULT, folder)
-    write(folder / "generation_config.json", {"eos_token_id": [2, 30]})
     write(folder / "tokenizer_config.json", {"add_bos_token": False})
-    write(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"brand_new": 1})
-    manifest = build(BuildOptions(folder, tmp_path / "bundle", check="none")).manifest
+    write(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"brand_new": 1, "num_beams": 5})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 30], "do_sample": true, "temperature": 0.5}')
+    console = Console(file=io.StringIO(), width=200)
+    manifest = build(BuildOptions(folder, tmp_path / "bundle", check="none"), console).manifest
+    said = console.file.getvalue()
+    assert "config.json: unknown to this project, not obeyed: brand_new\n" in said
+    assert "generation_config.json: not obeyed: do_sample True, temperature 0.5; answers are greedy" in said
+    assert "num_beams" not in said  # generation_config.json has the say
     assert manifest.prompt.eos_token_ids == (2, 30) and manifest.prompt.bos_token_id is None
     assert manifest.options["not_obeyed"] == ["brand_new"]
     assert Bundle(tmp_path / "bundle").manifest.prompt.tokenizer == "tokenizer.json"
