@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime.prompt import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
 
@@ -47,11 +47,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(model, tmp_path_factory) -> Tokenizer:
-    out = tmp_path_factory.mktemp("converted")
-    info = convert_tokenizer(model, out)
-    assert (info.bos_id, info.eos_ids) == (1, (2,))
-    return Tokenizer.from_file(str(out / "tokenizer.json"))
+def ours(model) -> Tokenizer:
+    found = read_tokenizer(model, 32_000)
+    assert (found.bos_id, found.eos_ids, found.notes) == (1, (2,), ())
+    return Tokenizer.from_buffer(found.content)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime import PromptError, TokenizerError
 from runtime.prompt import IMAGE_TOKEN, Prompter
 from runtime.text import TextStream
@@ -45,9 +45,8 @@ def prompter(request, tmp_path_factory) -> Prompter:
         normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(stream.getvalue())
-    (folder / "out").mkdir()
-    convert_tokenizer(folder, folder / "out")
-    return make(folder / "out" / "tokenizer.json", vocab=400)
+    (folder / "tokenizer.json").write_bytes(read_tokenizer(folder, 400).content)
+    return make(folder / "tokenizer.json", vocab=400)
 
 
 def make(path, vocab: int = 300, bos: int | None = 1) -> Prompter:
