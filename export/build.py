@@ -22,7 +22,6 @@ from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
 from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
-from engines.errors import CheckpointError
 from engines.memory import peak_rss
 from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
@@ -30,7 +29,9 @@ from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
 from export.check import parity, require_memory
 from export.checkpoint.config import ModelConfig, read_config
-from export.checkpoint.folder import Checkpoint, dropped_tensors, expected_tensors
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
+from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.tokenizer import convert_tokenizer
 from export.fit_report import report, room_for
@@ -66,7 +67,6 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     for warning in _warnings(settled):
         console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     checkpoint = open_checkpoint(settled.model, settled.config)
-    checkpoint.require(expected_tensors(settled.geometry))
     recipe = settled.confirmed(checkpoint)
     outline(console, recipe, checkpoint)
     if recipe.check == "parity":
@@ -103,12 +103,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
 
 def _config(options: BuildOptions) -> ModelConfig:
     """What the checkpoint says of itself."""
-    if not options.model.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {options.model}",
-            expected="a folder with config.json and weights in the official layout",
-            fix="name one with --model, or run this in the project's folder, where the default model lies",
-        )
+    require_model_folder(options.model)
     return read_config(options.model)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -13,7 +14,8 @@ from engines.bundle.kinds import TRACED, kinds
 from engines.bundle.precision import COLUMN, Precision
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
-from export.checkpoint.folder import Checkpoint, dropped_tensors
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
 from export.recipe import Recipe
 
@@ -29,12 +31,12 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
     console.print(table)
     dropped = dropped_tensors(checkpoint, g)
     if dropped:
-        saved = sum(checkpoint.info(name).nbytes for name in dropped)
-        console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")
+        saved = sum(checkpoint.info(name).nbytes for name in dropped if checkpoint.has(name))
+        console.print(f"left out, {len(dropped)} tensors or files, {size(saved)} (bundle.json lists them all):")
         for reason in dict.fromkeys(dropped.values()):
             names = [name for name in dropped if dropped[name] == reason]
             console.print(
-                f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else ""), soft_wrap=True
+                escape(f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else "")), soft_wrap=True
             )
     console.print(
         f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
