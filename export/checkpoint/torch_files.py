@@ -29,7 +29,7 @@ _TORCH_STORAGES = {
     "BoolStorage": torch.bool,
 }
 _TORCH_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
-_OPERATIONS = 1 << 20  # of a pickle; a tensor takes 30
+_OPERATIONS = 1 << 19  # of a pickle; a tensor takes 30
 
 
 class _Record(NamedTuple):
