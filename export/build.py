@@ -11,6 +11,7 @@ from time import perf_counter
 
 if __package__ in (None, ""):  # run as a script: the packages lie beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import export  # noqa: F401  says what is not installed, before anything needs it
 
 import onnx_ir as ir
 import torch
@@ -27,7 +28,7 @@ from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
-from export.check import parity, require_memory
+from export.check import parity, require_memory, why_no_second_opinion
 from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.leftovers import dropped_tensors
@@ -206,8 +207,10 @@ def _write_kernels(recipe: Recipe, writer: BundleWriter, console: Console) -> st
 def _check(recipe: Recipe, bundle: Bundle, checkpoint: Checkpoint, console: Console) -> None:
     if recipe.check == "parity":
         with console.status("parity check"):
-            stages = parity(bundle, checkpoint)
+            stages = parity(bundle, checkpoint, tower=recipe.config.tower_folder)
         console.print(parity_table(stages, recipe.precision))
+        if missing := why_no_second_opinion(checkpoint):
+            console.print(f"[yellow]not compared with transformers' own models[/]: {missing}", soft_wrap=True)
     elif recipe.check == "weights":
         with console.status("weight check"):
             count = stored_weights(bundle, checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from engines.bundle.tensors import expected_tensors
 from engines.errors import OptionError, ParityError
 from engines.memory import available_bytes
 from engines.ort import OrtDecoder, OrtModel
+from export import second_opinion
 from export.checkpoint.folder import Checkpoint
+from export.checkpoint.packed import PackedCheckpoint
 from export.network.reference import ReferenceDecoder, ReferenceModel, Weights
 from export.weights.scheme import Scheme
 from export.weights.stored import HALF_A_STEP, Stored, largest_rounding, require_others
@@ -105,7 +108,9 @@ def require_memory(g: Geometry, precision: Precision, scheme: Scheme | None, cal
         )
 
 
-def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
+def parity(
+    bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None, *, tower: Path | None = None
+) -> list[Stage]:
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
     The weights of the reference are the checkpoint's, its pages float32. int8 and int4 bundles are compared in two
@@ -115,6 +120,8 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond the
     limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its own,
     so rounded).
+    Where transformers is installed, its own Llama and CLIP are asked as well: `tower` is the folder of the vision tower
+    of the checkpoint, if it has one of its own (export/second_opinion.py).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     stages: list[Stage] = []
@@ -125,7 +132,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
         require_others(stored, checkpoint)
     folded = stored.source(checkpoint) if stored is not None and stored.scales else None
-    for stage in _all_stages(bundle, checkpoint, folded, weights, threads):
+    for stage in _all_stages(bundle, checkpoint, folded, weights, threads, tower):
         stages.append(stage)
         if not stage.passed:
             done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
@@ -138,12 +145,60 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
 
 
 def _all_stages(
-    bundle: Bundle, checkpoint: Checkpoint, folded: Weights | None, weights: Weights, threads: int | None
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    folded: Weights | None,
+    weights: Weights,
+    threads: int | None,
+    tower: Path | None,
 ) -> Iterator[Stage]:
-    g = bundle.manifest.geometry
+    g, precision = bundle.manifest.geometry, bundle.precision
     if folded is not None:
         yield from _folding(g, checkpoint, folded)
-    yield from _stages(ReferenceModel(g, weights), OrtModel(bundle, threads=threads), g, bundle.precision)
+    reference, model = ReferenceModel(g, weights), OrtModel(bundle, threads=threads)
+    yield from _stages(reference, model, g, precision)
+    if why_no_second_opinion(checkpoint):
+        return
+    asked = second_opinion.request(g)
+    ours = [(FP32, "", second_opinion.of_model(reference, asked))]
+    if weights is checkpoint:
+        ours.append((precision, ", the bundle", second_opinion.of_model(model, asked)))
+    else:  # rounded weights are no opinion about the checkpoint's own
+        reference = model = None
+        ours = [(FP32, "", second_opinion.of_model(ReferenceModel(g, checkpoint), asked))]
+    reference = model = None  # their memory is needed
+    yield from _second_opinion(bundle, checkpoint, tower, asked, ours)
+
+
+def why_no_second_opinion(checkpoint: Checkpoint) -> str | None:
+    """Why transformers is not asked about this checkpoint; None if it is."""
+    if not second_opinion.available():
+        return f"transformers is not installed: {second_opinion.INSTALL}"
+    if isinstance(checkpoint, PackedCheckpoint):
+        return "its weights are packed, and transformers needs a GPU to open them"
+    return None
+
+
+def _second_opinion(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    tower: Path | None,
+    asked: second_opinion.Request,
+    ours: list[tuple[Precision, str, second_opinion.Opinion]],
+) -> Iterator[Stage]:
+    """What transformers makes of the checkpoint beside what the reference and the bundle make of it."""
+    ends, found = second_opinion.end_tokens(checkpoint.folder), bundle.manifest.prompt.eos_token_ids
+    if ends is not None and set(ends) != set(found):
+        raise ParityError(
+            f"transformers ends an answer at the tokens {sorted(ends)}, this bundle at {sorted(found)}",
+            expected="the same end tokens",
+            fix="name the end tokens in generation_config.json; please report this",
+        )
+    theirs = second_opinion.of_transformers(checkpoint.folder, tower, asked)
+    for precision, whose, opinion in ours:
+        limits = LIMITS[precision]
+        yield Stage(f"transformers' CLIP{whose}", _error(theirs.features, opinion.features), limits.features)
+        yield Stage(f"transformers' Llama{whose}", _error(theirs.logits, opinion.logits), limits.prefill)
 
 
 def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:

@@ -1,5 +1,9 @@
 """Answers questions about images with a FlexAttention bundle; needs numpy, Pillow, tokenizers, pydantic, a backend."""
 
+from flexattention_deploy import require_own
+
+require_own("engines", "plugins")
+
 from engines.errors import (
     BackendError,
     BundleError,
