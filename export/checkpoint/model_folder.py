@@ -217,7 +217,8 @@ def _strip(folder: Path, prefix: str) -> str:
         library, load, save, pattern = "safetensors.torch as s", "s.load_file(f)", "s.save_file", "*.safetensors"
     else:
         library, load, save, pattern = "torch", "torch.load(f, weights_only=True)", "torch.save", "pytorch_model*.bin"
-    index = f" && sed -i 's/\"{prefix}/\"/' *{INDEX}" if any(name.endswith(INDEX) for name in names) else ""
+    dots = prefix.replace(".", "[.]")
+    index = f" && sed -i 's/\"{dots}/\"/g' *{INDEX}" if any(name.endswith(INDEX) for name in names) else ""
     return (
         f"save the state dict of the model inside the wrapper; or take the prefix away: cd {folder} && "
         f'python -c "import os, {library}; from glob import glob; '
