@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from engines.errors import CheckpointError
 from export.build import BuildOptions, build
+from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.model_folder import require_model_folder
+from export.checkpoint.packed import open_checkpoint
+from export.outline import outline
+from export.recipe import settle
 from tests.checkpoints import write_checkpoint
 from tests.geometries import tiny
 
@@ -44,7 +50,7 @@ def test_the_index_alone_places_tensors(tmp_path):
     }
 
 
-def test_stale_tensors_are_told_and_not_built(tmp_path, capsys):
+def test_stale_tensors_are_told_and_not_built(tmp_path):
     """A superseded lm_head in another shard made a wrong model."""
     folder = write_checkpoint(tmp_path / "checkpoint", tiny())
     tensors = load_file(folder / "model.safetensors")
@@ -53,9 +59,22 @@ def test_stale_tensors_are_told_and_not_built(tmp_path, capsys):
     save_file({"lm_head.weight": head}, folder / FIRST)
     save_file({**tensors, "lm_head.weight": head.flip(0).contiguous()}, folder / SECOND)
     write_index(folder, {name: FIRST if name == "lm_head.weight" else SECOND for name in tensors})
-    bundle = build(BuildOptions(folder, tmp_path / "bundle", precision="fp32", check="weights"))
-    assert bundle.manifest.dropped == {f"{SECOND}: lm_head.weight": f"stale: {INDEX} places it in {FIRST}"}
-    assert torch.equal(Checkpoint.open(folder).tensor("lm_head.weight"), head)
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder, config)
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), head)
+    why = f"stale: {INDEX} places it in {FIRST}"
+    assert dropped_tensors(checkpoint, config.geometry) == {f"{SECOND}: lm_head.weight": why}
+    console = Console(record=True, width=200)
+    outline(console, settle(BuildOptions(folder), config), checkpoint)
+    assert f"1 x {why}: {SECOND}: lm_head.weight" in console.export_text()
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    """Square brackets are markup where builds print."""
+    folder = write_checkpoint(tmp_path / "checkpoint", tiny(), overrides={"[/red]x[bold]": torch.ones(1)})
+    config, console = read_config(folder), Console(record=True, width=200)
+    outline(console, settle(BuildOptions(folder), config), open_checkpoint(folder, config))
+    assert "no part of it has this name: [/red]x[bold]" in console.export_text()
 
 
 @pytest.mark.parametrize(
