@@ -147,7 +147,9 @@ def _meaning(name: str, g: Geometry) -> tuple[str, str]:
     if name.endswith(".bias"):
         return (
             "a bias that is not zero, of a layer that has none here",
-            "set attention_bias in config.json if q, k, v and o have biases; others this model has no place for",
+            'set "attention_bias": true in config.json, if q, k, v and o all have biases'
+            if ".self_attn." in name and not name.startswith(TOWER_PREFIX)
+            else "use a checkpoint of the official model: it has no biases there",
         )
     return (
         "a part that this model does not have",

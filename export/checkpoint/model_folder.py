@@ -61,10 +61,15 @@ def require_model_folder(path: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a zero character
         raise _no_folder(text, path, error) from None
     if stat.S_ISDIR(mode):
-        if (path / "snapshots").is_dir() and (path / "blobs").is_dir():
-            inside = next(iter(sorted((path / "snapshots").iterdir())), path / "snapshots")
+        if {"snapshots", "blobs"} <= set(names_in(path)):
+            revisions = names_in(path / "snapshots")
+            with suppress(CheckpointError):  # only advice depends on it
+                main = read_file(path / "refs" / "main", CheckpointError).decode("ascii", "replace").strip()
+                revisions = [main] if main in revisions else revisions
             raise CheckpointError(
-                f"{text:.200} is a repository in the Hugging Face cache", expected=_FOLDER, fix=f"--model {inside}"
+                f"{text:.200} is a repository in the Hugging Face cache",
+                expected=_FOLDER,
+                fix=f"--model {path / 'snapshots' / revisions[0]}" if revisions else "complete the download",
             )
         require_whole_weights(path)
     elif text.endswith(".gguf"):
@@ -263,13 +268,17 @@ def read_folder(folder: Path) -> Listing | None:
     for pattern, reader in _LOOSE:
         used = [name for name in names if re.fullmatch(pattern, name)]
         if used:
+            odd = next((name for name in used if not name.isprintable()), None)
+            if odd is not None:
+                raise CheckpointError(f"{folder}: a file is called {odd!a:.80}", fix="rename it to text")
             why = f"{used[0]} comes first" if len(used) == 1 else f"{used[0]} and {len(used) - 1} more come first"
             return Listing(_read_all([folder / name for name in used], reader), _others(names, {*used}, why))
     return None
 
 
 def _others(names: list[str], used: set[str], why: str) -> dict[str, str]:
-    return {name: f"file not read: {why}" for name in names if name.endswith(SUFFIXES) and name not in used}
+    others = [name for name in names if name.endswith(SUFFIXES) and name not in used]
+    return {name if name.isprintable() else ascii(name): f"file not read: {why}" for name in others}
 
 
 def _read_all(files: list[Path], reader: Reader) -> dict[str, TensorInfo]:

@@ -99,7 +99,10 @@ def test_all_of_it_is_counted_by_its_meaning(opened):
         "1 x a part that this model does not have",
     ):
         assert text in caught.value.found
-    assert "attention_bias" in caught.value.fix
+    assert '"attention_bias": true' in caught.value.fix
+    with pytest.raises(CheckpointError) as caught:
+        opened({f"{LAYER}mlp.up_proj.bias": torch.ones(48)})
+    assert "attention_bias" not in caught.value.fix  # it changes nothing of an MLP
 
 
 def test_biases_of_zeros_add_nothing(opened):

@@ -127,6 +127,9 @@ def test_a_cache_of_links(tmp_path):
     (snapshot / FIRST).symlink_to("../../blobs/1")
     (snapshot / INDEX).symlink_to("../../blobs/2")
     assert Checkpoint.open(snapshot).tensor("a").tolist() == [1, 1]
+    (tmp_path / "snapshots" / "aaa").mkdir()  # an earlier revision
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("abc")
     with pytest.raises(CheckpointError, match=re.escape(f"--model {snapshot}")):
         require_model_folder(tmp_path)
     (tmp_path / "blobs" / "1").unlink()
@@ -192,6 +195,18 @@ def test_every_weight_file_that_is_not_read_is_named(tmp_path):
     why = f"file not read: {INDEX} does not name it"
     names = ["consolidated.00.pth", "mm_projector.bin", "model-00009-of-00009.safetensors", "x.gguf"]
     assert Checkpoint.open(tmp_path).unread == dict.fromkeys(names, why)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Linux takes any bytes for a name; manifests and terminals do not."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    odd = os.fsdecode(b"\xff.safetensors")
+    (tmp_path / odd).write_bytes(b"")
+    assert list(Checkpoint.open(tmp_path).unread) == [ascii(odd)]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a file is called") as caught:
+        Checkpoint.open(tmp_path)
+    assert str(caught.value).isascii()
 
 
 # What a folder is instead.
