@@ -1,0 +1,69 @@
+"""Two minutes of the campaign: nothing untyped, hung, crashed or silently wrong.
+
+`python -m tests.campaign --long` is the same for an hour.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.campaign import soak
+from tests.campaign.campaign import TARGETS, Seeds, run
+from tests.campaign.trial import Wrong, trial
+from tests.conftest import once
+
+SECONDS = 12.0  # of each target
+
+
+@pytest.fixture(scope="module")
+def made(shared) -> Seeds:
+    return Seeds(once(shared / "campaign", lambda folder: folder.mkdir()))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_goes_wrong(name, made):
+    result = run(name, made, SECONDS)
+    assert result.counts.total() > 20, result.counts
+    assert not result.faults, "\n".join(f"{outcome}\n  {value[:500]}" for value, outcome in result.faults)
+
+
+def raises(error: BaseException):
+    raise error
+
+
+def fills(_):
+    return [bytearray(1 << 28) for _ in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "kind"),
+    [
+        (lambda _: "fine", "answered"),
+        (lambda _: raises(ValueError("x")), "untyped"),
+        (lambda _: raises(KeyboardInterrupt()), "untyped"),
+        (lambda _: raises(Wrong("other")), "wrong"),
+        (lambda _: soak.time.sleep(60), "hung"),
+        (lambda _: soak.os.abort(), "crashed"),
+        (lambda _: soak.os._exit(3), "crashed"),
+        (fills, "untyped"),
+    ],
+)
+def test_a_fault_is_one(attempt, kind):
+    """The harness tells every kind of fault from an answer."""
+    outcome = trial(attempt, seconds=2)
+    assert outcome.kind == kind and outcome.is_fault == (kind != "answered"), outcome
+
+
+def test_an_engine_that_is_used_for_long(default_bundle):
+    bundle = default_bundle("fp16")
+    for figures in (soak.requests(bundle, 120), soak.opens(bundle, 20), soak.threads(bundle, 20)):
+        assert figures.wrong == 0 and figures.descriptors <= 0 and figures.threads <= 0, figures
+        assert figures.rss < 8e6, figures
+
+
+def test_an_engine_that_was_forked(default_bundle):
+    """Never a wait: the threads of an engine stay in the process that opened it."""
+    outcome = trial(lambda _: soak.forked(default_bundle("fp16"), seconds=10))
+    assert outcome.kind == "answered" and outcome.detail.startswith(("BackendError", "OptionError", soak.ANSWER)), (
+        outcome
+    )
