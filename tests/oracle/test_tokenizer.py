@@ -134,7 +134,7 @@ def test_special_tokens_in_a_text(ours, sentencepiece, slow):
 def prompter(model, tmp_path_factory) -> Prompter:
     """The text side of a bundle whose template is the prompt alone."""
     out = tmp_path_factory.mktemp("prompter")
-    convert_tokenizer(model, out)
+    (out / "tokenizer.json").write_bytes(read_tokenizer(model, 32_000).content)
     options = {"bos_id": None, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
     return Prompter(out / "tokenizer.json", template="<image>{prompt}", **options)
 
@@ -167,7 +167,7 @@ def test_ordinary_prompts_are_encoded_as_officially(prompter, slow):
 
 def test_control_tokens_of_the_template_stay(model, sentencepiece, tmp_path):
     """Those of a chat template are control tokens around a prompt in which the same are letters."""
-    convert_tokenizer(model, tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(read_tokenizer(model, 32_000).content)
     template = "system</s><s>[INST] <image>\n{prompt} [/INST]</s> said"
     options = {"bos_id": 1, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
     prompter = Prompter(tmp_path / "tokenizer.json", template=template, **options)

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models
 
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime.prompt import Prompter
 from runtime.text import TextStream
 from tests.checkpoints import write_tokenizer
@@ -30,7 +30,7 @@ def made(folder, kind: str) -> Prompter:
             normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
         (folder / "tokenizer.model").write_bytes(stream.getvalue())
-        convert_tokenizer(folder, folder)
+        (folder / "tokenizer.json").write_bytes(read_tokenizer(folder, VOCAB).content)
     else:
         words = ["<unk>", *(f"{mark}{n}" for n in range(VOCAB // 4) for mark in ("##", "", "\u2581", "w")), ".", ","]
         tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
