@@ -61,9 +61,10 @@ class ImageView:
         return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
 
     def _opened(self) -> Model[Any]:
-        """The model; OptionError when the view is closed."""
+        """The model; OptionError when the view is closed, BundleError when the bundle was written to meanwhile."""
         if self._model is None:
             raise OptionError("this image view is closed", fix="ask, and read the answer, inside the `with` block")
+        self._model.require_unchanged()
         return self._model
 
     @contextmanager

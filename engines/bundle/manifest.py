@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from engines.bundle.geometry import Geometry
 from engines.bundle.specs import TensorSpec
 
+MANIFEST = "bundle.json"
 FORMAT = 3  # raised when an older reader would misread the bundle
 
 

@@ -140,6 +140,9 @@ class TrtModel:
         desk.cache.fill(0, self.stream)  # NaN of an earlier request would outlive it
         return TrtDecoder(self, desk, free, image)
 
+    def require_unchanged(self) -> None:
+        """See Model.require_unchanged: engines are read when they are opened, and never again."""
+
     def device_ms(self) -> float:
         """See Model.device_ms. From the begin to the end of the work, waiting for the host included: in the first two
         steps of an answer that is most of it, as the host prepares and records."""

@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 from engines.bundle.kinds import TENSORRT_RTX
 from engines.bundle.manifest import Profile
 from engines.bundle.specs import TensorSpec
-from engines.errors import BackendError, FlexError
+from engines.bundle.work import locked, write_whole
+from engines.errors import BackendError, FlexError, KernelError
 from engines.memory import peak_rss
 from engines.trt import library as tensorrt
 from plugins.artifacts import Artifacts
@@ -68,7 +69,11 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
     started = time.perf_counter()
     trt = tensorrt.load(job.backend)
     if job.kernels:
-        register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
+        try:
+            artifacts = Artifacts.read(job.kernels)
+        except KernelError as error:
+            raise error.within("the bundle's kernels", fix=job.rebuild) from error
+        register(trt, artifacts=artifacts, sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
     graph = Path(job.graph)
@@ -144,14 +149,6 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
 def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
     """Load the cache into `config`; returns what adds this build's timings to the file."""
-    try:
-        from filelock import FileLock
-    except ImportError as error:
-        raise BackendError(
-            "filelock is not installed, which builds share their timing cache by",
-            fix="pip install filelock, or --no-timing-cache",
-        ) from error
-
     file = Path(path)
 
     def read() -> bytes:
@@ -162,16 +159,14 @@ def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
 
     with _as_backend_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with locked(file.with_name(f"{file.name}.lock")):
             config.set_timing_cache(usable(read()), False)
 
     def save() -> None:
         cache = config.get_timing_cache()
-        with _as_backend_error(file), FileLock(f"{file}.lock"):
+        with _as_backend_error(file), locked(file.with_name(f"{file.name}.lock")):
             cache.combine(usable(read()), True)  # what other builds have added meanwhile
-            temporary = file.with_name(f"{file.name}.{os.getpid()}")
-            temporary.write_bytes(cache.serialize())
-            temporary.replace(file)
+            write_whole(file, cache.serialize())
 
     return save
 
