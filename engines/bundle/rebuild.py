@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.bundle.manifest import Manifest
-from engines.bundle.precision import block_name
+from engines.bundle.precision import PRECISIONS, block_name
 from engines.checks import is_integer
 
 _BOARD = re.compile(r"[a-z0-9-]{1,40}")
@@ -41,8 +41,10 @@ def rebuild(
     block = knobs["block_size"]
     words = [rebuild_unknown(path), f"--{knobs['precision']}"]
     words += ["--block-size", block_name(block)] if is_integer(block) else []
-    words += ["--quantize-head"] if used.get("quantize_head") is True and is_integer(block) else []
-    words += ["--calibrate DATA"] if used.get("calibrate") and is_integer(block) else []
+    if is_integer(block):  # what is quantised, has one
+        words += ["--quantize-head"] if used.get("quantize_head") is True else []
+        calibrates = PRECISIONS[str(knobs["precision"])].calibrates(block)
+        words += ["--calibrate DATA"] if used.get("calibrate") and calibrates else []
     words += ["--page-budget", str(manifest.page_budget)] if manifest.page_budget != g.pages else []
     words += ["--context", str(knobs["context"])]
     words += ["--projection lazy"] if g.lazy_pages else []

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def build_engines(
     manifest = bundle.manifest
     sms = sms_to_build(options)
     asked = _configuration(bundle, options)
-    for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
+    again = partial(_again, manifest, name, options)
+    for warning in (*require_boards(asked, options.boards, again), *require_sms(asked, sms, again)):
         if not warned:
             logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
@@ -183,6 +185,22 @@ def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
         backend=options.backend,
         plugins=options.plugins,
         floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
+    )
+
+
+def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Configuration) -> str:
+    """The command that builds the bundle again as another configuration: what is asked of engines here, engines alone
+    cannot give."""
+    p = other.precision
+    return rebuild(
+        manifest,
+        name,
+        backend=options.backend,
+        engines={**asdict(options), "batch": other.batch},
+        precision=p.name,
+        block_size=p.block_size(other.block) if p.quantises else None,
+        context=other.geometry.context,
+        kv="int8" if other.geometry.int8_pages else "model",
     )
 
 
