@@ -81,6 +81,7 @@ class OrtModel:
         try:
             session = self.session(path)
         except BackendError as error:
+            self._mapped.require_mapped()  # the cause, if it says something
             if weights.resolve().parent in (path.parent.resolve(), path.resolve().parent):
                 raise type(error)(error.found, expected=error.expected, fix=error.fix or again) from error
             raise BundleError(

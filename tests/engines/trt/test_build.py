@@ -319,7 +319,7 @@ def test_a_builder_that_dies(copy, tmp_path, monkeypatch, ending, message, fix):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{ending}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(building.sys, "executable", str(program))
+    monkeypatch.setattr(building.child.sys, "executable", str(program))
     before = listing(copy)
     with pytest.raises(BackendError, match=message) as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
@@ -327,6 +327,33 @@ def test_a_builder_that_dies(copy, tmp_path, monkeypatch, ending, message, fix):
     assert listing(copy) == before
     assert not [path for path in copy.parent.iterdir() if path.name.startswith(".")]
     assert copy.with_name(f"{copy.name}.vision.{TENSORRT_RTX}.log").exists()
+
+
+def test_logs_and_caches_are_written_over_no_link(copy, tmp_path, monkeypatch):
+    """Whoever may write beside a bundle, or where the timings lie, knows these names: what they link to stays."""
+    (tmp_path / "mine").write_text("mine")
+    log = copy.with_name(f"{copy.name}.vision.{TENSORRT_RTX}.log")
+    log.symlink_to(tmp_path / "mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = building._timing_cache(TENSORRT_RTX, SMS)
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(tmp_path / "mine")
+    run(job(copy, timing_cache=str(cache)), log)  # no log is kept: the link goes
+    assert not log.is_symlink() and not cache.is_symlink() and cache.stat().st_size > 4
+    log.symlink_to(tmp_path / "mine")
+    with pytest.raises(BackendError, match=r"log: "):
+        run(job(copy, kernels=None, graph=str(copy / "none.onnx")), log)
+    assert not log.is_symlink() and log.is_file()
+    cache.with_name(f"{cache.name}.lock").unlink()
+    cache.with_name(f"{cache.name}.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(BackendError, match="timing cache"):
+        run(job(copy, timing_cache=str(cache)), tmp_path / "log")
+    assert (tmp_path / "mine").read_text() == "mine"
+    log.unlink()
+    log.mkdir()
+    (log / "file").write_text("mine")
+    with pytest.raises(BackendError, match=r"no log: .* cannot be written"):
+        run(job(copy, kernels=None, graph=str(copy / "none.onnx")), log)
 
 
 def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
@@ -465,6 +492,7 @@ def test_knobs_of_engines_are_not_ignored_for_other_backends():
 
 def test_the_rebuild_command_is_the_options():
     options = EngineOptions(TENSORRT_RTX, plugins=False, targets=(86, 120), workspace=512, batch=2)
+    assert command("B B", options).startswith("python -m engines.build 'B B' --backend")
     assert command("B", options) == (
         "python -m engines.build B --backend tensorrt-rtx --no-plugins --target sm_86,sm_120 --workspace 512 --batch 2"
     )
