@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from engines.bundle.consistency import contradiction
-from engines.bundle.digest import DIGEST, canonical, digest_of
-from engines.bundle.manifest import FORMAT, MANIFEST, File, Manifest
+from engines.bundle.manifest import DIGEST, FORMAT, MANIFEST, File, Manifest, canonical, digest_of
 from engines.bundle.precision import PRECISIONS, Precision
 from engines.bundle.rebuild import rebuild, rebuild_unknown
 from engines.checks import is_integer

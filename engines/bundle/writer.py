@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from engines.bundle.digest import DIGEST, canonical, digest_of
 from engines.bundle.folder import read_manifest, sha256
 from engines.bundle.kinds import BACKENDS, PARTS
-from engines.bundle.manifest import MANIFEST, File, Manifest
+from engines.bundle.manifest import DIGEST, MANIFEST, File, Manifest, canonical, digest_of
 from engines.bundle.work import OLD, sweep, work_folder, write_whole
 from engines.errors import BundleError, ExportError
 

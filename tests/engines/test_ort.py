@@ -17,8 +17,8 @@ from engines import ort
 from engines.bundle.folder import Bundle
 from engines.errors import BackendError, BundleError
 from engines.ort import MAX_THREADS, OrtModel, installed
+from tests.engines.manifests import edit
 from tests.geometries import tiny
-from tests.manifests import edit
 from tests.parity.requests import encode, request
 from tests.paths import ROOT
 from tests.runtime.questions import GEOMETRY

@@ -12,8 +12,8 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import FORMAT, MANIFEST
 from engines.bundle.writer import write_bundle
 from engines.errors import BundleError, ExportError
+from tests.engines.manifests import edit
 from tests.geometries import tiny
-from tests.manifests import edit
 
 
 @pytest.fixture

@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 from engines.bundle.consistency import SIZES
-from engines.bundle.digest import DIGEST
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import MANIFEST
+from engines.bundle.manifest import DIGEST, MANIFEST
 from engines.errors import BundleError, OptionError
+from tests.engines.manifests import edit
 from tests.geometries import tiny
-from tests.manifests import edit
 from tests.paths import ROOT
 
 MEMORY = 1 << 30  # bytes that opening a hostile manifest may take of address space, Python and numpy included

@@ -24,8 +24,8 @@ from engines.trt.options import EngineOptions, command, recorded
 from export.checkpoint.config import read_config
 from export.options import parse_arguments
 from export.recipe import Recipe, settle
+from tests.engines.manifests import edit
 from tests.geometries import official, tiny
-from tests.manifests import edit
 from tests.paths import ROOT
 
 

@@ -31,9 +31,9 @@ from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
+from tests.engines.manifests import edit
 from tests.engines.trt.rtx_layers import log_of, plugins_of
 from tests.geometries import tiny
-from tests.manifests import edit
 from tests.paths import ROOT
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")

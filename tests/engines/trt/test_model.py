@@ -21,7 +21,7 @@ from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import module, with_plans
-from tests.manifests import edit
+from tests.engines.manifests import edit
 from tests.parity.requests import encode, padded, request
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 

@@ -34,8 +34,8 @@ from export.weights.stored import Stored, stored_weights
 from runtime.image import load_image
 from tests.checkpoints import write_checkpoint
 from tests.conftest import once
+from tests.engines.manifests import edit
 from tests.geometries import tiny
-from tests.manifests import edit
 from tests.paths import ROOT
 
 G = tiny(hidden=64, intermediate=128, head_dim=16, vocab=300)

@@ -27,8 +27,8 @@ from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from tests.checkpoints import write_checkpoint
 from tests.conftest import once
+from tests.engines.manifests import edit
 from tests.geometries import official, tiny
-from tests.manifests import edit
 
 G = tiny(hidden=64, intermediate=128, head_dim=16)
 OFFICIAL_7B = ModelConfig(official(), 1, (2,), PROMPT_TEMPLATE, None)

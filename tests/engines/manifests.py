@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.bundle.digest import DIGEST, canonical, digest_of
-from engines.bundle.manifest import MANIFEST
+from engines.bundle.manifest import DIGEST, MANIFEST, canonical, digest_of
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], *, sealed: bool = True) -> None:
