@@ -31,7 +31,9 @@ def rebuild_command(bundle: Bundle, backend: str, *, sm: int | None = None, batc
     sm: a GPU that the engines were not built for; batch: rows they were not built for.
     """
     manifest = bundle.manifest
-    options = recorded(manifest.options.get(backend), backend)
+    options, built = recorded(manifest.options.get(backend), backend), manifest.parts["decoder"].plans.get(backend)
+    if built is not None:
+        options = replace(options, plugins=built.plugins)
     if sm is not None and backend == TENSORRT_RTX and sm not in RTX_SMS:
         return f"TensorRT-RTX has nothing for sm_{sm}: {rebuild_command(bundle, TENSORRT, sm=sm)}"
     if batch is not None:

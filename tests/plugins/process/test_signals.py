@@ -20,8 +20,8 @@ if sys.argv[2] == "nohup":
 interrupt_when_asked_to_end()
 marker = Path(sys.argv[1])
 marker.touch()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     if sys.argv[2] == "twice":
@@ -45,7 +45,6 @@ def start(marker: Path, how: str = "") -> subprocess.Popen:
     [
         (signal.SIGTERM, ""),
         (signal.SIGHUP, ""),
-        (signal.SIGINT, ""),
         (signal.SIGTERM, "twice"),
         (signal.SIGHUP, "twice"),
     ],
