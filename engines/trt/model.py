@@ -201,7 +201,8 @@ class TrtModel:
         return _Desk(context, next(iter(cache.values())).memory, arrays, inputs, outputs)
 
     def _smaller(self) -> str:
-        return f"close what else uses the GPU, or build with a smaller --context (this is {self.geometry.context})"
+        now = self.geometry.context
+        return f"close what else uses the GPU, or build the bundle again with a smaller --context than {now}"
 
 
 @dataclass(frozen=True)

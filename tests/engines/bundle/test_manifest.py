@@ -19,6 +19,7 @@ from engines.bundle.consistency import SIZES
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import DIGEST, MANIFEST
 from engines.errors import BundleError, OptionError
+from runtime import Engine
 from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.paths import ROOT
@@ -60,6 +61,17 @@ def test_one_digest_for_all_of_it(copy):
     for odd in ("", "0" * 64, "sha256:", f"sha256:{'g' * 64}", f"{other} ", 7):
         with pytest.raises(OptionError, match="expect"):
             Bundle(copy, expect=odd)
+
+
+def test_an_engine_opens_the_bundle_that_is_expected(copy):
+    digest = Bundle(copy).digest
+    assert Engine(copy, expect=digest, threads=1).manifest.name
+    for verify in (True, False):
+        with pytest.raises(BundleError, match="has the digest"):
+            Engine(copy, expect=f"sha256:{'0' * 64}", verify=verify)
+    line = [sys.executable, "-m", "runtime", str(copy), "none", "hello", "--expect", f"sha256:{'0' * 64}"]
+    run = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 1 and f"has the digest {digest}" in run.stderr
 
 
 def test_the_digest_depends_on_the_content_and_not_on_the_layout(copy):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle, sha256
@@ -479,6 +480,17 @@ def test_targets_as_people_write_them():
 def test_knobs_are_checked(knobs):
     with pytest.raises(OptionError, match=next(iter(knobs))):
         EngineOptions(TENSORRT_RTX, **knobs)
+
+
+def test_numbers_of_numpy_are_kept_as_pythons():
+    """A workspace of 200 MiB in NumPy's eight bits would be 0 bytes."""
+    given = EngineOptions(TENSORRT_RTX, targets=(np.int64(86),), workspace=np.uint8(200), batch=np.int32(2))
+    kept = (given.workspace, given.batch, given.optimization_level, *given.targets)
+    assert kept == (200, 2, 3, 86) and {type(value) for value in kept} == {int}
+    assert given.workspace << 20 == 200 << 20
+    for odd in (True, np.True_, np.float32(2), "86"):
+        with pytest.raises(OptionError):
+            EngineOptions(TENSORRT_RTX, targets=(odd,))
 
 
 def test_knobs_of_engines_are_not_ignored_for_other_backends():
