@@ -85,8 +85,8 @@ class OrtModel:
             if weights.resolve().parent in (path.parent.resolve(), path.resolve().parent):
                 raise type(error)(error.found, expected=error.expected, fix=error.fix or again) from error
             raise BundleError(
-                f"{weights} is a link to {weights.resolve()}, and {path.name} is not: ONNX Runtime reads no weights "
-                "from outside the folder of their graph",
+                f"{weights} is a link to {weights.resolve()}, which is not in the folder of {path.name}: ONNX Runtime "
+                "reads no weights from elsewhere",
                 expected="files of one folder, or links of all of them to one folder",
                 fix=f"cp -rL {shlex.quote(str(bundle.path))} OTHER, which copies what links lead to, and open OTHER",
             ) from error

@@ -21,14 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import KernelError
+from plugins.errors import Error, KernelError
 from plugins.op import PAGE_SCALES, Kernel
 
 FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` reads format 1
 FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
-# Who knows the bundle gives the command in its place.
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
 MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 1 MB
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -211,6 +210,15 @@ class Artifacts:
         finally:
             if temporary:
                 temporary.unlink(missing_ok=True)
+
+
+def with_command(error: Error, command: str, where: str | None = None) -> Error:
+    """The same error, for who knows the bundle: with the command that builds it again where its fix says no more than
+    that it should be. `where` it arose: see FlexError.within."""
+    fix = error.fix and error.fix.replace(REBUILD_KERNELS, f"build it again: {command}")
+    if where:
+        return error.within(where, fix=fix)
+    return type(error)(error.found, expected=error.expected, fix=fix)
 
 
 def kernel_of(record: Mapping[str, Any]) -> Kernel:

@@ -18,7 +18,7 @@ from engines.errors import BackendError, BundleError, FlexError, KernelError
 from engines.sizing.needs import MAX_BATCH
 from engines.trt.library import deserialise
 from engines.trt.options import RTX_SMS, command, recorded
-from plugins.artifacts import REBUILD_KERNELS, Artifacts
+from plugins.artifacts import Artifacts, with_command
 from plugins.compiler.ptxas import SMS
 from plugins.op import ALIGNMENT, ITEMSIZE
 from plugins.tensorrt import take_error
@@ -189,7 +189,7 @@ class PartEngine:
         """What a plugin says went wrong, if it is that which failed; else BackendError for `what` in this engine."""
         cause, where = take_error(self._trt), f"TensorRT, {self.part} part"
         if isinstance(cause, FlexError):  # which part, no plugin knows
-            return cause.within(where, fix=self._rebuild if cause.fix in (None, REBUILD_KERNELS) else cause.fix)
+            return with_command(cause, self._rebuild, where) if cause.fix else cause.within(where, fix=self._rebuild)
         reason = f" ({cause!r})" if cause else ""
         return BackendError(f"{where}: {what}{reason}", fix=self._rebuild)
 

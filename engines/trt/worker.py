@@ -23,10 +23,10 @@ from engines.bundle.kinds import TENSORRT_RTX
 from engines.bundle.manifest import Profile
 from engines.bundle.specs import TensorSpec
 from engines.bundle.work import locked, write_whole
-from engines.errors import BackendError, FlexError, KernelError
+from engines.errors import BackendError, FlexError
 from engines.memory import peak_rss
 from engines.trt import library as tensorrt
-from plugins.artifacts import Artifacts
+from plugins.artifacts import Artifacts, with_command
 from plugins.tensorrt import DTYPE_OF_KIND, register
 
 REPORT_EVERY = 0.1  # seconds between lines of progress
@@ -69,11 +69,7 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
     started = time.perf_counter()
     trt = tensorrt.load(job.backend)
     if job.kernels:
-        try:
-            artifacts = Artifacts.read(job.kernels)
-        except KernelError as error:
-            raise error.within("the bundle's kernels", fix=job.rebuild) from error
-        register(trt, artifacts=artifacts, sms=job.sms)
+        register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
     graph = Path(job.graph)
@@ -240,7 +236,8 @@ def main() -> int:
     job = TypeAdapter(Job).validate_json(sys.stdin.read())
     try:
         built = build(job, lambda part: send(progress=part), lambda line: print(line, file=sys.stderr))
-    except FlexError as error:
+    except FlexError as failure:
+        error = with_command(failure, job.rebuild)
         told = {"found": error.found, "expected": error.expected, "fix": error.fix}
         send(error={"type": type(error).__name__, **told})
         return 1

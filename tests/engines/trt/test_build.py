@@ -375,7 +375,7 @@ def test_an_error_of_the_builders_process_keeps_its_class(built, tmp_path):
     (tmp_path / "kernels.zip").write_bytes(b"no zip")
     with pytest.raises(KernelError, match=r"no whole file of compiled kernels(.|\n)*log: .*log") as caught:
         run(job(built, "decoder", kernels=str(tmp_path / "kernels.zip")), tmp_path / "log")
-    assert caught.value.fix == "python export/build.py"
+    assert caught.value.fix == "copy it again, or build it again: python export/build.py"
 
 
 def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
