@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +23,6 @@ from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
 from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
-from engines.errors import CheckpointError
 from engines.memory import peak_rss
 from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
@@ -32,7 +30,9 @@ from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
 from export.check import parity, require_memory, why_no_second_opinion
 from export.checkpoint.config import ModelConfig, read_config
-from export.checkpoint.folder import Checkpoint, dropped_tensors, expected_tensors
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
+from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.special_tokens import disagreements
 from export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
@@ -52,7 +52,9 @@ from export.weights.write import stored_bytes, write_weights
 from plugins import command
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
+from plugins.cores import usable_cores
 from plugins.registry import kernels_of_model
+from plugins.signals import interrupt_when_asked_to_end
 
 KERNELS = "kernels.zip"
 SCALES = "scales.npz"
@@ -74,7 +76,6 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     tokenizer = read_tokenizer(settled.model, settled.geometry.vocab)
     notes_outline(console, _notes(settled.config, tokenizer))
     checkpoint = open_checkpoint(settled.model, settled.config)
-    checkpoint.require(expected_tensors(settled.geometry))
     if settled.config.tower_blocks is not None:
         require_blocks_of(settled.config.tower_blocks, checkpoint.names, settled.model)
     recipe = settled.confirmed(checkpoint)
@@ -115,12 +116,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
 
 def _config(options: BuildOptions) -> ModelConfig:
     """What the checkpoint says of itself."""
-    if not options.model.is_dir():
-        raise CheckpointError(
-            f"no checkpoint folder {options.model}",
-            expected="a folder with config.json and weights in the official layout",
-            fix="name one with --model, or run this in the project's folder, where the default model lies",
-        )
+    require_model_folder(options.model)
     return read_config(options.model)
 
 
@@ -257,8 +253,9 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> int:
-    """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry of the command line; returns the exit status. Ctrl-C, SIGTERM and SIGHUP, too, leave nothing half-made."""
+    interrupt_when_asked_to_end()
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # it knows no quota of a container
     print_log()
 
     def work() -> int:

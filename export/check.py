@@ -15,11 +15,12 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.bundle.precision import BF16, FP8, FP16, FP32, INT4, INT8, Precision
+from engines.bundle.tensors import expected_tensors
 from engines.errors import OptionError, ParityError
 from engines.memory import available_bytes
 from engines.ort import OrtDecoder, OrtModel
 from export import second_opinion
-from export.checkpoint.folder import Checkpoint, expected_tensors
+from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import PackedCheckpoint
 from export.network.reference import ReferenceDecoder, ReferenceModel, Weights
 from export.weights.scheme import Scheme

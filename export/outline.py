@@ -15,7 +15,8 @@ from engines.bundle.precision import COLUMN, Precision
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
 from export.checkpoint.config import ModelConfig
-from export.checkpoint.folder import Checkpoint, dropped_tensors
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
 from export.recipe import Recipe
 
@@ -50,8 +51,8 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
     console.print(table)
     dropped = dropped_tensors(checkpoint, g)
     if dropped:
-        saved = sum(checkpoint.info(name).nbytes for name in dropped)
-        console.print(f"left out, {len(dropped)} tensors of {size(saved)} (bundle.json lists them all):")
+        saved = sum(checkpoint.info(name).nbytes for name in dropped if checkpoint.has(name))
+        console.print(f"left out, {len(dropped)} tensors or files, {size(saved)} (bundle.json lists them all):")
         for reason in dict.fromkeys(dropped.values()):
             names = [name for name in dropped if dropped[name] == reason]
             more = ", ..." if len(names) > 1 else ""

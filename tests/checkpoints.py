@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engines.bundle.geometry import Geometry
-from export.checkpoint.folder import expected_tensors
+from engines.bundle.tensors import expected_tensors
 from export.checkpoint.write_config import write_config
 
 TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"

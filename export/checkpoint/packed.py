@@ -11,8 +11,9 @@ The value is (code - zero) * scale. The formats are those of AutoAWQ (WQLinear_G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from engines.bundle.tensors import expected_tensors, quantised_tensors
 from engines.errors import CheckpointError
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors, require_depth, require_one_tower
 from export.checkpoint.packed_settings import Packing
-from export.checkpoint.shards import TensorInfo
+from export.checkpoint.weight_files import TensorInfo
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: field i of a word is column ORDER[i] of its eight
 PIECE = 1 << 15  # words unpacked at once: they stay in a core's cache
@@ -75,8 +77,8 @@ class PackedCheckpoint(Checkpoint):
             size = sum(part.nbytes for part in parts if part is not None)
             weight = linear.qweight
             shape = (linear.n, linear.k)
-            tensors[official] = TensorInfo(official, weight.file, torch.float32, shape, weight.offset, size)
-        super().__init__(raw.folder, tensors)
+            tensors[official] = replace(weight, name=official, dtype=torch.float32, shape=shape, nbytes=size)
+        super().__init__(raw.folder, tensors, raw.unread)
 
     def packs(self, name: str) -> bool:
         """Whether this weight is packed."""
@@ -154,30 +156,48 @@ class PackedCheckpoint(Checkpoint):
 
 
 def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
-    """The checkpoint in `folder`, whose configuration is `config`: a PackedCheckpoint when it is quantised.
+    """The checkpoint in `folder`, whose configuration is `config`: a PackedCheckpoint when it is quantised. It has all
+    that the model needs, and nothing that the model would not use (see dropped_tensors).
 
-    Raises CheckpointError as Checkpoint.open and PackedCheckpoint do, and when weights and configuration disagree
-    on whether they are packed.
+    Raises CheckpointError as Checkpoint.open, PackedCheckpoint, require and dropped_tensors do, and when weights and
+    configuration disagree on whether they are packed, or on the number of layers.
     """
     raw = Checkpoint.open(folder, config.tower_folder)
+    require_depth(raw, config.geometry)
+    checkpoint = _unpacked(raw, config)
+    checkpoint.require(expected_tensors(config.geometry))
+    require_one_tower(checkpoint, config.tower_folder, config.geometry)
+    dropped_tensors(checkpoint, config.geometry)
+    return checkpoint
+
+
+def _unpacked(raw: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The checkpoint as it is, or its packed weights as weights."""
     packed = [name for name in raw.names if name.endswith(_SUFFIX)]
     if config.packing is None:
         if packed:
             raise CheckpointError(
-                f"{folder}: {len(packed)} packed weights such as {packed[0]}, and nothing says how they are packed",
+                f"{raw.folder}: {len(packed)} packed weights such as {packed[0]}, and nothing says how they are packed",
                 expected="quantization_config in config.json, or quantize_config.json beside it",
                 fix="copy it from where the checkpoint was made",
             )
         return raw
     if not packed:
         raise CheckpointError(
-            f"{folder}: no packed weights, though its configuration says {config.packing.text}",
+            f"{raw.folder}: no packed weights, though its configuration says {config.packing.text}",
             expected="tensors called .qweight, .qzeros and .scales",
             fix="if these are floats, remove the quantisation settings; else complete the download",
         )
-    checkpoint = PackedCheckpoint(raw, config.packing)
-    _require_no_bias(checkpoint, config)
-    return checkpoint
+    largest = max(math.prod(shape) for shape in expected_tensors(config.geometry).values())
+    for name in packed:  # scales and zeros are read whole: no more of them than the model has weights
+        linear = _linear(raw, name.removesuffix(_SUFFIX), config.packing)
+        if linear.n * linear.k > largest:
+            raise CheckpointError(
+                f"{linear.qweight.file}: {name} packs {linear.n} x {linear.k} weights",
+                expected=f"at most {largest}, as many as the largest tensor has by config.json",
+                fix=_DAMAGED,
+            )
+    return PackedCheckpoint(raw, config.packing)
 
 
 def is_packed(checkpoint: Checkpoint, name: str) -> bool:
@@ -258,19 +278,6 @@ def _check_groups(raw: Checkpoint, linear: _Linear, packing: Packing) -> None:
                 f"{linear.qzeros.file}: {linear.qzeros.name} holds zero points other than {2 ** (packing.bits - 1)}",
                 expected=f"none: the configuration says {packing.text}",
                 fix="put what holds into the quantisation settings: sym false (gptq) or zero_point true (awq)",
-            )
-
-
-def _require_no_bias(checkpoint: PackedCheckpoint, config: ModelConfig) -> None:
-    """CheckpointError for a bias the model has no place for. Some packers write zeros, which may be left out."""
-    expected, names = expected_tensors(config.geometry), set(checkpoint.names)
-    for name in filter(checkpoint.packs, expected):
-        bias = f"{name.removesuffix('.weight')}.bias"
-        if bias in names and bias not in expected and checkpoint.tensor(bias).any():
-            raise CheckpointError(
-                f"{checkpoint.info(bias).file}: {bias} is not zero",
-                expected="no such bias in this model (attention_bias in config.json)",
-                fix=_DAMAGED,
             )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engines.bundle.geometry import Geometry, Vision
-from export.checkpoint.folder import TOWER_PREFIX, expected_tensors
+from engines.bundle.tensors import TOWER_PREFIX, expected_tensors
 from export.checkpoint.tower import Pixels
 from export.checkpoint.write_config import write_config
 from export.default_model.questions import TEMPLATE, build_tokenizer

@@ -20,7 +20,7 @@ from engines.errors import ParityError
 from export import second_opinion
 from export.build import BuildOptions, _config, settle
 from export.check import LIMITS
-from export.checkpoint.folder import dropped_tensors
+from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import open_checkpoint
 from export.checkpoint.tokenizer import read_tokenizer
 from export.checkpoint.tower import require_blocks_of

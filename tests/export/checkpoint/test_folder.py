@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines.bundle.tensors import TOWER_PREFIX, expected_tensors
 from engines.errors import CheckpointError
 from export.checkpoint.config import read_config
-from export.checkpoint.folder import TOWER_PREFIX, Checkpoint, dropped_tensors, expected_tensors
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.leftovers import dropped_tensors
 from export.network.decoder import FlexDecoder, PageProjector
 from export.network.vision import Encoder
 from tests.geometries import official, tiny
@@ -111,7 +113,7 @@ def test_a_file_that_goes_away(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save(tmp_path, "safetensors single", {"x": torch.ones(2)}))
     (tmp_path / "model.safetensors").unlink()
     for read in (checkpoint.tensor, lambda name: next(checkpoint.chunks(name))):
-        with pytest.raises(CheckpointError, match="x cannot be read"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is missing[\s\S]*has gone"):
             read("x")
 
 
@@ -158,7 +160,8 @@ def test_parity_weights(weights: Path) -> None:
     needed = expected_tensors(geometry)
     checkpoint.require(needed)
     dropped = dropped_tensors(checkpoint, geometry)
-    assert len(dropped) + len(needed) == len(checkpoint.names)
+    assert sorted(set(dropped) - {"clip/model.safetensors"}) == sorted(set(checkpoint.names) - set(needed))
+    assert dropped["clip/model.safetensors"] == "file not read: the checkpoint has a vision tower of its own"
     reasons = list(dropped.values())
     assert sum("reads no pages" in reason for reason in reasons) == 2 * 9
     assert sum("after the selected" in reason for reason in reasons) == 16
@@ -181,7 +184,8 @@ def test_tower_from_its_own_folder(weights: Path, tmp_path: Path) -> None:
     checkpoint.require(expected_tensors(geometry))
     assert not any("text_model" in name for name in checkpoint.names)
     constant = f"{TOWER_PREFIX}vision_model.embeddings.position_ids"
-    assert dropped_tensors(checkpoint, geometry)[constant] == "constant table, computed instead"
+    assert dropped_tensors(checkpoint, geometry)[constant] == "constant table, equal to what is computed instead"
+    assert dropped_tensors(checkpoint, geometry)["clip/pytorch_model.bin: text_model.x"] == "not of the vision model"
     name = "vision_model.embeddings.class_embedding"
     assert torch.equal(checkpoint.tensor(TOWER_PREFIX + name), tower[name])
     assert set(checkpoint.identity()["files"]) == {"model.safetensors", "clip/pytorch_model.bin"}
@@ -200,17 +204,6 @@ def test_expected_names_are_those_of_the_modules() -> None:
             states = [module(geometry).state_dict() for module in (Encoder, FlexDecoder, PageProjector)]
         shapes = {name: tuple(value.shape) for state in states for name, value in state.items()}
         assert expected_tensors(geometry) == shapes
-
-
-def test_dropped_reasons(tmp_path: Path) -> None:
-    geometry = tiny(tied_embeddings=True)
-    names = ["lm_head.weight", "model.image_newline", "model.layers.0.self_attn.rotary_emb.inv_freq"]
-    checkpoint = Checkpoint.open(save(tmp_path, "torch single", {name: torch.ones(1) for name in names}))
-    assert dropped_tensors(checkpoint, geometry) == {
-        "lm_head.weight": "shared with model.embed_tokens.weight",
-        "model.image_newline": "unknown to this model",
-        "model.layers.0.self_attn.rotary_emb.inv_freq": "constant table, computed instead",
-    }
 
 
 def test_require_lists_every_problem(tmp_path: Path) -> None:
@@ -341,7 +334,7 @@ def test_unsafe_pickles_never_run(tmp_path: Path) -> None:
             return (exec, (f"open({str(mark)!r}, 'w')",))
 
     save(tmp_path, "torch single", {"a": Marked()})
-    with pytest.raises(CheckpointError, match="safe loader refuses"):
+    with pytest.raises(CheckpointError, match="exec, which is no part of a plain tensor"):
         Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Marked()}))
     with pytest.raises(CheckpointError, match="not a zip archive"):
@@ -359,7 +352,7 @@ def test_legacy_torch_format(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"a": torch.ones(3, 2).t()}, "a is not contiguous"),
-        ({"a": torch.ones(2).to_sparse()}, "a is not contiguous"),
+        ({"a": torch.ones(2).to_sparse()}, "_rebuild_sparse_tensor|_get_layout"),
         ({"a": {"b": torch.ones(2)}}, "a is a dict"),
         (torch.ones(2), "holds a Tensor"),
     ],
@@ -391,10 +384,10 @@ def test_archive_of_an_older_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("compression", "replaced", "message"),
     [
-        (zipfile.ZIP_DEFLATED, {}, "not where torch places it|safe loader refuses"),
+        (zipfile.ZIP_DEFLATED, {}, "compressed"),
         (zipfile.ZIP_STORED, {"byteorder": b"big"}, "big-endian"),
-        (zipfile.ZIP_STORED, {"0": b"short"}, "not where torch places it|safe loader refuses"),
-        (zipfile.ZIP_STORED, {"data.pkl": b"junk"}, "safe loader refuses"),
+        (zipfile.ZIP_STORED, {"0": b"short"}, "storage is 5 bytes[\\s\\S]*400 bytes"),
+        (zipfile.ZIP_STORED, {"data.pkl": b"junk"}, "not a state dict"),
     ],
 )
 def test_repacked_archives(tmp_path: Path, compression: int, replaced: dict[str, bytes], message: str) -> None:

@@ -318,7 +318,7 @@ SHAPE = (64, 64)
         (AWQ, {"qzeros": torch.zeros(2, 4, dtype=torch.int32)}, "qzeros has the shape"),
         (AWQ, {"scales": torch.ones(4, 64).half()}, "scales has the shape"),
         (AWQ, {"qzeros": torch.zeros(2, 8, dtype=torch.int32)}, "zero points other than 8"),
-        (AWQ, {"bias": torch.ones(64).half()}, "bias is not zero"),
+        (AWQ, {"bias": torch.ones(64).half()}, "bias that is not zero"),
         (AWQ, {"scales": torch.zeros(2, 64).half()}, "scales holds 0 "),
         (AWQ, {"scales": torch.full((2, 64), float("nan")).half()}, "holds nan"),
         (AWQ, {"scales": torch.full((2, 64), 9e3).half()}, "holds 9000"),

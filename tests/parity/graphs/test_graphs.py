@@ -12,7 +12,7 @@ import pytest
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.precision import PRECISIONS
-from export.checkpoint.folder import expected_tensors
+from engines.bundle.tensors import expected_tensors
 from export.graph.bind import STABLE_SINCE_20
 from tests.geometries import official
 
