@@ -12,8 +12,8 @@ from rich.console import Console
 
 from export.build import BuildOptions, SizingRequest, build, print_sizes
 from export.checkpoint.config import read_config
+from tests.export.public_checkpoint import FILES, SMALL, config, tensors, write_public_checkpoint
 from tests.geometries import official
-from tests.public_checkpoint import FILES, SMALL, config, tensors, write_public_checkpoint
 
 TOWER = "openai/clip-vit-large-patch14-336"
 # What a build says when something is not as it should be, or not obeyed.
