@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class Engine(InOneProcess):
             image_tokens=self.geometry.image_tokens,
             ends=prompt.eos_token_ids,
         )
-        self._views = weakref.WeakSet[ImageView]()
+        self._views, self._changing = weakref.WeakSet[ImageView](), threading.Lock()
         self.model: Model[Any] = open_model(opened, Opening(backend, device, threads))
         _models.add(self.model)
 
@@ -83,8 +84,10 @@ class Engine(InOneProcess):
     def close(self) -> None:
         """Free the model and close every view of it; neither can be asked again (OptionError). An answer that runs goes
         on, and keeps what it needs until it is read or dropped. Closing twice is allowed."""
-        vars(self).pop("model", None)
-        for view in list(self._views):
+        with self._changing:
+            vars(self).pop("model", None)
+            views = list(self._views)
+        for view in views:
             view.close()
         release_freed()
 
@@ -124,8 +127,13 @@ class Engine(InOneProcess):
         `generate`. ImageError for an image that cannot be read, OptionError when the engine is closed.
         """
         self._require_own_process()
-        if "model" not in vars(self):
+        model = vars(self).get("model")
+        if model is None:
             raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
-        view = ImageView(self.model, self.prompter, self.manifest, image, exif=exif)
-        self._views.add(view)
+        view = ImageView(model, self.prompter, self.manifest, image, exif=exif)
+        with self._changing:
+            self._views.add(view)
+            closed = "model" not in vars(self)  # by another thread, which has not seen this view
+        if closed:
+            view.close()
         return view

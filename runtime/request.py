@@ -18,6 +18,8 @@ from runtime.prompt import Prompter
 from runtime.sampling import Sampling
 
 MOST_TOKENS = 2**31 - 1  # of an answer, as a number; how many fit is the bundle's context
+# Not "build with a larger --context": most bundles have all that their model has, and the build would refuse more.
+SHORTEN = "shorten the prompt; a bundle built with --context takes more when built without"
 STOP_STRINGS, STOP_LENGTH = 64, 1024  # each token is compared with all of them
 
 
@@ -158,7 +160,7 @@ def read_request(
         raise PromptError(
             f"a prompt of {len(ids)} tokens (image included) and up to {options.max_new_tokens} answer tokens",
             expected=f"at most {geometry.context} tokens together",
-            fix=f"max_new_tokens={left}" if left > 0 else "shorten the prompt, or build with a larger --context",
+            fix=f"max_new_tokens={left}" if left > 0 else SHORTEN,
         )
     return request
 
@@ -170,7 +172,7 @@ def _check_length(prompt: str, prompter: Prompter, context: int) -> None:
         raise PromptError(
             f"a prompt of {len(prompt)} characters",
             expected=f"at most {most}: {context} tokens of at most {prompter.longest} characters",
-            fix="shorten the prompt, or build with a larger --context",
+            fix=SHORTEN,
         )
 
 

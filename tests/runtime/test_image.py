@@ -202,6 +202,30 @@ def test_a_tiff_of_many_frames_takes_no_time():
     assert time.perf_counter() - begun < 1
 
 
+def test_what_errors_advise_works():
+    """Each fix, done as it says, with the image that got the error."""
+    animated = Image.open(io.BytesIO(frames("GIF")))
+    deep = Image.fromarray(np.full((4, 4), 0x1234, np.uint16))
+    alpha, grey, real = np.dstack([RGB, RGB[..., 0]]), RGB[..., 0], RGB / np.float32(255)
+    for source, fix in (
+        (animated, "image.seek(0); image.convert('RGB')"),
+        (deep, "Image.fromarray((np.asarray(image) >> 8).astype('uint8'))"),
+        (alpha, "array[..., :3]"),
+        (grey, "np.stack([grey] * 3, -1)"),
+        (real, "(255 * array).astype(np.uint8)"),
+        (np.ma.masked_equal(RGB, 0), "array.filled(0)"),
+        (Image.new("1", (10_000, 10_000)), "image.thumbnail((4096, 4096))"),
+    ):
+        with pytest.raises(ImageError) as caught:
+            load_image(source)
+        assert fix in caught.value.fix
+        before, _, last = fix.rpartition("; ")
+        names = {"image": source, "array": source, "grey": source, "np": np, "Image": Image}
+        exec(before, names)
+        made = eval(last, names)
+        assert load_image(source if made is None else made).mode == "RGB"  # thumbnail changes the image itself
+
+
 def test_bytes_of_any_kind():
     data = PNG
     twice = np.repeat(np.frombuffer(data, np.uint8), 2)

@@ -182,6 +182,20 @@ def test_a_view_closed_while_others_ask(engine):
             assert (error is None and same(found.result(), answer)) or "closed" in str(error)
 
 
+def test_an_engine_closed_while_others_ask(bundle):
+    """Each gets its answer or an OptionError."""
+    engine = Engine(bundle)
+    expected = [engine.generate(PHOTO, text, **OPTIONS) for text in QUESTIONS]
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(engine.generate, PHOTO, text, **OPTIONS) for text in QUESTIONS * 8]
+        asked[0].result(60)
+        engine.close()
+    for found, answer in zip(asked, expected * 8, strict=True):
+        error = found.exception()
+        assert (error is None and same(found.result(), answer)) or "closed" in str(error)
+    assert any(found.exception() for found in asked)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_of_an_opened_engine_is_told(bundle):
     """ONNX Runtime's threads do not come along: a run in a fork hangs one time in thirty, and freeing the model
