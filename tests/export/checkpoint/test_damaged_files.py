@@ -309,6 +309,15 @@ def test_the_pickle_must_tell_the_truth_of_its_storages(archive):
             Checkpoint.open(archive.parent)
 
 
+def test_archives_as_of_more_than_4_gb(archive, monkeypatch):
+    """Sizes and places are then in other fields; Python writes these from here on."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    rebuilt(archive, lambda name, data: data)
+    assert b"PK\x06\x06" in archive.read_bytes()
+    checkpoint = Checkpoint.open(archive.parent)
+    assert all(torch.equal(checkpoint.tensor(name), value) for name, value in STATE.items())
+
+
 def test_compressed_archives_are_not_unpacked(archive):
     rebuilt(
         archive, lambda name, data: bytes(64 << 20) if name.endswith("0") else data, compression=zipfile.ZIP_DEFLATED
