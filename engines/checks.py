@@ -16,6 +16,15 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def shown(value: object) -> str:
+    """`value` in a message: its repr, at most 60 characters of it, and its type where there is none. Python does not
+    print integers of more than 4300 digits."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # whatever somebody's __repr__ raises
+        return f"{type(value).__name__} that cannot be printed"
+
+
 @overload
 def require_integer(
     value: object,

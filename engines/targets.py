@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.errors import OptionError
+from plugins.command import run
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    sys.exit(run(lambda: print(markdown())))

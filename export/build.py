@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a script: the packages lie beside this f
 import onnx_ir as ir
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from engines import ort
 from engines.bundle.folder import Bundle
@@ -34,13 +35,15 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.special_tokens import disagreements
+from export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
+from export.checkpoint.tower import require_blocks_of
 from export.fit_report import report, room_for
 from export.graph.bind import for_onnxruntime, for_plugin_free
 from export.graph.quantize import rewrite
 from export.graph.trace import trace
 from export.options import BuildOptions, SizingRequest, parse_arguments
-from export.outline import outline, parity_table, progress_of
+from export.outline import notes_outline, outline, parity_table, progress_of, settings_outline
 from export.recipe import Recipe, settle
 from export.weights.calibrate import Calibration, calibrate_on
 from export.weights.folding import to_bytes
@@ -54,6 +57,7 @@ from plugins.registry import kernels_of_model
 
 KERNELS = "kernels.zip"
 SCALES = "scales.npz"
+TOKENIZER = "tokenizer.json"
 
 
 def build(options: BuildOptions, console: Console | None = None) -> Bundle:
@@ -66,8 +70,13 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     started, versions = perf_counter(), _versions()
     settled = settle(options, _config(options))
     for warning in _warnings(settled):
-        console.print(f"[yellow]{warning}[/]", soft_wrap=True)
+        console.print(warning, soft_wrap=True, markup=False, style="yellow")
+    settings_outline(console, settled.config)
+    tokenizer = read_tokenizer(settled.model, settled.geometry.vocab)
+    notes_outline(console, _notes(settled.config, tokenizer))
     checkpoint = open_checkpoint(settled.model, settled.config)
+    if settled.config.tower_blocks is not None:
+        require_blocks_of(settled.config.tower_blocks, checkpoint.names, settled.model)
     recipe = settled.confirmed(checkpoint)
     outline(console, recipe, checkpoint)
     if recipe.check == "parity":
@@ -77,17 +86,17 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     if recipe.calibrate:
         calibration = calibrate_on(recipe.calibrate, recipe.model, recipe.config, checkpoint, recipe.scheme, console)
     with write_bundle(recipe.folder) as writer:
-        _write(recipe, checkpoint, calibration, versions, writer, console)
+        _write(recipe, checkpoint, calibration, tokenizer, versions, writer, console)
         _check(recipe, Bundle(writer.folder, verify=False), checkpoint, console)
         if recipe.engines and not not_here:
             build_engines(writer.folder, recipe.engines, name=recipe.folder, quiet=console.quiet, warned=True)
     if recipe.engines and not_here:
         there = engines_command("BUNDLE", recipe.engines)
-        console.print(f"[yellow]no engines yet[/]: {not_here}", soft_wrap=True)
-        console.print(f"copy {recipe.folder} to the board and run there: {there}", soft_wrap=True)
-    console.print(
-        f"[bold]{recipe.folder}[/] is ready: {perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
-    )
+        console.print(f"[yellow]no engines yet[/]: {escape(not_here)}", soft_wrap=True)
+        text = f"copy {recipe.folder} to the board and run there: {there}"
+        console.print(text, soft_wrap=True, markup=False)
+    took = f"{perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
+    console.print(f"[bold]{escape(str(recipe.folder))}[/] is ready: {took}")
     return Bundle(recipe.folder, verify=False)
 
 
@@ -98,7 +107,9 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     """
     recipe = settle(request.options, _config(request.options))
     assessment = assess(recipe.configuration(request.batch), room_for(recipe.backend, recipe.engines))
-    report(assessment, recipe.model.resolve().name, console or Console(quiet=True))
+    console = console or Console(quiet=True)
+    report(assessment, recipe.model.resolve().name, console)
+    settings_outline(console, recipe.config)
     return assessment.fits
 
 
@@ -106,6 +117,14 @@ def _config(options: BuildOptions) -> ModelConfig:
     """What the checkpoint says of itself."""
     require_model_folder(options.model)
     return read_config(options.model)
+
+
+def _notes(config: ModelConfig, tokenizer: CheckpointTokenizer | None) -> list[str]:
+    """What of the tokenizer and the settings beside it is not obeyed, for people."""
+    if tokenizer is None:
+        return []
+    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+    return [*tokenizer.notes, *disagreements(config.bos_token_id, config.eos_token_ids, tokenizer.bos_id, eos)]
 
 
 def _warnings(recipe: Recipe) -> list[str]:
@@ -118,6 +137,7 @@ def _write(
     recipe: Recipe,
     checkpoint: Checkpoint,
     calibration: Calibration | None,
+    tokenizer: CheckpointTokenizer | None,
     versions: dict[str, str],
     writer: BundleWriter,
     console: Console,
@@ -130,12 +150,11 @@ def _write(
     parts = {part: _write_part(part, recipe, source, clips, writer, console) for part in PARTS}
     if calibration:
         writer.write(SCALES, iter([to_bytes(calibration.scales)]))
-    tokenizer = convert_tokenizer(recipe.model, writer.folder)
     if tokenizer is not None:
-        writer.add(tokenizer.file)
+        writer.write(TOKENIZER, iter([tokenizer.content]))
     prompt = Prompt(
         config.prompt_template,
-        tokenizer.file if tokenizer else None,
+        TOKENIZER if tokenizer else None,
         tokenizer.bos_id if tokenizer else config.bos_token_id,
         config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
@@ -31,7 +32,8 @@ def room_for(backend: str, engines: EngineOptions | None) -> Room:
 def report(a: Assessment, model: str, console: Console) -> None:
     """Print an assessment: what is needed, whether it fits, how fast it may decode, and what fits instead."""
     c, room = a.configuration, a.room
-    table = Table(box=None, show_header=False, title=_title(c, model, room.name), title_justify="left")
+    title = escape(_title(c, model, room.name))
+    table = Table(box=None, show_header=False, title=title, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
     table.add_column()

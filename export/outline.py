@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,17 +14,37 @@ from engines.bundle.kinds import TRACED, kinds
 from engines.bundle.precision import COLUMN, Precision
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
+from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
 from export.recipe import Recipe
+
+_LISTED = 20  # unknown keys spelt out
+
+
+def settings_outline(console: Console, config: ModelConfig) -> None:
+    """Print what the settings of a checkpoint say that is not obeyed: keys that nobody here knows, and notes."""
+    if config.unknown:
+        names = ", ".join(f"{name:.80}" for name in config.unknown[:_LISTED])
+        more = f", and {len(config.unknown) - _LISTED} more" if len(config.unknown) > _LISTED else ""
+        text = f"config.json: unknown to this project, not obeyed: {names}{more}"
+        console.print(text, soft_wrap=True, markup=False, style="yellow")
+    notes_outline(console, config.notes)
+
+
+def notes_outline(console: Console, notes: Iterable[str]) -> None:
+    """Print notes, each on a line."""
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Print what a build is about to write and to leave out, what a request will need, and what the recipe implies."""
     g, c, precision, scheme = recipe.geometry, recipe.configuration(), recipe.precision, recipe.scheme
     parity_check = parity_bytes(g, precision, scheme, recipe.calibrate is not None)
-    table = Table("part", "files", "weights", title=f"{recipe.model} -> {recipe.folder} ({precision})")
+    title = escape(f"{recipe.model} -> {recipe.folder} ({precision})")
+    table = Table("part", "files", "weights", title=title)
     for part, weights in weight_bytes(c).items():
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
@@ -35,9 +55,8 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
         console.print(f"left out, {len(dropped)} tensors or files, {size(saved)} (bundle.json lists them all):")
         for reason in dict.fromkeys(dropped.values()):
             names = [name for name in dropped if dropped[name] == reason]
-            console.print(
-                escape(f"  {len(names)} x {reason}: {names[0]}" + (", ..." if len(names) > 1 else "")), soft_wrap=True
-            )
+            more = ", ..." if len(names) > 1 else ""
+            console.print(f"  {len(names)} x {reason}: {names[0]:.200}{more}", soft_wrap=True, markup=False)
     console.print(
         f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
         f"hi-res pages {size(store_bytes(c))}; "

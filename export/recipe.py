@@ -89,6 +89,7 @@ class Recipe:
             "backend": self.backend,
             "check": self.check,
             "floats": list(scheme.floats) if scheme else [],
+            "not_obeyed": list(self.config.unknown),
             "calibration": calibration,
         }
         if self.engines:
@@ -128,11 +129,25 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
 def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     """The checkpoint's geometry with what the options change."""
     if options.page_budget is not None and not 0 <= options.page_budget <= g.pages:
-        raise OptionError(f"--page-budget {options.page_budget}", expected=f"0 .. {g.pages}, this model's pages")
+        raise OptionError(
+            f"--page-budget {options.page_budget}",
+            expected=f"0 .. {g.pages}, this model's pages",
+            fix=f"--page-budget {min(max(options.page_budget, 0), g.pages)}",
+        )
     context = g.context if options.context is None else options.context
     least = g.image_tokens + 2 * STEPS  # room for a question and an answer
+    if least > g.context:
+        raise OptionError(
+            f"this model's context of {g.context} tokens",
+            expected=f"at least {least}: {g.image_tokens} of an image, and a short question and answer",
+            fix="use a model of a larger context",
+        )
     if not least <= context <= g.context:
-        raise OptionError(f"a context of {context} tokens", expected=f"{least} .. {g.context} for this model")
+        raise OptionError(
+            f"a context of {context} tokens",
+            expected=f"{least} .. {g.context} for this model",
+            fix=f"--context {min(max(context, least), g.context)}",
+        )
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")

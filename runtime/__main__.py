@@ -16,7 +16,7 @@ from engines.errors import OptionError
 from engines.open import DEVICES
 from plugins import command
 from runtime.engine import Engine
-from runtime.image import load_image
+from runtime.image import EXIF, load_image
 from runtime.request import Options
 from runtime.show import draw_selection
 
@@ -37,7 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=default.top_p, help="sample from the likeliest tokens up to this probability")
     add("--seed", type=int, default=default.seed, help="of the sampling")
     add("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    add(
+        "--special-tokens",
+        action="store_true",
+        default=default.special_tokens,
+        help="read </s>, <image> and the like in the question as control tokens, as the official code does",
+    )
     add("--page-budget", type=int, default=default.page_budget, help="pages each layer reads at most; None = bundle's")
+    add("--no-exif", dest="exif", action="store_false", default=EXIF, help="leave a photo as stored, not upright")
     add("--show", type=Path, metavar="PNG", help="write the image with the pages each answer token looked at")
     add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
@@ -48,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     """Stream the answer to stdout, then its cost to stderr. Raises a FlexError."""
-    image = None if given.image == "none" else load_image(given.image)
+    image = None if given.image == "none" else load_image(given.image, exif=given.exif)
     if given.show is not None and image is None:
         raise OptionError("--show without an image", fix="name an image, or leave --show out")
     if given.show is not None:
@@ -66,8 +73,9 @@ def run(given: argparse.Namespace) -> None:
         captions = [engine.prompter.decode([token]) for token in answer.token_ids]
         try:
             draw_selection(image, answer.trace.cells, captions).save(given.show)
-        except OSError as error:
-            raise OptionError(f"--show {given.show}: cannot be written: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: more pixels than the format has room for
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise OptionError(f"--show {given.show}: cannot be written: {why}") from error
         print(f"wrote {given.show}", file=sys.stderr)
 
 
@@ -76,9 +84,10 @@ def _require_writable(picture: Path) -> None:
     folder = picture.absolute().parent
     if not folder.is_dir():
         raise OptionError(f"--show {picture}: no such folder", fix=f"mkdir -p {picture.parent}")
-    if picture.is_dir() or not os.access(folder, os.W_OK):
+    ordinary = picture.is_file() or not os.path.lexists(picture)  # a pipe would wait for who reads it
+    if not ordinary or not os.access(picture if picture.exists() else folder, os.W_OK):
         raise OptionError(f"--show {picture}: cannot be written", expected="a file name in a folder of yours")
-    if picture.suffix.lower() not in PIL.Image.registered_extensions():
+    if PIL.Image.registered_extensions().get(picture.suffix.lower()) not in PIL.Image.SAVE:
         raise OptionError(f"--show {picture}: {picture.suffix or 'no suffix'}", expected="a picture: .png, .jpg, .webp")
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from engines.backend import Step
 from engines.bundle.geometry import Geometry
-from runtime.prompt import TextStream
 from runtime.request import Request
 from runtime.stats import Clock, Stats
+from runtime.text import TextStream
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from engines.backend import Decoder
-from engines.errors import OptionError
+from engines.errors import BackendError, OptionError
 from runtime.answer import Answer, Draft
 from runtime.request import Request
 from runtime.sampling import Sampler
@@ -62,28 +65,70 @@ def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
     draft.finish(cache.reused)
 
 
-class Stream:
+class InOneProcess:
+    """Base of what belongs to the process that made it: it holds open files, threads, or memory of a device."""
+
+    def __init__(self) -> None:
+        """Remember the process."""
+        self._process = os.getpid()
+
+    def _require_own_process(self) -> None:
+        """BackendError in a fork of the process: threads of ONNX Runtime do not come along, and a run may wait for them
+        for ever; nor does what a driver knows of the GPU."""
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"{type(self).__name__} of process {self._process}, of which this is a fork",
+                expected="a bundle opened after the fork",
+                fix="open an Engine(path) in each process; with multiprocessing, start them by 'spawn'",
+            )
+
+    def __reduce__(self) -> NoReturn:
+        """What pickle and copy ask for. Always raises OptionError."""
+        raise OptionError(
+            f"{type(self).__name__} cannot be pickled or copied: it belongs to this process",
+            fix="send the bundle's path, and open an Engine(path) in each process",
+        )
+
+
+class Stream(InOneProcess):
     """A running answer: iterate for text pieces, `answer()` for the whole. Nothing runs before the first is asked for.
 
-    A stream that is dropped half-way gives its cache back.
+    One thread reads at a time; who asks while another does gets an OptionError, and the other goes on. A stream that is
+    dropped half-way gives its cache back.
     """
 
     def __init__(self, lent: AbstractContextManager[Cache], draft: Draft) -> None:
         """Arguments of `decode`."""
+        super().__init__()
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
         self._draft, self._pieces = draft, decode(lent, draft)
+        self._reading = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._one_reader():
+            return next(self._pieces)
 
     def answer(self) -> Answer:
         """Run to the end and return the whole answer. Raises what `Engine.generate` does while it runs, and OptionError
         for an answer that an error has cut off before."""
-        for _ in self._pieces:
-            pass
+        with self._one_reader():
+            for _ in self._pieces:
+                pass
         if self._draft.answer is None:
             raise OptionError("this answer was cut off", fix="ask again")
         return self._draft.answer
+
+    @contextmanager
+    def _one_reader(self) -> Iterator[None]:
+        self._require_own_process()
+        if not self._reading.acquire(blocking=False):
+            raise OptionError(
+                "this answer is being read by another thread", expected="one reader", fix="ask once for each reader"
+            )
+        try:
+            yield
+        finally:
+            self._reading.release()

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
-from engines.errors import BundleError
+from engines.errors import BundleError, OptionError
+from engines.memory import release_freed
 from engines.open import open_model
 from runtime.answer import Answer
-from runtime.decode import Stream
-from runtime.image import ImageSource
+from runtime.decode import InOneProcess, Stream
+from runtime.image import EXIF, ImageSource
 from runtime.prompt import Prompter
 from runtime.view import ImageView
 
+_models = weakref.WeakSet[Model[Any]]()  # all that live
 
-class Engine:
-    """An opened bundle. Not thread-safe: one request at a time. No request leaves anything behind for the next.
 
-    manifest, geometry: of the bundle. prompter: its text side. model: its three parts, opened.
+def _keep_models() -> None:
+    """In a fork: never free the parent's models. ONNX Runtime would wait for threads that are not there, or crash."""
+    for model in list(_models):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_models)
+
+
+class Engine(InOneProcess):
+    """An opened bundle, until it is closed: `with Engine(path) as engine: ...`, or `engine.close()`.
+
+    No request leaves anything behind for the next. With ONNX Runtime several threads may ask at the same time, each
+    reading the answer it asked for; with TensorRT one request runs at a time. An engine belongs to its process: it
+    cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in each process.
+
+    manifest, geometry: of the bundle. prompter: its text side. model: its three parts, opened; gone once it is closed.
     """
 
     def __init__(
@@ -34,6 +53,7 @@ class Engine:
     ) -> None:
         """Open a bundle folder. `backend`, `device`, `threads`: see Opening. `verify`: check the SHA-256 of every file,
         which takes about 10 s for 13 GB. Raises BundleError, BackendError, TokenizerError."""
+        super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
         opened = Bundle(bundle, verify=verify)
@@ -46,8 +66,25 @@ class Engine:
             bos_id=prompt.bos_token_id,
             vocab=self.geometry.vocab,
             image_tokens=self.geometry.image_tokens,
+            ends=prompt.eos_token_ids,
         )
+        self._views = weakref.WeakSet[ImageView]()
         self.model: Model[Any] = open_model(opened, Opening(backend, device, threads))
+        _models.add(self.model)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and close every view of it; neither can be asked again (OptionError). An answer that runs goes
+        on, and keeps what it needs until it is read or dropped. Closing twice is allowed."""
+        vars(self).pop("model", None)
+        for view in list(self._views):
+            view.close()
+        release_freed()
 
     def generate(
         self,
@@ -55,14 +92,16 @@ class Engine:
         prompt: str | None = None,
         *,
         input_ids: Sequence[int] | None = None,
+        exif: bool = EXIF,
         **options: Any,
     ) -> Answer:
         """Answer `prompt` about `image` (path, bytes, PIL image, uint8 array [H, W, 3], or None for text alone).
 
-        `input_ids` instead of `prompt`: raw token ids, -200 where the image goes. `options`: fields of `Options`.
+        `input_ids` instead of `prompt`: raw token ids, -200 where the image goes. `exif`: turn the image upright, as
+        its EXIF block says; False leaves it as it is stored, as the official code does. `options`: fields of `Options`.
         Raises ImageError, PromptError, OptionError or BackendError; the engine stays usable after each.
         """
-        return self.image(image).stream(prompt, input_ids=input_ids, **options).answer()
+        return self.image(image, exif=exif).stream(prompt, input_ids=input_ids, **options).answer()
 
     def stream(
         self,
@@ -70,15 +109,21 @@ class Engine:
         prompt: str | None = None,
         *,
         input_ids: Sequence[int] | None = None,
+        exif: bool = EXIF,
         **options: Any,
     ) -> Stream:
         """Like `generate`, as an iterator of text pieces; `.answer()` then gives the whole answer."""
-        return self.image(image).stream(prompt, input_ids=input_ids, **options)
+        return self.image(image, exif=exif).stream(prompt, input_ids=input_ids, **options)
 
-    def image(self, image: ImageSource | None) -> ImageView:
+    def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.
 
-        Vision and page projection run once, and the cache keeps the prompt up to and including the image. ImageError
-        for an image that cannot be read.
+        Vision and page projection run once, and the cache keeps the prompt up to and including the image. `exif`: see
+        `generate`. ImageError for an image that cannot be read, OptionError when the engine is closed.
         """
-        return ImageView(self.model, self.prompter, self.manifest, image)
+        self._require_own_process()
+        if "model" not in vars(self):
+            raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
+        view = ImageView(self.model, self.prompter, self.manifest, image, exif=exif)
+        self._views.add(view)
+        return view

@@ -1,9 +1,10 @@
-"""Reading an image the way the official scripts do: whatever it is, `convert("RGB")`, if that is faithful."""
+"""Reading an image the way the official scripts do: `convert("RGB")`, if that is faithful; and turned upright."""
 
 from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,45 +14,71 @@ from typing import IO
 import numpy as np
 import PIL.Image
 
-from engines.errors import ImageError
+from engines.checks import shown
+from engines.errors import ImageError, OptionError
+from engines.files import open_file
 
+# What is opened, of what this Pillow knows. Not EPS: for that Pillow runs Ghostscript, a program, on the file. Nor what
+# no camera, phone or web page makes: each is a decoder more that reads what a stranger sends. HEIF is there when an app
+# has registered a plugin of Pillow for it.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF")
+EXIF = True  # the default: images are turned upright
 MAX_PIXELS = 64_000_000  # as decoded; more than any phone's default, less than a decompression bomb
 MAX_SIDE = 16_384  # pixels: padding makes a square of the long side
 EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
+_ORIENTATION = 0x0112  # tag of EXIF
+_TURN = {  # orientation -> what makes it upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
 ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
 
-def load_image(source: ImageSource) -> PIL.Image.Image:
+def load_image(source: ImageSource, *, exif: bool = EXIF) -> PIL.Image.Image:
     """An RGB image from a path, encoded bytes, a PIL image, or a uint8 array [H, W, 3] in RGB order.
 
-    Alpha is dropped, palettes are resolved and CMYK is converted (official: `Image.convert("RGB")`); EXIF rotation is
-    not applied. Raises ImageError for what cannot be read or has no faithful 8-bit RGB reading.
+    Alpha is dropped, palettes are resolved and CMYK is converted (official: `Image.convert("RGB")`). With `exif` the
+    image is turned upright, as viewers show it, where its EXIF block says how; a block that is damaged says nothing.
+    exif=False leaves it as it is stored, as the official code does, save that Pillow itself turns TIFF. Arrays have no
+    EXIF. Raises ImageError for what cannot be read, is none of FORMATS, or has no faithful 8-bit RGB reading.
     """
+    if not isinstance(exif, bool):
+        raise OptionError(f"exif={shown(exif)}", expected="True or False")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, PIL.Image.Image):
         with _typed_errors("the image"):  # an image from Image.open is decoded only now
-            return _checked(source, "the image").convert("RGB")
+            return _converted(source, "the image", exif)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), "the image bytes")
+        with _typed_errors("the image bytes"):  # a memoryview may be released
+            file = io.BytesIO(source if isinstance(source, bytes) else bytes(source))
+        return _decode(file, "the image bytes", exif)
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        try:  # looking is enough for an OSError: a name too long, a parent folder without permission
-            if not path.is_file():
-                what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
-                raise ImageError(f"image {path} {what}", expected="an image file")
-            with open(path, "rb") as file:
-                return _decode(file, str(path))
-        except OSError as error:
-            raise ImageError(
-                f"cannot read {path!s:.200}: {error.strerror or error}",
-                expected="a readable file",
-                fix="check the path and its permissions",
-            ) from error
+        return _from_path(source, exif)
     raise ImageError(
         f"an image of type {type(source).__name__}", expected="path, bytes, PIL.Image or uint8 array [H, W, 3]"
     )
+
+
+def _from_path(source: str | os.PathLike[str], exif: bool) -> PIL.Image.Image:
+    try:
+        path = Path(source)
+        missing = not path.exists()
+    except OSError:  # a name too long, a parent folder without permission: opening it says which
+        missing = False
+    except TypeError as error:  # a path of bytes
+        raise ImageError(f"image {shown(source)}: {error}", expected="a path that is text") from error
+    if missing:
+        raise ImageError(f"image {path!s:.200} does not exist", expected="an image file")
+    with open_file(path, ImageError, fix="check the path and its permissions") as file:
+        return _decode(file, f"{path!s:.200}", exif)
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
@@ -64,29 +91,55 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
     if array.dtype != np.uint8:
         scaled = "(255 * array).astype(np.uint8) for values 0..1" if array.dtype.kind == "f" else None
         raise ImageError(f"an array of {array.dtype}", expected="uint8, 0..255", fix=scaled)
+    if np.ma.is_masked(array):
+        raise ImageError("an array with masked pixels", expected="a value for every pixel", fix="array.filled(0)")
     _check_size(array.shape[1], array.shape[0], "the array")
     return PIL.Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decode(file: IO[bytes], name: str) -> PIL.Image.Image:
+def _decode(file: IO[bytes], name: str, exif: bool) -> PIL.Image.Image:
     """Of an encoded image in `file`, which messages call `name`."""
-    with _typed_errors(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
-        with PIL.Image.open(file) as image:
-            return _checked(image, name).convert("RGB")
+    with _typed_errors(name):
+        PIL.Image.init()  # registers every format
+        with PIL.Image.open(file, formats=[known for known in FORMATS if known in PIL.Image.OPEN]) as image:
+            return _converted(image, name, exif)
+
+
+def _converted(image: PIL.Image.Image, name: str, exif: bool) -> PIL.Image.Image:
+    """`image` as RGB, upright with `exif`; nothing that it says of itself goes with it. Raises ImageError."""
+    rgb = _checked(image, name).convert("RGB")
+    orientation = _orientation(image) if exif else 1  # only now: Pillow turns a TIFF when it decodes it, and says so
+    rgb.info.clear()  # whoever reads the result again must not turn it again
+    turn = _TURN.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """How the pixels lie, 1 .. 8 as EXIF counts; 1, upright, where nothing readable says otherwise."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # whatever Pillow makes of a damaged block: viewers show such an image, too
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 @contextmanager
 def _typed_errors(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an ImageError; a lack of memory is not the image's fault and passes."""
+    """Turn whatever Pillow raises into an ImageError; a lack of memory is not the image's fault and passes.
+
+    Pillow's warnings are dropped: our own limit of pixels is lower, and of a damaged block it warns thousands of times.
+    """
     try:
-        yield
+        with _quiet:
+            yield
     except (ImageError, MemoryError):
         raise
     except PIL.Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image Pillow knows", expected="PNG, JPEG, WebP, BMP, TIFF, ...") from error
+        raise ImageError(
+            f"{name} is not an image that is read here", expected=_READ, fix="save it as a PNG first"
+        ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged data
         raise ImageError(
             f"{name} cannot be decoded: {error}",
@@ -95,14 +148,44 @@ def _typed_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+class _Quiet:
+    """Drops warnings while any thread is inside. Python's own way to, one for each thread, puts back the filters of
+    whoever went in last, and may leave all warnings of the process dropped."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Judged by the header, before any pixel is decoded."""
+    if image.format not in (None, *FORMATS):
+        raise ImageError(
+            f"{name} is of the format {image.format}",
+            expected=_READ,
+            fix="if you trust the file it is from, decode it yourself: image.convert('RGB')",
+        )
     _check_size(*image.size, name)
     # A phone's MPO is one photo with previews behind it; anything else with several frames has no one image.
-    frames = getattr(image, "n_frames", 1)
-    if image.format != "MPO" and frames > 1:
+    if image.format != "MPO" and _has_frames(image):
         raise ImageError(
-            f"{name} has {frames} frames", expected="one", fix="pick one: image.seek(0); image.convert('RGB')"
+            f"{name} has 2 frames or more", expected="one", fix="pick one: image.seek(0); image.convert('RGB')"
         )
     if image.mode not in EIGHT_BIT:
         raise ImageError(
@@ -113,12 +196,23 @@ def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     return image
 
 
+def _has_frames(image: PIL.Image.Image) -> bool:
+    """Whether there is a frame beside this one. Counting all of them takes seconds for a TIFF of 2 MB."""
+    if image.tell():
+        return True
+    # Of a TIFF it is known from the first directory on; the others ask their header, a GIF for the next frame.
+    return bool(getattr(image, "is_animated", False))
+
+
 def _check_size(width: int, height: int, name: str) -> None:
     """ImageError for an image of no pixels, or of too many."""
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels", expected="at least 1 x 1")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise _too_large(name, f"{width} x {height} pixels")
+
+
+_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF"
 
 
 def _too_large(name: str, what: str) -> ImageError:

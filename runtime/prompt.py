@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
-from collections.abc import Callable, Sequence
+import secrets
+import string
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from engines.errors import PromptError, TokenizerError
+from engines.checks import is_integer
+from engines.errors import FlexError, PromptError, TokenizerError
+from engines.files import parse_json, read_file
+from runtime.text import BROKEN, TextStream
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"
+TOKENIZER_LIMIT = 128 << 20  # bytes of a tokenizer.json; the largest in use, of 256,000 tokens, has 34 MB
 _SLOT = "{prompt}"
-_BROKEN = "\ufffd"  # what a decoder shows for the first bytes of a character
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
 
 
@@ -24,7 +34,7 @@ def _replace_each(error: UnicodeError) -> tuple[str, int]:
     """Of `codecs.register_error`: one U+FFFD for every byte that cannot be decoded, and where to go on."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
-    return _BROKEN * (error.end - error.start), error.end
+    return BROKEN * (error.end - error.start), error.end
 
 
 codecs.register_error("flexattention.each", _replace_each)
@@ -34,30 +44,53 @@ class Prompter:
     """The text side of a bundle."""
 
     def __init__(
-        self, tokenizer: Path | None, *, template: str, bos_id: int | None, vocab: int, image_tokens: int
+        self,
+        tokenizer: Path | None,
+        *,
+        template: str,
+        bos_id: int | None,
+        vocab: int,
+        image_tokens: int,
+        ends: Collection[int] = (),
     ) -> None:
-        """`tokenizer`: a tokenizer.json, or None for a bundle that takes raw ids only. `template` holds "<image>" and
-        "{prompt}", each once. `vocab`: rows of the embedding table. Raises TokenizerError when the file cannot be read.
+        """`tokenizer`: a tokenizer.json, or None for a bundle that takes raw ids only; its padding and truncation are
+        ignored. `template` holds "<image>" and "{prompt}", each once. `vocab`: rows of the embedding table. `ends`: ids
+        that end an answer. Raises TokenizerError when the file cannot be read.
         """
         self._template, self._bos_id, self._vocab, self._image_tokens = template, bos_id, vocab, image_tokens
-        try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
-        except Exception as error:  # tokenizers raises plain Exception
-            raise TokenizerError(f"{tokenizer} is no tokenizer: {error}", fix="rebuild the bundle") from error
-        decoder = self._tokenizer.decoder if self._tokenizer else None
-        self._byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
-        added = self._tokenizer.get_added_tokens_decoder() if self._tokenizer else {}
-        self._special = {token for token, entry in added.items() if entry.special}
+        self._tokenizer: Tokenizer | None = None
+        self._plain: _Plain | None = None  # made when a prompt first needs it
+        self._byte_tokens, self._special, self._control = False, set[int](), dict[int, str]()
+        self.longest = 0  # characters of the longest token
+        if tokenizer is None:
+            return
+        data = read_file(tokenizer, TokenizerError, limit=TOKENIZER_LIMIT, fix="rebuild the bundle")
+        settings = parse_json(data, f"{tokenizer}", TokenizerError, fix="rebuild the bundle")
+        with _typed(TokenizerError, f"{tokenizer} is no tokenizer", fix="rebuild the bundle"):
+            opened = Tokenizer.from_buffer(data)
+            opened.no_padding()  # left over from training
+            opened.no_truncation()
+            decoder, added = opened.decoder, opened.get_added_tokens_decoder()
+            self._byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+            self._special = {token for token, entry in added.items() if entry.special}
+            named = {token for token, entry in added.items() if entry.content == PLACEHOLDER}
+            given = {token for token in (bos_id, *ends, _unknown(settings["model"])) if token is not None}
+            texts = {token: opened.id_to_token(token) for token in self._special | named | given}
+            self._control = {token: text for token, text in texts.items() if text}
+            self.longest = max(map(len, opened.get_vocab()), default=0)
+            self._tokenizer = opened
 
-    def encode(self, prompt: str, has_image: bool) -> list[int]:
+    def encode(self, prompt: str, has_image: bool, *, special_tokens: bool = False) -> list[int]:
         """The question in the bundle's template as token ids, -200 for the image.
 
-        A prompt may place "<image>" itself; then the template's own is left out. Official (tokenizer_image_token):
-        the pieces around the image are tokenised apart, and BOS comes once. Raises PromptError.
+        What a user types is text: "</s>" is four characters, and "<image>" a word. With `special_tokens` it is read as
+        the official code reads it: control tokens are those, and a prompt may place "<image>" itself; then the
+        template's own is left out. Official (tokenizer_image_token): the pieces around the image are tokenised apart,
+        each of them whole, and BOS comes once. Raises PromptError.
         """
         if not isinstance(prompt, str):
             raise PromptError(f"a prompt of type {type(prompt).__name__}", expected="str")
-        placed = prompt.count(PLACEHOLDER)
+        placed = prompt.count(PLACEHOLDER) if special_tokens else 0
         if placed > 1:
             raise PromptError(
                 f"{placed} images in the prompt", expected="one image per request", fix="ask once per image"
@@ -75,11 +108,41 @@ class Prompter:
                 expected="text without lone surrogates",
                 fix="decode the prompt as UTF-8, or prompt.encode('utf-16', 'surrogatepass').decode('utf-16')",
             ) from error
+        if special_tokens:
+            pieces = [self._ids(piece) for piece in template.replace(_SLOT, prompt).split(PLACEHOLDER)]
+        else:
+            pieces = [self._ids_of_text(piece, prompt) for piece in template.split(PLACEHOLDER)]
         ids = [] if self._bos_id is None else [self._bos_id]
-        for index, piece in enumerate(template.replace(_SLOT, prompt).split(PLACEHOLDER)):
-            if index:
-                ids.append(IMAGE_TOKEN)
-            ids += self._required().encode(piece, add_special_tokens=False).ids
+        for index, piece in enumerate(pieces):
+            ids += [IMAGE_TOKEN, *piece] if index else piece
+        return ids
+
+    def _ids(self, text: str, tokenizer: Tokenizer | None = None) -> list[int]:
+        """`text` as the tokenizer encodes it, control tokens included."""
+        tokenizer = tokenizer or self._required()
+        fix = "leave out characters the tokenizer does not know, or rebuild with one that has an unknown token"
+        with _typed(PromptError, "the tokenizer cannot encode this prompt", fix=fix):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _ids_of_text(self, piece: str, prompt: str) -> list[int]:
+        """A piece of the template with `prompt` in its slot, where only the template's control tokens are any.
+
+        Piece and prompt are encoded as one, since tokens may span their seam; a prompt without control tokens therefore
+        is encoded as officially, by the same tokenizer.
+        """
+        ids = self._ids(piece.replace(_SLOT, prompt))
+        if _SLOT not in piece or self._control.keys().isdisjoint(ids):
+            return ids
+        own = Counter(self._ids(piece.replace(_SLOT, "")))
+        if not _more(ids, own, self._control):
+            return ids
+        if self._plain is None:
+            with _typed(PromptError, "this tokenizer cannot read control tokens as text", fix=_SPECIAL):
+                self._plain = _without_control(self._required(), self._control)
+        plain = self._plain
+        ids = self._ids(plain.template(piece).replace(_SLOT, prompt), plain.tokenizer)
+        if left := _more(ids, own, {token: text for token, text in self._control.items() if token != plain.unknown}):
+            raise PromptError(f"the tokenizer has no other way to write {left!r} than that token", fix=_SPECIAL)
         return ids
 
     def expand(self, ids: Sequence[int], has_image: bool) -> tuple[np.ndarray, int]:
@@ -87,10 +150,7 @@ class Prompter:
 
         Raises PromptError for ids outside the vocabulary, and unless -200 comes once with an image, never without.
         """
-        try:
-            given = np.asarray(ids)
-        except ValueError:  # lists of different lengths
-            given = np.empty(0)
+        given = _array(ids)
         if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
             raise PromptError(f"input_ids {ids!r:.60}", expected="a non-empty list of integers")
         outside = given[((given < 0) & (given != IMAGE_TOKEN)) | (given >= self._vocab)]
@@ -118,15 +178,13 @@ class Prompter:
         """Token ids -> text, special tokens left out, one U+FFFD for each byte token that is in no whole character (as
         sentencepiece, the official decoder, does). Raises PromptError for a negative id."""
         tokenizer = self._required()
-        try:
-            text = tokenizer.decode(list(ids), skip_special_tokens=True)
-        except OverflowError as error:
-            raise PromptError(f"token ids {list(ids)!r:.60}", expected=f"0 .. {self._vocab - 1}") from error
-        if _BROKEN not in text or not self._byte_tokens:
-            return text
-        # `tokenizers` gives up a whole run of byte tokens for one bad byte, good characters included.
-        tokens = [tokenizer.id_to_token(token) for token in ids if token not in self._special]
-        return str(tokenizer.decoder.decode(_marked([token for token in tokens if token is not None])))
+        with _typed(PromptError, f"token ids {list(ids)!r:.60}", expected=f"0 .. {self._vocab - 1}"):
+            text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+            if BROKEN not in text or not self._byte_tokens:
+                return text
+            # `tokenizers` gives up a whole run of byte tokens for one bad byte, good characters included.
+            tokens = [tokenizer.id_to_token(token) for token in ids if token not in self._special]
+            return str(tokenizer.decoder.decode(_marked([token for token in tokens if token is not None])))
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         """A fresh stream for one answer. Without a tokenizer it stays silent, and stop strings are a PromptError."""
@@ -143,53 +201,85 @@ class Prompter:
         return self._tokenizer
 
 
-class TextStream:
-    """Turns tokens into text pieces as soon as nothing that follows can change them.
+_SPECIAL = "leave it out of the prompt, or pass special_tokens=True (--special-tokens) for the control token"
 
-    Held back: the bytes of an unfinished character, and what may be the beginning of a stop string.
+
+@contextmanager
+def _typed(
+    error: type[FlexError], found: str, *, expected: str | None = None, fix: str | None = None
+) -> Iterator[None]:
+    """`error` for whatever `tokenizers` raises: plain exceptions, and when Rust panics what is no Exception at all."""
+    try:
+        yield
+    except (FlexError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as failure:
+        raise error(f"{found}: {failure!s:.200}", expected=expected, fix=fix) from failure
+
+
+def _array(ids: object) -> np.ndarray:
+    """A list of integers, or an array, as an array; an empty one for anything else."""
+    if hasattr(ids, "__array__"):
+        return np.asarray(ids)
+    # One by one, since NumPy takes True for 1, and would spell out a range inside a list, of whatever length.
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str | bytes | bytearray) and all(map(is_integer, ids))
+    return np.asarray(ids) if listed else np.empty(0)
+
+
+def _unknown(model: Mapping[str, Any]) -> int | None:
+    """Id of the unknown token, from the model's part of a tokenizer.json."""
+    if "unk_id" in model:
+        return None if model["unk_id"] is None else int(model["unk_id"])
+    vocab = model["vocab"]
+    return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else None
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A tokenizer in which every control token has a `name` that nobody can type; see _without_control."""
+
+    tokenizer: Tokenizer
+    names: dict[str, str]
+    unknown: int | None  # id of the unknown token
+
+    def template(self, text: str) -> str:
+        """`text` with the names of its control tokens in their place, the longest where several could be meant."""
+        texts = sorted(self.names, key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, texts)), lambda found: self.names[found[0]], text)
+
+
+def _without_control(tokenizer: Tokenizer, control: Mapping[int, str]) -> _Plain:
+    """The same tokenizer, to which the texts of `control` (id -> text) are letters.
+
+    It is not enough to let them be no added tokens: a Unigram model finds the pieces of its vocabulary in any text. So
+    each gets another name: letters, which normalisers leave alone, drawn at random, so that no prompt can hold them.
     """
+    names = {text: "".join(secrets.choice(string.ascii_lowercase) for _ in range(24)) for text in control.values()}
+    settings = json.loads(tokenizer.to_str())
+    model, unknown = settings["model"], _unknown(settings["model"])
+    for token in settings["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(text, text): index for text, index in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(text, text), *rest] for text, *rest in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    plain = Tokenizer.from_str(json.dumps(settings))
+    moved = [text for index, text in control.items() if plain.token_to_id(names[text]) != index]
+    if moved:
+        raise PromptError(f"the token {moved[0]!r} has another id without its name", fix=_SPECIAL)
+    return _Plain(plain, names, unknown)
 
-    def __init__(self, decode: Callable[[Sequence[int]], str] | None, stop: Sequence[str]) -> None:
-        """`decode`: ids -> text, None without a tokenizer. `stop`: what ends the text, and is no part of it."""
-        self._decode, self._stop = decode, tuple(stop)
-        self._ids: list[int] = []
-        self._text = ""
-        self._shown = 0
-        self.stopped = False
 
-    @property
-    def text(self) -> str | None:
-        """The text so far, cut before a stop string; None without a tokenizer."""
-        return self._text if self._decode else None
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text it settles, often one word, sometimes nothing."""
-        if self._decode is None or self.stopped:
-            return ""
-        self._ids.append(token)
-        # Decoders look at neighbours (leading spaces, byte runs): decode everything, as answers are short.
-        self._text = self._decode(self._ids)
-        found = [at for stop in self._stop if (at := self._text.find(stop)) >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
-            return self._show(len(self._text))
-        stable = len(self._text.rstrip(_BROKEN))
-        return self._show(stable - self._partial_stop(self._text[:stable]))
-
-    def finish(self) -> str:
-        """The rest of the text, when no more tokens come."""
-        return "" if self._decode is None else self._show(len(self._text))
-
-    def _show(self, end: int) -> str:
-        """What lies between the text given so far and `end`, given now."""
-        piece = self._text[self._shown : end]
-        self._shown = max(self._shown, end)
-        return piece
-
-    def _partial_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        ends = (size for stop in self._stop for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
-        return max(ends, default=0)
+def _more(ids: Sequence[int], than: Counter[int], control: Mapping[int, str]) -> str | None:
+    """Text of a control token that `ids` hold more often than `than`; None if there is none."""
+    counts = Counter(ids)
+    return next((text for token, text in control.items() if counts[token] > than[token]), None)
 
 
 def _marked(tokens: Sequence[str]) -> list[str]:
@@ -199,8 +289,8 @@ def _marked(tokens: Sequence[str]) -> list[str]:
         if is_byte:
             text = bytes(int(token[3:5], 16) for token in run).decode("utf-8", "flexattention.each")
             for character in text:
-                whole = character != _BROKEN
-                marked += [f"<0x{byte:02X}>" for byte in character.encode()] if whole else [_BROKEN]
+                whole = character != BROKEN
+                marked += [f"<0x{byte:02X}>" for byte in character.encode()] if whole else [BROKEN]
         else:
             marked += run
     return marked

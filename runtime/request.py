@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from engines.bundle.manifest import Manifest
+from engines.checks import require_integer, shown
 from engines.errors import OptionError, PromptError
 from runtime.prompt import Prompter
-from runtime.sampling import Sampling, is_whole_number
+from runtime.sampling import Sampling
+
+MOST_TOKENS = 2**31 - 1  # of an answer, as a number; how many fit is the bundle's context
+STOP_STRINGS, STOP_LENGTH = 64, 1024  # each token is compared with all of them
 
 
 @dataclass(frozen=True)
@@ -19,8 +26,10 @@ class Options:
     """Options of one request: their names, defaults and ranges.
 
     max_new_tokens: answer tokens at most. temperature: 0 = greedy; top_k (0 = off), top_p (1 = off) and seed need a
-    temperature. stop: strings that end the answer, not part of it. stop_at_eos: end at the model's end token.
-    page_budget: pages each layer reads at most, 0 .. the bundle's; None = the bundle's. trace: keep logits and cells.
+    temperature. stop: a string or several that end the answer, not part of it. stop_at_eos: end at the model's end
+    token. page_budget: pages each layer reads at most, 0 .. the bundle's; None = the bundle's. trace: keep logits and
+    cells. special_tokens: control tokens and "<image>" in the prompt are those, as in the official code; otherwise what
+    a user types is text, whatever it looks like.
     """
 
     max_new_tokens: int = 64
@@ -32,6 +41,20 @@ class Options:
     stop_at_eos: bool = True
     page_budget: int | None = None
     trace: bool = False
+    special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field, and makes Python's numbers of NumPy's, which wrap around. Raises OptionError."""
+        settle, sampling = partial(object.__setattr__, self), self.sampling()  # which checks its own
+        for field in fields(sampling):
+            settle(field.name, getattr(sampling, field.name))
+        most, budget = self.max_new_tokens, self.page_budget
+        settle("max_new_tokens", require_integer(most, f"max_new_tokens={shown(most)}", 1, MOST_TOKENS))
+        settle("page_budget", require_integer(budget, f"page_budget={shown(budget)}", 0, none="the bundle's"))
+        for name in ("stop_at_eos", "trace", "special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={shown(getattr(self, name))}", expected="True or False")
+        settle("stop", _stop_strings(self.stop))
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -40,28 +63,30 @@ class Options:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise OptionError(f"unknown option {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
-        stop = given.get("stop", ())
-        if not isinstance(stop, Iterable):
-            raise OptionError(f"stop={stop!r}", expected="a string or several")
-        options = cls(**{**given, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
-        options._check()
-        return options
+        return cls(**given)
 
     def sampling(self) -> Sampling:
         """The part that chooses tokens."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
-    def _check(self) -> None:
-        self.sampling()  # checks its own
-        if not is_whole_number(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens={self.max_new_tokens!r}", expected="an integer of at least 1")
-        if self.page_budget is not None and (not is_whole_number(self.page_budget) or self.page_budget < 0):
-            raise OptionError(f"page_budget={self.page_budget!r}", expected="an integer of at least 0, or None")
-        for name in ("stop_at_eos", "trace"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r}", expected="True or False")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise OptionError(f"stop={self.stop!r}", expected="non-empty strings")
+
+def _stop_strings(given: object) -> tuple[str, ...]:
+    """Of the option `stop`; OptionError for anything but a string or several, not too many and not too long."""
+    try:
+        if isinstance(given, bytes | bytearray | memoryview):
+            raise TypeError
+        several: Iterable[object] = (given,) if isinstance(given, str) else given  # type: ignore[assignment]
+        found = list(islice(several, STOP_STRINGS + 1))
+    except TypeError:  # nothing to iterate over, or an array without dimensions
+        raise OptionError(f"stop={shown(given)}", expected="a string or several") from None
+    if len(found) > STOP_STRINGS:
+        raise OptionError(f"more than {STOP_STRINGS} stop strings", expected=f"at most {STOP_STRINGS}")
+    for text in found:
+        length = len(text) if isinstance(text, str) else 0
+        if not 0 < length <= STOP_LENGTH:
+            what = f"a stop string of {length} characters" if length else f"stop={shown(given)}"
+            raise OptionError(what, expected=f"non-empty strings of at most {STOP_LENGTH} characters")
+    return tuple(map(str, found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +132,19 @@ def read_request(
     not go with the image (or the lack of one), or leaves no room for the answer in the bundle's context.
     """
     options, geometry = Options.parse(given), manifest.geometry
+    budget, most = options.page_budget, manifest.page_budget
+    if budget is not None and budget > most:
+        raise OptionError(f"page_budget={shown(budget)}", expected=f"at most the bundle's {most}")
     if input_ids is None:
         if prompt is None:
             raise PromptError("no prompt", expected="one of them")
-        input_ids = prompter.encode(prompt, has_image)
+        _check_length(prompt, prompter, geometry.context)
+        input_ids = prompter.encode(prompt, has_image, special_tokens=options.special_tokens)
     elif prompt is not None:
         raise PromptError("both prompt and input_ids", expected="one of them")
+    else:
+        _check_count(input_ids, geometry.context)
     ids, begin = prompter.expand(input_ids, has_image)
-    budget, most = options.page_budget, manifest.page_budget
-    if budget is not None and budget > most:
-        raise OptionError(f"page_budget={budget}", expected=f"at most the bundle's {most}")
     request = Request(
         ids,
         begin,
@@ -133,3 +161,30 @@ def read_request(
             fix=f"max_new_tokens={left}" if left > 0 else "shorten the prompt, or build with a larger --context",
         )
     return request
+
+
+def _check_length(prompt: str, prompter: Prompter, context: int) -> None:
+    """PromptError for text that cannot fit into `context` tokens, before it is made any: tokenising takes memory."""
+    most = context * prompter.longest
+    if isinstance(prompt, str) and prompter.longest and len(prompt) > most:
+        raise PromptError(
+            f"a prompt of {len(prompt)} characters",
+            expected=f"at most {most}: {context} tokens of at most {prompter.longest} characters",
+            fix="shorten the prompt, or build with a larger --context",
+        )
+
+
+def _check_count(input_ids: Sequence[int], context: int) -> None:
+    """PromptError for more ids than `context`, before they are made an array: that of a range takes memory."""
+    try:
+        count = len(input_ids) if isinstance(input_ids, Sized) else 0  # what has no length is refused as no list
+    except OverflowError:
+        count = sys.maxsize
+    except TypeError:  # an array without dimensions
+        count = 0
+    if count > context:
+        raise PromptError(
+            f"{count} input_ids",
+            expected=f"at most {context} tokens, image and answer included",
+            fix="shorten the prompt",
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from engines import checks
+from engines.checks import require_integer, shown
 from engines.errors import BackendError, OptionError
 
 
@@ -22,14 +24,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not _number(self.temperature) or not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise OptionError(f"temperature={self.temperature!r}", expected="a number of at least 0")
-        if not is_whole_number(self.top_k) or self.top_k < 0:
-            raise OptionError(f"top_k={self.top_k!r}", expected="an integer of at least 0 (0 = all tokens)")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
-            raise OptionError(f"top_p={self.top_p!r}", expected="a number above 0, at most 1")
-        if self.seed is not None and (not is_whole_number(self.seed) or self.seed < 0):
-            raise OptionError(f"seed={self.seed!r}", expected="an integer of at least 0, or None")
+        """Checks every field, and makes Python's numbers of NumPy's, which wrap around."""
+        settle = partial(object.__setattr__, self)
+        settle("temperature", require_number(self.temperature, "temperature", "a number of at least 0"))
+        if self.temperature < 0:
+            raise OptionError(f"temperature={shown(self.temperature)}", expected="a number of at least 0")
+        settle("top_k", require_integer(self.top_k, f"top_k={shown(self.top_k)}", 0))  # 0 = all tokens
+        settle("top_p", require_number(self.top_p, "top_p", "a number above 0, at most 1"))
+        if not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p={shown(self.top_p)}", expected="a number above 0, at most 1")
+        settle("seed", require_integer(self.seed, f"seed={shown(self.seed)}", 0, none="a random one"))
         given = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("seed", None)) if getattr(self, name) != off]
         if self.temperature == 0 and given:
             raise OptionError(
@@ -89,10 +93,11 @@ def _nucleus(tokens: np.ndarray, weights: np.ndarray, share: float) -> np.ndarra
     return tokens[order[: int(np.searchsorted(np.cumsum(weights[order]), share * total)) + 1]]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-
-
-def is_whole_number(value: object) -> bool:
-    """Whether `value` is a whole number, numpy's included; True and False are none."""
-    return isinstance(value, np.integer) or checks.is_integer(value)
+def require_number(value: object, name: str, expected: str) -> float:
+    """`value` as one of Python's floats; OptionError, which calls it `name`, unless it is a finite number."""
+    if isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer that no float can be
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    raise OptionError(f"{name}={shown(value)}", expected=expected)

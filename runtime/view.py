@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,26 +14,40 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.pages import margins
 from engines.errors import OptionError
 from runtime.answer import Answer, Draft
-from runtime.decode import Cache, Stream, prefill
-from runtime.image import ImageSource, load_image
+from runtime.decode import Cache, InOneProcess, Stream, prefill
+from runtime.image import EXIF, ImageSource, load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
 from runtime.request import Request, read_request
 from runtime.stats import Clock
 
 
-class ImageView:
-    """One image (or none), encoded when first needed and kept, with a decoder's cache, until the view is closed."""
+class ImageView(InOneProcess):
+    """One image (or none), encoded when first needed and kept, with a decoder's cache, until the view is closed.
 
-    def __init__(self, model: Model[Any], prompter: Prompter, manifest: Manifest, image: ImageSource | None) -> None:
-        """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`: see
-        runtime.image.load_image, or None for text alone. Raises ImageError; computes nothing yet."""
+    Threads may ask one view where they may ask one engine: what they share of it is guarded.
+    """
+
+    def __init__(
+        self,
+        model: Model[Any],
+        prompter: Prompter,
+        manifest: Manifest,
+        image: ImageSource | None,
+        *,
+        exif: bool = EXIF,
+    ) -> None:
+        """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`, `exif`: see
+        runtime.image.load_image; no image for text alone. Raises ImageError; computes nothing yet."""
+        super().__init__()
         self._prompter, self._manifest = prompter, manifest
         self._model: Model[Any] | None = model
-        self._image = None if image is None else load_image(image)
+        self._image = None if image is None else load_image(image, exif=exif)
+        self._has_image = self._image is not None
         self._features: tuple[Any, Any] | None = None  # of the low-res and of the hi-res tiles, on the device
         self._encoded: Image[Any] | None = None
         self._idle: Cache | None = None  # what no running answer uses
+        self._sharing = threading.RLock()  # of the fields above; a signal handler may close what its thread is using
 
     def __enter__(self) -> ImageView:
         return self
@@ -42,7 +57,8 @@ class ImageView:
 
     def close(self) -> None:
         """Free the features, pages and cache. The view cannot be asked again; an answer that runs goes on."""
-        self._model = self._image = self._features = self._encoded = self._idle = None
+        with self._sharing:
+            self._model = self._image = self._features = self._encoded = self._idle = None
 
     def ask(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Answer:
         """Answer one question; arguments and errors of `Engine.generate`."""
@@ -53,17 +69,20 @@ class ImageView:
 
         A question that cannot be answered is an error here; work begins when the first piece is asked for.
         """
-        model, has_image = self._opened(), self._image is not None
+        model = self._opened()
         request = read_request(
-            prompt, input_ids, options, has_image=has_image, prompter=self._prompter, manifest=self._manifest
+            prompt, input_ids, options, has_image=self._has_image, prompter=self._prompter, manifest=self._manifest
         )
         text, clock = self._prompter.text_stream(request.options.stop), Clock(model.device_ms)
         return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
 
     def _opened(self) -> Model[Any]:
-        """The model; OptionError when the view is closed."""
+        """The model; OptionError when the view is closed, BackendError in a fork."""
+        self._require_own_process()
         if self._model is None:
-            raise OptionError("this image view is closed", fix="ask, and read the answer, inside the `with` block")
+            raise OptionError(
+                "this image view, or its engine, is closed", fix="ask, and read the answer, inside the `with` block"
+            )
         return self._model
 
     @contextmanager
@@ -73,9 +92,11 @@ class ImageView:
         Encodes the image and prefills as far as the view does not hold the results yet, and counts both on `clock`.
         After the block, whatever ends it, the view keeps the decoder for its next question. Raises BackendError.
         """
-        model, prefix = self._opened(), request.prefix
-        image = self._image_at(request.begin, clock)
-        idle, self._idle = self._idle, None  # who asks meanwhile gets another decoder
+        prefix = request.prefix
+        with self._sharing:
+            model = self._opened()
+            image = self._image_at(model, request.begin, clock)
+            idle, self._idle = self._idle, None  # who asks meanwhile gets another decoder
         decoder = idle.decoder if idle is not None and np.array_equal(idle.prefix, prefix) else None
         idle, reused = None, 0  # its memory may be needed
         with clock.stage("prefill"):
@@ -90,12 +111,13 @@ class ImageView:
         try:
             yield cache
         finally:
-            if self._image is not None:
-                self._idle = cache
+            with self._sharing:
+                if self._image is not None:
+                    self._idle = cache
 
-    def _image_at(self, begin: int, clock: Clock) -> Image[Any]:
-        """The encoded image with its first token at position `begin`; what is already there is not computed again."""
-        model = self._opened()
+    def _image_at(self, model: Model[Any], begin: int, clock: Clock) -> Image[Any]:
+        """The encoded image with its first token at position `begin`; what is already there is not computed again.
+        The caller holds `_sharing`."""
         if self._image is None:
             return model.no_image(1)
         if self._features is None:

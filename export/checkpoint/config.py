@@ -8,6 +8,8 @@ Keys of this project, also under `extra`, for models that are not shaped like th
   start_layer      first layer that produces a selection (default 8, hard-coded officially)
   cells            side of the selection grid (default 9, hard-coded officially)
   prompt_template  text with one `<image>` and one `{prompt}` (default: the one of the official evaluation scripts)
+
+What becomes of every other key: config_keys.py. `text_config`, which transformers' own Llava has, may say the same.
 """
 
 from __future__ import annotations
@@ -24,14 +26,32 @@ from engines.bundle.geometry import Geometry, Vision
 from engines.bundle.manifest import is_template
 from engines.checks import require_integer
 from engines.errors import ConfigError
+from export.checkpoint.config_keys import DECODER, EXTRA, rope_theta
 from export.checkpoint.packed_settings import Packing, read_packing
-from export.checkpoint.settings import parse, read_object
-from export.checkpoint.tower import Count, Positive, Tower, read_tower
+from export.checkpoint.settings import (
+    CONTEXT,
+    VOCABULARY,
+    Epsilon,
+    Inner,
+    Layers,
+    Width,
+    parse,
+    read_object,
+    shown,
+)
+from export.checkpoint.special_tokens import TokenIds, as_ids, read_generation, require_in_vocabulary
+from export.checkpoint.tower import Tower, read_tower
 
 PROMPT_TEMPLATE = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. USER: <image>\n{prompt} ASSISTANT:"
 )
+_DIGITS = 9  # of a number under `extra`
+_TEMPLATE = 10_000  # characters of a prompt's template
+_TOWER_NAME = 1_000  # characters of mm_vision_tower: a path
+_PROJECTOR = 16  # linear layers of a projector
+_UNKNOWN = 100  # keys nobody knows
+_HIRES_SIDE = 1_024  # hi-res tokens per side; officially 72. The order of the pages is in memory: 8 MB at this
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,9 @@ class ModelConfig:
     prompt_template: str  # one `<image>`, one `{prompt}`
     tower_folder: Path | None  # where the vision tower's own files are, if anywhere
     packing: Packing | None = None  # how its linear layers are quantised, if they are
+    tower_blocks: int | None = None  # of the vision tower, those after the selected one too; None: not known
+    unknown: tuple[str, ...] = ()  # keys of its settings that this project does not know, and so does not obey
+    notes: tuple[str, ...] = ()  # what else is not obeyed, for people
 
 
 class ConfigJson(BaseModel):
@@ -51,35 +74,40 @@ class ConfigJson(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    vocab_size: Count
-    rms_norm_eps: Positive = 1e-6
-    rope_theta: Positive = 10000.0
-    rope_scaling: Any = None
-    hidden_act: str = "silu"
+    hidden_size: Width
+    intermediate_size: Inner
+    num_hidden_layers: Layers
+    num_attention_heads: Width
+    num_key_value_heads: Width | None = None
+    head_dim: Width | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=VOCABULARY)]
+    rms_norm_eps: Epsilon = 1e-6
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    max_position_embeddings: Count = 2048
-    tokenizer_model_max_length: Count | None = None
+    max_position_embeddings: Annotated[int, Field(gt=0, le=CONTEXT)] = 2048
+    tokenizer_model_max_length: Annotated[int, Field(gt=0)] | None = None  # transformers writes 10^30 for "no limit"
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    mm_vision_tower: Annotated[str, Field(min_length=1)]
+    eos_token_id: TokenIds = 2
+    mm_vision_tower: Annotated[str, Field(min_length=1, max_length=_TOWER_NAME, pattern=r"^[^\x00]*$")]
     mm_vision_select_layer: int
-    mm_vision_select_feature: str = "patch"
     mm_projector_type: str = "linear"
-    mm_hidden_size: Count | None = None
-    mm_use_im_start_end: bool = False
-    image_aspect_ratio: str = "pad"  # the official evaluation scripts always pad
-    extra: Any = None
+    mm_hidden_size: Width | None = None
+    vision_feature_layer: int | None = None  # transformers' own name of mm_vision_select_layer
+    sliding_window: Annotated[int, Field(gt=0)] | None = None
+    use_sliding_window: bool = True  # where there is a window
+    layer_types: list[str] | None = None
+
+
+# What a text_config may repeat.
+_REPEATED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "rms_norm_eps", "attention_bias", "tie_word_embeddings", "max_position_embeddings"),
+)
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read and validate `config.json` of the checkpoint folder `folder`, and the config of its vision tower.
+    """Read and validate `config.json` of the checkpoint folder `folder`, the config of its vision tower, and
+    generation_config.json.
 
     Raises ConfigError, naming the key, when a value is missing, malformed, contradicts another, or asks for something
     this project does not support.
@@ -89,20 +117,49 @@ def read_config(folder: Path) -> ModelConfig:
     extra = parse_extra(raw.get("extra"), path)  # first: most wrong folders are models of another kind
     # null means the default, as in transformers; only the token ids have a meaning for it.
     given = {key: value for key, value in raw.items() if value is not None or key.endswith("token_id")}
+    DECODER.check(given, path)
+    if "text_config" in given and "hidden_size" not in given:
+        raise ConfigError(
+            f"{path}: hidden_size is missing, and there is a text_config: the layout of transformers' own Llava",
+            expected="the official layout: the decoder's settings stand in config.json itself",
+            fix="use the checkpoint as the official training code saved it",
+        )
     config = parse(ConfigJson, given, path)
+    theta = rope_theta(given, path)
     _check_supported(config, extra, path)
-    tower = read_tower(Path(folder), config.mm_vision_tower)
-    geometry = _geometry(config, extra, tower, path)
+    tower = read_tower(Path(folder), config.mm_vision_tower, given.get("vision_config"))
+    geometry = _geometry(config, theta, extra, tower, path)
     _check_geometry(geometry, config, extra, tower, path)
-    eos = config.eos_token_id
+    _check_window(config, geometry, path)
+    repeated = _check_text_config(given, config, theta, path)
+    generation = read_generation(Path(folder), given)
+    bos, eos = config.bos_token_id, as_ids(config.eos_token_id)
+    require_in_vocabulary(() if bos is None else (bos,), config.vocab_size, f"{path}: bos_token_id")
+    require_in_vocabulary(eos, config.vocab_size, f"{path}: eos_token_id")
+    if generation.eos_ids is not None:
+        eos = generation.eos_ids
+        require_in_vocabulary(eos, config.vocab_size, f"{path.parent / 'generation_config.json'}: eos_token_id")
     return ModelConfig(
         geometry=geometry,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        bos_token_id=bos,
+        eos_token_ids=eos,
         prompt_template=_prompt_template(extra, path),
         tower_folder=tower.folder,
         packing=read_packing(Path(folder), raw),
+        tower_blocks=tower.config.num_hidden_layers,
+        unknown=_bounded([*DECODER.unknown(given), *repeated, *tower.unknown, *generation.unknown], path),
+        notes=generation.notes,
     )
+
+
+def _bounded(unknown: list[str], path: Path) -> tuple[str, ...]:
+    """The unknown keys, as messages and a manifest can hold them. ConfigError for more than any model has."""
+    if len(unknown) > _UNKNOWN:
+        raise ConfigError(
+            f"{path}: {len(unknown)} keys are unknown, {shown(unknown[0])} among them",
+            expected=f"the config of a LLaVA-FlexAttention model, with at most {_UNKNOWN} that are",
+        )
+    return tuple(f"{key:.80}" for key in unknown)
 
 
 def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
@@ -114,59 +171,112 @@ def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
         pairs = [item.partition(":") for item in raw.split("#") if item]
         for key, colon, _ in pairs:
             if not colon:
-                raise ConfigError(f"{path}: extra holds {key!r}", expected="key:value pairs joined by #")
+                raise ConfigError(f"{path}: extra holds {shown(key)}", expected="key:value pairs joined by #")
+        twice = [key for key, _, _ in pairs if [each for each, _, _ in pairs].count(key) > 1]
+        if twice:
+            raise ConfigError(f"{path}: extra holds {shown(twice[0])} twice", expected="every key once")
         raw = {key: value for key, _, value in pairs}
     if raw is not None and not isinstance(raw, dict):
-        raise ConfigError(f"{path}: extra is {raw!r}", expected="an object, or key:value pairs joined by #")
+        raise ConfigError(f"{path}: extra is {shown(raw)}", expected="an object, or key:value pairs joined by #")
     if not raw or "zoom_ratio" not in raw:
         raise ConfigError(
             f"{path}: not a FlexAttention checkpoint: extra.zoom_ratio is missing",
             expected='"extra": {"zoom_ratio": "3", ...}',
             fix="use a checkpoint trained with FlexAttention; plain LLaVA has no hi-res projections",
         )
+    named = {f"extra.{key}": value for key, value in raw.items()}
+    EXTRA.check(named, path)
+    unknown = EXTRA.unknown(named)
+    if unknown:
+        raise ConfigError(
+            f"{path}: {', '.join(f'{key:.60}' for key in unknown[:5])}: unknown, also to the official code",
+            expected=f"keys of {', '.join(sorted(key.removeprefix('extra.') for key in EXTRA.used))}",
+            fix="correct the name, or remove the key if the code that trained this checkpoint did not read it either",
+        )
     return dict(raw)
 
 
 def _integer(extra: Mapping[str, Any], key: str, default: int, low: int | None, path: Path) -> int:
     value = extra.get(key, default)
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+    if isinstance(value, str) and re.fullmatch(rf"\s*[+-]?[0-9]{{1,{_DIGITS}}}\s*", value):
         value = int(value)
-    require_integer(value, f"{path}: extra.{key} is {value!r}", low, error=ConfigError)
-    return value
+    high = 10**_DIGITS - 1
+    low = -high if low is None else low
+    return require_integer(value, f"{path}: extra.{key} is {shown(value)}", low, high, error=ConfigError)
 
 
 def _prompt_template(extra: Mapping[str, Any], path: Path) -> str:
     text = extra.get("prompt_template", PROMPT_TEMPLATE)
-    if not isinstance(text, str) or not is_template(text):
+    if not isinstance(text, str) or len(text) > _TEMPLATE or not is_template(text):
         raise ConfigError(
-            f"{path}: extra.prompt_template is {text!r}", expected="text with exactly one <image> and one {prompt}"
+            f"{path}: extra.prompt_template is {shown(text)}",
+            expected=f"text with exactly one <image> and one {{prompt}}, of at most {_TEMPLATE} characters",
         )
     return text
 
 
 def _check_supported(config: ConfigJson, extra: Mapping[str, Any], path: Path) -> None:
-    """Refuse every setting that would change the computation in a way the exporter does not implement."""
-
-    def refuse(key: str, found: Any, supported: str) -> None:
-        raise ConfigError(f"{path}: {key} {found!r} is not supported", expected=supported)
-
-    if config.rope_scaling is not None:
-        refuse("rope_scaling", config.rope_scaling, "null: the official hi-res rotary tables are unscaled")
-    if config.hidden_act != "silu":
-        refuse("hidden_act", config.hidden_act, "silu")
-    if config.image_aspect_ratio != "pad":
-        refuse("image_aspect_ratio", config.image_aspect_ratio, "pad")
-    if config.mm_vision_select_feature != "patch":
-        refuse("mm_vision_select_feature", config.mm_vision_select_feature, "patch (the class token is dropped)")
-    if config.mm_use_im_start_end:
-        refuse("mm_use_im_start_end", True, "false: the image stands in the prompt without marker tokens")
-    if not re.fullmatch(r"linear|mlp([2-9]|[1-9][0-9]+)x_gelu", config.mm_projector_type):
-        refuse("mm_projector_type", config.mm_projector_type, "linear, or mlpNx_gelu with N of at least 2")
-    if "special" in extra:
-        refuse("extra.special", extra["special"], "no such key: it replaces the selection by a random one")
+    """Refuse what is not in the table of keys because it depends on more than its own value."""
+    depth = re.fullmatch(r"mlp([1-9][0-9]?)x_gelu", config.mm_projector_type)
+    if config.mm_projector_type != "linear" and not (depth and 2 <= int(depth[1]) <= _PROJECTOR):
+        raise ConfigError(
+            f"{path}: mm_projector_type {shown(config.mm_projector_type)} is not supported",
+            expected=f"linear, or mlpNx_gelu with N of at least 2 and at most {_PROJECTOR}",
+        )
+    if config.vision_feature_layer not in (None, config.mm_vision_select_layer):
+        raise ConfigError(
+            f"{path}: mm_vision_select_layer is {shown(config.mm_vision_select_layer)}, vision_feature_layer "
+            f"{shown(config.vision_feature_layer)}",
+            expected="the same in both",
+        )
 
 
-def _geometry(config: ConfigJson, extra: Mapping[str, Any], tower: Tower, path: Path) -> Geometry:
+def _check_window(config: ConfigJson, g: Geometry, path: Path) -> None:
+    """ConfigError for a window, or layers of a kind, in which attention does not see the whole context."""
+    window, enough = config.sliding_window, "use a checkpoint whose attention sees all tokens"
+    sees_all = window is None or not config.use_sliding_window or window >= g.context
+    if window is not None and window > g.image_tokens:
+        enough = f"where a context of {window} tokens is enough, make max_position_embeddings {window}"
+    if not sees_all and (config.layer_types is None or "sliding_attention" in config.layer_types):
+        raise ConfigError(
+            f"{path}: sliding_window {window} is not supported",
+            expected=f"null, or at least the context of {g.context} tokens: attention sees all of it",
+            fix=enough,
+        )
+    kinds = {"full_attention"} | ({"sliding_attention"} if window is not None and sees_all else set())
+    others = [kind for kind in config.layer_types or () if kind not in kinds]
+    if others:
+        raise ConfigError(
+            f"{path}: layer_types has {shown(others[0])}", expected="full_attention alone: every layer sees all tokens"
+        )
+
+
+def _check_text_config(given: Mapping[str, Any], config: ConfigJson, theta: float, path: Path) -> list[str]:
+    """ConfigError unless `text_config`, if there is one, says what config.json says; its unknown keys."""
+    text = given.get("text_config")
+    if text is None:
+        return []
+    where = f"{path}: text_config"
+    if not isinstance(text, dict):
+        raise ConfigError(f"{where} is {shown(text)}", expected="an object")
+    text = {key: value for key, value in text.items() if value is not None}
+    DECODER.check(text, where)
+    values = {key: getattr(config, key) for key in _REPEATED} | {"rope_theta": theta}
+    values["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
+    values["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
+    rotary = text.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}
+    said = text | ({"rope_theta": rope_theta(text, where)} if rotary else {})
+    for key, value in values.items():
+        if key in said and said[key] != value:
+            raise ConfigError(
+                f"{where}: {key} is {shown(said[key])}; config.json itself: {shown(value)}",
+                expected="the same in both",
+                fix="remove text_config: the official code does not read it",
+            )
+    return [f"text_config.{key}" for key in DECODER.unknown(text)]
+
+
+def _geometry(config: ConfigJson, theta: float, extra: Mapping[str, Any], tower: Tower, path: Path) -> Geometry:
     heads = config.num_attention_heads
     depth = re.match(r"mlp(\d+)x", config.mm_projector_type)
     limits = [config.max_position_embeddings, config.tokenizer_model_max_length]
@@ -179,7 +289,7 @@ def _geometry(config: ConfigJson, extra: Mapping[str, Any], tower: Tower, path: 
         head_dim=config.head_dim or config.hidden_size // heads,
         vocab=config.vocab_size,
         rms_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
+        rope_theta=theta,
         attention_bias=config.attention_bias,
         tied_embeddings=config.tie_word_embeddings,
         projector_depth=int(depth[1]) if depth else 1,
@@ -208,7 +318,7 @@ def _blocks_needed(select: int, layers: int, path: Path) -> int:
     """How many tower blocks produce `hidden_states[select]`, a list of `layers` + 1 entries, embeddings first."""
     if not -(layers + 1) <= select <= layers:
         raise ConfigError(
-            f"{path}: mm_vision_select_layer is {select}",
+            f"{path}: mm_vision_select_layer is {shown(select)}",
             expected=f"an index from {-(layers + 1)} to {layers}: the vision tower has {layers} blocks",
         )
     return select if select >= 0 else layers + 1 + select
@@ -239,6 +349,11 @@ def _check_geometry(g: Geometry, config: ConfigJson, extra: Mapping[str, Any], t
     highres = _integer(extra, "highres_size", g.lowres * g.zoom, 1, path)
     if highres != g.highres:
         contradiction(f"extra.highres_size is {highres}", f"lowres_size {g.lowres} * zoom_ratio {g.zoom} = {g.highres}")
+    if g.hires_side > _HIRES_SIDE:
+        contradiction(
+            f"extra.zoom_ratio is {g.zoom}: {g.hires_side} hi-res tokens per side",
+            f"at most {_HIRES_SIDE}, of {g.grid} image tokens per side",
+        )
     if g.start_layer > g.layers - 2:
         contradiction(
             f"extra.start_layer is {g.start_layer}",

@@ -23,7 +23,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.precision import BLOCK_SIZES, INT4, INT8, Precision
 from engines.bundle.tensors import HEAD, fitting_blocks, quantised_tensors
 from engines.errors import ConfigError, OptionError
-from export.checkpoint.settings import parse, read_object
+from export.checkpoint.settings import parse, present, read_object, shown
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files that need not name their method
 _BITS = {"awq": (4,), "gptq": (4, 8)}
@@ -125,7 +125,7 @@ def read_packing(folder: Path, config: Mapping[str, Any]) -> Packing | None:
         return _packing(found, Path(folder) / "config.json: quantization_config")
     for name, method in _BESIDE.items():
         path = Path(folder) / name
-        if path.is_file():
+        if present(path):
             return _packing({"quant_method": method} | read_object(path), path)
     return None
 
@@ -138,21 +138,23 @@ def _packing(raw: Any, path: Path) -> Packing:
     method = str(given.get("quant_method")).lower() if isinstance(given, dict) else None
     if method not in _FORMATS:
         fix = f"{_UNPACKED}; if its weights are floats, remove these settings"
-        refuse(f"a checkpoint quantised with {method!r}", "quant_method " + " or ".join(_FORMATS), fix)
+        refuse(f"a checkpoint quantised with {shown(method)}", "quant_method " + " or ".join(_FORMATS), fix)
     s = parse(_Settings, given, path)
     formats = _FORMATS[method]
     format = "marlin" if s.is_marlin_format else (s.format or formats[0]).lower()
     if format not in formats:
-        refuse(f"{method} in the format {format!r}", " or ".join(formats))
+        refuse(f"{method} in the format {shown(format)}", " or ".join(formats))
     if s.bits not in _BITS[method]:
-        refuse(f"{method} with {s.bits} bits", f"{' or '.join(map(str, _BITS[method]))} bits")
+        refuse(f"{method} with {shown(s.bits)} bits", f"{' or '.join(map(str, _BITS[method]))} bits")
     if s.group_size != -1 and s.group_size not in BLOCK_SIZES:
-        refuse(f"group_size is {s.group_size}", f"-1, {', '.join(map(str, BLOCK_SIZES))}")
+        refuse(f"group_size is {shown(s.group_size)}", f"-1, {', '.join(map(str, BLOCK_SIZES))}")
     if s.pack_dtype != "int32":
-        refuse(f"pack_dtype is {s.pack_dtype!r}", "int32")
+        refuse(f"pack_dtype is {shown(s.pack_dtype)}", "int32")
     mixed = [key for key in s.dynamic if not key.startswith("-:")]  # those say what is left out
     if mixed:
-        refuse(f"dynamic: modules like {mixed[0]!r} have settings of their own", "the same bits and groups everywhere")
+        refuse(
+            f"dynamic: modules like {shown(mixed[0])} have settings of their own", "the same bits and groups everywhere"
+        )
     symmetric = s.sym is not False if method == "gptq" else bool(s.sym) or not s.zero_point
     if s.bits == 8 and not symmetric:
         refuse("8 bits with zero points (sym is false)", "sym true: code - zero point has nine bits otherwise")

@@ -7,12 +7,17 @@ whoever encodes adds BOS, and encodes every part of a prompt around `<image>` al
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import TokenizerError
-from export.checkpoint.settings import read_object
+from engines.files import read_file
+from export.checkpoint.settings import present, shown
+from export.checkpoint.special_tokens import SpecialTokens, added_tokens, read_special_tokens
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"  # SentencePiece writes spaces as this character
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # piece types of sentencepiece_model.proto that LLaMA models use
 _BPE = 2  # model type of sentencepiece_model.proto
+_LIMIT = 256 << 20  # bytes of a tokenizer's file; that of 256,000 tokens with their merges has 35 MB
 
 # Texts on which a conversion must agree with SentencePiece: spaces, line ends, digits, prompts, scripts, byte fallback.
 BATTERY = (
@@ -38,31 +44,43 @@ BATTERY = (
 )
 
 
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """The written tokenizer."""
+# Characters that a vocabulary without bytes and without an unknown token has no token for: one of them at least.
+_RARE = ("\U0001f600", "\u4f60", "\u0905", "\U00010348")
 
-    file: str  # name in the output folder
+
+@dataclass(frozen=True)
+class CheckpointTokenizer:
+    """A checkpoint's tokenizer: `content` of a tokenizer.json, the ids of its BOS (None: a prompt has none) and EOS,
+    and `notes` on what was left out or is not obeyed, for people."""
+
+    content: bytes
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    notes: tuple[str, ...]
 
 
-def convert_tokenizer(folder: Path, out: Path) -> TokenizerInfo | None:
-    """Write `out/tokenizer.json` (the folder must exist) from the tokenizer of the checkpoint folder `folder`.
+def read_tokenizer(folder: Path, vocab: int) -> CheckpointTokenizer | None:
+    """The tokenizer of the checkpoint folder `folder`, whose model has `vocab` token ids. Writes nothing.
 
     A `tokenizer.json` is taken over if no `tokenizer.model` contradicts it; otherwise `tokenizer.model` is converted,
     as the official code reads only that. Returns None if the folder has neither: such models take token ids only.
-    Raises TokenizerError for an unreadable or unsupported file, a token id outside the model's vocabulary, and a
-    conversion that does not encode and decode every text of `BATTERY` as SentencePiece does; ConfigError for a broken
-    JSON settings file beside them.
+    A pad token right behind the vocabulary is left out: the official code makes a row for it, which no prompt reads.
+    Raises TokenizerError for an unreadable or unsupported file, settings that contradict each other, a token id outside
+    the vocabulary, and a conversion that does not encode and decode every text of `BATTERY` as SentencePiece does.
     """
-    fast_file, slow_file = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.model"
-    fast = _load_fast(fast_file) if fast_file.is_file() else None
-    slow = _load_slow(slow_file) if slow_file.is_file() else None
-    if fast is not None and (slow is None or not difference(fast, slow)):
+    folder = Path(folder)
+    fast_file, slow_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    notes: list[str] = []
+    settings = read_special_tokens(folder)
+    fast = _load_fast(fast_file, settings, vocab, notes) if present(fast_file) else None
+    slow = _load_slow(slow_file) if present(slow_file) else None
+    with _contained(fast_file):
+        agrees = fast is not None and (slow is None or not difference(fast, slow))
+    if fast is not None and agrees:
         tokenizer, source = fast, fast_file
     elif slow is not None:
-        tokenizer, source = _convert(slow, slow_file), slow_file
+        notes.clear()  # on the other file
+        tokenizer, source = _convert(slow, slow_file, settings, vocab, notes), slow_file
         problem = difference(tokenizer, slow)
         if problem:
             raise TokenizerError(
@@ -72,12 +90,65 @@ def convert_tokenizer(folder: Path, out: Path) -> TokenizerInfo | None:
             )
     else:
         return None
-    _check_vocabulary(tokenizer, source)
-    bos = _token_id(tokenizer, Path(folder), "bos_token", "<s>")
-    eos = _token_id(tokenizer, Path(folder), "eos_token", "</s>")
-    # The library's own save() raises a bare Exception on a full disk.
-    (Path(out) / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    return TokenizerInfo("tokenizer.json", bos, () if eos is None else (eos,))
+    with _contained(source):
+        _check_vocabulary(tokenizer, source, vocab)
+        notes += _check_texts(tokenizer)
+        bos, eos = (_special_id(tokenizer, settings, kind, folder) for kind in ("bos", "eos"))
+        content = tokenizer.to_str(pretty=True).encode()
+    if not settings.adds_bos:
+        bos = None
+    return CheckpointTokenizer(content, bos, () if eos is None else (eos,), (*settings.notes, *notes))
+
+
+@contextmanager
+def _contained(path: Path) -> Iterator[None]:
+    """Whatever the Rust library throws about the file `path`: a plain Exception, or a panic, which is none."""
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        spare = path.suffix == ".json" and present(path.with_name("tokenizer.model"))
+        raise TokenizerError(
+            f"{path}: cannot be used ({error!s:.200})",
+            expected="a tokenizer.json of the tokenizers library",
+            fix="download the file again" + (", or remove it to use tokenizer.model" if spare else ""),
+        ) from None
+
+
+def _special_id(tokenizer: Tokenizer, settings: SpecialTokens, kind: str, folder: Path) -> int | None:
+    """The id of the BOS or EOS ("bos", "eos"). TokenizerError when the settings name one that there is not."""
+    text = getattr(settings, kind)
+    index = tokenizer.token_to_id(text) if text is not None else None
+    if index is None and kind in settings.named:
+        raise TokenizerError(
+            f"{folder}: {kind}_token is {shown(text)}, which the tokenizer does not have",
+            expected="a token of its vocabulary",
+            fix="use the tokenizer that belongs to these settings",
+        )
+    return index
+
+
+def _check_texts(tokenizer: Tokenizer) -> list[str]:
+    """Encode and decode every text of `BATTERY`; notes on characters that a question cannot have. Whatever the library
+    throws comes out, but for a missing unknown token: such a tokenizer serves all texts of its own alphabet."""
+
+    def ids(text: str) -> list[int] | None:
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # a panic is none, and comes out
+            if "unk" not in str(error).lower():
+                raise
+            return None
+
+    for text in BATTERY:
+        tokenizer.decode(ids(text) or [])
+    encoded = {text: ids(text) for text in _RARE}
+    if any(found is None for found in encoded.values()):
+        return ["the tokenizer has no unknown token: a question with a character that it has no token for is refused"]
+    if any(not found for found in encoded.values()):
+        return ["the tokenizer has no unknown token: characters that it has no token for are left out of a question"]
+    return []
 
 
 def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | None:
@@ -99,45 +170,68 @@ def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | Non
     return None
 
 
-def _load_fast(path: Path) -> Tokenizer:
+def _load_fast(path: Path, settings: SpecialTokens, vocab: int, notes: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises nothing more specific
-        raise TokenizerError(
-            f"{path}: cannot be loaded ({error})",
-            expected="a tokenizer.json of the tokenizers library",
-            fix="download the file again, or remove it to use tokenizer.model",
-        ) from None
-    tokenizer.no_truncation()  # left over from training; the runtime checks lengths itself
-    tokenizer.no_padding()
+    data = read_file(path, TokenizerError, limit=_LIMIT)
+    with _contained(path):
+        tokenizer = Tokenizer.from_buffer(data)
+        for token in json.loads(data).get("added_tokens") or ():
+            given = tokenizer.token_to_id(token["content"])
+            if given != token["id"]:  # the library counts on behind its vocabulary, whatever the file says
+                raise TokenizerError(
+                    f"{path}: added token {shown(token['content'])} has id {shown(token['id'])}",
+                    expected=f"id {given}: added tokens follow the vocabulary without gaps",
+                )
+        kept = [(index, token) for index, token in tokenizer.get_added_tokens_decoder().items() if index >= vocab]
+        if [index for index, _ in kept] == [vocab] and settings.is_pad(kept[0][1].content):
+            notes.append(_left_out(kept[0][1].content, vocab))
+            raw = json.loads(tokenizer.to_str())
+            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] != vocab]
+            tokenizer = Tokenizer.from_str(json.dumps(raw))
+        tokenizer.no_truncation()  # left over from training; the runtime checks lengths itself
+        tokenizer.no_padding()
     return tokenizer
 
 
 def _load_slow(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
+    data = read_file(path, TokenizerError, limit=_LIMIT)
     try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError, ValueError) as error:
+        if not data:  # which SentencePiece takes for none given
+            raise ValueError("an empty file")
+        return SentencePieceProcessor(model_proto=data)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise TokenizerError(
-            f"{path}: cannot be loaded ({error})", expected="a SentencePiece model", fix="download the file again"
+            f"{path}: cannot be used ({error!s:.200})", expected="a SentencePiece model", fix="download the file again"
         ) from None
 
 
-def _convert(slow: SentencePieceProcessor, path: Path) -> Tokenizer:
+def _left_out(text: str, index: int) -> str:
+    return f"token {shown(text)}, id {index}, is left out: it pads batches, and the model has no row for it"
+
+
+def _convert(
+    slow: SentencePieceProcessor, path: Path, settings: SpecialTokens, vocab: int, notes: list[str]
+) -> Tokenizer:
     """The SentencePiece model as a Rust tokenizer that treats text the same way."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     proto = ModelProto.FromString(slow.serialized_model_proto())
     _check_kind(proto, path)
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     tokenizer = Tokenizer(
-        models.BPE(vocab, _merges(proto), unk_token=slow.id_to_piece(slow.unk_id()), fuse_unk=True, byte_fallback=True)
+        models.BPE(pieces, _merges(proto), unk_token=slow.id_to_piece(slow.unk_id()), fuse_unk=True, byte_fallback=True)
     )
     prefix = proto.normalizer_spec.add_dummy_prefix
+    if settings.adds_space not in (None, prefix):
+        raise TokenizerError(
+            f"{path.parent}: add_prefix_space is {settings.adds_space}, add_dummy_prefix of {path.name} {prefix}",
+            expected="the same in both",
+            fix="remove add_prefix_space from tokenizer_config.json: the official code does not read it",
+        )
     tokenizer.normalizer = normalizers.Sequence(
         ([normalizers.Prepend(_SPACE)] if prefix else []) + [normalizers.Replace(" ", _SPACE)]
     )
@@ -148,14 +242,20 @@ def _convert(slow: SentencePieceProcessor, path: Path) -> Tokenizer:
     # The official tokenizer, too, reads these in the text as single tokens.
     special = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    for index, content, is_special in _added_tokens(path.parent, len(vocab)):
-        token = AddedToken(content, normalized=False)
-        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
+    for index, content, is_special in added_tokens(path.parent):
+        if index == vocab and settings.is_pad(content):
+            notes.append(_left_out(content, index))
+            continue
+        if index not in range(len(proto.pieces)):
+            token = AddedToken(content, normalized=False)
+            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
         given = tokenizer.token_to_id(content)
         if given != index:
             raise TokenizerError(
-                f"{path.parent}: added token {content!r} has id {index}",
-                expected=f"id {given}: added tokens are new and follow the {len(vocab)} pieces without gaps",
+                f"{path.parent}: added token {shown(content)} has id {index}",
+                expected=f"id {given}: added tokens are new and follow the {len(pieces)} pieces without gaps"
+                if given is not None
+                else f"{shown(tokenizer.id_to_token(index))}, the token of that id in {path.name}",
             )
     return tokenizer
 
@@ -192,40 +292,11 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _added_tokens(folder: Path, pieces: int) -> list[tuple[int, str, bool]]:
-    """(id, text, special) of the tokens that the folder adds behind the SentencePiece vocabulary, by id."""
-    added: dict[int, tuple[str, bool]] = {}
-    try:
-        for content, index in _optional(folder / "added_tokens.json").items():
-            added[int(index)] = (content, True)
-        for index, token in _optional(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-            added[int(index)] = (str(token["content"]), bool(token.get("special", True)))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise TokenizerError(
-            f"{folder}: malformed added tokens", expected="added_tokens.json and tokenizer_config.json of transformers"
-        ) from None
-    return [(index, *added[index]) for index in sorted(added) if index >= pieces]
-
-
-def _check_vocabulary(tokenizer: Tokenizer, source: Path) -> None:
-    size = _optional(source.parent / "config.json").get("vocab_size")
+def _check_vocabulary(tokenizer: Tokenizer, source: Path, vocab: int) -> None:
     text, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if isinstance(size, int) and largest >= size:
+    if largest >= vocab:
         raise TokenizerError(
-            f"{source}: token {text!r} has id {largest}",
-            expected=f"ids below the model's vocab_size {size}",
+            f"{source}: token {shown(text)} has id {largest}",
+            expected=f"ids below the model's vocab_size {vocab}",
             fix="use the tokenizer that belongs to this checkpoint",
         )
-
-
-def _token_id(tokenizer: Tokenizer, folder: Path, key: str, usual: str) -> int | None:
-    """Id of the `key` ("bos_token") that the folder's settings name, else of the `usual` token of LLaMA models."""
-    named = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
-    token = named.get(key, usual)
-    if isinstance(token, dict):  # a serialised AddedToken
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}

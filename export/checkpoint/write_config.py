@@ -15,6 +15,7 @@ def write_config(
     g: Geometry,
     *,
     tower: str = "clip",
+    inside: bool = False,
     spare_blocks: int = 1,
     prompt_template: str = PROMPT_TEMPLATE,
     dtype: str = "float16",
@@ -23,14 +24,17 @@ def write_config(
     """Write config.json into `folder`, which is made if need be, and with it the config of the vision tower.
 
     What a build chooses (lazy_pages, int8_pages) is in neither. tower: a folder to make inside; or the name of a
-    published one, whose numbers are known, and must be g's. spare_blocks: blocks of the tower after the selected one,
-    which nothing needs: the official -2 leaves one. dtype: of the weights. entries: further keys of config.json, or
-    others in place of g's.
+    published one, whose numbers are known, and must be g's. inside: no folder, the tower's config becomes
+    `vision_config`, as where its weights are the checkpoint's own. spare_blocks: blocks of the tower after the selected
+    one, which nothing needs: the official -2 leaves one. dtype: of the weights. entries: further keys of config.json,
+    or others in place of g's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(g, tower, spare_blocks, prompt_template, dtype) | entries
+    config = _config(g, tower, spare_blocks, prompt_template, dtype)
+    config |= {"vision_config": _tower(g, spare_blocks)} if inside else {}
+    config |= entries
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if Path(tower).name in PUBLISHED:
+    if inside or Path(tower).name in PUBLISHED:
         return
     (folder / tower).mkdir(parents=True, exist_ok=True)
     (folder / tower / "config.json").write_text(json.dumps(_tower(g, spare_blocks), indent=1) + "\n")

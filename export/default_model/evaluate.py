@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from export.checkpoint.folder import Checkpoint
 from export.default_model.questions import KINDS, Question, ask, build_tokenizer
 from export.default_model.scenes import Scene, make_scene
 from export.network.reference import ReferenceModel
+from plugins import command
 from runtime import Answer, Engine
 from runtime.preprocess import preprocess
 
@@ -173,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

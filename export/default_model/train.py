@@ -21,6 +21,7 @@ from export.default_model.train_decoder import Whitening
 from export.default_model.train_decoder import train as train_decoder
 from export.default_model.train_vision import Tower, directions, tiles_of
 from export.default_model.train_vision import train as train_vision
+from plugins import command
 
 
 @dataclass(frozen=True)
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))

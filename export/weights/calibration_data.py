@@ -20,13 +20,15 @@ from tokenizers import Tokenizer
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import margins
 from engines.errors import ConfigError, ImageError, OptionError, PromptError
+from engines.files import read_file
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.settings import parse
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime.image import load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter
 
+_LIMIT = 256 << 20  # bytes of the list
 ENDINGS = (".json", ".jsonl")
 FORMAT = '[{"image": "photo.jpg", "question": "what does the sign say?", "answer": "stop"}, ...]'
 
@@ -92,8 +94,8 @@ def data_file(path: Path) -> Path:
 def read_entries(file: Path) -> list[Entry]:
     """Every entry of a file, in order. ConfigError for what is no such list, an empty one, or a bad entry."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(file, ConfigError, limit=_LIMIT, fix="check the file").decode()
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: cannot be read ({error})", expected=FORMAT, fix="check the file") from None
     raw = _parsed(text, file)
     if not raw:
@@ -107,16 +109,16 @@ def _parsed(text: str, file: Path) -> list[Any]:
     try:
         whole = json.loads(text)
         return whole if isinstance(whole, list) else [whole]
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 lines.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(
-                    f"{file}: neither a JSON list nor JSON lines (line {number}: {error})", expected=FORMAT
+                    f"{file}: neither a JSON list nor JSON lines (line {number}: {error!s:.200})", expected=FORMAT
                 ) from None
     return lines
 
@@ -129,9 +131,11 @@ def read_requests(path: Path, model: Path, config: ModelConfig) -> list[Request]
     """
     file = data_file(path)
     entries = read_entries(file)
+    info = read_tokenizer(model, config.geometry.vocab)
     with tempfile.TemporaryDirectory() as folder:
-        info = convert_tokenizer(model, Path(folder))
-        tokenizer = Path(folder) / info.file if info else None
+        tokenizer = Path(folder) / "tokenizer.json" if info else None
+        if info and tokenizer:
+            tokenizer.write_bytes(info.content)
         prompter = Prompter(
             tokenizer,
             template=config.prompt_template,
@@ -172,7 +176,7 @@ def _request(
     try:
         raw: Sequence[int] = entry.input_ids if entry.question is None else prompter.encode(entry.question, True)
         ids, begin = prompter.expand(raw, True)
-        answer = words.encode(entry.answer, add_special_tokens=False).ids if entry.answer else entry.answer_ids or []
+        answer = _ids(words, entry.answer) if words and entry.answer else entry.answer_ids or []
         outside = [token for token in answer if not 0 <= token < g.vocab]
         if outside:
             raise PromptError(f"answer token {outside[0]}", expected=f"0 .. {g.vocab - 1}")
@@ -181,3 +185,11 @@ def _request(
     except PromptError as error:
         raise PromptError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
     return Request(name, folder / entry.image, ids, begin, tuple(answer))
+
+
+def _ids(words: Tokenizer, answer: str) -> list[int]:
+    """The answer as token ids; PromptError for a character that a tokenizer without an unknown token has none for."""
+    try:
+        return list(words.encode(answer, add_special_tokens=False).ids)
+    except Exception as error:  # the Rust library raises nothing more specific
+        raise PromptError(f"the answer {answer!r:.60}: {error!s:.100}", expected="text of the tokenizer's") from error

@@ -22,7 +22,8 @@ from export.build import BuildOptions, _config, settle
 from export.check import LIMITS
 from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import open_checkpoint
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
+from export.checkpoint.tower import require_blocks_of
 from export.network.reference import ReferenceModel
 from tests.campaign.mutate import damaged_bytes, damaged_json, damaged_text
 from tests.campaign.seeds import GEOMETRY
@@ -196,9 +197,10 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
     checkpoint = open_checkpoint(settled.model, settled.config)
     g = settled.geometry
     checkpoint.require(expected_tensors(g))
+    if settled.config.tower_blocks is not None:
+        require_blocks_of(settled.config.tower_blocks, checkpoint.names, copy)
     dropped_tensors(checkpoint, g)
-    (scratch / "out").mkdir()
-    convert_tokenizer(copy, scratch / "out")
+    read_tokenizer(copy, g.vocab)
     asked = second_opinion.request(g)
     ours = second_opinion.of_model(ReferenceModel(g, checkpoint), asked)
     try:

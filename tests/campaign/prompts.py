@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from engines.errors import PromptError
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
 from runtime.prompt import IMAGE_TOKEN, Prompter
 from tests.campaign.mutate import damaged_text
 from tests.campaign.trial import Wrong
@@ -31,7 +31,9 @@ def real_model(folder: Path) -> Path:
     found = find_spec("mistral_common")
     assert found and found.origin, "needs mistral-common<1.9"
     (folder / "tokenizer.model").write_bytes((Path(found.origin).parent / "data" / "tokenizer.model.v1").read_bytes())
-    convert_tokenizer(folder, folder)
+    converted = read_tokenizer(folder, LARGE)
+    assert converted is not None
+    (folder / "tokenizer.json").write_bytes(converted.content)
     return folder
 
 

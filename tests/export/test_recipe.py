@@ -13,7 +13,7 @@ from engines.errors import OptionError
 from engines.trt.options import EngineOptions
 from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig
 from export.checkpoint.packed_settings import Packing
-from export.options import BuildOptions
+from export.options import BuildOptions, parse_arguments
 from export.recipe import Recipe, settle
 from export.weights.scheme import Scheme
 from tests.geometries import official, tiny
@@ -75,11 +75,47 @@ def test_what_a_model_does_not_admit(g, options, text):
         settled(replace(CONFIG, geometry=g), **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context": 4096},
+        {"context": 1},
+        {"context": -5},
+        {"page_budget": 82},
+        {"page_budget": -1},
+        {"projection": "lazy"},
+        {"precision": "int8", "block_size": 64},
+        {"precision": "int4", "quantize_head": True},
+    ],
+    ids=str,
+)
+def test_the_advice_is_taken(options):
+    """What a fix names is an option of the command, and is accepted in place of what was refused."""
+    odd = tiny(attention_bias=True, tied_embeddings=True)
+    model = Path("a/b")
+    config = replace(CONFIG, geometry=odd if options.keys() & {"projection", "precision"} else official())
+    with pytest.raises(OptionError) as caught:
+        settle(BuildOptions(model=model, **options), config)
+    advice = caught.value.fix.split(", or")[0].split()
+    if advice[0] == "leave":  # the last option that was refused
+        command = [f"--{options['precision']}", "--block-size", "16"]
+        assert advice[2:] == ["--quantize-head"]
+    else:
+        command = advice + ([f"--{options['precision']}"] if "precision" in options else [])
+    settle(replace(parse_arguments(command), model=model), config)
+
+
+def test_a_context_that_holds_no_image_and_question():
+    with pytest.raises(OptionError, match="this model's context of 70 tokens") as caught:
+        settled(replace(CONFIG, geometry=tiny(context=70)))
+    assert "at least 72" in caught.value.expected
+
+
 def test_the_record_has_every_knob_and_no_path():
     options = BuildOptions(Path("/a/b"), Path("/c/d"), "int8", 64, calibrate=Path("/e/f"), backend=TENSORRT)
     record = settle(options, CONFIG).record({"examples": 3})
     knobs = {each.name for each in fields(BuildOptions)} - {"engines"}
-    assert set(record) == knobs | {"floats", "calibration", TENSORRT}
+    assert set(record) == knobs | {"floats", "calibration", "not_obeyed", TENSORRT}
     assert (record["model"], record["out"], record["calibrate"]) == ("b", "d", "f")
     assert (record["precision"], record["block_size"], record["page_budget"]) == ("int8", 64, 81)
     assert record[TENSORRT]["batch"] == 1 and record[TENSORRT]["boards"] == []

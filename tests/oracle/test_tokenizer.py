@@ -2,8 +2,9 @@
 
 The model is the one mistral-common ships: 32,000 pieces with byte fallback, built as Llama's is.
 
-Known differences, tested below: SentencePiece knows no special tokens in a text, so a typed "<s>" is letters to it; the
-official (slow) tokenizer and ours read the token. transformers 5 makes its fast Llama tokenizer of a tokenizer.model
+Known differences, tested below: SentencePiece knows no special tokens in a text, so a typed "<s>" is letters to it, and
+to the runtime unless it is asked for special tokens; the official (slow) tokenizer and the tokenizer.json read the
+token. transformers 5 makes its fast Llama tokenizer of a tokenizer.model
 without the scores of the pieces, and so joins the spaces of a run, which SentencePiece does not.
 """
 
@@ -11,13 +12,15 @@ from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from export.checkpoint.tokenizer import convert_tokenizer
+from export.checkpoint.tokenizer import read_tokenizer
+from runtime.prompt import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
 
 SPECIAL = ("<s>", "</s>", "<unk>")
@@ -44,11 +47,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(model, tmp_path_factory) -> Tokenizer:
-    out = tmp_path_factory.mktemp("converted")
-    info = convert_tokenizer(model, out)
-    assert (info.bos_id, info.eos_ids) == (1, (2,))
-    return Tokenizer.from_file(str(out / "tokenizer.json"))
+def ours(model) -> Tokenizer:
+    found = read_tokenizer(model, 32_000)
+    assert (found.bos_id, found.eos_ids, found.notes) == (1, (2,), ())
+    return Tokenizer.from_buffer(found.content)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,53 @@ def test_special_tokens_in_a_text(ours, sentencepiece, slow):
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == slow.encode(text, add_special_tokens=False), text
         assert ids != sentencepiece.encode(text)
+
+
+@pytest.fixture(scope="module")
+def prompter(model, tmp_path_factory) -> Prompter:
+    """The text side of a bundle whose template is the prompt alone."""
+    out = tmp_path_factory.mktemp("prompter")
+    (out / "tokenizer.json").write_bytes(read_tokenizer(model, 32_000).content)
+    options = {"bos_id": None, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
+    return Prompter(out / "tokenizer.json", template="<image>{prompt}", **options)
+
+
+def test_a_prompt_is_text_to_sentencepiece_and_to_the_runtime(prompter, sentencepiece, slow):
+    """Typed special tokens, alone, at either end, in runs and in the words of many scripts, are letters. With
+    special_tokens they are what the official tokenizer makes of them."""
+    rng = np.random.default_rng(5)
+    typed = [*SPECIAL, "<pad>", "<image>", "<0x0A>", "[INST]", "</", "<", ">", "s>", "</s", "<</s>>"]
+    words = [*texts()[::7], " ", "\n", ""]
+    asked = [*typed, *("".join(pair) for pair in product(typed, repeat=2))]
+    for _ in range(400):
+        parts = [words[int(rng.integers(len(words)))] for _ in range(3)]
+        marks = [typed[int(rng.integers(len(typed)))] for _ in range(2)]
+        asked.append("".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True)))
+    specials = 0
+    for text in asked:
+        assert prompter.encode(text, False) == sentencepiece.encode(text), text
+        official = [] if "<image>" in text else [prompter.encode(text, False, special_tokens=True)]
+        assert official in ([], [slow.encode(text, add_special_tokens=False)]), text
+        specials += any(special in text for special in SPECIAL)
+    assert specials > 200
+
+
+def test_ordinary_prompts_are_encoded_as_officially(prompter, slow):
+    for text in texts()[::3]:
+        official = slow.encode(text, add_special_tokens=False)
+        assert prompter.encode(text, False) == prompter.encode(text, False, special_tokens=True) == official, text
+
+
+def test_control_tokens_of_the_template_stay(model, sentencepiece, tmp_path):
+    """Those of a chat template are control tokens around a prompt in which the same are letters."""
+    (tmp_path / "tokenizer.json").write_bytes(read_tokenizer(model, 32_000).content)
+    template = "system</s><s>[INST] <image>\n{prompt} [/INST]</s> said"
+    options = {"bos_id": 1, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
+    prompter = Prompter(tmp_path / "tokenizer.json", template=template, **options)
+    for prompt in ("what?", "a</s>b", "</s>", "<s>x<unk>", "<image>", ""):
+        parts = ("system", "[INST] ", f"\n{prompt} [/INST]", " said")
+        system, begin, asked, end = (sentencepiece.encode(part) for part in parts)
+        assert prompter.encode(prompt, True) == [1, *system, 2, 1, *begin, IMAGE_TOKEN, *asked, 2, *end], prompt
 
 
 def test_fast_tokenizer_of_transformers(ours, fast):

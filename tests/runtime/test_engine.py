@@ -67,12 +67,12 @@ def test_second_question_reuses_the_image_and_equals_a_fresh_call(engine):
 
 
 def test_image_elsewhere_in_the_prompt_is_projected_again(engine):
-    placed = "look at this: <image> what is it?"
+    placed, official = "look at this: <image> what is it?", OPTIONS | {"special_tokens": True}
     with engine.image(PHOTO) as view:
         view.ask(QUESTION, **OPTIONS)
-        moved = view.ask(placed, **OPTIONS)
+        moved = view.ask(placed, **official)
     assert moved.stats.projection_ms > 0 and moved.stats.vision_ms == 0 and moved.stats.reused_tokens == 0
-    assert same(moved, engine.generate(PHOTO, placed, **OPTIONS))
+    assert same(moved, engine.generate(PHOTO, placed, **official))
 
 
 def test_streams_of_one_view_do_not_disturb_each_other(engine):
@@ -229,8 +229,8 @@ BAD = {
     "corrupt image": (ImageError, "not an image", b"\x89PNG but not really", QUESTION, {}),
     "no prompt": (PromptError, "no prompt", PHOTO, None, {}),
     "both prompts": (PromptError, "both", PHOTO, QUESTION, {"input_ids": [1, -200]}),
-    "two images": (PromptError, "2 images", PHOTO, "<image> or <image>?", {}),
-    "image asked for": (PromptError, "no image", None, "<image> what?", {}),
+    "two images": (PromptError, "2 images", PHOTO, "<image> or <image>?", {"special_tokens": True}),
+    "image asked for": (PromptError, "no image", None, "<image> what?", {"special_tokens": True}),
     "image id without image": (PromptError, "no image", None, None, {"input_ids": [1, -200, 4]}),
     "image without id": (PromptError, "no -200", PHOTO, None, {"input_ids": [1, 4]}),
     "two image ids": (PromptError, "2 images", PHOTO, None, {"input_ids": [-200, -200]}),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import Engine
+from runtime import Engine, OptionError, Options
+from runtime.__main__ import parse_arguments
 from runtime.show import DIM, draw_selection
 from tests.paths import ROOT
 from tests.runtime.questions import GEOMETRY, PHOTO, QUESTION
@@ -55,6 +59,140 @@ def test_errors_are_messages(random_model, photo, image, options, text):
     _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
     result = command(bundle, photo if image == "PHOTO" else image, QUESTION, *options)
     assert result.returncode == 1 and text in result.stderr and b"Traceback" not in result.stderr
+
+
+def shell(script: str, bundle: Path, photo: Path, **env: str) -> subprocess.CompletedProcess:
+    """A line of bash in which `ask` is a question that is answered with five tokens."""
+    ask = f"ask() {{ {sys.executable} -m runtime {bundle} {photo} '{QUESTION}' --max-new-tokens 5 \"$@\"; }}"
+    line = ["bash", "-c", f"{ask}; {script}"]
+    return subprocess.run(line, capture_output=True, cwd=ROOT, env=os.environ | env, timeout=120)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("script", "status", "said"),
+    [
+        ("ask | true; exit ${PIPESTATUS[0]}", 141, b""),
+        ("ask --help | true; exit ${PIPESTATUS[0]}", 141, b""),
+        ("ask >/dev/full", 1, b"error: standard output cannot be written: No space left on device\n"),
+        ("ask >&-", 0, b"STATS"),
+        ("ask >&- <&-", 0, b"STATS"),
+        ("ask 2>&-", 0, b""),
+        ("ask 2>/dev/full", 0, b""),
+        ("ask --top-k 5 2>&-", 1, b""),
+        ("ask --top-k 5 2>/dev/full", 1, b""),
+        ("ask --top-k 5 >/dev/full", 1, b"error: top_k with temperature=0"),
+    ],
+)
+def test_standard_streams_of_any_kind(random_model, photo, script, status, said, unbuffered):
+    """A reader that leaves, a full disk, a closed stream: no traceback, and a status that says what became of it. With
+    Python's buffer and without: what could not be written is then not kept."""
+    if "/dev/full" in script and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    result = shell(script, bundle, photo, PYTHONUNBUFFERED=unbuffered)
+    assert result.returncode == status, result.stderr
+    assert b"pages read" in result.stderr if said == b"STATS" else result.stderr.startswith(said)
+    assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr
+    answered = "2>" in script and status == 0  # then there is the answer, and nothing that belongs to the other stream
+    answer = Engine(bundle).generate(photo, QUESTION, max_new_tokens=5).text.encode() + b"\n"
+    assert result.stdout == (answer if answered else b"")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(random_model, photo, encoding, tmp_path):
+    """An answer, and an error, with characters that the encoding does not have."""
+    program = """
+import sys
+from plugins.command import run
+from engines.errors import OptionError
+def work():
+    print("caf\u00e9 \u2605")
+    raise OptionError("no \u2605")
+sys.exit(run(work))
+"""
+    line = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(line, capture_output=True, cwd=ROOT, env=environment, timeout=60)
+    star = "\u2605" if encoding == "utf-8" else "\\u2605"
+    coffee = "caf\\xe9" if encoding == "ascii" else "caf\u00e9"
+    assert result.stdout == f"{coffee} {star}\n".encode(encoding) and result.returncode == 1
+    assert result.stderr == f"error: no {star}\n".encode(encoding)
+
+
+def test_a_photo_is_turned_upright_and_drawn_so(random_model, photo, tmp_path):
+    """Held as a phone holds it: the same answer as the plain photo, and panels in its shape; not with --no-exif."""
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    phone = tmp_path / "phone.png"
+    Image.fromarray(PHOTO).transpose(Image.Transpose.ROTATE_90).save(phone, exif=exif)
+    pictures = {}
+    for name, options in (("photo", [photo]), ("phone", [phone]), ("stored", [phone, "--no-exif"])):
+        source, *rest = options
+        show = tmp_path / f"{name}-shown.png"
+        result = command(bundle, source, QUESTION, "--max-new-tokens", 3, "--show", show, *rest)
+        assert result.returncode == 0, result.stderr
+        pictures[name] = result.stdout, show.read_bytes()
+    assert pictures["photo"] == pictures["phone"] != pictures["stored"]
+
+
+def test_special_tokens_of_a_question(random_model, photo):
+    """Text, unless they are asked for."""
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    asked = (
+        command(bundle, photo, "look: <image> what?", "--max-new-tokens", 5),
+        command(bundle, photo, "look: <image> what?", "--max-new-tokens", 5, "--special-tokens"),
+    )
+    engine = Engine(bundle)
+    for result, special in zip(asked, (False, True), strict=True):
+        expected = engine.generate(photo, "look: <image> what?", max_new_tokens=5, special_tokens=special)
+        assert result.stdout.decode() == f"{expected.text}\n"
+    assert asked[0].stdout != asked[1].stdout
+    assert b"2 images" in command(bundle, photo, "<image><image>", "--special-tokens").stderr
+
+
+def test_a_picture_that_cannot_be_written(random_model, photo, tmp_path):
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/null")
+    for name in ("pipe.png", "device.png", "film.mpg"):
+        result = command(bundle, photo, QUESTION, "--show", tmp_path / name)
+        assert result.returncode == 1 and b"error: --show" in result.stderr and not result.stdout
+
+
+ABSURD = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1",
+    "1" + "0" * 30,
+    "-1" + "0" * 30,
+    "9" * 5000,
+    "",
+    "x",
+    "0x10",
+    "1_0",
+    "\u0667",
+]
+
+
+@pytest.mark.parametrize(
+    "option", ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--page-budget"]
+)
+def test_absurd_numbers(option):
+    """Argparse's own status 2 for what is no number; an OptionError, or a number, for the rest. Nothing else."""
+    for value in ABSURD:
+        try:
+            given = parse_arguments(["bundle", "image", "question", f"{option}={value}"])
+        except SystemExit as error:
+            assert error.code == 2
+            continue
+        named = option.removeprefix("--").replace("-", "_")
+        with contextlib.suppress(OptionError):
+            found = getattr(Options.parse({"temperature": 1.0, named: getattr(given, named)}), named)
+            assert found == getattr(given, named) and math.isfinite(found)
 
 
 def test_panels_light_the_pages_that_were_read():

@@ -62,7 +62,7 @@ def test_answers_as_onnxruntime_does(backend, driver, bundles):
     for image, question, options in (
         (PHOTO, QUESTION, {}),
         (None, "hello", {}),
-        (OTHER, "look at this: <image> what is it?", {"page_budget": 3}),
+        (OTHER, "look at this: <image> what is it?", {"page_budget": 3, "special_tokens": True}),
         (PHOTO, QUESTION, {"page_budget": 0}),
         (PHOTO, QUESTION, {"temperature": 1.5, "seed": 4}),
         (PHOTO, QUESTION, {}),

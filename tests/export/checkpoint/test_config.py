@@ -190,6 +190,7 @@ EXTRA_ERRORS = [
     ("threshold:48", "not a FlexAttention checkpoint"),
     ("zoom_ratio", "key:value"),
     (7, "extra is 7"),
+    ("zoom_ratio:3#zoom_ratio:4", "twice"),
     ({"zoom_ratio": "three"}, "extra.zoom_ratio is 'three'"),
     ({"zoom_ratio": "0"}, "extra.zoom_ratio is 0"),
     ({"zoom_ratio": True}, "extra.zoom_ratio is True"),
@@ -258,17 +259,17 @@ def test_bad_tower(folder: Path, changes: dict, message: str) -> None:
 
 
 def test_unreadable_files(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is missing"):
         read_config(folder)
     make(folder)
     (folder / "clip" / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="is no JSON"):
         read_config(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="a JSON object"):
         read_config(folder)
     (folder / "config.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="is no JSON"):
         read_config(folder)
 
 

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models
 
-from engines.errors import ConfigError, TokenizerError
-from export.checkpoint.tokenizer import BATTERY, TokenizerInfo, convert_tokenizer, difference
-
-TEXT = "the image question answer cat attention curious human What is colour of a 2024 hello über naïve tab\tx"
-
-
-def train(**changes: object) -> bytes:
-    """A SentencePiece model with LLaMA's settings (see the trainer spec of its tokenizer.model), and `changes`."""
-    random.seed(0)
-    model = io.BytesIO()
-    settings = {
-        "vocab_size": 400,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "character_coverage": 0.99,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-        "hard_vocab_limit": False,
-        "num_threads": 1,
-        "minloglevel": 2,
-    }
-    words = TEXT.split(" ")
-    lines = (" ".join(random.choices(words, k=12)) for _ in range(1000))
-    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **{**settings, **changes})
-    return model.getvalue()
+from engines.errors import TokenizerError
+from export.checkpoint.tokenizer import BATTERY, CheckpointTokenizer, difference, read_tokenizer
+from tests.export.checkpoint.sentences import train
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +30,14 @@ def folder(tmp_path: Path, llama_model: bytes) -> Path:
     return folder
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
+def read(folder: Path, vocab: int = 500) -> CheckpointTokenizer:
+    found = read_tokenizer(folder, vocab)
+    assert found is not None
+    return found
 
 
-def load(out: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(out / "tokenizer.json"))
+def load(found: CheckpointTokenizer) -> Tokenizer:
+    return Tokenizer.from_buffer(found.content)
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -79,10 +54,10 @@ def test_battery_covers_what_matters() -> None:
     assert any(ord(letter) > 0xFFFF for text in BATTERY for letter in text)
 
 
-def test_conversion_agrees_with_sentencepiece(folder: Path, out: Path, llama_model: bytes) -> None:
-    info = convert_tokenizer(folder, out)
-    assert info == TokenizerInfo("tokenizer.json", 1, (2,))
-    tokenizer, truth = load(out), SentencePieceProcessor(model_proto=llama_model)
+def test_conversion_agrees_with_sentencepiece(folder: Path, llama_model: bytes) -> None:
+    found = read(folder)
+    assert (found.bos_id, found.eos_ids, found.notes) == (1, (2,), ())
+    tokenizer, truth = load(found), SentencePieceProcessor(model_proto=llama_model)
     assert tokenizer.get_vocab_size() == 400
     assert difference(tokenizer, truth) is None
     random.seed(1)
@@ -93,100 +68,89 @@ def test_conversion_agrees_with_sentencepiece(folder: Path, out: Path, llama_mod
         assert tokenizer.decode(expected) == truth.decode(expected)
 
 
-def test_decodes_any_pieces(folder: Path, out: Path, llama_model: bytes) -> None:
-    convert_tokenizer(folder, out)
-    tokenizer, truth = load(out), SentencePieceProcessor(model_proto=llama_model)
+def test_decodes_any_pieces(folder: Path, llama_model: bytes) -> None:
+    tokenizer, truth = load(read(folder)), SentencePieceProcessor(model_proto=llama_model)
     random.seed(2)
     for _ in range(500):
         pieces = random.choices(range(3 + 256, 400), k=random.randint(0, 12))  # bytes alone need not be valid text
         assert tokenizer.decode(pieces) == truth.decode(pieces)
 
 
-def test_special_tokens_are_single_and_adds_no_bos(folder: Path, out: Path, llama_model: bytes) -> None:
-    convert_tokenizer(folder, out)
-    tokenizer, truth = load(out), SentencePieceProcessor(model_proto=llama_model)
+def test_special_tokens_are_single_and_adds_no_bos(folder: Path, llama_model: bytes) -> None:
+    tokenizer, truth = load(read(folder)), SentencePieceProcessor(model_proto=llama_model)
     expected = [*truth.encode("cat"), 2, *truth.encode("hello"), 1, *truth.encode(" is")]
     assert ids(tokenizer, "cat</s>hello<s> is") == expected
     assert tokenizer.encode("cat").ids == truth.encode("cat")
     assert tokenizer.decode([1, *truth.encode("cat"), 2]) == "cat"
 
 
-def test_no_tokenizer(tmp_path: Path, out: Path) -> None:
-    assert convert_tokenizer(tmp_path, out) is None
-    assert not list(out.iterdir())
+def test_no_tokenizer(tmp_path: Path) -> None:
+    assert read_tokenizer(tmp_path, 400) is None
 
 
-def test_added_tokens(folder: Path, out: Path) -> None:
+def test_added_tokens(folder: Path) -> None:
     write(folder / "added_tokens.json", {"<pad>": 400, "<s>": 1})
     added = {"401": {"content": "<extra>", "special": False}, "2": {"content": "</s>", "special": True}}
     write(folder / "tokenizer_config.json", {"added_tokens_decoder": added, "eos_token": {"content": "<pad>"}})
-    info = convert_tokenizer(folder, out)
-    assert info is not None
-    assert (load(out).get_vocab_size(), info.bos_id, info.eos_ids) == (402, 1, (400,))
-    assert ids(load(out), "<pad><extra>") == [400, 401]
-    assert load(out).decode([400, 401]) == "<extra>"
+    found = read(folder)
+    assert (load(found).get_vocab_size(), found.bos_id, found.eos_ids) == (402, 1, (400,))
+    assert ids(load(found), "<pad><extra>") == [400, 401]
+    assert load(found).decode([400, 401]) == "<extra>"
 
 
 @pytest.mark.parametrize("added", [{"<pad>": 401}, {"cat": 400, "<s>": 401}, {"<pad>": "x"}, {"<pad>": None}])
-def test_bad_added_tokens(folder: Path, out: Path, added: dict) -> None:
+def test_bad_added_tokens(folder: Path, added: dict) -> None:
     write(folder / "added_tokens.json", added)
     with pytest.raises(TokenizerError, match="added token"):
-        convert_tokenizer(folder, out)
+        read(folder)
 
 
-def test_takes_over_a_tokenizer_json(folder: Path, out: Path, tmp_path: Path) -> None:
-    convert_tokenizer(folder, out)
-    ready = load(out)
+def test_takes_over_a_tokenizer_json(folder: Path, tmp_path: Path) -> None:
+    ready = load(read(folder))
     ready.enable_truncation(2)
     ready.enable_padding(length=50)
     ready.add_tokens(["<only here>"])
     ready.save(str(folder / "tokenizer.json"))
-    info = convert_tokenizer(folder, out)
-    assert info is not None
-    assert ids(load(out), "<only here>") == [400]  # it was taken: it agrees with tokenizer.model
+    found = read(folder)
+    assert ids(load(found), "<only here>") == [400]  # it was taken: it agrees with tokenizer.model
     (folder / "tokenizer.model").unlink()
-    assert convert_tokenizer(folder, out) == info
-    length = len(ids(load(out), "the cat is curious of the question"))
+    assert read(folder) == found
+    length = len(ids(load(found), "the cat is curious of the question"))
     assert 2 < length < 50
 
 
-def test_tokenizer_model_overrules_a_different_json(folder: Path, out: Path) -> None:
+def test_tokenizer_model_overrules_a_different_json(folder: Path) -> None:
     Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
-    assert convert_tokenizer(folder, out) is not None
-    assert load(out).get_vocab_size() == 400  # those of tokenizer.model, not the one of tokenizer.json
+    assert load(read(folder)).get_vocab_size() == 400  # those of tokenizer.model, not the one of tokenizer.json
 
 
-def test_special_ids_of_a_tokenizer_json(tmp_path: Path, out: Path) -> None:
+def test_special_ids_of_a_tokenizer_json(tmp_path: Path) -> None:
     Tokenizer(models.BPE({"a": 0, "<end>": 1, "<s>": 2}, [])).save(str(tmp_path / "tokenizer.json"))
-    info = convert_tokenizer(tmp_path, out)
-    assert info is not None
-    assert (info.bos_id, info.eos_ids) == (2, ())
+    found = read(tmp_path)
+    assert (found.bos_id, found.eos_ids) == (2, ())
     write(tmp_path / "special_tokens_map.json", {"eos_token": "<end>", "bos_token": None})
-    info = convert_tokenizer(tmp_path, out)
-    assert info is not None
-    assert (info.bos_id, info.eos_ids) == (None, (1,))
+    found = read(tmp_path)
+    assert (found.bos_id, found.eos_ids) == (None, (1,))
 
 
-def test_vocabulary_must_fit_the_model(folder: Path, out: Path) -> None:
-    write(folder / "config.json", {"vocab_size": 400})
-    assert convert_tokenizer(folder, out) is not None
-    write(folder / "config.json", {"vocab_size": 399})
+def test_vocabulary_must_fit_the_model(folder: Path) -> None:
+    assert read_tokenizer(folder, 400) is not None
     with pytest.raises(TokenizerError, match="id 399"):
-        convert_tokenizer(folder, out)
+        read_tokenizer(folder, 399)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"not a tokenizer"])
-def test_unreadable(tmp_path: Path, out: Path, name: str, content: bytes) -> None:
+def test_unreadable(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TokenizerError, match=f"{name}: cannot be loaded"):
-        convert_tokenizer(tmp_path, out)
+    with pytest.raises(TokenizerError, match=f"{name}: cannot be used"):
+        read(tmp_path)
 
 
-def test_broken_settings(folder: Path, out: Path) -> None:
+def test_broken_settings(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: not JSON"):
-        convert_tokenizer(folder, out)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is no JSON"):
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -199,22 +163,21 @@ def test_broken_settings(folder: Path, out: Path) -> None:
         ({"user_defined_symbols": ["<image>"]}, "user-defined"),
     ],
 )
-def test_unlike_llama(tmp_path: Path, out: Path, changes: dict, message: str) -> None:
+def test_unlike_llama(tmp_path: Path, changes: dict, message: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train(**changes))
     with pytest.raises(TokenizerError, match=message):
-        convert_tokenizer(tmp_path, out)
+        read(tmp_path)
 
 
-def test_a_conversion_that_differs_is_refused(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_differs_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.checkpoint.tokenizer._merges", lambda proto: [])
     with pytest.raises(TokenizerError, match="SentencePiece says"):
-        convert_tokenizer(folder, out)
-    assert not list(out.iterdir())
+        read(folder)
 
 
-def test_without_a_dummy_prefix(tmp_path: Path, out: Path, llama_model: bytes) -> None:
+def test_without_a_dummy_prefix(tmp_path: Path, llama_model: bytes) -> None:
     proto = ModelProto.FromString(llama_model)
     proto.normalizer_spec.add_dummy_prefix = False
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    assert convert_tokenizer(tmp_path, out) is not None
-    assert load(out).decode(ids(load(out), " cat")) == " cat"
+    tokenizer = load(read(tmp_path))
+    assert tokenizer.decode(ids(tokenizer, " cat")) == " cat"

@@ -292,7 +292,7 @@ def test_scales_that_are_none(bundle, tmp_path, content):
         ('[{"image": "wide.png", "question": "a?", "colour": 1}]', ConfigError, "colour"),
         ('[{"image": "gone.png", "question": "a?"}]', ImageError, "(?s)entry 1.*gone.png does not exist.*relative to"),
         ('[{"image": "data.json", "question": "a?"}]', ImageError, "not an image"),
-        ('[{"image": "wide.png", "question": "<image> <image>"}]', PromptError, "entry 1: 2 images"),
+        ('[{"image": "wide.png", "input_ids": [-200, -200]}]', PromptError, "entry 1: 2 images"),
         ('[{"image": "wide.png", "input_ids": [1, 5]}]', PromptError, "entry 1"),
         ('[{"image": "wide.png", "input_ids": [-200], "answer_ids": [300]}]', PromptError, "answer token 300"),
         (json.dumps([{"image": "wide.png", "question": "a " * 200}]), PromptError, "at most 160"),

@@ -1,0 +1,200 @@
+"""Absurd, hostile and damaged settings: short typed errors, at once and in little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.errors import ConfigError
+from export.checkpoint.config import read_config
+from export.checkpoint.settings import CONTEXT, INNER, LAYERS, PIXELS, VOCABULARY, WIDTH
+from export.checkpoint.write_config import write_config
+from tests.geometries import official, tiny
+from tests.paths import ROOT
+
+SHORT = 700  # characters of a message
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_config(tmp_path / "model", tiny())
+    return tmp_path / "model"
+
+
+def change(folder: Path, name: str = "config.json", **changes: object) -> Path:
+    path = folder / name
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    extra = changes.pop("extra", None)
+    settings |= changes
+    if extra is not None:
+        settings["extra"] |= extra
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_config(folder)
+    assert len(str(caught.value)) < SHORT
+    return str(caught.value)
+
+
+COUNTS = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "num_key_value_heads": WIDTH,
+    "head_dim": WIDTH,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "mm_hidden_size": WIDTH,
+}
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "image_size": PIXELS,
+    "patch_size": PIXELS,
+}
+
+
+@pytest.mark.parametrize("value", ["more", 10**12, 10**400, 0, -1, 1.5, "8", True, [8], {}])
+@pytest.mark.parametrize("key", COUNTS)
+def test_counts(folder, key, value):
+    value = COUNTS[key] + 1 if value == "more" else value
+    said = refused(change(folder, **{key: value}))
+    assert f"{key} is " in said and (value != COUNTS[key] + 1 or str(COUNTS[key]) in said)
+
+
+@pytest.mark.parametrize("value", ["more", 10**12, 10**400, 0, -1, 1.5, "8"])
+@pytest.mark.parametrize("key", TOWER)
+def test_counts_of_the_tower(folder, key, value):
+    assert key in refused(change(folder, "clip/config.json", **{key: TOWER[key] + 1 if value == "more" else value}))
+
+
+def test_the_ceilings_are_far_above_the_official_model():
+    g = official()
+    assert 8 * g.hidden <= WIDTH and 8 * g.layers <= LAYERS and 8 * g.vocab <= VOCABULARY and 8 * g.context <= CONTEXT
+    assert 8 * g.intermediate <= INNER and 8 * g.highres <= PIXELS
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 1e9, 10**400, "1e-5", True, []])
+def test_epsilons(folder, value):
+    assert "rms_norm_eps" in refused(change(folder, rms_norm_eps=value))
+
+
+@pytest.mark.parametrize("text", ["Infinity", "-Infinity", "NaN", "1e999", "9" * 5000])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "num_hidden_layers"])
+def test_numbers_that_are_none(folder, key, text):
+    raw = (folder / "config.json").read_text().replace(f'"{key}": ', f'"{key}": {text}, "x": ', 1)
+    (folder / "config.json").write_text(raw)
+    assert "is no JSON" in refused(folder)
+
+
+@pytest.mark.parametrize("key", ["zoom_ratio", "cells", "start_layer", "threshold", "lowres_size", "highres_size"])
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 10, 10**12, "-" + "9" * 5000, 1.5, "", "1e3", [[[[]]]], True])
+def test_numbers_of_extra(folder, key, value):
+    assert f"extra.{key} is " in refused(change(folder, extra={key: value}))
+
+
+def test_hires_tokens(folder):
+    assert "hi-res tokens per side" in refused(change(folder, extra={"zoom_ratio": "1000", "highres_size": "112000"}))
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_act", "mm_projector_type", "mm_vision_tower", "model_type", "image_aspect_ratio", "extra"]
+)
+@pytest.mark.parametrize("value", ["x" * 5000, "\0", "[bold]" * 99])
+def test_long_texts(folder, key, value):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {key: value}))
+    assert key in refused(folder)
+
+
+def test_a_template_has_an_end(folder):
+    long = "x" * 10_000 + "<image>{prompt}"
+    assert "extra.prompt_template" in refused(change(folder, extra={"prompt_template": long}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"7",
+        b"{",
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": 1, "a": 2}',
+        b'"' + b"x" * 100_000 + b'"',
+        b" " * (17 << 20),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize(
+    "name", ["config.json", "clip/config.json", "clip/preprocessor_config.json", "generation_config.json"]
+)
+def test_files_that_are_none(folder, name, content):
+    (folder / name).write_bytes(content)
+    assert name in refused(folder)
+
+
+def test_nesting_that_can_be_read(folder):
+    deep = json.loads("[" * 100 + "]" * 100)
+    assert "extra.zoom_ratio is [[" in refused(change(folder, extra={"zoom_ratio": deep}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "clip/preprocessor_config.json", "generation_config.json"])
+def test_no_ordinary_files(folder, name):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert "is a pipe" in refused(folder)
+    path.unlink()
+    path.mkdir()
+    assert "is a folder" in refused(folder)
+    path.rmdir()
+    path.symlink_to(path.name)
+    assert "cannot be read" in refused(folder)
+
+
+def test_the_largest_numbers_take_no_memory(tmp_path):
+    """A configuration at every ceiling, planned within 4 GB of address space in a process of its own."""
+    g = tiny(
+        hidden=WIDTH, heads=512, kv_heads=512, head_dim=128, intermediate=INNER, layers=LAYERS, vocab=VOCABULARY,
+        context=CONTEXT,
+    )  # fmt: skip
+    write_config(tmp_path, g)
+    program = f"""
+import resource, sys
+from pathlib import Path
+from export.build import SizingRequest, BuildOptions, print_sizes
+from engines.sizing.needs import weight_bytes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print_sizes(SizingRequest(BuildOptions(Path({str(tmp_path)!r}))))
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (30, 30)),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 200_000  # kB
+
+
+def test_messages_never_break_the_printing(folder):
+    """Names of keys with rich's markup in them are printed as they are."""
+    change(folder, **{"[/nothing]": 1, "[bold": 2})
+    line = [sys.executable, "export/build.py", "--plan", "--model", str(folder)]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert "not obeyed: [/nothing], [bold" in result.stdout and "Traceback" not in result.stderr
