@@ -117,5 +117,9 @@ class Model(Protocol[Array]):
         """A decoder with an empty cache of at least `capacity` tokens, one row per image. Raises BackendError when the
         backend has no cache that large, or memory for none."""
 
+    def require_unchanged(self) -> None:
+        """BundleError when a file that the model reads as it runs was written to since it was opened: asked before each
+        request, which would be answered wrongly, or not survived."""
+
     def device_ms(self) -> float:
         """Milliseconds the device has worked, by its own clock, since this was last asked; 0 where nobody measures."""

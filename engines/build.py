@@ -1,12 +1,11 @@
 """Bundle -> TensorRT engines, on the machine that will run them: `python -m engines.build BUNDLE --backend tensorrt`.
 
-Needs the backend and filelock; no torch, no onnx, no Triton. What export/build.py prepared is all it takes.
+Needs the backend; no torch, no onnx, no Triton. What export/build.py prepared is all it takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from engines.progress import print_log
 from engines.trt.build import build_engines
 from engines.trt.options import BACKENDS_WITH_ENGINES, add_arguments, engine_options
 from plugins.command import run
+from plugins.signals import interrupt_when_asked_to_end
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--default", action="store_true", help="the runtime opens these engines unless told otherwise")
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_when_asked_to_end()
     print_log()
     bundle, default, backend = given.pop("bundle"), given.pop("default"), given.pop("backend")
 

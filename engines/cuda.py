@@ -146,7 +146,7 @@ class Cuda:
                 raise BackendError(
                     f"the driver does not take the {kind} of kernel {kernel.name}: {self.text(status)}",
                     expected=f"compiled kernels that {self.name} (SM {self.sm}) runs; there are {artifacts.sms}",
-                    fix=f"update the NVIDIA driver, or build again: {REBUILD_KERNELS}",
+                    fix=f"update the NVIDIA driver, or {REBUILD_KERNELS}",
                 )
             self._modules[image] = module
         function = _Function(self, self._modules[image], artifacts, compiled, kernel)

@@ -1,13 +1,21 @@
-"""What this machine has, and what each backend lacks: `python -m engines.doctor`. Nothing missing makes it fail."""
+"""What this machine has, and what each backend lacks: `python -m engines.doctor`. Nothing missing makes it fail.
+
+With a bundle it checks that instead: `python -m engines.doctor BUNDLE --expect sha256:...`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import argparse
+import importlib.util
+import sys
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from engines import ort
+from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.cuda import Cuda
 from engines.errors import FlexError
@@ -16,7 +24,11 @@ from engines.sizing.needs import size
 from engines.targets import TARGETS, Target
 from engines.trt import library as trt
 from engines.trt.options import RTX_SMS
+from plugins.child import ROOT
+from plugins.command import run
 from plugins.compiler.ptxas import SMS
+
+OURS, PACKAGES = "flexattention-deploy", ("export", "runtime", "engines", "plugins")
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,44 @@ def examine(cuda: Cuda | None = None, root: Path = Path("/")) -> str:
         lines.append(f"\n{each.what}: {'yes' if each.works else 'no'}: {each.found}")
         if each.fix:
             lines.append(f"  fix: {each.fix}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{line}" for line in collisions(packages_distributions()))])
+
+
+def collisions(owners: Mapping[str, Sequence[str]], root: Path = ROOT) -> list[str]:
+    """What is wrong with the names of our packages, which others may have as well: pip writes one over the other
+    without a word, and a folder of that name that is found first is imported in their place.
+
+    owners: distributions by top-level package, as importlib.metadata has them. root: where our packages lie.
+    """
+    found = []
+    for name in PACKAGES:
+        others = sorted({each for each in owners.get(name, ()) if each.lower().replace("_", "-") != OURS})
+        if others:
+            found.append(
+                f"package {name}: {' and '.join(others)} installed one of this name, too; only one can be imported\n"
+                f"  fix: a virtual environment for {OURS} without {' and '.join(others)}"
+            )
+        specification = importlib.util.find_spec(name)
+        places = list(specification.submodule_search_locations or ()) if specification else []
+        if places and not any(Path(place).resolve() == root / name for place in places):
+            found.append(
+                f"package {name}: Python finds {places[0]}, not {root / name}\n"
+                f"  fix: rename that one, or start Python where it does not come first: {root} in PYTHONPATH"
+            )
+    return found
+
+
+def check(path: Path, expect: str | None) -> str:
+    """What a bundle is, after every file of it was checked; its digest in the first line. BundleError, OptionError."""
+    bundle = Bundle(path, expect=expect)
+    manifest, size_of = bundle.manifest, sum(file.bytes for file in bundle.manifest.files.values())
+    engines = sorted({backend for part in manifest.parts.values() for backend in part.plans})
+    lines = [
+        f"digest  {bundle.digest}",
+        f"bundle  {path}: {manifest.precision}, {len(manifest.files)} files of {size(size_of)}, unchanged",
+        f"opens   with {manifest.backend}; engines: {', '.join(engines) or 'none'}",
+    ]
+    return "\n".join(lines + ["expect  the digest is the one expected"] * (expect is not None))
 
 
 def backends(gpu: Gpu | FlexError) -> list[Usable]:
@@ -108,5 +157,16 @@ def _target(board: Target | None, sm: int | None) -> str:
     return f"{board.name}: {served}; kernels {board.status.kernels}, engines {board.status.engines}"
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the command line; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m engines.doctor", description=__doc__)
+    parser.add_argument("bundle", type=Path, nargs="?", help="a bundle to check, instead of this machine")
+    parser.add_argument("--expect", metavar="DIGEST", help="what the bundle's digest must be")
+    given = parser.parse_args(arguments)
+    if given.expect is not None and given.bundle is None:
+        parser.error("--expect without a bundle")
+    return run(lambda: print(examine() if given.bundle is None else check(given.bundle, given.expect)))
+
+
 if __name__ == "__main__":
-    print(examine())
+    sys.exit(main())

@@ -38,6 +38,8 @@ def open_file(path: str | os.PathLike[str], error: type[FlexError], *, fix: str 
         raise error(f"{name}{where}", expected="a file", fix=fix or complete) from None
     except (OSError, ValueError) as failure:  # ValueError: a zero character in the name
         why = failure.strerror if isinstance(failure, OSError) else failure
+        if isinstance(failure, PermissionError):  # no copy, and no rebuilding, would help
+            fix = "let this user read it (chmod, chown), or run this as the user who may"
         raise error(f"{name} cannot be read: {why}", expected="a readable file", fix=fix) from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

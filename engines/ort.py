@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -12,9 +15,11 @@ import numpy as np
 from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.mapped import MappedFiles
+from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, in_place, page_inputs
 from engines.checks import require_integer
-from engines.errors import BackendError
+from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
 from plugins.cores import usable_cores
 
@@ -22,12 +27,14 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OLDEST = 1, 25
 # On the GPU a float32 bundle means float32, not TF32's 10-bit mantissa.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 # Of MatMulNBits, which int8 and int4 weights become: activations are rounded to int8 in blocks, and multiplied so.
 # That is what makes these precisions fast: with float32 products, ONNX Runtime 1.32 takes three times as long for int4
 # and a hundred times for int8. What it costs: python -m tests.parity.report.
 ACCURACY_LEVEL = 4
+MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start 100,000, or die of it
 ROUND = 64  # cache capacities are multiples of this many tokens, so that similar requests reuse freed memory
 
 
@@ -47,21 +54,55 @@ class OrtModel:
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
         self._options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
-        require_integer(threads, f"threads={threads!r}", 1, none="every core", error=BackendError)
-        if threads is None and usable_cores() < (os.cpu_count() or 1):  # ONNX Runtime counts the machine's
+        threads = require_integer(
+            threads, f"threads={threads!r}", 1, MAX_THREADS, none="every core it may use", error=BackendError
+        )
+        if threads is None and usable_cores() < (os.cpu_count() or 1):  # else it counts the machine's
             threads = usable_cores()
         if threads is not None:
             self._options.intra_op_num_threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._mapped = MappedFiles(bundle, [part.weights for part in bundle.manifest.parts.values()])
         for part in bundle.manifest.parts:
             # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
             self._options.enable_cpu_mem_arena = part == "decoder"
-            self._sessions[part] = self.session(bundle.graph(part, ONNXRUNTIME))
+            self._sessions[part] = self.part_session(bundle, part)
             release_freed()
+        self._mapped.require_mapped()
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
         self._in_place = in_place(described.outputs)
         self._model_dtype = _numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
+
+    def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
+        """The session of a part; its graph is the one the manifest describes, or this is a BundleError."""
+        described, again = bundle.manifest.parts[part], rebuild(bundle.manifest, bundle.path)
+        path, weights = bundle.graph(part, ONNXRUNTIME), bundle.file(described.weights)
+        try:
+            session = self.session(path)
+        except BackendError as error:
+            self._mapped.require_mapped()  # the cause, if it says something
+            if weights.resolve().parent in (path.parent.resolve(), path.resolve().parent):
+                raise type(error)(error.found, expected=error.expected, fix=error.fix or again) from error
+            raise BundleError(
+                f"{weights} is a link to {weights.resolve()}, which is not in the folder of {path.name}: ONNX Runtime "
+                "reads no weights from elsewhere",
+                expected="files of one folder, or links of all of them to one folder",
+                fix=f"cp -rL {shlex.quote(str(bundle.path))} OTHER, which copies what links lead to, and open OTHER",
+            ) from error
+        graph = described.graphs[ONNXRUNTIME]
+        for found, specs in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
+            there, expected = {(each.name, each.type) for each in found}, {(s.name, _onnx_type(s.dtype)) for s in specs}
+            if there != expected:
+                odd = " ".join(sorted(there ^ expected)[0])
+                raise BundleError(
+                    f"{path} is not the graph of {part} that the manifest describes: they disagree on {odd}", fix=again
+                )
+        return session
+
+    def require_unchanged(self) -> None:
+        """See Model.require_unchanged: the weights are mapped, not read."""
+        self._mapped.require_unchanged()
 
     def session(self, path: Path) -> ort.InferenceSession:
         """A session of the graph in `path` with this model's device and options; BackendError if it won't start."""
@@ -69,7 +110,7 @@ class OrtModel:
         try:
             session = self._ort.InferenceSession(path, self._options, providers=providers)
         except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
-            raise BackendError(f"ONNX Runtime cannot open {path}: {error}", fix="rebuild the bundle") from error
+            raise BackendError(f"ONNX Runtime cannot open {path}: {error}") from error
         if session.get_providers()[0] != self._provider:  # it falls back to the CPU without a word
             raise BackendError(
                 f"ONNX Runtime did not start {self._provider}, only {session.get_providers()}",
@@ -232,7 +273,22 @@ def _import() -> ModuleType:
     except ImportError as error:
         raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
     module: ModuleType = onnxruntime
+    found = str(getattr(module, "__version__", "of no version"))
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise BackendError(
+            f"onnxruntime {found} in {getattr(module, '__file__', 'an unknown place')}",
+            expected=f"{oldest} or newer: older ones lack TensorScatter, which keeps the cache in place",
+            fix=f"upgrade it: pip install --upgrade '{_package()}>={oldest}'",
+        )
     return module
+
+
+def _package() -> str:
+    """The distribution that ONNX Runtime was installed from: there are some, by what they run on."""
+    names = packages_distributions().get("onnxruntime", [])
+    return next((name for name in names if name != "onnxruntime"), "onnxruntime")
 
 
 def _provider(ort_module: ModuleType, device: str) -> str:
@@ -247,6 +303,10 @@ def _provider(ort_module: ModuleType, device: str) -> str:
     if device == "cuda":
         ort_module.preload_dlls()  # finds CUDA and cuDNN where pip installed them
     return provider
+
+
+def _onnx_type(dtype: str) -> str:
+    return f"tensor({'float' if dtype == 'float32' else dtype})"
 
 
 def _numpy_dtype(onnx_type: str) -> type:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +52,9 @@ from export.weights.write import stored_bytes, write_weights
 from plugins import command
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
+from plugins.cores import usable_cores
 from plugins.registry import kernels_of_model
+from plugins.signals import interrupt_when_asked_to_end
 
 KERNELS = "kernels.zip"
 SCALES = "scales.npz"
@@ -252,8 +253,9 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> int:
-    """Entry of the command line; returns the exit status. An interruption or SIGTERM, too, leaves nothing half-made."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry of the command line; returns the exit status. Ctrl-C, SIGTERM and SIGHUP, too, leave nothing half-made."""
+    interrupt_when_asked_to_end()
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # it knows no quota of a container
     print_log()
 
     def work() -> int:

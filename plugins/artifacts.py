@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import stat
 import struct
 import tempfile
 import zipfile
@@ -20,15 +21,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plugins.errors import KernelError
+from plugins.errors import Error, KernelError
 from plugins.op import PAGE_SCALES, Kernel
 
 FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` reads format 1
 FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
-# Makes a bundle and its kernels anew.
-REBUILD_KERNELS = "python export/build.py --model CHECKPOINT --out BUNDLE --backend tensorrt"
+REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
+MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 1 MB
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -108,7 +109,7 @@ class Artifacts:
             raise KernelError(
                 f"no compiled kernels for SM {', '.join(map(str, missing))}",
                 expected=f"SMs among {have}",
-                fix=f"{REBUILD_KERNELS} --target {','.join(f'sm_{sm}' for sm in [*self.sms, *missing])}",
+                fix=f"{REBUILD_KERNELS}; and for these SMs, where this project has code for them",
             )
         chosen = [self.get(kernel) for kernel in dict.fromkeys(kernels)]
         return Artifacts(
@@ -165,7 +166,7 @@ class Artifacts:
             raise KernelError(
                 f"{name}: {len(data)} bytes that are no whole file of compiled kernels ({error})",
                 expected="a file as plugins.compile writes it",
-                fix=f"copy it again, or build again: {REBUILD_KERNELS}",
+                fix=f"copy it again, or {REBUILD_KERNELS}",
             ) from error
         raise KernelError(
             f"{name} has format {index['format']!r}", expected=f"format 1 or {FORMAT}", fix=REBUILD_KERNELS
@@ -173,12 +174,24 @@ class Artifacts:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Artifacts:
-        """Read a file; KernelError if it cannot be read, or see `from_bytes`."""
+        """Read a file; KernelError if it cannot be read, is no ordinary file, or see `from_bytes`."""
+        expected = "a file of compiled kernels"
         try:
-            data = Path(path).read_bytes()
+            # A pipe would wait for who writes to it.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+                    what = f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is no ordinary file"
+                    most = f"{expected}, at most {MOST_BYTES} bytes"
+                    raise KernelError(f"{path} {what}", expected=most, fix=REBUILD_KERNELS)
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read()
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise KernelError(
-                f"{path} cannot be read: {error.strerror}", expected="a file of compiled kernels", fix=REBUILD_KERNELS
+                f"{path} cannot be read: {error.strerror}", expected=expected, fix=REBUILD_KERNELS
             ) from error
         return cls.from_bytes(data, str(path))
 
@@ -197,6 +210,15 @@ class Artifacts:
         finally:
             if temporary:
                 temporary.unlink(missing_ok=True)
+
+
+def with_command(error: Error, command: str, where: str | None = None) -> Error:
+    """The same error, for who knows the bundle: with the command that builds it again where its fix says no more than
+    that it should be. `where` it arose: see FlexError.within."""
+    fix = error.fix and error.fix.replace(REBUILD_KERNELS, f"build it again: {command}")
+    if where:
+        return error.within(where, fix=fix)
+    return type(error)(error.found, expected=error.expected, fix=fix)
 
 
 def kernel_of(record: Mapping[str, Any]) -> Kernel:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from plugins.artifacts import Artifacts
+from plugins.artifacts import REBUILD_KERNELS, Artifacts
 from plugins.errors import KernelError
 from plugins.op import MODEL_DTYPES, Launch, Op, named
 from plugins.registry import OPS
@@ -229,7 +229,7 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                 expected = usual if tensor.dtype == "model" else tensor.dtype
                 if kind != expected:
                     raise KernelError(
-                        f"{self.op_name}: {tensor.name} is {kind}", expected=expected, fix="rebuild the bundle"
+                        f"{self.op_name}: {tensor.name} is {kind}", expected=expected, fix=REBUILD_KERNELS
                     )
             return str(model)
 
@@ -250,7 +250,7 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                 raise KernelError(
                     f"{self.op_name} ({name}) has no attribute {missing[0]}",
                     expected=", ".join(self.op.attribute_names),
-                    fix="rebuild the bundle",
+                    fix=REBUILD_KERNELS,
                 )
             names = [key for key in self.op.attribute_names if key in given]
             op = self.op(**{key: int(np.asarray(given[key].data).ravel()[0]) for key in names})

@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
     add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
+    add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
     return parser.parse_args(arguments)
 
 
@@ -61,7 +62,7 @@ def run(given: argparse.Namespace) -> None:
     if given.show is not None:
         _require_writable(given.show)
     opening = {field.name: getattr(given, field.name) for field in fields(Opening)}
-    engine = Engine(given.bundle, verify=given.verify, **opening)
+    engine = Engine(given.bundle, verify=given.verify, expect=given.expect, **opening)
     options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
     stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
     for piece in stream:

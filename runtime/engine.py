@@ -50,13 +50,15 @@ class Engine(InOneProcess):
         device: str | None = Opening.device,
         threads: int | None = Opening.threads,
         verify: bool = True,
+        expect: str | None = None,
     ) -> None:
         """Open a bundle folder. `backend`, `device`, `threads`: see Opening. `verify`: check the SHA-256 of every file,
-        which takes about 10 s for 13 GB. Raises BundleError, BackendError, TokenizerError."""
+        which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have, "sha256:...", as
+        `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError, TokenizerError."""
         super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
-        opened = Bundle(bundle, verify=verify)
+        opened = Bundle(bundle, verify=verify, expect=expect)
         self.manifest = opened.manifest
         self.geometry = opened.manifest.geometry
         prompt = opened.manifest.prompt

@@ -77,12 +77,14 @@ class ImageView(InOneProcess):
         return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
 
     def _opened(self) -> Model[Any]:
-        """The model; OptionError when the view is closed, BackendError in a fork."""
+        """The model; OptionError when the view is closed, BackendError in a fork, BundleError when somebody wrote to the
+        bundle meanwhile."""
         self._require_own_process()
         if self._model is None:
             raise OptionError(
                 "this image view, or its engine, is closed", fix="ask, and read the answer, inside the `with` block"
             )
+        self._model.require_unchanged()
         return self._model
 
     @contextmanager

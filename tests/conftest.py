@@ -9,8 +9,6 @@ from pathlib import Path
 # Before anything imports triton (torch may): its functions are decorated for the interpreter or for the compiler. What
 # tests compile, they compile in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
-# Before anything imports onnxruntime, in processes that tests start as well: no test reports to anybody.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # Each worker of a parallel run keeps to a core of its own, and so do the processes that it starts: threads that spin
 # for the cores of others took two fifths of the time.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from engines.bundle.geometry import Geometry, Vision
-from engines.bundle.tensors import TOWER_PREFIX
-from export.checkpoint.folder import expected_tensors
+from engines.bundle.tensors import TOWER_PREFIX, expected_tensors
 from tests.export.checkpoint.sentences import train
 from tests.geometries import official
 

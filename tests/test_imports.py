@@ -35,7 +35,6 @@ HOMES = {
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),
     "cuda": ("engines/cuda.py",),
-    "filelock": ("engines/trt/worker.py",),
 }
 BACKENDS = ("cuda", "onnxruntime", "tensorrt", "tensorrt_rtx")
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")

@@ -5,33 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PARTS, kinds
-from engines.bundle.manifest import FORMAT, File, Manifest, Plan, is_template
+from engines.bundle.consistency import contradiction
+from engines.bundle.manifest import DIGEST, FORMAT, MANIFEST, File, Manifest, canonical, digest_of
 from engines.bundle.precision import PRECISIONS, Precision
-from engines.bundle.specs import graph_io, plan_io, symbols
-from engines.errors import BundleError
+from engines.bundle.rebuild import rebuild, rebuild_unknown
+from engines.checks import is_integer
+from engines.errors import BundleError, OptionError
+from engines.files import open_file, read_json
 
-MANIFEST = "bundle.json"
-REBUILD = "python export/build.py --model CHECKPOINT --out {path}"
 _CHUNK = 4 << 20
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Bundle:
-    """An opened bundle: `manifest` (checked) and `path`."""
+    """An opened bundle: `manifest` (checked) and `path`. digest: "sha256:...", one for all of it, since the manifest
+    holds those of the files. checked: what the system said of each file when it was checked."""
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        """Read and check `path`/bundle.json, then the size of every file it lists and, with `verify`, its SHA-256.
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True, expect: str | None = None) -> None:
+        """Read and check `path`/bundle.json, then that every file it lists is there, readable and of its size, and
+        with `verify` its SHA-256. `expect`: the digest it must have; without `verify`, that speaks of the manifest
+        alone.
 
-        Raises BundleError. `verify=False` skips the hashes alone (13 GB take about 10 s).
+        Raises BundleError; OptionError for an `expect` that is no digest. `verify=False` skips the hashes alone (13 GB
+        take about 10 s).
         """
+        if expect is not None and not (isinstance(expect, str) and _DIGEST.fullmatch(expect)):
+            raise OptionError(f"expect {expect!r:.100}", expected='"sha256:" and 64 hexadecimal digits')
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        for name, file in self.manifest.files.items():
-            self._check(name, file, verify)
+        self.manifest, self.digest = read_manifest(self.path)
+        if expect is not None and self.digest != expect:
+            raise BundleError(
+                f"{self.path} has the digest {self.digest}",
+                expected=expect,
+                fix="get the bundle again from where that digest comes from; if it was rebuilt or got other engines on "
+                f"purpose, expect the digest that this prints: python -m engines.doctor {self.path}",
+            )
+        self.checked = {name: self._check(name, file, verify) for name, file in self.manifest.files.items()}
 
     @property
     def precision(self) -> Precision:
@@ -49,121 +65,102 @@ class Bundle:
             raise BundleError(
                 f"{self.path} holds no {kind} graph of {part}",
                 expected=f"one of {sorted(graphs)}",
-                fix=REBUILD.format(path=self.path),
+                fix=rebuild(self.manifest, self.path),
             )
         return self.file(graphs[kind].file)
 
-    def _check(self, name: str, file: File, verify: bool) -> None:
-        path, fix = self.file(name), f"copy the bundle again, or rebuild it: {REBUILD.format(path=self.path)}"
-        if not path.is_file():
-            raise BundleError(f"{path} is missing", expected=f"a file of {file.bytes} bytes", fix=fix)
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise BundleError(f"{path} has {size} bytes", expected=f"{file.bytes} bytes", fix=fix)
-        if verify and (digest := sha256(path)) != file.sha256:
+    def _check(self, name: str, file: File, verify: bool) -> os.stat_result:
+        path, fix = self.file(name), f"copy the bundle again, or rebuild it: {rebuild(self.manifest, self.path)}"
+        with open_file(path, BundleError, fix=fix) as opened:
+            found = os.fstat(opened.fileno())  # before it is read: what is written meanwhile shows later
+            if found.st_size != file.bytes:
+                raise BundleError(f"{path} has {found.st_size} bytes", expected=f"{file.bytes} bytes", fix=fix)
+            try:
+                digest = _sha256(opened) if verify else file.sha256
+            except OSError as error:  # its disk fails
+                raise BundleError(f"{path} cannot be read: {error.strerror}", fix=fix) from error
+        if digest != file.sha256:
             raise BundleError(f"{path} was changed: SHA-256 {digest}", expected=file.sha256, fix=fix)
+        return found
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
+    """Hex SHA-256 of a file, read in chunks. Raises OSError."""
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return _sha256(file)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    rebuild = f"rebuild it: {REBUILD.format(path=folder)}"
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["format"]
-    except (FileNotFoundError, NotADirectoryError):
-        what = f"no {MANIFEST} in {folder}" if folder.is_dir() else f"no bundle folder {folder}"
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """What `folder`/bundle.json says, checked against itself, and its digest. Raises BundleError.
+
+    Bundles of before there were digests hold none, and open: theirs is computed the same way.
+    """
+    path, fix = folder / MANIFEST, f"rebuild it, with the options it had: {rebuild_unknown(folder)}"
+    found = _content(folder, path, fix)
+    number = found.get("format") if isinstance(found, dict) else None
+    if not is_integer(number):
         raise BundleError(
-            what, expected="a folder written by export/build.py", fix=REBUILD.format(path=folder)
-        ) from None
-    except OSError as error:  # no permission, a name too long
-        raise BundleError(f"{str(path)[:200]} cannot be read: {error.strerror}", expected="a bundle folder") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path} is no manifest: {error!r}", expected="JSON with a `format`", fix=rebuild) from error
-    if found is True or found != FORMAT:
-        newer = isinstance(found, int) and found > FORMAT
-        fix = "upgrade this project, or rebuild the bundle with this version" if newer else rebuild
-        raise BundleError(f"{path} has format {found!r}", expected=f"format {FORMAT}", fix=fix)
+            f"{path} is no manifest: format {number!r:.50}", expected="JSON with a whole number `format`", fix=fix
+        )
+    if number != FORMAT:
+        upgrade = "upgrade this project, or rebuild the bundle with this version"
+        raise BundleError(
+            f"{path} has format {number!r:.50}", expected=f"format {FORMAT}", fix=upgrade if number > FORMAT else fix
+        )
     try:
+        text, digest, told = json.dumps(found), digest_of(canonical(found)), found.get(DIGEST)
+    except RecursionError:
+        raise BundleError(f"{path} is no manifest: nested too deep", expected="one as written", fix=fix) from None
+    if told is not None and told != digest:
+        raise BundleError(
+            f"{path} was changed: its content has the digest {digest}",
+            expected=f"{told!r:.100}, which it holds",
+            fix=f"copy the bundle again, or {fix}",
+        )
+    unknown = sorted(found.keys() - Manifest.__dataclass_fields__.keys() - {DIGEST})
+    if told is None and unknown:  # with a digest, a newer version wrote it, and older ones can do without
+        raise BundleError(f"{path}: unknown key {unknown[0]!r:.100}", expected="a manifest as written", fix=fix)
+    try:  # as JSON: only there does the strict mode take a list for a tuple
         manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg']}", expected="a manifest as written", fix=rebuild) from error
+        raise BundleError(
+            f"{path}: {where:.200}: {first['msg']:.200}", expected="a manifest as written", fix=fix
+        ) from error
+    if problem := contradiction(manifest):
+        raise BundleError(f"{path}: {problem}", expected="a manifest as written", fix=fix)
+    return manifest, digest
+
+
+def _content(folder: Path, path: Path, fix: str) -> Any:
+    """What bundle.json holds, as JSON. BundleErrors tell a folder that is not there from one without a manifest."""
     try:
-        problem = _contradiction(manifest)
-    except (ArithmeticError, ValueError, IndexError) as error:  # sizes no model has, such as a patch of 0
-        problem = f"impossible geometry ({error})"
-    if problem:
-        raise BundleError(f"{path}: {problem}", expected="a manifest as written", fix=rebuild)
-    return manifest
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    except (OSError, ValueError) as error:  # no permission, a name too long, a zero character in it
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BundleError(f"{folder!s:.200} cannot be read: {why}", expected="a bundle folder") from None
+    if not is_folder or not _exists(path):
+        what = f"no {MANIFEST} in {folder}" if is_folder else f"no bundle folder {folder}"
+        raise BundleError(what, expected="a folder written by export/build.py", fix=rebuild_unknown(folder))
+    return read_json(path, BundleError, fix=fix)
 
 
-def _contradiction(manifest: Manifest) -> str | None:
-    """What in a well-formed manifest does not fit together, or None."""
-    g = manifest.geometry
-    if manifest.precision not in PRECISIONS:
-        return f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
-    precision = PRECISIONS[manifest.precision]
-    sizes = precision.block_sizes or (None,)
-    if manifest.block_size not in sizes:
-        return f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
-    if manifest.backend not in BACKENDS:
-        return f"backend {manifest.backend!r}, expected one of {list(BACKENDS)}"
-    if not 0 <= manifest.page_budget <= g.pages:
-        return f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
-    if list(manifest.parts) != list(PARTS):
-        return f"parts {list(manifest.parts)}, expected {list(PARTS)}"
-    if not is_template(manifest.prompt.template):
-        return f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
-    if manifest.scales and not precision.quantises:
-        return f"scales with {manifest.precision}, which has no quantised weights"
-    named = [file for file in (manifest.prompt.tokenizer, manifest.kernels, manifest.scales) if file]
-    for name, part in manifest.parts.items():
-        named += [part.weights, *(graph.file for graph in part.graphs.values())]
-        named += [plan.file for plan in part.plans.values()]
-        if sorted(part.graphs) != sorted(kinds(name, g)):
-            return f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(kinds(name, g))}"
-        for kind, graph in part.graphs.items():
-            if (graph.inputs, graph.outputs) != graph_io(name, kind, g, precision):
-                return f"inputs and outputs of the {kind} graph of {name} are not those of its geometry"
-        for backend, plan in part.plans.items():
-            if problem := _contradiction_of_plan(manifest, name, backend, plan):
-                return f"the {backend} engine of {name}: {problem}"
-        if part.plans.keys() != manifest.parts[PARTS[0]].plans.keys():
-            return f"engines of {name} for {sorted(part.plans)}, of others for {sorted(manifest.parts[PARTS[0]].plans)}"
-    outside = [name for name in manifest.files if Path(name).name != name]
-    if outside:
-        return f"lists {outside[0]!r}, expected names of files inside the bundle"
-    unlisted = [name for name in named if name not in manifest.files]
-    return f"{unlisted[0]!r} is used but not among the files" if unlisted else None
+def _exists(path: Path) -> bool:
+    """Whether something has this name, or may have: in a folder that cannot be searched, opening it will tell."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
-def _contradiction_of_plan(manifest: Manifest, part: str, backend: str, plan: Plan) -> str | None:
-    if backend not in BACKENDS or backend == ONNXRUNTIME:
-        return f"expected one of {[name for name in BACKENDS if name != ONNXRUNTIME]}"
-    if (plan.inputs, plan.outputs) != plan_io(part, manifest.geometry, PRECISIONS[manifest.precision]):
-        return "inputs and outputs are not those of its geometry"
-    if not plan.sms or min(plan.sms) < 50:
-        return f"compute capabilities {list(plan.sms)}, expected numbers such as 86"
-    if not plan.profiles:
-        return "no optimisation profile"
-    for profile in plan.profiles:
-        if set(profile.sizes) != set(symbols(plan.inputs)):
-            return f"profile {profile.name} has sizes of {sorted(profile.sizes)}"
-        if any(not 0 < low <= best <= high for low, best, high in profile.sizes.values()):
-            return f"profile {profile.name} has sizes {profile.sizes}, expected 0 < minimum <= optimum <= maximum"
-    if plan.plugins and part != "decoder":
-        return "needs plugins, which only a decoder does"
-    kernels = manifest.files[manifest.kernels].sha256 if manifest.kernels in manifest.files else None
-    if plan.plugins != (plan.kernels is not None) or (plan.plugins and plan.kernels != kernels):
-        return f"built with kernels {plan.kernels}, the bundle's are {kernels}"
-    return None
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()

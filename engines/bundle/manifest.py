@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.specs import TensorSpec
 
-FORMAT = 3  # raised when an older reader would misread the bundle
+MANIFEST = "bundle.json"
+DIGEST = "digest"  # its key that holds the digest of all others; no field: it is of the file
+FORMAT = 3  # raised when an older reader would misread the bundle; keys it does not know, it passes over
 
 
 @dataclass(frozen=True)
@@ -96,3 +101,15 @@ class Manifest:
         None  # file of the scales folded into the weights (export/weights/folding.py); None: not calibrated
     )
     block_size: int | None = None  # one of its precision's; None where nothing is quantised
+
+
+def canonical(manifest: Mapping[str, object]) -> str:
+    """What bundle.json holds, its own digest left out, as JSON with sorted keys, without spaces, in ASCII: how the file
+    is laid out does not matter; any name, number or text in it does. RecursionError for what is nested too deep."""
+    content = {key: value for key, value in manifest.items() if key != DIGEST}
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest_of(text: str) -> str:
+    """ "sha256:..." of a canonical text: one for the whole bundle, since the manifest holds those of its files."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -32,7 +32,7 @@ def page_lengths(geometry: Geometry) -> np.ndarray:
 
 def page_size(geometry: Geometry) -> int:
     """Tokens a page has room for (official: 64); shorter pages are padded at their end."""
-    return int(page_lengths(geometry).max())
+    return int(np.bincount(cell_of_row(geometry)).max()) ** 2  # rows times columns, which are cut alike
 
 
 def page_order(geometry: Geometry) -> np.ndarray:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
-from engines.bundle.precision import COLUMN, FP32, INT8, Precision
+from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.sizing.machine import look_at
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # Assumed, on the high side: what is not there for a request.
 SYSTEM_RESERVE = 1_500_000_000  # of a board that shares its memory: carve-outs, Linux, a desktop
 DISPLAY_RESERVE = 500_000_000  # of a card's own memory
+
+# The command that builds the bundle anew as another configuration, where there is a bundle; where one is only being
+# built, what to add to its command is told.
+Again = Callable[[Configuration], str]
 
 ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
 
@@ -128,22 +132,22 @@ def assess(c: Configuration, room: Room) -> Assessment:
     return replace(found, proposal=_nearest(found), larger=fitting)
 
 
-def require_boards(c: Configuration, boards: tuple[str, ...]) -> list[str]:
+def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | None = None) -> list[str]:
     """OptionError, with the nearest configuration that fits, when a request does not fit one of `boards`; what to do on
-    boards where only the builder does not fit."""
+    boards where only the builder does not fit. again: see Again."""
     warnings = []
     for name in boards:
         found = assess(c, room_of(target(name)))
         if not found.runs:
-            raise OptionError(f"{name} {verdict(found)}", fix=advice(found))
+            raise OptionError(f"{name} {verdict(found)}", fix=advice(found, again))
         if not found.builds:
-            warnings.append(f"{name}: {builder_verdict(found)}; {builder_advice(found)}")
+            warnings.append(f"{name}: {builder_verdict(found)}; {builder_advice(found, again)}")
     return warnings
 
 
-def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
+def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None) -> list[str]:
     """OptionError when TensorRT cannot build the precision for one of these SMs; what to know about the engines of
-    those it can build.
+    those it can build. again: see Again.
 
     What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
     """
@@ -155,7 +159,7 @@ def require_sms(c: Configuration, sms: Sequence[int]) -> list[str]:
         raise OptionError(
             f"precision {p} on {', '.join(f'sm_{sm}' for sm in old)}",
             expected=f"GPUs of SM {least / 10} or newer",
-            fix=f"{fix}--int8 --block-size column",
+            fix=fix + _other(c, replace(c, precision=INT8, block=COLUMN), again),
         )
     if p.e4m3:
         return [
@@ -181,20 +185,20 @@ def builder_verdict(a: Assessment) -> str:
     return f"the builder needs {size(a.builder)}, has {size(a.room.usable)}"
 
 
-def advice(a: Assessment) -> str:
-    """What fits instead."""
-    ways = [] if a.proposal is None else [f"add {_proposal(a, a.proposal)}"]
+def advice(a: Assessment, again: Again | None = None) -> str:
+    """What fits instead. again: see Again."""
+    ways = [] if a.proposal is None else [_proposal(a, a.proposal, again)]
     ways += [] if a.larger is None else [f"as it is, it fits {a.larger}"]
     return "; or ".join(ways) or "no smaller configuration of this model fits, nor a larger board known here"
 
 
-def builder_advice(a: Assessment) -> str:
-    """What to do where engines run but cannot be built."""
+def builder_advice(a: Assessment, again: Again | None = None) -> str:
+    """What to do where engines run but cannot be built. again: see Again."""
     missing = a.builder - a.room.usable
     swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
     same = a.larger and target(a.larger).sm == target(a.room.name).sm
     other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
-    return f"{swap}{other}" + (f", or add {_proposal(a, a.proposal)}" if a.proposal else "")
+    return f"{swap}{other}" + (f", or {_proposal(a, a.proposal, again)}" if a.proposal else "")
 
 
 def changes(old: Configuration, new: Configuration) -> str:
@@ -203,11 +207,21 @@ def changes(old: Configuration, new: Configuration) -> str:
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
+    options += [f"--block-size {block_name(new.block)}"] if new.block not in (None, old.block) else []
     return " ".join(options)
 
 
-def _proposal(a: Assessment, proposal: Assessment) -> str:
-    words = changes(a.configuration, proposal.configuration)
+def _other(old: Configuration, new: Configuration, again: Again | None) -> str:
+    """How to get `new` instead of `old`."""
+    if again:
+        return f"build the bundle again: {again(new)}"
+    gone = [f"--{old.precision}"] if new.precision != old.precision else []  # the command line takes one of them
+    gone += ["--block-size"] if old.block is not None and new.block is None else []
+    return f"add {changes(old, new)}" + (f" (in place of {' and '.join(gone)})" if gone else "")
+
+
+def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
+    words = _other(a.configuration, proposal.configuration, again)
     return words if proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(proposal)}"
 
 

@@ -5,7 +5,8 @@ Every number that is not a shape is a named constant below, with where it comes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from engines.bundle.geometry import Geometry
@@ -67,13 +68,11 @@ class Configuration:
             raise OptionError(
                 f"block {self.block!r} with {self.precision}", expected=f"one of {sizes}" if sizes else "None"
             )
-        pages, tokens = self.geometry.pages, self.geometry.image_tokens
-        for knob, value, low, high in (
-            ("batch", self.batch, 1, MAX_BATCH),
-            ("page budget", self.pages_read, 0, pages),
-            ("context", self.geometry.context, tokens + 1, None),
-        ):
-            require_integer(value, f"{knob} {value!r}", low, high)
+        g, keep = self.geometry, partial(object.__setattr__, self)
+        keep("batch", require_integer(self.batch, f"batch {self.batch!r}", 1, MAX_BATCH))
+        budget = require_integer(self.page_budget, f"page budget {self.page_budget!r}", 0, g.pages, none="every page")
+        keep("page_budget", budget)
+        keep("geometry", replace(g, context=require_integer(g.context, f"context {g.context!r}", g.image_tokens + 1)))
 
     @property
     def pages_read(self) -> int:

@@ -7,34 +7,39 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from engines import errors
-from engines.bundle.folder import REBUILD, Bundle, sha256
+from engines.bundle.folder import Bundle, sha256
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
 from engines.bundle.pages import page_size
+from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import plan_io
-from engines.bundle.writer import unused_beside, write_manifest
+from engines.bundle.work import work_folder
+from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
 from engines.sizing.fit import require_boards, require_sms
 from engines.sizing.needs import BUILDER_FACTOR, Configuration, builder_bytes
 from engines.trt import library as trt
-from engines.trt.options import EngineOptions
+from engines.trt.options import EngineOptions, command
 from engines.trt.worker import Built, Job
+from plugins import child
 from plugins.artifacts import Artifacts
+from plugins.compiler.ptxas import SMS
 from plugins.errors import KernelError
 from plugins.registry import OPS, kernels_of_model
 
@@ -115,56 +120,54 @@ def build_engines(
     manifest = bundle.manifest
     sms = sms_to_build(options)
     asked = _configuration(bundle, options)
-    for warning in (*require_boards(asked, options.boards), *require_sms(asked, sms)):
+    again = partial(_again, manifest, name, options)
+    for warning in (*require_boards(asked, options.boards, again), *require_sms(asked, sms, again)):
         if not warned:
             logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
-    temporary = unused_beside(folder.resolve())
     try:
-        temporary.mkdir()
-        parts, files, moves = dict(manifest.parts), dict(manifest.files), []
-        for part in PARTS:
-            plugins = options.plugins and part == "decoder"
-            kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
-            inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
-            file = temporary / f"{part}.plan"
-            job = Job(
-                backend=options.backend,
-                graph=str(bundle.graph(part, kind).resolve()),
-                plan=str(file),
-                kernels=str(bundle.file(manifest.kernels).resolve()) if plugins and manifest.kernels else None,
-                sms=sms,
-                inputs=inputs,
-                outputs=outputs,
-                profiles=profiles(part, manifest.geometry, options),
-                workspace=None if options.workspace is None else options.workspace << 20,
-                optimization_level=options.optimization_level,
-                timing_cache=str(_timing_cache(options.backend, sms)) if options.timing_cache else None,
-                rebuild=REBUILD.format(path=name),
-            )
-            log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
-            weights = manifest.files[manifest.parts[part].weights].bytes
-            needed, free = builder_bytes(weights), available_bytes()
-            if needed > free:
-                there = f"{free / 1e9:.1f} GB are free"
-                logger.warning(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {there}: it may fail")
-            built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
-            digest = sha256(file)
-            final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old plan stays until the manifest
-            files[final] = File(file.stat().st_size, digest)
-            moves.append((file, folder / final))
-            plan = Plan(
-                final, inputs, outputs, job.profiles, plugins, built.tensorrt, built.cuda, sms,
-                kernels if plugins else None,
-            )  # fmt: skip
-            parts[part] = replace(parts[part], plans={**parts[part].plans, options.backend: plan})
-            cost = f"{built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory"
-            logger.info(f"{part}: {cost}, plan {files[final].bytes / 1e6:.1f} MB")
-        _put_in_place(folder, manifest, parts, files, moves, options, make_default)
+        with work_folder(folder.resolve()) as temporary:
+            parts, files, moves = dict(manifest.parts), dict(manifest.files), []
+            for part in PARTS:
+                plugins = options.plugins and part == "decoder"
+                kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
+                inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
+                file = temporary / f"{part}.plan"
+                job = Job(
+                    backend=options.backend,
+                    graph=str(bundle.graph(part, kind).resolve()),
+                    plan=str(file),
+                    kernels=str(bundle.file(manifest.kernels).resolve()) if plugins and manifest.kernels else None,
+                    sms=sms,
+                    inputs=inputs,
+                    outputs=outputs,
+                    profiles=profiles(part, manifest.geometry, options),
+                    workspace=None if options.workspace is None else options.workspace << 20,
+                    optimization_level=options.optimization_level,
+                    timing_cache=str(_timing_cache(options.backend, sms)) if options.timing_cache else None,
+                    rebuild=rebuild(manifest, name, backend=options.backend, engines=asdict(options)),
+                )
+                log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
+                weights = manifest.files[manifest.parts[part].weights].bytes
+                needed, free = builder_bytes(weights), available_bytes()
+                if needed > free:
+                    there = f"{free / 1e9:.1f} GB are free"
+                    logger.warning(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {there}: it may fail")
+                built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
+                digest = sha256(file)
+                final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old stays until the manifest
+                files[final] = File(file.stat().st_size, digest)
+                moves.append((file, folder / final))
+                plan = Plan(
+                    final, inputs, outputs, job.profiles, plugins, built.tensorrt, built.cuda, sms,
+                    kernels if plugins else None,
+                )  # fmt: skip
+                parts[part] = replace(parts[part], plans={**parts[part].plans, options.backend: plan})
+                cost = f"{built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory"
+                logger.info(f"{part}: {cost}, plan {files[final].bytes / 1e6:.1f} MB")
+            _put_in_place(folder, manifest, parts, files, moves, options, make_default)
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Bundle(folder, verify=False)
 
 
@@ -182,6 +185,22 @@ def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
         backend=options.backend,
         plugins=options.plugins,
         floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
+    )
+
+
+def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Configuration) -> str:
+    """The command that builds the bundle again as another configuration: what is asked of engines here, engines alone
+    cannot give."""
+    p = other.precision
+    return rebuild(
+        manifest,
+        name,
+        backend=options.backend,
+        engines={**asdict(options), "batch": other.batch},
+        precision=p.name,
+        block_size=p.block_size(other.block) if p.quantises else None,
+        context=other.geometry.context,
+        kv="int8" if other.geometry.int8_pages else "model",
     )
 
 
@@ -218,16 +237,22 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
     manifest = bundle.manifest
     if not options.plugins:
         return None
-    again = f"{REBUILD.format(path=name)} --backend {options.backend}"
+    again = rebuild(manifest, name, backend=options.backend, engines=asdict(options))
     if manifest.kernels is None:
         raise BundleError(f"{name} holds no compiled kernels", expected="kernels of the plugins", fix=again)
     needed = kernels_of_model(attributes(manifest.geometry), bundle.precision.dtype)
     try:
         artifacts = Artifacts.read(bundle.file(manifest.kernels))
         artifacts.subset(needed, sms)
-    except KernelError as error:
-        targets = f" --target {','.join(f'sm_{sm}' for sm in sms)}"
-        raise error.within(str(name), fix=again + targets) from error  # which bundle, and how to build just this one
+    except KernelError as error:  # which bundle, and how to build just this one
+        unknown = [sm for sm in sms if sm not in SMS]
+        if unknown:
+            again = (
+                f"this project has no kernels for sm_{unknown[0]}: "
+                + command(name, replace(options, plugins=False))
+                + "; a bundle with lazily projected pages needs --projection eager for that, when it is built"
+            )
+        raise error.within(str(name), fix=again) from error
     return manifest.files[manifest.kernels].sha256
 
 
@@ -240,16 +265,16 @@ def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
 
 def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet: bool) -> Built:
     """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails."""
-    root = Path(__file__).resolve().parents[2]
-    path = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     built, failure = None, None
-    with open(log, "w", encoding="utf-8", errors="replace") as file, progress(f"{part}: building", quiet=quiet) as show:
+    # Written under a name that nobody can guess, and then put in place: what has the log's own name is not written to.
+    descriptor, draft = tempfile.mkstemp(dir=Path(job.plan).parent, prefix=f"{part}-", suffix=".log")
+    with os.fdopen(descriptor, "wb") as file, progress(f"{part}: building", quiet=quiet) as show:
         process = subprocess.Popen(
-            [sys.executable, "-m", "engines.trt.worker"],
+            child.python("engines.trt.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            env=child.environment(),
             text=True,
         )
         assert process.stdin and process.stdout  # both are pipes
@@ -271,13 +296,21 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
             if process.poll() is None:  # this process was interrupted
                 process.kill()
                 process.wait()
-                log.unlink(missing_ok=True)
-    if code == 0 and built:
-        if not keep_log:
-            log.unlink(missing_ok=True)
+    if code == 0 and built and not keep_log:
+        Path(draft).unlink()
+        with suppress(OSError):
+            log.unlink()  # of an earlier build, about engines that are no more
         return built
-    error = _told(failure) if failure else _explained(code, part, weights, log)
-    raise type(error)(f"{error.found}\n  log: {log}", expected=error.expected, fix=error.fix)
+    said = Path(draft).read_text(encoding="utf-8", errors="replace")
+    try:
+        Path(draft).replace(log)  # a link of that name is replaced, not followed
+        where = f"log: {log}"
+    except OSError as error:
+        where = f"no log: {log} cannot be written: {error.strerror}"
+    if code == 0 and built:
+        return built
+    told = _told(failure) if failure else _explained(code, part, weights, said)
+    raise type(told)(f"{told.found}\n  {where}", expected=told.expected, fix=told.fix)
 
 
 def _told(failure: dict[str, Any]) -> FlexError:
@@ -286,20 +319,20 @@ def _told(failure: dict[str, Any]) -> FlexError:
     return kind(failure["found"], expected=failure["expected"], fix=failure["fix"])
 
 
-def _explained(code: int, part: str, weights: int, log: Path) -> FlexError:
-    """What the end of a process that could not speak for itself means."""
+def _explained(code: int, part: str, weights: int, said: str) -> FlexError:
+    """What the end of a process that could not speak for itself means. `said`: its log."""
     if code in (-KILLED, 128 + KILLED):
         needed, there = (f"{count / 1e9:.1f} GB" for count in (builder_bytes(weights), available_bytes()))
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
             expected=f"{BUILDER_FACTOR}x the weights and more: {needed} free; there are {there}",
-            fix="close programs, add swap, use a smaller --context, or build on a machine with more memory",
+            fix="close programs, add swap, build on a machine with more memory, or build the bundle again with a "
+            "smaller --context (python export/build.py)",
         )
     if code < 0:
         name = signal.Signals(-code).name
         return BackendError(
             f"{part}: the builder died of {name}", expected="an engine", fix="see the log; try --optimization-level 2"
         )
-    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = text[-1] if text else "it printed nothing"
+    last = (said.strip().splitlines() or ["it printed nothing"])[-1]
     return BackendError(f"{part}: the builder ended with status {code}: {last}", fix="see the log")

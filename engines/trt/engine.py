@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from engines.bundle.folder import Bundle
+from engines.bundle.kinds import PLUGIN_FREE, TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import Plan, Profile
+from engines.bundle.rebuild import rebuild
 from engines.cuda import Buffer, Cuda, Stream
-from engines.errors import BackendError, BundleError, FlexError
+from engines.errors import BackendError, BundleError, FlexError, KernelError
+from engines.sizing.needs import MAX_BATCH
 from engines.trt.library import deserialise
+from engines.trt.options import RTX_SMS, command, recorded
+from plugins.artifacts import Artifacts, with_command
+from plugins.compiler.ptxas import SMS
 from plugins.op import ALIGNMENT, ITEMSIZE
 from plugins.tensorrt import take_error
 
 
-def rebuild_command(bundle: Bundle, backend: str) -> str:
-    """The command that builds the engines of an opened bundle again, on the machine that runs it."""
-    return f"python -m engines.build {bundle.path} --backend {backend}"
+def rebuild_command(bundle: Bundle, backend: str, *, sm: int | None = None, batch: int | None = None) -> str:
+    """The command that builds the engines of an opened bundle again, with the options they had, on the machine that
+    runs them. Where the bundle lacks the kernels for that, the one that builds all of it again.
+
+    sm: a GPU that the engines were not built for; batch: rows they were not built for.
+    """
+    manifest = bundle.manifest
+    options, built = recorded(manifest.options.get(backend), backend), manifest.parts["decoder"].plans.get(backend)
+    if built is not None:
+        options = replace(options, plugins=built.plugins)
+    if sm is not None and backend == TENSORRT_RTX and sm not in RTX_SMS:
+        return f"TensorRT-RTX has nothing for sm_{sm}: {rebuild_command(bundle, TENSORRT, sm=sm)}"
+    if batch is not None:
+        options = replace(options, batch=min(batch, MAX_BATCH))
+    if sm is not None:
+        targets = (*options.sms, *([sm] if sm not in options.sms else [])) if backend == TENSORRT_RTX else None
+        options = replace(options, targets=targets)
+    if options.plugins and sm is not None and sm not in SMS:
+        options = replace(options, plugins=False)
+    if not options.plugins:
+        if PLUGIN_FREE in manifest.parts["decoder"].graphs:
+            return command(bundle.path, options)
+        return "open the bundle with backend='onnxruntime': its lazily projected pages need kernels, and there are none"
+    missing = set(options.sms if sm is None else (*options.sms, sm)) - set(_kernels_of(bundle))
+    if missing or manifest.kernels is None:
+        return rebuild(manifest, bundle.path, backend=backend, engines=asdict(options))
+    return command(bundle.path, options)
+
+
+def _kernels_of(bundle: Bundle) -> tuple[int, ...]:
+    """The SMs that the bundle holds compiled kernels for."""
+    try:
+        name = bundle.manifest.kernels
+        return Artifacts.read(bundle.file(name)).sms if name else ()
+    except KernelError:
+        return ()
 
 
 def plans_of(bundle: Bundle, backend: str) -> dict[str, Plan]:
@@ -95,7 +134,8 @@ class PartEngine:
     def __init__(self, trt: ModuleType, cuda: Cuda, bundle: Bundle, part: str, backend: str, plan: Plan) -> None:
         """Deserialise the plan. BackendError when it does not fit this TensorRT, GPU or bundle, or is damaged."""
         self.part, self.plan = part, plan
-        self._trt, self._rebuild = trt, rebuild_command(bundle, backend)
+        self._trt, self._bundle, self._backend = trt, bundle, backend
+        self._rebuild = rebuild_command(bundle, backend, sm=None if cuda.sm in plan.sms else cuda.sm)
         self._engine = deserialise(trt, bundle.file(plan.file), plan, cuda.sm, rebuild=self._rebuild)
         self.specs = {spec.name: spec for spec in (*plan.inputs, *plan.outputs)}
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
@@ -116,10 +156,13 @@ class PartEngine:
                 return index
         symbol, size = _outside(self.plan.profiles[-1], sizes)[0]
         least, most = self.limits(symbol)
+        larger = "ask for less at once"
+        if symbol == "batch" and size <= MAX_BATCH:
+            larger += f", or build it larger: {rebuild_command(self._bundle, self._backend, batch=size)}"
         raise BackendError(
             f"the {self.part} engine for {symbol} = {size}",
             expected=f"{least} .. {most}, which it was built for",
-            fix=f"ask for less at once, or build it larger: {self._rebuild}",
+            fix=larger,
         )
 
     def limits(self, symbol: str) -> tuple[int, int]:
@@ -146,7 +189,7 @@ class PartEngine:
         """What a plugin says went wrong, if it is that which failed; else BackendError for `what` in this engine."""
         cause, where = take_error(self._trt), f"TensorRT, {self.part} part"
         if isinstance(cause, FlexError):  # which part, no plugin knows
-            return cause.within(where, fix=cause.fix or self._rebuild)
+            return with_command(cause, self._rebuild, where) if cause.fix else cause.within(where, fix=self._rebuild)
         reason = f" ({cause!r})" if cause else ""
         return BackendError(f"{where}: {what}{reason}", fix=self._rebuild)
 

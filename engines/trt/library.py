@@ -21,7 +21,6 @@ from typing import Any
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import Plan
 from engines.errors import BackendError, FlexError
-from engines.trt.options import RTX_SMS
 from plugins.tensorrt import NAMESPACE, take_error
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
@@ -144,7 +143,9 @@ def build(trt: ModuleType, logger: Any, builder: Any, network: Any, config: Any)
         memory = re.search(r"out ?of ?memory|bad_alloc", why, re.IGNORECASE)
         raise BackendError(
             f"TensorRT built no engine:\n  {why}",
-            fix="close programs, or build with a smaller --context or --workspace" if memory else None,
+            fix="close programs, add --workspace with fewer MiB, or build the bundle again with a smaller --context"
+            if memory
+            else None,
         )
     return plan
 
@@ -180,11 +181,6 @@ def require_fit(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: st
         )
     if sm not in plan.sms:
         built = ", ".join(f"sm_{number}" for number in plan.sms)
-        if trt.__name__ == MODULES[TENSORRT_RTX]:
-            there = sm in RTX_SMS
-            rebuild = (
-                f"{rebuild} --target sm_{sm}" if there else f"TensorRT-RTX has no sm_{sm}: use --backend {TENSORRT}"
-            )
         raise BackendError(f"{path} was built for {built}, this GPU is sm_{sm}", fix=rebuild)
 
 

@@ -140,6 +140,9 @@ class TrtModel:
         desk.cache.fill(0, self.stream)  # NaN of an earlier request would outlive it
         return TrtDecoder(self, desk, free, image)
 
+    def require_unchanged(self) -> None:
+        """See Model.require_unchanged: engines are read when they are opened, and never again."""
+
     def device_ms(self) -> float:
         """See Model.device_ms. From the begin to the end of the work, waiting for the host included: in the first two
         steps of an answer that is most of it, as the host prepares and records."""
@@ -198,7 +201,8 @@ class TrtModel:
         return _Desk(context, next(iter(cache.values())).memory, arrays, inputs, outputs)
 
     def _smaller(self) -> str:
-        return f"close what else uses the GPU, or build with a smaller --context (this is {self.geometry.context})"
+        now = self.geometry.context
+        return f"close what else uses the GPU, or build the bundle again with a smaller --context than {now}"
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.rebuild import engine_words
 from engines.checks import require_integer
-from engines.errors import OptionError
+from engines.errors import FlexError, OptionError
 from engines.sizing.needs import MAX_BATCH
 from engines.targets import TARGETS, target
 from plugins.compiler.ptxas import SMS
@@ -47,9 +49,11 @@ class EngineOptions:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
         for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
             value, none = getattr(self, knob), "TensorRT's own limit" if knob == "workspace" else None
-            require_integer(value, f"{knob} {value!r}", low, high, none=none)
+            object.__setattr__(self, knob, require_integer(value, f"{knob} {value!r}", low, high, none=none))
         if self.targets is not None:
-            _check_targets(self.backend, self.targets)
+            targets = tuple(require_integer(sm, f"target {sm!r}", 1, 999) for sm in self.targets)
+            object.__setattr__(self, "targets", targets)
+            _check_targets(self.backend, targets)
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -100,15 +104,23 @@ def _check_targets(backend: str, targets: Sequence[int]) -> None:
 
 def command(bundle: Path | str, options: EngineOptions) -> str:
     """The command that builds these engines."""
-    words = ["python -m engines.build", str(bundle), "--backend", options.backend]
-    default = EngineOptions(options.backend)
-    words += [] if options.plugins else ["--no-plugins"]
-    if options.targets and options.backend == TENSORRT_RTX:
-        words += ["--target", ",".join(f"sm_{sm}" for sm in options.targets)]
-    for knob in ("workspace", "optimization_level", "batch"):
-        if getattr(options, knob) != getattr(default, knob):
-            words += [f"--{knob.replace('_', '-')}", str(getattr(options, knob))]
-    return " ".join(words)
+    default = asdict(EngineOptions(options.backend))
+    changed = {knob: value for knob, value in asdict(options).items() if value != default[knob]}
+    if options.backend == TENSORRT:  # it builds for the machine it runs on, and no other
+        changed |= {"targets": None}
+    words = ["python -m engines.build", shlex.quote(str(bundle)), "--backend", options.backend]
+    return " ".join(words + engine_words(changed))
+
+
+def recorded(record: object, backend: str) -> EngineOptions:
+    """The options that a manifest has recorded for a backend's engines; the defaults where it holds none, or none that
+    these options can be."""
+    given = {key: value for key, value in record.items() if key in KNOBS} if isinstance(record, dict) else {}
+    targets = record.get("targets") if isinstance(record, dict) else None
+    try:
+        return EngineOptions(backend, targets=tuple(targets) if targets else None, **given)
+    except (FlexError, TypeError):
+        return EngineOptions(backend)
 
 
 def add_arguments(parser: Any) -> None:

@@ -22,10 +22,11 @@ from pydantic import TypeAdapter
 from engines.bundle.kinds import TENSORRT_RTX
 from engines.bundle.manifest import Profile
 from engines.bundle.specs import TensorSpec
+from engines.bundle.work import locked, write_whole
 from engines.errors import BackendError, FlexError
 from engines.memory import peak_rss
 from engines.trt import library as tensorrt
-from plugins.artifacts import Artifacts
+from plugins.artifacts import Artifacts, with_command
 from plugins.tensorrt import DTYPE_OF_KIND, register
 
 REPORT_EVERY = 0.1  # seconds between lines of progress
@@ -144,14 +145,6 @@ def _fix_and_check(trt: ModuleType, network: Any, job: Job) -> None:
 
 def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
     """Load the cache into `config`; returns what adds this build's timings to the file."""
-    try:
-        from filelock import FileLock
-    except ImportError as error:
-        raise BackendError(
-            "filelock is not installed, which builds share their timing cache by",
-            fix="pip install filelock, or --no-timing-cache",
-        ) from error
-
     file = Path(path)
 
     def read() -> bytes:
@@ -162,16 +155,14 @@ def _use_timing_cache(config: Any, path: str) -> Callable[[], None]:
 
     with _as_backend_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with locked(file.with_name(f"{file.name}.lock")):
             config.set_timing_cache(usable(read()), False)
 
     def save() -> None:
         cache = config.get_timing_cache()
-        with _as_backend_error(file), FileLock(f"{file}.lock"):
+        with _as_backend_error(file), locked(file.with_name(f"{file.name}.lock")):
             cache.combine(usable(read()), True)  # what other builds have added meanwhile
-            temporary = file.with_name(f"{file.name}.{os.getpid()}")
-            temporary.write_bytes(cache.serialize())
-            temporary.replace(file)
+            write_whole(file, cache.serialize())
 
     return save
 
@@ -245,7 +236,8 @@ def main() -> int:
     job = TypeAdapter(Job).validate_json(sys.stdin.read())
     try:
         built = build(job, lambda part: send(progress=part), lambda line: print(line, file=sys.stderr))
-    except FlexError as error:
+    except FlexError as failure:
+        error = with_command(failure, job.rebuild)
         told = {"found": error.found, "expected": error.expected, "fix": error.fix}
         send(error={"type": type(error).__name__, **told})
         return 1

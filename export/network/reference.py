@@ -62,6 +62,9 @@ class ReferenceModel:
         """See Model.decoder."""
         return ReferenceDecoder(self, image, max(capacity, self.geometry.image_tokens))
 
+    def require_unchanged(self) -> None:
+        """See Model.require_unchanged: nothing of the checkpoint is read any more."""
+
     def device_ms(self) -> float:
         """See Model.device_ms: the CPU is no device, nobody measures."""
         return 0.0

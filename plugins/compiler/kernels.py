@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from plugins import child
 from plugins.artifacts import Artifacts, Compiled
 from plugins.compiler.ptxas import SMS, Assembler, Code, assemble, find_assemblers
 from plugins.cores import usable_cores
@@ -86,11 +85,10 @@ def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[st
     """What plugins.compiler.ptx.to_ptx returns for each kernel, from a fresh process that writes it to `result`."""
     # No TRITON_INTERPRET, and nothing else that would make another machine's code differ; a cache that goes away again;
     # no line numbers, whose file names do.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment = {name: value for name, value in child.environment().items() if not name.startswith("TRITON_")}
     environment |= {"TRITON_CACHE_DIR": str(result.with_suffix(".cache")), "TRITON_DISABLE_LINE_INFO": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     run = subprocess.run(
-        [sys.executable, "-m", "plugins.compiler.ptx", str(result)],
+        child.python("plugins.compiler.ptx", str(result)),
         input=json.dumps([asdict(kernel) for kernel in kernels]),
         env=environment,
         capture_output=True,

@@ -19,10 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
-from engines.bundle.folder import MANIFEST, Bundle, sha256
+from engines.bundle.folder import Bundle, sha256
 from engines.bundle.kinds import ONNXRUNTIME, TRACED
-from engines.bundle.manifest import File, Plan
+from engines.bundle.manifest import MANIFEST, File, Plan
 from engines.bundle.specs import TensorSpec, in_place, plan_io
+from engines.bundle.writer import write_manifest
 from engines.trt.build import attributes, profiles
 from engines.trt.options import EngineOptions
 from plugins.registry import kernels_of_model
@@ -77,7 +78,7 @@ def with_plans(
         files[plan.file] = File((out / plan.file).stat().st_size, sha256(out / plan.file))
         parts[name] = replace(part, plans={backend: plan})
     changed = replace(manifest, parts=parts, files=files, backend=backend, kernels=KERNELS if plugins else None)
-    (out / MANIFEST).write_text(json.dumps(asdict(changed), indent=1))
+    write_manifest(out, changed)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from engines import doctor, ort
+from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.cuda import Cuda
 from engines.doctor import backends, examine
@@ -18,6 +20,7 @@ from engines.sizing.machine import NAMES, attempt, host, jetson, look_at, matchi
 from engines.targets import TARGETS, markdown
 from engines.trt import library as trt
 from tests.emulator.driver import Driver
+from tests.geometries import tiny
 from tests.paths import ROOT
 
 ORIN_NX = "NVIDIA Jetson Orin NX Engineering Reference Developer Kit\0"
@@ -202,3 +205,40 @@ def test_the_commands_need_no_torch_and_never_fail():
 
 def test_the_table_in_the_docs_is_the_command():
     assert markdown() in (ROOT / "docs" / "tensorrt.md").read_text()
+
+
+# Whose packages these are.
+
+
+def test_packages_of_others_with_our_names(tmp_path, monkeypatch):
+    ours = {name: ["flexattention-deploy"] for name in doctor.PACKAGES}
+    assert doctor.collisions(ours) == doctor.collisions({}) == []
+    assert doctor.collisions({**ours, "runtime": ["flexattention_deploy", "FlexAttention-Deploy"]}) == []
+    (found,) = doctor.collisions({**ours, "plugins": ["otherapp", "flexattention-deploy"]})
+    assert found.startswith("package plugins: otherapp installed") and "without otherapp" in found
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "runtime", raising=False)
+    (found,) = doctor.collisions(ours)
+    assert found.startswith(f"package runtime: Python finds {tmp_path / 'runtime'}, not {ROOT / 'runtime'}")
+
+
+# A bundle.
+
+
+def test_a_bundle_is_checked_and_its_digest_told(random_model, tmp_path, capsys):
+    bundle = Path(shutil.copytree(random_model("tiny", tiny())[1], tmp_path / "b"))
+    digest = Bundle(bundle).digest
+    assert doctor.main([str(bundle)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"digest  {digest}"
+    assert doctor.main([str(bundle), "--expect", digest]) == 0
+    assert doctor.main([str(bundle), "--expect", f"sha256:{'0' * 64}"]) == 1
+    assert "expected: sha256:0000" in capsys.readouterr().err
+    assert doctor.main([str(bundle), "--expect", "0"]) == 1
+    (bundle / "pages.weights").write_bytes(bytes((bundle / "pages.weights").stat().st_size))
+    assert doctor.main([str(bundle)]) == 1
+    assert "pages.weights was changed" in capsys.readouterr().err
+    assert doctor.main([str(tmp_path / "none")]) == 1
+    with pytest.raises(SystemExit):
+        doctor.main(["--expect", digest])

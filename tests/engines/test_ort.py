@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from engines import ort
 from engines.bundle.folder import Bundle
-from engines.errors import BackendError
-from engines.ort import OrtModel
+from engines.errors import BackendError, BundleError
+from engines.ort import MAX_THREADS, OrtModel, installed
+from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.parity.requests import encode, request
+from tests.paths import ROOT
+from tests.runtime.questions import GEOMETRY
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +33,146 @@ def test_unknown_or_absent_devices(random_model):
     bundle = Bundle(random_model("tiny", tiny())[1])
     with pytest.raises(BackendError, match="tpu"):
         OrtModel(bundle, device="tpu")
-    ort = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if "CUDAExecutionProvider" not in installed()[1]:
         with pytest.raises(BackendError, match="CUDAExecutionProvider") as caught:
             OrtModel(bundle, device="cuda")
         assert "onnxruntime-gpu" in caught.value.fix
 
 
-@pytest.mark.parametrize("threads", [0, -3, "2", 1.5, True])
+@pytest.mark.parametrize("threads", [0, -3, "2", 1.5, True, MAX_THREADS + 1, 5000, 100_000, 10**30, np.uint64(2**63)])
 def test_bad_threads(threads, random_model):
-    with pytest.raises(BackendError, match="threads="):
+    with pytest.raises(BackendError, match="threads=") as caught:
         OrtModel(Bundle(random_model("tiny", tiny())[1]), threads=threads)
+    assert f"1 .. {MAX_THREADS}" in caught.value.expected
+
+
+def test_threads_may_be_numpys(random_model):
+    OrtModel(Bundle(random_model("tiny", tiny())[1]), threads=np.uint8(1))
+
+
+# Of a version that is too old, or none, or broken: what is missing is told before any graph is opened.
+
+
+@pytest.mark.parametrize("version", ["1.24.4", "1.9.0", "0.5", "", "main", None])
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-gpu"])
+def test_an_onnxruntime_that_is_too_old(monkeypatch, random_model, version, package):
+    found = SimpleNamespace(__version__=version) if version is not None else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "onnxruntime", found)
+    monkeypatch.setattr(ort, "packages_distributions", lambda: {"onnxruntime": [package]})
+    for ask in (installed, lambda: OrtModel(Bundle(random_model("tiny", tiny())[1]))):
+        with pytest.raises(BackendError, match="onnxruntime ") as caught:
+            ask()
+        assert caught.value.expected.startswith("1.25 or newer")
+        assert caught.value.fix == f"upgrade it: pip install --upgrade '{package}>=1.25'"
+
+
+@pytest.mark.parametrize("version", ["1.25.0", "1.32.0", "1.100.1", "2.0.0", "1.26.0.dev20261101"])
+def test_one_that_is_new_enough(monkeypatch, version):
+    there = SimpleNamespace(__version__=version, get_available_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "onnxruntime", there)
+    assert installed() == (version, ["CPUExecutionProvider"])
+
+
+# Graphs that are others than the manifest says, and weights that lie elsewhere.
+
+
+@pytest.fixture
+def copy(random_model, tmp_path) -> Path:
+    return Path(shutil.copytree(random_model("tiny", tiny())[1], tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(("one", "other"), [("vision", "pages"), ("pages", "decoder"), ("vision", "decoder")])
+def test_graphs_of_parts_that_were_exchanged(copy, one, other):
+    """Each file is whole, and used once; it is the graph of another part."""
+
+    def exchange(manifest):
+        first, second = (manifest["parts"][part]["graphs"]["onnxruntime"] for part in (one, other))
+        first["file"], second["file"] = second["file"], first["file"]
+
+    edit(copy, exchange)
+    with pytest.raises(BundleError, match="is not the graph of") as caught:
+        OrtModel(Bundle(copy), threads=1)
+    assert "export/build.py" in caught.value.fix
+
+
+def test_weights_that_are_links_to_elsewhere(copy, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for path in copy.glob("*.weights"):
+        path.rename(tmp_path / "disk" / path.name)
+        path.symlink_to(tmp_path / "disk" / path.name)
+    with pytest.raises(BundleError, match=r"vision\.weights is a link to .*disk") as caught:
+        OrtModel(Bundle(copy), threads=1)
+    command = caught.value.fix.partition(",")[0]
+    assert command == f"cp -rL {copy} OTHER"
+    subprocess.run([*shlex.split(command)[:-1], str(tmp_path / "other")], check=True)
+    assert OrtModel(Bundle(tmp_path / "other"), threads=1)
+
+
+def test_a_folder_of_links_alone_opens(copy, tmp_path):
+    """As the local cache of the Hugging Face Hub has them: all into one folder, under other names."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for path in copy.iterdir():
+        path.rename(tmp_path / "blobs" / f"0{path.name}")
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/0{path.name}")
+    assert OrtModel(Bundle(tmp_path / "snapshot"), threads=1)
+
+
+# Nothing behind the user's back.
+
+
+def home(folder: Path) -> dict[str, str]:
+    """An environment whose home, caches and temporary files lie in `folder`, which is new."""
+    places = "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "TMPDIR"
+    for name in places:
+        (folder / name).mkdir(parents=True)
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    return {**kept, **{name: str(folder / name) for name in places}, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_build_and_an_answer_leave_no_file_in_a_new_home(random_model, tmp_path):
+    checkpoint, _ = random_model("engine", GEOMETRY, tokenizer=True)
+    environment = home(tmp_path / "user")
+    build = [
+        "export/build.py",
+        "--model",
+        str(checkpoint),
+        "--fp32",
+        "--out",
+        str(tmp_path / "b"),
+        "--check",
+        "weights",
+    ]
+    ask = ["-m", "runtime", str(tmp_path / "b"), "none", "hello", "--max-new-tokens", "2"]
+    for line in (build, ask):
+        run = subprocess.run(
+            [sys.executable, *line], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+    assert [path for path in (tmp_path / "user").rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "1"), ("0", "0"), ("1", "1"), ("", "")])
+def test_telemetry_is_off_unless_the_user_says_otherwise(given, seen):
+    """As the library finds it when it is imported, through the runtime and through the export."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+    # In the place of the library, one that says what it finds.
+    program = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'onnxruntime':\n"
+        "            print(os.environ.get('ORT_DISABLE_TELEMETRY'), flush=True)\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "{}\n"
+        "from engines.ort import installed; installed()"
+    )
+    for first in ("import runtime", "import export.build", "import tests"):
+        line = [sys.executable, "-c", program.format(first)]
+        run = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout == f"{seen}\n", (first, run.stderr)
 
 
 def test_the_cache_is_updated_in_place(random_model, capfd):

@@ -138,7 +138,7 @@ def test_an_environment_without_the_package_onnxruntime(checkpoint, tmp_path, mo
     assert versions["flexattention-deploy"] == "not installed" and versions["onnxruntime"][0].isdigit()
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_builds_leave_nothing(checkpoint, tmp_path, kind):
     line = [sys.executable, "export/build.py", "--model", checkpoint, "--out", tmp_path / "bundle"]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

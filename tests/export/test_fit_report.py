@@ -45,7 +45,7 @@ def test_the_command(config_alone):
 
 def test_what_is_printed(config_alone):
     fits, text = printed("--target", "orin-nx-16", "--model", config_alone)
-    assert not fits and "fix: add --int4; or as it is, it fits agx-orin-64" in text
+    assert not fits and "fix: add --int4 (in place of --fp16); or as it is, it fits agx-orin-64" in text
     for words in ("13.5 GB", "KV cache", "has 14.5 GB, 16.0 GB less 1.5 GB", "not measured", "builder", "tensorrt"):
         assert words in text
     fits, text = printed("--target", "orin-nx-16", "--model", config_alone, "--int4")

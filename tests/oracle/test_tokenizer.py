@@ -162,7 +162,9 @@ def test_a_prompt_is_text_to_sentencepiece_and_to_the_runtime(prompter, sentence
 def test_ordinary_prompts_are_encoded_as_officially(prompter, slow):
     for text in texts()[::3]:
         official = slow.encode(text, add_special_tokens=False)
-        assert prompter.encode(text, False) == prompter.encode(text, False, special_tokens=True) == official, text
+        assert prompter.encode(text, False) == official, text
+        if "<image>" not in text:  # which would place one
+            assert prompter.encode(text, False, special_tokens=True) == official, text
 
 
 def test_control_tokens_of_the_template_stay(model, sentencepiece, tmp_path):

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from engines.backend import Image
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, TRACED
+from engines.bundle.kinds import TRACED
 from engines.ort import OrtDecoder, OrtModel
 
 LOW_INPUTS, PAGE_INPUTS = 9, 5  # of flex::CachedAttention, and what flex::HierarchicalAttention takes on top
@@ -53,12 +53,12 @@ class PlainModel(OrtModel):
     """An OrtModel whose decoder is a plain LLaMA."""
 
     def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
-        self._instead = {bundle.graph("decoder", ONNXRUNTIME): plain_graph(bundle)}
+        self._decoder = plain_graph(bundle)
         super().__init__(bundle, device=device, threads=threads)
 
-    def session(self, path: Path) -> ort.InferenceSession:
-        """See OrtModel.session."""
-        return super().session(self._instead.get(path, path))
+    def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
+        """See OrtModel.part_session."""
+        return self.session(self._decoder) if part == "decoder" else super().part_session(bundle, part)
 
     def decoder(self, image: Image, capacity: int) -> OrtDecoder:
         """See OrtModel.decoder."""

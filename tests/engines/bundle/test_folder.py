@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from engines.bundle.folder import MANIFEST, Bundle
-from engines.bundle.manifest import FORMAT
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import FORMAT, MANIFEST
 from engines.bundle.writer import write_bundle
 from engines.errors import BundleError, ExportError
+from tests.engines.manifests import edit
 from tests.geometries import tiny
 
 
@@ -20,12 +20,6 @@ from tests.geometries import tiny
 def copy(random_model, tmp_path) -> Path:
     """A bundle to damage."""
     return Path(shutil.copytree(random_model("tiny", tiny())[1], tmp_path / "bundle"))
-
-
-def edit(folder: Path, change) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def flip(path: Path) -> None:
@@ -46,16 +40,19 @@ def test_opens_and_describes_itself(copy):
 DAMAGE = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no bundle folder"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no bundle.json"),
-    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "no manifest"),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "is no JSON"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "no manifest"),
     "newer format": (lambda folder: edit(folder, lambda m: m.update(format=FORMAT + 1)), "upgrade"),
     "older format": (lambda folder: edit(folder, lambda m: m.update(format=0)), "rebuild"),
     "missing field": (lambda folder: edit(folder, lambda m: m.pop("geometry")), "geometry"),
     "wrong type": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers="many")), "geometry.layers"),
     "true for a format": (lambda folder: edit(folder, lambda m: m.update(format=True)), "format True"),
-    "endless nesting": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "no manifest"),
+    "endless nesting": (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "is no JSON: nested"),
     "text for a number": (lambda folder: edit(folder, lambda m: m["geometry"].update(threshold="48")), "threshold"),
-    "impossible number": (lambda folder: edit(folder, lambda m: m["geometry"]["vision"].update(patch=0)), "impossible"),
+    "impossible number": (
+        lambda folder: edit(folder, lambda m: m["geometry"]["vision"].update(patch=0)),
+        "vision.patch is 0",
+    ),
     "other geometry": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers=6)), "not those of its"),
     "no parts": (lambda folder: edit(folder, lambda m: m.update(parts={})), "parts"),
     "no plugin-free graph": (
@@ -205,7 +202,7 @@ def test_the_old_bundle_comes_back_when_the_new_one_cannot_take_its_place(copy, 
     manifest, original = Bundle(copy).manifest, Path.rename
 
     def rename(self, target):
-        if target == copy.resolve() and not self.name.endswith("-old"):
+        if target == copy.resolve() and self.name != "old":
             raise OSError(errno.EBUSY, "Device or resource busy")
         return original(self, target)
 

@@ -41,7 +41,9 @@ def test_7b_on_boards():
     nx = on("orin-nx-16")
     assert not nx.runs and not nx.fits and nx.room.usable == 16 * 10**9 - SYSTEM_RESERVE
     assert changes(nx.configuration, nx.proposal.configuration) == "--int4" and nx.proposal.fits
-    assert nx.larger == "agx-orin-64" and advice(nx) == "add --int4; or as it is, it fits agx-orin-64"
+    assert (
+        nx.larger == "agx-orin-64" and advice(nx) == "add --int4 (in place of --fp16); or as it is, it fits agx-orin-64"
+    )
     assert verdict(nx) == f"needs {nx.total / 1e9:.1f} GB, has 14.5 GB of 16.0 GB"
     nano = on("orin-nano-8", precision=INT4)
     assert not nano.fits and nano.proposal is None and nano.larger == "orin-nx-16"

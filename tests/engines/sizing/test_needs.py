@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from engines.bundle.geometry import Geometry
@@ -241,6 +242,14 @@ def test_knobs_out_of_range(knobs):
     with pytest.raises(OptionError, match=knob) as caught:
         Configuration(**{"geometry": official(), **knobs})
     assert caught.value.expected
+
+
+def test_numbers_of_numpy_are_kept_as_pythons():
+    """Two rows in NumPy's eight bits: their cache is no remainder of 256."""
+    given = {"batch": np.uint8(2), "page_budget": np.uint8(81), "geometry": official(context=np.int16(2048))}
+    kept, plain = Configuration(**given), Configuration(official(), batch=2, page_budget=81)
+    assert {type(value) for value in (kept.batch, kept.page_budget, kept.geometry.context)} == {int}
+    assert needs(kept, integrated=True) == needs(plain, integrated=True)
 
 
 def test_sizes_for_people():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle, sha256
@@ -32,6 +32,7 @@ from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model, ops_of_model
 from tests.conftest import once
+from tests.engines.manifests import edit
 from tests.engines.trt.rtx_layers import log_of, plugins_of
 from tests.geometries import tiny
 from tests.paths import ROOT
@@ -319,7 +320,7 @@ def test_a_builder_that_dies(copy, tmp_path, monkeypatch, ending, message, fix):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{ending}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(building.sys, "executable", str(program))
+    monkeypatch.setattr(building.child.sys, "executable", str(program))
     before = listing(copy)
     with pytest.raises(BackendError, match=message) as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
@@ -327,6 +328,33 @@ def test_a_builder_that_dies(copy, tmp_path, monkeypatch, ending, message, fix):
     assert listing(copy) == before
     assert not [path for path in copy.parent.iterdir() if path.name.startswith(".")]
     assert copy.with_name(f"{copy.name}.vision.{TENSORRT_RTX}.log").exists()
+
+
+def test_logs_and_caches_are_written_over_no_link(copy, tmp_path, monkeypatch):
+    """Whoever may write beside a bundle, or where the timings lie, knows these names: what they link to stays."""
+    (tmp_path / "mine").write_text("mine")
+    log = copy.with_name(f"{copy.name}.vision.{TENSORRT_RTX}.log")
+    log.symlink_to(tmp_path / "mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = building._timing_cache(TENSORRT_RTX, SMS)
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(tmp_path / "mine")
+    run(job(copy, timing_cache=str(cache)), log)  # no log is kept: the link goes
+    assert not log.is_symlink() and not cache.is_symlink() and cache.stat().st_size > 4
+    log.symlink_to(tmp_path / "mine")
+    with pytest.raises(BackendError, match=r"log: "):
+        run(job(copy, kernels=None, graph=str(copy / "none.onnx")), log)
+    assert not log.is_symlink() and log.is_file()
+    cache.with_name(f"{cache.name}.lock").unlink()
+    cache.with_name(f"{cache.name}.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(BackendError, match="timing cache"):
+        run(job(copy, timing_cache=str(cache)), tmp_path / "log")
+    assert (tmp_path / "mine").read_text() == "mine"
+    log.unlink()
+    log.mkdir()
+    (log / "file").write_text("mine")
+    with pytest.raises(BackendError, match=r"no log: .* cannot be written"):
+        run(job(copy, kernels=None, graph=str(copy / "none.onnx")), log)
 
 
 def test_a_builder_killed_while_it_works(built, tmp_path, monkeypatch):
@@ -347,7 +375,7 @@ def test_an_error_of_the_builders_process_keeps_its_class(built, tmp_path):
     (tmp_path / "kernels.zip").write_bytes(b"no zip")
     with pytest.raises(KernelError, match=r"no whole file of compiled kernels(.|\n)*log: .*log") as caught:
         run(job(built, "decoder", kernels=str(tmp_path / "kernels.zip")), tmp_path / "log")
-    assert "python export/build.py" in caught.value.fix
+    assert caught.value.fix == "copy it again, or build it again: python export/build.py"
 
 
 def test_a_full_disk_at_the_end_leaves_the_old_engines(copy, monkeypatch):
@@ -372,7 +400,8 @@ def test_kernels_missing_for_a_target(copy):
     before = listing(copy)
     with pytest.raises(KernelError, match=f"{copy}: no compiled kernels for SM 89") as caught:
         build_engines(copy, EngineOptions(TENSORRT_RTX, targets=(89,)), quiet=True)
-    assert f"--out {copy} --backend tensorrt-rtx --target sm_89" in caught.value.fix
+    assert f"--out {copy} --fp16 " in caught.value.fix
+    assert "--backend tensorrt-rtx --target sm_89 " in caught.value.fix
     assert listing(copy) == before
 
 
@@ -412,9 +441,7 @@ def spoiled(manifest: dict, change: str) -> None:
     "change", ["backend", "shape", "sms", "profiles", "sizes", "order", "kernels", "plugins", "part"]
 )
 def test_a_manifest_whose_engines_contradict_it(copy, change):
-    manifest = json.loads((copy / "bundle.json").read_text())
-    spoiled(manifest, change)
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    edit(copy, lambda manifest: spoiled(manifest, change))
     with pytest.raises(BundleError, match="engine"):
         Bundle(copy)
 
@@ -455,6 +482,17 @@ def test_knobs_are_checked(knobs):
         EngineOptions(TENSORRT_RTX, **knobs)
 
 
+def test_numbers_of_numpy_are_kept_as_pythons():
+    """A workspace of 200 MiB in NumPy's eight bits would be 0 bytes."""
+    given = EngineOptions(TENSORRT_RTX, targets=(np.int64(86),), workspace=np.uint8(200), batch=np.int32(2))
+    kept = (given.workspace, given.batch, given.optimization_level, *given.targets)
+    assert kept == (200, 2, 3, 86) and {type(value) for value in kept} == {int}
+    assert given.workspace << 20 == 200 << 20
+    for odd in (True, np.True_, np.float32(2), "86"):
+        with pytest.raises(OptionError):
+            EngineOptions(TENSORRT_RTX, targets=(odd,))
+
+
 def test_knobs_of_engines_are_not_ignored_for_other_backends():
     with pytest.raises(OptionError, match="--target with --backend onnxruntime"):
         parse_arguments(["--target", "sm_86"])
@@ -466,6 +504,7 @@ def test_knobs_of_engines_are_not_ignored_for_other_backends():
 
 def test_the_rebuild_command_is_the_options():
     options = EngineOptions(TENSORRT_RTX, plugins=False, targets=(86, 120), workspace=512, batch=2)
+    assert command("B B", options).startswith("python -m engines.build 'B B' --backend")
     assert command("B", options) == (
         "python -m engines.build B --backend tensorrt-rtx --no-plugins --target sm_86,sm_120 --workspace 512 --batch 2"
     )
@@ -528,8 +567,7 @@ def test_an_engine_of_another_version(built):
 def test_an_engine_for_another_gpu(built):
     error = open_decoder(built, sm=80)
     assert "built for sm_86, sm_89, sm_120, this GPU is sm_80" in error.found
-    assert error.fix == "python -m engines.build B --target sm_80"
-    assert "--backend tensorrt" in open_decoder(built, sm=90).fix
+    assert error.fix == "python -m engines.build B"
 
 
 @pytest.mark.parametrize("size", [0, 20, 64, 1000, 10**6])

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.tensors import TOWER_PREFIX
+from engines.bundle.tensors import TOWER_PREFIX, expected_tensors
 from engines.errors import ConfigError
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
-from export.checkpoint.folder import expected_tensors
 from export.checkpoint.tower import find_tower, require_blocks_of
 from export.checkpoint.write_config import write_config
 from tests.checkpoints import write_checkpoint

@@ -1,0 +1,75 @@
+"""The command that builds a bundle again as it was built: what errors give as their fix."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
+from engines.bundle.manifest import Manifest
+from engines.bundle.precision import PRECISIONS, block_name
+from engines.checks import is_integer
+
+_BOARD = re.compile(r"[a-z0-9-]{1,40}")
+
+
+def rebuild_unknown(path: str | os.PathLike[str]) -> str:
+    """The command where nothing says how the bundle was built: its options are left to who knows them."""
+    return f"python export/build.py --model CHECKPOINT --out {shlex.quote(os.fspath(path))}"
+
+
+def rebuild(
+    manifest: Manifest,
+    path: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    engines: Mapping[str, object] | None = None,
+    **changes: object,
+) -> str:
+    """The command that builds the bundle in `path` again. Where its checkpoint lies, and the data it was calibrated
+    with, no manifest says: CHECKPOINT and DATA stand for them.
+
+    backend, engines: others than those of its build; `engines` are fields of engines.trt.options.EngineOptions.
+    changes: of the knobs precision (its name), block_size, context and kv ("int8").
+    """
+    used, g = manifest.options, manifest.geometry
+    backend = backend or (str(used["backend"]) if used.get("backend") in BACKENDS else manifest.backend)
+    knobs: dict[str, object] = {"precision": manifest.precision, "block_size": manifest.block_size}
+    knobs |= {"context": g.context, "kv": "int8" if g.int8_pages else "model"} | changes
+    block = knobs["block_size"]
+    words = [rebuild_unknown(path), f"--{knobs['precision']}"]
+    words += ["--block-size", block_name(block)] if is_integer(block) else []
+    if is_integer(block):  # what is quantised, has one
+        words += ["--quantize-head"] if used.get("quantize_head") is True else []
+        calibrates = PRECISIONS[str(knobs["precision"])].calibrates(block)
+        words += ["--calibrate DATA"] if used.get("calibrate") and calibrates else []
+    words += ["--page-budget", str(manifest.page_budget)] if manifest.page_budget != g.pages else []
+    words += ["--context", str(knobs["context"])]
+    words += ["--projection lazy"] if g.lazy_pages else []
+    words += ["--kv int8"] if knobs["kv"] == "int8" else []
+    words += [f"--check {used['check']}"] if used.get("check") in ("weights", "none") else []
+    if backend != ONNXRUNTIME:
+        record = used.get(backend) if engines is None else engines
+        words += ["--backend", backend, *engine_words(record if isinstance(record, dict) else {})]
+    return " ".join(words)
+
+
+def engine_words(record: Mapping[str, object]) -> list[str]:
+    """The options of a command line that say what `record` does, fields of EngineOptions as a manifest or the class
+    itself has them. Of a manifest they are text that somebody else wrote: what is no such option is left out."""
+    words = ["--no-plugins"] if record.get("plugins") is False else []
+    boards = [name for name in _list(record.get("boards")) if isinstance(name, str) and _BOARD.fullmatch(name)]
+    targets = [f"sm_{int(sm)}" for sm in _list(record.get("targets")) if is_integer(sm)]
+    words += ["--target", ",".join(boards + targets)] if targets else []
+    for knob in ("workspace", "optimization_level", "batch"):
+        value = record.get(knob)
+        words += [f"--{knob.replace('_', '-')}", str(int(value))] if is_integer(value) else []
+    words += ["--no-timing-cache"] if record.get("timing_cache") is False else []
+    words += ["--keep-log"] if record.get("keep_log") is True else []
+    return words
+
+
+def _list(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else []
