@@ -77,8 +77,8 @@ class ImageView(InOneProcess):
         return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
 
     def _opened(self) -> Model[Any]:
-        """The model; OptionError when the view is closed, BackendError in a fork, BundleError when somebody wrote to the
-        bundle meanwhile."""
+        """The model; OptionError when the view is closed, BackendError in a fork, BundleError when the bundle was
+        written to meanwhile."""
         self._require_own_process()
         if self._model is None:
             raise OptionError(

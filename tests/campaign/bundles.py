@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from engines.bundle.folder import MANIFEST
+from engines.bundle.manifest import DIGEST, MANIFEST, canonical, digest_of
 from runtime import Engine
 from tests.campaign.checkpoints import KINDS
 from tests.campaign.mutate import damaged_bytes, damaged_json, damaged_text
@@ -55,9 +55,12 @@ def damages(folder: Path) -> st.SearchStrategy[tuple[str, bool, Damage]]:
 
 def _sign(copy: Path, value: dict) -> None:
     """Write a manifest with the digest that belongs to it, as a hostile author would."""
-    from engines.bundle.digest import signed
-
-    (copy / MANIFEST).write_text(json.dumps(signed(value)))
+    value = {key: item for key, item in value.items() if key != DIGEST}
+    try:
+        value[DIGEST] = digest_of(canonical(value))
+    except ValueError:  # no JSON has infinity; it is written all the same
+        value[DIGEST] = ""
+    (copy / MANIFEST).write_text(json.dumps(value))
 
 
 def answer(folder: Path) -> list[int]:

@@ -123,8 +123,8 @@ def _tokenizers(made: Seeds) -> tuple[st.SearchStrategy, Try]:
 
 
 def _prompts(made: Seeds) -> tuple[st.SearchStrategy, Try]:
-    real = made.tokenizer
-    return prompts.TEXTS, lambda value, scratch: prompts.run_text(real, value, scratch)
+    ours, theirs = prompts.both(made.tokenizer)
+    return prompts.TEXTS, lambda value, scratch: prompts.run_text(ours, theirs, value, scratch)
 
 
 def _images(made: Seeds) -> tuple[st.SearchStrategy, Try]:

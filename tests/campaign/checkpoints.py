@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engines.bundle.precision import FP32
-from engines.bundle.tensors import expected_tensors
 from engines.errors import ParityError
 from export import second_opinion
 from export.build import BuildOptions, _config, settle
 from export.check import LIMITS
-from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import open_checkpoint
 from export.checkpoint.tokenizer import read_tokenizer
 from export.checkpoint.tower import require_blocks_of
@@ -196,10 +194,8 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
     settled = settle(options, _config(options))
     checkpoint = open_checkpoint(settled.model, settled.config)
     g = settled.geometry
-    checkpoint.require(expected_tensors(g))
     if settled.config.tower_blocks is not None:
         require_blocks_of(settled.config.tower_blocks, checkpoint.names, copy)
-    dropped_tensors(checkpoint, g)
     read_tokenizer(copy, g.vocab)
     asked = second_opinion.request(g)
     ours = second_opinion.of_model(ReferenceModel(g, checkpoint), asked)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
 from engines.errors import PromptError
 from export.checkpoint.tokenizer import read_tokenizer
@@ -38,17 +39,19 @@ def real_model(folder: Path) -> Path:
 
 
 def prompter(file: Path, vocab: int) -> Prompter:
-    return Prompter(file, template=TEMPLATE, bos_id=1, vocab=vocab, image_tokens=4)
+    return Prompter(file, template=TEMPLATE, bos_id=1, vocab=vocab, image_tokens=4, ends=(2,))
 
 
-def run_text(folder: Path, text: str, scratch: Path) -> str:
+def both(folder: Path) -> tuple[Prompter, SentencePieceProcessor]:
+    """The text side of a bundle with the real model's tokenizer, and SentencePiece."""
+    theirs = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = prompter(folder / "tokenizer.json", LARGE)
+    ours.encode("</s>", True)  # makes what it needs for control tokens as text: once, not in every trial
+    return ours, theirs
+
+
+def run_text(ours: Prompter, theirs: SentencePieceProcessor, text: str, scratch: Path) -> str:
     """Encode a prompt; Wrong unless it is what SentencePiece, which knows no special tokens, makes of the pieces."""
-    from sentencepiece import SentencePieceProcessor
-
-    ours, theirs = (
-        prompter(folder / "tokenizer.json", LARGE),
-        SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
-    )
     found = ours.encode(text, True)
     before, after = TEMPLATE.split("<image>")
     expected = [1, *theirs.encode(before), IMAGE_TOKEN, *theirs.encode(after.replace("{prompt}", text))]
