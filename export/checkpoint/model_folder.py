@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from engines.errors import CheckpointError
 from engines.files import read_file, read_json
-from export.checkpoint.torch_files import read_torch
-from export.checkpoint.weight_files import DAMAGED, TABLE_LIMIT, TensorInfo, read_safetensors
+from export.checkpoint.formats.key_table import DAMAGED, TABLE_LIMIT, TensorInfo
+from export.checkpoint.formats.safetensors import read_safetensors
+from export.checkpoint.formats.torch_save import read_torch
 
 Reader = Callable[[Path], dict[str, TensorInfo]]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # of files that look like weights
@@ -119,20 +120,23 @@ def require_whole_weights(folder: Path) -> None:
         return [name for name in names if re.fullmatch(pattern, name)]
 
     adapter = having(r"adapter_model.*\.(safetensors|bin)") or having(r"non_lora_trainables\.bin")
-    if not whole:
-        adapter = adapter or having(r"adapter_config\.json")
-    if adapter:
-        beside = f" beside {whole[0]}: which of them counts?" if whole else ", only a LoRA adapter"
+    if whole and adapter:
         raise CheckpointError(
-            f"{folder}: {adapter[0]}{beside}" if whole else f"{folder}: no weight files{beside} ({adapter[0]})",
+            f"{folder}: {adapter[0]} beside {whole[0]}: which of them counts?",
             expected="one model's whole weights",
-            fix=(f"move {adapter[0]} away if the weights are merged already; if not, {_merge(folder)}")
-            if whole
-            else _merge(folder),
+            fix=f"move {adapter[0]} away if it is merged into the weights already; if not, {_merge(folder)}",
         )
     if whole:
         return
-    states = having(r"global_step\d+|.*_(model|optim)_states\.pt|zero_to_fp32\.py")
+    adapter = adapter or having(r"adapter_config\.json")
+    if adapter:
+        raise CheckpointError(
+            f"{folder}: no weight files, only a LoRA adapter ({adapter[0]})",
+            expected="one model's whole weights",
+            fix=_merge(folder),
+        )
+    # Not zero_to_fp32.py: it stays beside merged weights, and a download may have brought it alone.
+    states = having(r"global_step\d+|.*_(model|optim)_states\.pt")
     if states:
         raise CheckpointError(
             f"{folder}: no weight files, only the states of a DeepSpeed training run ({states[0]})",
@@ -145,7 +149,7 @@ def require_whole_weights(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: no weight files, only a distributed checkpoint (FSDP, {parts[0]})",
             expected=_FOLDER,
-            fix=f"accelerate merge-weights {inside} MERGED, or "
+            fix=f"accelerate merge-weights {inside} MERGED, or mkdir MERGED && "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {inside} MERGED/pytorch_model.bin; then "
             "copy config.json and the tokenizer's files into MERGED",
         )

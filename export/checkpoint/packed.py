@@ -25,9 +25,9 @@ from engines.bundle.tensors import expected_tensors, quantised_tensors
 from engines.errors import CheckpointError
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
+from export.checkpoint.formats.key_table import TensorInfo
 from export.checkpoint.leftovers import dropped_tensors, require_depth, require_one_tower
 from export.checkpoint.packed_settings import Packing
-from export.checkpoint.weight_files import TensorInfo
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: field i of a word is column ORDER[i] of its eight
 PIECE = 1 << 15  # words unpacked at once: they stay in a core's cache

@@ -29,7 +29,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.errors import BundleError
 from export.checkpoint.folder import Checkpoint
-from export.checkpoint.weight_files import TensorInfo
+from export.checkpoint.formats.key_table import TensorInfo
 
 HEAD_GROUP = "head"
 

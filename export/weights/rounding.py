@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from engines.errors import ExportError
+from export.checkpoint.formats.key_table import TensorInfo
 from export.checkpoint.packed import PackedCheckpoint, is_packed
-from export.checkpoint.weight_files import TensorInfo
 from export.weights.scheme import Scheme
 
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from engines.errors import CheckpointError, FlexError
 from export.checkpoint.folder import Checkpoint
-from export.checkpoint.torch_files import read_torch
-from export.checkpoint.weight_files import TABLE_LIMIT, read_safetensors
+from export.checkpoint.formats.key_table import TABLE_LIMIT
+from export.checkpoint.formats.safetensors import read_safetensors
+from export.checkpoint.formats.torch_save import read_torch
 
 STATE = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.nn.Parameter(torch.ones(5).half())}
 
@@ -309,6 +310,15 @@ def test_the_pickle_must_tell_the_truth_of_its_storages(archive):
             Checkpoint.open(archive.parent)
 
 
+def test_archives_as_of_more_than_4_gb(archive, monkeypatch):
+    """Sizes and places are then in other fields; Python writes these from here on."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    rebuilt(archive, lambda name, data: data)
+    assert b"PK\x06\x06" in archive.read_bytes()
+    checkpoint = Checkpoint.open(archive.parent)
+    assert all(torch.equal(checkpoint.tensor(name), value) for name, value in STATE.items())
+
+
 def test_compressed_archives_are_not_unpacked(archive):
     rebuilt(
         archive, lambda name, data: bytes(64 << 20) if name.endswith("0") else data, compression=zipfile.ZIP_DEFLATED
@@ -408,6 +418,6 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("export.checkpoint.folder.stamp", fails)
     with pytest.raises(CheckpointError, match="a cannot be read: Input/output error"):
         checkpoint.tensor("a")
-    monkeypatch.setattr("export.checkpoint.weight_files.stamp", fails)
+    monkeypatch.setattr("export.checkpoint.formats.safetensors.stamp", fails)
     with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
         Checkpoint.open(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,30 @@ def frequencies(theta: float = G.rope_theta) -> torch.Tensor:
 
 def test_an_ordinary_checkpoint_drops_nothing(opened):
     assert opened({}) == {}
+
+
+def test_the_public_checkpoint_is_taken(source, tmp_path):
+    """Its files and names: all layers have hi-res projections, the tower is inside, with every block."""
+    blocks = G.vision.layers + 1
+    whole = {**load_file(source / "model.safetensors")}
+    for name in [name for name in whole if ".encoder.layers.0." in name]:
+        whole[name.replace(".layers.0.", f".layers.{blocks - 1}.")] = whole[name].clone()
+    for layer in range(G.layers):
+        for part in ("k_proj_hd", "v_proj_hd"):
+            whole.setdefault(f"model.layers.{layer}.self_attn.{part}.weight", torch.ones(32, 32))
+    for part in ("weight", "bias"):
+        whole[f"{TOWER_PREFIX}vision_model.post_layernorm.{part}"] = torch.ones(16)
+    files = {name: f"model-0000{index % 4 + 1}-of-00004.safetensors" for index, name in enumerate(sorted(whole))}
+    for file in set(files.values()):
+        save_file({name: whole[name] for name in files if files[name] == file}, tmp_path / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 16269418496}, "weight_map": files}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("generation_config.json", "special_tokens_map.json", "tokenizer.model", "zero_to_fp32.py"):
+        (tmp_path / name).write_text("{}")
+    config = replace(read_config(source), tower_folder=None)
+    dropped = dropped_tensors(open_checkpoint(tmp_path, config), config.geometry)
+    assert len(dropped) == 2 * (G.start_layer + 1) + 16 + 2 == len(whole) - len(expected_tensors(G))
+    assert {reason.split(" ")[0] for reason in dropped.values()} == {"hi-res", "vision", "norm"}
 
 
 USED = [

@@ -224,7 +224,7 @@ FOLDERS = {
     "projector": ({"mm_projector.bin": ""}, "only a projector"),
     "ZeRO": ({"zero_to_fp32.py": "parser.add_argument('output_file')", "global_step9/": "", "latest": ""},
              r"DeepSpeed[\s\S]*cd .* && python zero_to_fp32.py \. pytorch_model.bin"),
-    "ZeRO, newer": ({"zero_to_fp32.py": "parser.add_argument('output_dir')"},
+    "ZeRO, newer": ({"zero_to_fp32.py": "parser.add_argument('output_dir')", "global_step9/": ""},
                     r"python zero_to_fp32.py \. merged, then copy config.json"),
     "ZeRO's own": ({"mp_rank_00_model_states.pt": ""}, "DeepSpeed"),
     "FSDP": ({"__0_0.distcp": "", ".metadata": ""}, r"accelerate merge-weights .* MERGED[\s\S]*dcp_to_torch"),
@@ -264,8 +264,9 @@ def test_what_a_training_run_leaves_beside_whole_weights_is_no_reason(tmp_path):
 
 
 def test_a_folder_without_weights_has_sizes(tmp_path):
-    """--plan reads nothing but config.json."""
-    (tmp_path / "config.json").write_text("{}")
+    """--plan reads nothing but config.json; a download that goes on may have brought more of the public repository."""
+    for name in ("config.json", "zero_to_fp32.py", "generation_config.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
     require_model_folder(tmp_path)
 
 

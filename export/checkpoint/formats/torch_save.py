@@ -14,7 +14,8 @@ import torch
 
 from engines.checks import is_integer
 from engines.errors import CheckpointError
-from export.checkpoint.weight_files import DAMAGED, DTYPES, TABLE_LIMIT, TensorInfo, opened, require_name, sizes, stamp
+from export.checkpoint.formats.key_table import DAMAGED, TABLE_LIMIT, TensorInfo, opened, require_name, sizes, stamp
+from export.checkpoint.formats.safetensors import DTYPES
 
 _TORCH_STORAGES = {
     "DoubleStorage": torch.float64,
