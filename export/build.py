@@ -227,7 +227,7 @@ def _write_kernels(recipe: Recipe, writer: BundleWriter, console: Console) -> st
 def _check(recipe: Recipe, bundle: Bundle, checkpoint: Checkpoint, console: Console) -> None:
     if recipe.check == "parity":
         with console.status("parity check"):
-            stages = parity(bundle, checkpoint, tower=recipe.config.tower_folder)
+            stages = parity(bundle, checkpoint)
         console.print(parity_table(stages, recipe.precision))
         if missing := why_no_second_opinion(checkpoint):
             console.print(f"[yellow]not compared with transformers' own models[/]: {missing}", soft_wrap=True)

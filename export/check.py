@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,9 +107,7 @@ def require_memory(g: Geometry, precision: Precision, scheme: Scheme | None, cal
         )
 
 
-def parity(
-    bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None, *, tower: Path | None = None
-) -> list[Stage]:
+def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -> list[Stage]:
     """Run the bundle on ONNX Runtime and the reference in float32 side by side; returns the stages in order.
 
     The weights of the reference are the checkpoint's, its pages float32. int8 and int4 bundles are compared in two
@@ -120,8 +117,7 @@ def parity(
     still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond the
     limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its own,
     so rounded).
-    Where transformers is installed, its own Llama and CLIP are asked as well: `tower` is the folder of the vision tower
-    of the checkpoint, if it has one of its own (export/second_opinion.py).
+    Where transformers is installed, its own Llama and CLIP are asked as well (export/second_opinion.py).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
     stages: list[Stage] = []
@@ -132,7 +128,7 @@ def parity(
         stages.append(Stage("weights, in steps", largest_rounding(stored, checkpoint), HALF_A_STEP))
         require_others(stored, checkpoint)
     folded = stored.source(checkpoint) if stored is not None and stored.scales else None
-    for stage in _all_stages(bundle, checkpoint, folded, weights, threads, tower):
+    for stage in _all_stages(bundle, checkpoint, folded, weights, threads):
         stages.append(stage)
         if not stage.passed:
             done = ", ".join(f"{passed.name} {passed.error:.1e}" for passed in stages[:-1]) or "none"
@@ -150,7 +146,6 @@ def _all_stages(
     folded: Weights | None,
     weights: Weights,
     threads: int | None,
-    tower: Path | None,
 ) -> Iterator[Stage]:
     g, precision = bundle.manifest.geometry, bundle.precision
     if folded is not None:
@@ -167,7 +162,7 @@ def _all_stages(
         reference = model = None
         ours = [(FP32, "", second_opinion.of_model(ReferenceModel(g, checkpoint), asked))]
     reference = model = None  # their memory is needed
-    yield from _second_opinion(bundle, checkpoint, tower, asked, ours)
+    yield from _second_opinion(bundle, checkpoint, asked, ours)
 
 
 def why_no_second_opinion(checkpoint: Checkpoint) -> str | None:
@@ -182,7 +177,6 @@ def why_no_second_opinion(checkpoint: Checkpoint) -> str | None:
 def _second_opinion(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    tower: Path | None,
     asked: second_opinion.Request,
     ours: list[tuple[Precision, str, second_opinion.Opinion]],
 ) -> Iterator[Stage]:
@@ -194,7 +188,7 @@ def _second_opinion(
             expected="the same end tokens",
             fix="name the end tokens in generation_config.json; please report this",
         )
-    theirs = second_opinion.of_transformers(checkpoint.folder, tower, asked)
+    theirs = second_opinion.of_transformers(checkpoint.folder, asked)
     for precision, whose, opinion in ours:
         limits = LIMITS[precision]
         yield Stage(f"transformers' CLIP{whose}", _error(theirs.features, opinion.features), limits.features)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from engines.backend import Model
 from engines.bundle.geometry import Geometry
 from engines.errors import ParityError
-from export.checkpoint.tower import PUBLISHED
+from export.checkpoint.tower import PUBLISHED, find_tower
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPVisionModel
@@ -81,14 +81,14 @@ def of_model(model: Model[Any], asked: Request) -> Opinion:
 
 
 @torch.no_grad()
-def of_transformers(folder: Path, tower: Path | None, asked: Request) -> Opinion:
+def of_transformers(folder: Path, asked: Request) -> Opinion:
     """The opinion of transformers about the checkpoint in `folder`, in float32; ParityError where its model does not
     have the checkpoint's weights.
 
-    tower: the folder of its vision tower, if that has one of its own. Needs memory for the model in float32.
+    Needs memory for the model in float32.
     """
     raw = _config(folder)
-    states = _clip(folder, tower, raw)(torch.from_numpy(asked.tile), output_hidden_states=True).hidden_states
+    states = _clip(folder, raw)(torch.from_numpy(asked.tile), output_hidden_states=True).hidden_states
     features = _projector(folder, raw)(states[-1][:, 1:])
     llama = _llama(folder, raw)
     row = torch.from_numpy(asked.ids[0])
@@ -125,11 +125,12 @@ def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
     return _filled(LlamaForCausalLM, LlamaConfig.from_dict(raw), state)
 
 
-def _clip(folder: Path, tower: Path | None, raw: dict[str, Any]) -> CLIPVisionModel:
+def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
     """The vision tower up to the block whose output is selected: weights of later ones may be missing."""
     from transformers.models.clip.configuration_clip import CLIPVisionConfig
     from transformers.models.clip.modeling_clip import CLIPVisionModel
 
+    tower = find_tower(folder, raw["mm_vision_tower"])
     state = {name.removeprefix(_TOWER): of for name, of in _state(folder) if name.startswith(_TOWER)}
     if not state and tower is not None:
         state = {name: of for name, of in _state(tower) if name.startswith("vision_model.")}
@@ -197,17 +198,20 @@ def _silent() -> Iterator[None]:
 
 
 def _state(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder, as its index says or else of all its files."""
+    """The tensors of a folder: of its one file, else as its index says, else of all its files."""
     from safetensors.torch import load_file
 
-    for suffix, read in ((".safetensors", load_file), (".bin", _load_torch)):
-        indexes, files = sorted(folder.glob(f"*{suffix}.index.json")), sorted(folder.glob(f"*model*{suffix}"))
-        if indexes:
-            named = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
+    for whole, read in (("model.safetensors", load_file), ("pytorch_model.bin", _load_torch)):
+        if (folder / whole).is_file():
+            yield from read(folder / whole).items()
+            return
+        if (index := folder / f"{whole}.index.json").is_file():
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             for file in sorted(set(named.values())):
                 yield from ((name, of) for name, of in read(folder / file).items() if named.get(name) == file)
             return
-        if files:
+    for pattern, read in (("*.safetensors", load_file), ("pytorch_model*.bin", _load_torch)):
+        if files := sorted(folder.glob(pattern)):
             for file in files:
                 yield from read(file).items()
             return

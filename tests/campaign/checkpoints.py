@@ -128,7 +128,7 @@ def _damaged_header(draw: st.DrawFn, whole: bytes) -> bytes:
     header = json.loads(whole[8 : 8 + length])
     if draw(st.booleans()):
         name = draw(st.sampled_from(sorted(header)))  # few places, each as likely as another
-        header[name] = draw(damaged_json({"": header[name]})).get("", header[name])
+        header[name] = draw(damaged_json(header[name]))
         text = json.dumps(header).encode("utf-8", "surrogatepass")
     else:
         text = draw(damaged_text(header))
@@ -200,7 +200,7 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
     asked = second_opinion.request(g)
     ours = second_opinion.of_model(ReferenceModel(g, checkpoint), asked)
     try:
-        theirs = second_opinion.of_transformers(copy, settled.config.tower_folder, asked)
+        theirs = second_opinion.of_transformers(copy, asked)
         ends = second_opinion.end_tokens(copy)
     except ParityError as error:
         raise Wrong(f"accepted, but {error.found}") from error
@@ -208,6 +208,8 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
         return f"accepted; transformers has no opinion: {type(error).__name__}: {error!s:.200}"
     for what in ("features", "logits"):
         expected, found = getattr(theirs, what), getattr(ours, what)
+        if not np.isfinite(expected).all() and not np.isfinite(found).all():
+            return "accepted; its weights are no numbers, which the build refuses when it writes them"
         if not np.allclose(
             expected, found, rtol=0, atol=10 * LIMITS[FP32].features * np.abs(expected).max(), equal_nan=True
         ):

@@ -60,9 +60,7 @@ def near(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, int | float):
         return st.sampled_from([value + 1, value - 1, value * 2, value / 2, -value, str(value), [value], float(value)])
     if isinstance(value, str):
-        return st.sampled_from(
-            [value + "x", value[:-1], value.upper(), value * 2, [value], {"": value}, value.encode().hex()]
-        )
+        return st.sampled_from([value + "x", value[:-1], value.upper(), value * 2, [value], {"": value}])
     if isinstance(value, list):
         return st.sampled_from([value[:-1], value + value[-1:], value[::-1], value * 2, dict.fromkeys(map(str, value))])
     if isinstance(value, dict):
@@ -94,9 +92,9 @@ def damaged_json(draw: st.DrawFn, original: Any) -> Any:
         holder, key = _at(value, path[:-1]), path[-1]
         how = draw(st.sampled_from(["near", "near", "odd", "delete", "other", "rename"]))
         if how == "near":
-            holder[key] = draw(near(holder[key]))
+            holder[key] = copy.deepcopy(draw(near(holder[key])))
         elif how == "odd":
-            holder[key] = draw(ODD)
+            holder[key] = copy.deepcopy(draw(ODD))  # what Hypothesis holds stays as it is
         elif how == "delete":
             del holder[key]
         elif how == "other":

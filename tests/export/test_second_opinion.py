@@ -72,7 +72,7 @@ def test_what_could_be_misread_shows(what, tmp_path):
     change, where = MISREAD[what]
     checkpoint, g = write_checkpoint(tmp_path / "checkpoint", tiny()), tiny()
     asked, config = second_opinion.request(g), read_config(checkpoint)
-    theirs = second_opinion.of_transformers(checkpoint, config.tower_folder, asked)
+    theirs = second_opinion.of_transformers(checkpoint, asked)
     weights = Checkpoint.open(checkpoint, config.tower_folder)
 
     def errors(read: Geometry) -> dict[str, float]:
@@ -108,7 +108,7 @@ def test_a_tensor_that_was_left_out_is_found(tmp_path, monkeypatch):
     extra = {"model.layers.1.mlp.up_proj.bias": torch.ones(48)}
     save_file({**weights, **extra}, checkpoint / "model.safetensors")
     with pytest.raises(ParityError, match=r"no place for model.layers.1.mlp.up_proj.bias"):
-        second_opinion.of_transformers(checkpoint, checkpoint / "clip", second_opinion.request(tiny()))
+        second_opinion.of_transformers(checkpoint, second_opinion.request(tiny()))
 
 
 def test_other_end_tokens_are_found(tmp_path, monkeypatch):
@@ -122,8 +122,7 @@ def test_other_end_tokens_are_found(tmp_path, monkeypatch):
 def test_shards_with_a_stale_copy_are_read_as_the_index_says(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
     asked = second_opinion.request(tiny())
-    tower = checkpoint / json.loads((checkpoint / "config.json").read_text())["mm_vision_tower"]
-    whole = second_opinion.of_transformers(checkpoint, tower, asked)
+    whole = second_opinion.of_transformers(checkpoint, asked)
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     first = {name: of for name, of in weights.items() if name < "model.layers.2"}
@@ -132,7 +131,7 @@ def test_shards_with_a_stale_copy_are_read_as_the_index_says(tmp_path):
     save_file({**second, "lm_head.weight": torch.zeros(64, 32)}, checkpoint / "b.safetensors")
     files = {name: "a.safetensors" if name in first else "b.safetensors" for name in weights}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    sharded = second_opinion.of_transformers(checkpoint, tower, asked)
+    sharded = second_opinion.of_transformers(checkpoint, asked)
     assert (whole.logits == sharded.logits).all() and (whole.features == sharded.features).all()
 
 
