@@ -120,8 +120,9 @@ def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    ours = (_TOWER, _PROJECTOR)
-    state = {name: of for name, of in _state(folder) if not name.startswith(ours) and not _HIRES.match(name)}
+    llama = re.compile(r"(model|lm_head)\.")  # transformers passes over what begins otherwise, too
+    ours = re.compile(f"{re.escape(_TOWER)}|{re.escape(_PROJECTOR)}|{_HIRES.pattern}")
+    state = {name: of for name, of in _state(folder) if llama.match(name) and not ours.match(name)}
     return _filled(LlamaForCausalLM, LlamaConfig.from_dict(raw), state)
 
 
