@@ -108,7 +108,7 @@ _PLAIN = {
 }
 
 # generation_config.json, and config.json where transformers kept the same before there was that file. A neutral key
-# with another value is no error but a note (token_ids.py): a request says how it wants its answer.
+# with another value is no error but a note (special_tokens.py): a request says how it wants its answer.
 GENERATION = Keys(
     used=_names("eos_token_id bos_token_id"),  # BOS: of an empty prompt; the prompt's is the tokenizer's
     irrelevant={
@@ -159,8 +159,8 @@ DECODER = Keys(
     ),
     irrelevant={
         **_COMMON,
-        **GENERATION.irrelevant,  # the notes on its neutral keys are token_ids.py's
-        **dict.fromkeys(GENERATION.neutral, "of generation: token_ids.py"),
+        **GENERATION.irrelevant,  # the notes on its neutral keys are special_tokens.py's
+        **dict.fromkeys(GENERATION.neutral, "of generation: special_tokens.py"),
         **_each("splits matrix products: the same numbers, up to rounding", "pretraining_tp"),
         **_each("of sliding windows, which are refused where they matter", "max_window_layers sliding_window_pattern"),
         **_each(
