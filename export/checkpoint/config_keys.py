@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.bundle.consistency import NUMBERS
 from engines.errors import ConfigError, FlexError
 from export.checkpoint.settings import parse, shown
 
@@ -331,7 +332,7 @@ TOKENIZER = Keys(
 )  # fmt: skip
 
 
-Base = Annotated[float, Field(ge=1, le=1e12)]  # of the angles of rotary positions
+Base = Annotated[float, Field(ge=1, le=NUMBERS["rope_theta"][1])]  # of the angles of rotary positions
 _NO_FACTOR = ("factor", "partial_rotary_factor", "attention_factor")  # of 1, they change nothing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -10,14 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from engines.bundle.consistency import SIZES
 from engines.errors import ConfigError
+from export.build import BuildOptions, SizingRequest, print_sizes
 from export.checkpoint.config import read_config
-from export.checkpoint.settings import CONTEXT, INNER, LAYERS, PIXELS, VOCABULARY, WIDTH
 from export.checkpoint.write_config import write_config
 from tests.geometries import official, tiny
 from tests.paths import ROOT
 
+LAYERS, WIDTH, INNER, HEADS, HEAD_WIDTH, VOCABULARY, CONTEXT, PIXELS = (
+    SIZES[name][1] for name in ("layers", "hidden", "intermediate", "heads", "head_dim", "vocab", "context", "lowres")
+)
 SHORT = 700  # characters of a message
 
 
@@ -49,9 +55,9 @@ COUNTS = {
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": WIDTH,
-    "num_key_value_heads": WIDTH,
-    "head_dim": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_WIDTH,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
     "mm_hidden_size": WIDTH,
@@ -60,7 +66,7 @@ TOWER = {
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": WIDTH,
+    "num_attention_heads": HEADS,
     "image_size": PIXELS,
     "patch_size": PIXELS,
 }
@@ -103,6 +109,20 @@ def test_numbers_that_are_none(folder, key, text):
 @pytest.mark.parametrize("value", ["9" * 5000, "9" * 10, 10**12, "-" + "9" * 5000, 1.5, "", "1e3", [[[[]]]], True])
 def test_numbers_of_extra(folder, key, value):
     assert f"extra.{key} is " in refused(change(folder, extra={key: value}))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "text"),
+    [
+        (tiny(image_std=(2.0, 0.5, 0.5)), "image_std.0 is 2"),
+        (tiny(image_mean=(1.5, 0.5, 0.5)), "image_mean.0 is 1.5"),
+        (tiny(zoom=40, lowres=28, cells=1), "geometry.zoom is 40, expected 1 .. 32"),
+    ],
+    ids=["image_std", "image_mean", "zoom"],
+)
+def test_what_no_bundle_may_have_no_checkpoint_has(folder, geometry, text):
+    write_config(folder, geometry)
+    assert text in refused(folder)
 
 
 def test_hires_tokens(folder):
@@ -169,8 +189,8 @@ def test_no_ordinary_files(folder, name):
 def test_the_largest_numbers_take_no_memory(tmp_path):
     """A configuration at every ceiling, planned within 4 GB of address space in a process of its own."""
     g = tiny(
-        hidden=WIDTH, heads=512, kv_heads=512, head_dim=128, intermediate=INNER, layers=LAYERS, vocab=VOCABULARY,
-        context=CONTEXT,
+        hidden=WIDTH, heads=HEADS, kv_heads=HEADS, head_dim=WIDTH // HEADS, intermediate=INNER, layers=LAYERS,
+        vocab=VOCABULARY, context=CONTEXT,
     )  # fmt: skip
     write_config(tmp_path, g)
     program = f"""
@@ -195,6 +215,6 @@ finally:
 def test_messages_never_break_the_printing(folder):
     """Names of keys with rich's markup in them are printed as they are."""
     change(folder, **{"[/nothing]": 1, "[bold": 2})
-    line = [sys.executable, "export/build.py", "--plan", "--model", str(folder)]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert "not obeyed: [/nothing], [bold" in result.stdout and "Traceback" not in result.stderr
+    console = Console(file=io.StringIO(), width=200)
+    print_sizes(SizingRequest(BuildOptions(folder)), console)
+    assert "not obeyed: [/nothing], [bold" in console.file.getvalue()
