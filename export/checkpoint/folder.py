@@ -22,9 +22,9 @@ import torch
 
 from engines.bundle.tensors import HEAD, TOWER_PREFIX
 from engines.errors import CheckpointError
-from engines.files import open_file, read_file
 from export.checkpoint.formats.key_table import DAMAGED, TensorInfo, stamp
 from export.checkpoint.model_folder import read_folder, require_plain_names, require_whole_weights, weights_in
+from plugins.files import open_file, read_file
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights the export can convert
 _LISTED = 10  # problems spelt out in one error

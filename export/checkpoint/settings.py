@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from engines.bundle.consistency import SIZES
 from engines.errors import ConfigError, FlexError
-from engines.files import read_json
+from plugins.files import read_json
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import TokenizerError
-from engines.files import read_file
 from export.checkpoint.settings import present, shown
 from export.checkpoint.special_tokens import SpecialTokens, added_tokens, read_special_tokens
+from plugins.files import read_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

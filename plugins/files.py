@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engines.errors import FlexError
+from plugins.errors import FlexError
 
 SETTINGS_LIMIT = 16 << 20  # bytes of a settings file or an index; a 7B checkpoint's index has 0.1 MB
 _KINDS = (
