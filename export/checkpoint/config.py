@@ -15,6 +15,7 @@ What becomes of every other key: config_keys.py. `text_config`, which transforme
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
         for key, colon, _ in pairs:
             if not colon:
                 raise ConfigError(f"{path}: extra holds {shown(key)}", expected="key:value pairs joined by #")
-        twice = [key for key, _, _ in pairs if [each for each, _, _ in pairs].count(key) > 1]
+        twice = [key for key, count in Counter(key for key, _, _ in pairs).items() if count > 1]
         if twice:
             raise ConfigError(f"{path}: extra holds {shown(twice[0])} twice", expected="every key once")
         raw = {key: value for key, _, value in pairs}

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,19 @@ def test_a_template_has_an_end(folder):
 def test_files_that_are_none(folder, name, content):
     (folder / name).write_bytes(content)
     assert name in refused(folder)
+
+
+def test_many_keys_take_no_longer_each(folder):
+    """200,000 keys, in each of two places: what compares each with all others would take minutes."""
+    many = dict.fromkeys(map(str, range(200_000)), 0)
+    started = time.process_time()
+    text = json.dumps(many).replace('"199998"', '"199999"')
+    (folder / "generation_config.json").write_text(text)
+    assert "the key '199999' comes twice" in refused(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"extra": "zoom_ratio:3#" + ":1#".join([*many, "x:1"])}))
+    assert "extra.0, extra.1" in refused(folder)
+    assert time.process_time() - started < 10  # 1 where it was measured
 
 
 def test_nesting_that_can_be_read(folder):
