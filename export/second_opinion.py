@@ -103,10 +103,11 @@ def end_tokens(folder: Path) -> tuple[int, ...] | None:
     from transformers.generation.configuration_utils import GenerationConfig
     from transformers.models.llama.configuration_llama import LlamaConfig
 
-    if (folder / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
-        found = GenerationConfig.from_model_config(LlamaConfig.from_dict(_config(folder))).eos_token_id
+    with _silent():  # it warns of a temperature without sampling, which Vicuna's file has
+        if (folder / "generation_config.json").is_file():
+            found = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            found = GenerationConfig.from_model_config(LlamaConfig.from_dict(_config(folder))).eos_token_id
     return None if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
@@ -123,7 +124,10 @@ def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
     llama = re.compile(r"(model|lm_head)\.")  # transformers passes over what begins otherwise, too
     ours = re.compile(f"{re.escape(_TOWER)}|{re.escape(_PROJECTOR)}|{_HIRES.pattern}")
     state = {name: of for name, of in _state(folder) if llama.match(name) and not ours.match(name)}
-    return _filled(LlamaForCausalLM, LlamaConfig.from_dict(raw), state)
+    # What pads batches changes nothing here, and one outside the vocabulary, as LLaMA's files have it, is no row.
+    with _silent():
+        config = LlamaConfig.from_dict({**raw, "pad_token_id": None})
+    return _filled(LlamaForCausalLM, config, state)
 
 
 def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
@@ -184,7 +188,7 @@ def _filled(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' own report, which calls weights missing that nobody asks for."""
+    """Without transformers' own reports and warnings: they speak of weights and settings that nobody asks for."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -119,6 +119,18 @@ def test_other_end_tokens_are_found(tmp_path, monkeypatch):
         build(checkpoint, tmp_path / "bundle")
 
 
+def test_a_pad_token_behind_the_vocabulary_and_vicunas_generation_config_are_no_matter(tmp_path, capfd):
+    """As many checkpoints of LLaVA have them. transformers would end in an assertion, and warn of the temperature."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    (checkpoint / "generation_config.json").write_text(
+        json.dumps({"_from_model_config": True, "eos_token_id": 2, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6})
+    )
+    assert all(row in build(checkpoint, tmp_path / "bundle") for row in ROWS)
+    assert "[transformers]" not in capfd.readouterr().err
+
+
 def test_shards_with_a_stale_copy_are_read_as_the_index_says(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
     asked = second_opinion.request(tiny())
