@@ -229,7 +229,7 @@ def _require_unchanged(info: TensorInfo, file: BinaryIO) -> None:
     now = stamp(file)
     if now[0] < info.offset + info.nbytes:
         raise _ended(info)
-    if info.stamp not in (None, now):
+    if now != info.stamp:
         raise CheckpointError(
             f"{info.file}: changed since its key table was read (size and time {info.stamp}, now {now})",
             expected="a file that nobody writes to",

@@ -39,7 +39,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stamp: tuple[int, int] | None = None
+    stamp: tuple[int, int]
     crc: int | None = None
 
 
