@@ -271,7 +271,12 @@ def _import() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
+        raise BackendError(  # also a Ctrl-C in the middle of it
+            f"onnxruntime cannot be imported: {error!s:.200}",
+            fix="try again; if it stays, reinstall it: pip install --force-reinstall onnxruntime",
+        ) from error
     module: ModuleType = onnxruntime
     found = str(getattr(module, "__version__", "of no version"))
     numbers = re.match(r"(\d+)\.(\d+)", found)

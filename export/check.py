@@ -181,14 +181,16 @@ def _second_opinion(
     ours: list[tuple[Precision, str, second_opinion.Opinion]],
 ) -> Iterator[Stage]:
     """What transformers makes of the checkpoint beside what the reference and the bundle make of it."""
-    ends, found = second_opinion.end_tokens(checkpoint.folder), bundle.manifest.prompt.eos_token_ids
+    with second_opinion.contained():
+        ends, found = second_opinion.end_tokens(checkpoint.folder), bundle.manifest.prompt.eos_token_ids
     if ends is not None and set(ends) != set(found):
         raise ParityError(
             f"transformers ends an answer at the tokens {sorted(ends)}, this bundle at {sorted(found)}",
             expected="the same end tokens",
             fix="name the end tokens in generation_config.json; please report this",
         )
-    theirs = second_opinion.of_transformers(checkpoint.folder, asked)
+    with second_opinion.contained():
+        theirs = second_opinion.of_transformers(checkpoint.folder, asked)
     for precision, whose, opinion in ours:
         limits = LIMITS[precision]
         yield Stage(f"transformers' CLIP{whose}", _error(theirs.features, opinion.features), limits.features)

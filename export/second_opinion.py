@@ -1,9 +1,10 @@
 """A second opinion on a checkpoint: transformers' own Llama and CLIP, which read its config.json themselves.
 
 The reference of the parity check is built from what this project read of the checkpoint. A setting that was misread is
-misread on both sides there. Here nothing is shared: transformers makes the models of the raw config.json, safetensors
-and torch load the weights. What is compared is what transformers can compute, a prompt with a low-res image and no
-pages.
+misread on both sides there. Here transformers makes the models of the raw config.json, and safetensors and torch load
+the weights. Shared are only the size of the request, where the tower's folder lies, and the sizes of a published tower
+that the checkpoint names and does not describe. What is compared is what transformers can compute: a prompt with a
+low-res image, and no pages.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 STEPS = 3  # of one token, after the prompt
 INSTALL = "pip install 'transformers>=5.24'"
 _TOWER, _PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
+# How it runs, what pads batches, and what repeats the rest: transformers takes fewer values of these than there are.
+_NO_MATTER = ("pad_token_id", "torch_dtype", "dtype", "use_cache", "text_config")
 _UNUSED = re.compile(r"post_layernorm|\.inv_freq$|position_ids$")  # by what is compared
 _HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.")
 
@@ -87,7 +90,7 @@ def of_transformers(folder: Path, asked: Request) -> Opinion:
 
     Needs memory for the model in float32.
     """
-    raw = _config(folder)
+    raw = _config(folder / "config.json")
     states = _clip(folder, raw)(torch.from_numpy(asked.tile), output_hidden_states=True).hidden_states
     features = _projector(folder, raw)(states[-1][:, 1:])
     llama = _llama(folder, raw)
@@ -98,6 +101,23 @@ def of_transformers(folder: Path, asked: Request) -> Opinion:
     return Opinion(features.numpy(), logits.numpy())
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """ParityError for whatever transformers raises about a checkpoint: its own code checks values, often by their way
+    through it, which this project has no use for."""
+    try:
+        yield
+    except (ParityError, MemoryError):
+        raise
+    except Exception as error:
+        raise ParityError(
+            f"transformers cannot open this checkpoint: {type(error).__name__}: {error!s:.300}",
+            expected="settings that transformers reads",
+            fix="correct what it names in config.json or generation_config.json; or leave transformers out: "
+            "--check weights",
+        ) from error
+
+
 def end_tokens(folder: Path) -> tuple[int, ...] | None:
     """The tokens that end an answer, as transformers' generate() would have it; None where it has none."""
     from transformers.generation.configuration_utils import GenerationConfig
@@ -105,15 +125,26 @@ def end_tokens(folder: Path) -> tuple[int, ...] | None:
 
     with _silent():  # it warns of a temperature without sampling, which Vicuna's file has
         if (folder / "generation_config.json").is_file():
-            found = GenerationConfig.from_pretrained(folder).eos_token_id
+            found = GenerationConfig.from_dict(_config(folder / "generation_config.json")).eos_token_id
         else:
-            found = GenerationConfig.from_model_config(LlamaConfig.from_dict(_config(folder))).eos_token_id
+            found = GenerationConfig.from_model_config(
+                LlamaConfig.from_dict(_config(folder / "config.json"))
+            ).eos_token_id
     return None if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return raw
+def _config(path: Path) -> dict[str, Any]:
+    """A settings file without what does not matter and what is null: that means the default, and transformers 5 refuses
+    many. Of token ids it says that there is none."""
+    return _said(json.loads(path.read_text(encoding="utf-8-sig")))
+
+
+def _said(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in raw.items()
+        if key not in _NO_MATTER and (value is not None or key.endswith("token_id"))
+    }
 
 
 def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
@@ -121,13 +152,9 @@ def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    llama = re.compile(r"(model|lm_head)\.")  # transformers passes over what begins otherwise, too
-    ours = re.compile(f"{re.escape(_TOWER)}|{re.escape(_PROJECTOR)}|{_HIRES.pattern}")
-    state = {name: of for name, of in _state(folder) if llama.match(name) and not ours.match(name)}
-    # What pads batches changes nothing here, and one outside the vocabulary, as LLaMA's files have it, is no row.
-    with _silent():
-        config = LlamaConfig.from_dict({**raw, "pad_token_id": None})
-    return _filled(LlamaForCausalLM, config, state)
+    ours = (_TOWER, _PROJECTOR)
+    state = {name: of for name, of in _state(folder) if not name.startswith(ours) and not _HIRES.match(name)}
+    return _filled(LlamaForCausalLM, LlamaConfig.from_dict(raw), state)
 
 
 def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
@@ -140,9 +167,9 @@ def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
     if not state and tower is not None:
         state = {name: of for name, of in _state(tower) if name.startswith("vision_model.")}
     if raw.get("vision_config"):
-        config = CLIPVisionConfig.from_dict(raw["vision_config"])
+        config = CLIPVisionConfig.from_dict(_described(raw["vision_config"]))
     elif tower is not None:
-        config = CLIPVisionConfig.from_pretrained(tower)
+        config = CLIPVisionConfig.from_dict(_described(_config(tower / "config.json")))
     else:  # named only: transformers would have to ask the hub
         config = CLIPVisionConfig.from_dict(PUBLISHED[Path(raw["mm_vision_tower"]).name].model_dump())
     select = raw["mm_vision_select_layer"]  # of the list of hidden states, embeddings first
@@ -150,6 +177,11 @@ def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
     later = re.compile(r"encoder\.layers\.(\d+)\.")
     state = {name: of for name, of in state.items() if not ((block := later.search(name)) and int(block[1]) >= blocks)}
     return _filled(CLIPVisionModel, config, state)
+
+
+def _described(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config of a tower, or that inside one of a whole CLIP."""
+    return _said(raw.get("vision_config") or raw)
 
 
 def _projector(folder: Path, raw: dict[str, Any]) -> nn.Module:
@@ -168,12 +200,13 @@ def _projector(folder: Path, raw: dict[str, Any]) -> nn.Module:
 def _filled(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     """A model of transformers with these weights, in float32; ParityError where it has no place for one, or misses one
     that this project has, too."""
+    config.return_dict = True  # how it answers, not what
     config._attn_implementation = "eager"  # products and softmax as written, whatever the machine has
     with _silent():
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
-    problems = [f"no place for {name}" for name in sorted(info["unexpected_keys"])]
+    problems = [f"no place for {name}" for name in sorted(info["unexpected_keys"]) if _counts(name, state[name])]
     problems += [f"no weights for {name}" for name in sorted(info["missing_keys"]) if not _UNUSED.search(name)]
     problems += [f"another shape of {name}" for name, *_ in sorted(info["mismatched_keys"])]
     if problems:
@@ -184,6 +217,12 @@ def _filled(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
             fix="check that config.json belongs to these weights; --check weights leaves transformers out",
         )
     return model.eval()
+
+
+def _counts(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor without a place would change the model: not one outside it, nor a bias of zeros."""
+    inside = name.startswith(("model.", "lm_head.", "vision_model."))
+    return inside and not (name.endswith(".bias") and not tensor.any())
 
 
 @contextmanager

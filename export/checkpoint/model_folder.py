@@ -93,7 +93,8 @@ def _no_folder(text: str, path: Path, error: Exception) -> CheckpointError:
             expected=_FOLDER,
             fix=r"under WSL, C:\models\x is /mnt/c/models/x (wslpath prints it); elsewhere copy the folder over",
         )
-    if hub and (address or not (hub[2] or Path(text).parent.exists() or text.startswith("."))):
+    local = text.startswith((".", "checkpoints/"))  # the default model's place, seen from another folder
+    if hub and (address or not (hub[2] or Path(text).parent.exists() or local)):
         name = hub[1]
         place = f"checkpoints/{name.rpartition('/')[2]}"
         return CheckpointError(

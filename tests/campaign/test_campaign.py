@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.campaign import soak
+from tests.campaign import checkpoints, soak
 from tests.campaign.campaign import TARGETS, Seeds, run
 from tests.campaign.trial import Wrong, trial
 from tests.conftest import once
@@ -25,6 +25,13 @@ def test_nothing_goes_wrong(name, made):
     result = run(name, made, SECONDS)
     assert result.counts.total() > 20, result.counts
     assert not result.faults, "\n".join(f"{outcome}\n  {value[:500]}" for value, outcome in result.faults)
+
+
+def test_what_is_whole_is_accepted(made):
+    """Else every trial would be refused for a reason of its own, and nothing be tried."""
+    for folder in (made.sharded, made.binary):
+        outcome = trial(lambda scratch, folder=folder: checkpoints.run(folder, lambda copy: None, scratch))
+        assert outcome.kind == "answered" and outcome.detail == "accepted, and transformers agrees", outcome
 
 
 def raises(error: BaseException):

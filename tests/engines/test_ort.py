@@ -247,3 +247,23 @@ def test_results_are_copies(model):
     kept = first.logits.copy()
     decoder.run(np.array([[9]]))
     assert np.array_equal(first.logits, kept)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("no", name="onnxruntime"), "is not installed"),
+        (ImportError("numpy was interrupted"), "cannot be imported: numpy was interrupted"),
+        (ModuleNotFoundError("No module named 'flatbuffers'", name="flatbuffers"), "cannot be imported: No module"),
+    ],
+)
+def test_an_import_that_fails_is_told_from_a_missing_package(error, told, monkeypatch):
+    class Failing:
+        def find_spec(self, name, *_):
+            if name == "onnxruntime":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
+    with pytest.raises(BackendError, match=told):
+        ort.installed()

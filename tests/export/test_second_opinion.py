@@ -131,6 +131,25 @@ def test_a_pad_token_behind_the_vocabulary_and_vicunas_generation_config_are_no_
     assert "[transformers]" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.norm.bias", "step"])
+def test_what_is_left_out_for_a_reason_is_no_objection(name, tmp_path):
+    """A bias of zeros, and what is outside the model: the bundle is right to do without."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({**weights, name: torch.zeros(32)}, checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text())
+    odd = {"return_dict": False, "torch_dtype": "none", "hidden_act": None, "text_config": {"hidden_size": 32}}
+    (checkpoint / "config.json").write_text("\ufeff" + json.dumps({**config, **odd}))
+    second_opinion.of_transformers(checkpoint, second_opinion.request(tiny()))
+
+
+def test_what_transformers_cannot_open_is_said(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
+    (checkpoint / "generation_config.json").write_text(json.dumps({"num_beams": 1, "num_return_sequences": 3}))
+    with pytest.raises(ParityError, match=r"cannot open this checkpoint: ValueError: .*num_return_sequences"):
+        build(checkpoint, tmp_path / "bundle")
+
+
 def test_shards_with_a_stale_copy_are_read_as_the_index_says(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny())
     asked = second_opinion.request(tiny())

@@ -273,6 +273,13 @@ def test_a_folder_without_weights_has_sizes(tmp_path):
 # What a path is instead.
 
 
+def test_the_default_model_seen_from_another_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="run this in the project's folder") as caught:
+        require_model_folder(Path("checkpoints/default"))
+    assert "Hub" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [
