@@ -36,7 +36,6 @@ from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.special_tokens import disagreements
 from export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
-from export.checkpoint.tower import require_blocks_of
 from export.fit_report import report, room_for
 from export.graph.bind import for_onnxruntime, for_plugin_free
 from export.graph.quantize import rewrite
@@ -69,16 +68,11 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started, versions = perf_counter(), _versions()
-    settled = settle(options, _config(options))
-    for warning in _warnings(settled):
+    recipe, tokenizer, checkpoint = read_model(options)
+    for warning in _warnings(recipe):
         console.print(warning, soft_wrap=True, markup=False, style="yellow")
-    settings_outline(console, settled.config)
-    tokenizer = read_tokenizer(settled.model, settled.geometry.vocab)
-    notes_outline(console, _notes(settled.config, tokenizer))
-    checkpoint = open_checkpoint(settled.model, settled.config)
-    if settled.config.tower_blocks is not None:
-        require_blocks_of(settled.config.tower_blocks, checkpoint.names, settled.model)
-    recipe = settled.confirmed(checkpoint)
+    settings_outline(console, recipe.config)
+    notes_outline(console, _notes(recipe.config, tokenizer))
     outline(console, recipe, checkpoint)
     if recipe.check == "parity":
         require_memory(recipe.geometry, recipe.precision, recipe.scheme, recipe.calibrate is not None)
@@ -99,6 +93,15 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     took = f"{perf_counter() - started:.0f} s, peak memory {peak_rss() / 1e9:.2f} GB"
     console.print(f"[bold]{escape(str(recipe.folder))}[/] is ready: {took}")
     return Bundle(recipe.folder, verify=False)
+
+
+def read_model(options: BuildOptions) -> tuple[Recipe, CheckpointTokenizer | None, Checkpoint]:
+    """All that is read of a checkpoint before anything is made of it: what is to be built, its tokenizer if it has one,
+    and its weights, opened. Whatever would make another model of it is an error here (see `build`)."""
+    settled = settle(options, _config(options))
+    tokenizer = read_tokenizer(settled.model, settled.geometry.vocab)
+    checkpoint = open_checkpoint(settled.model, settled.config)
+    return settled.confirmed(checkpoint), tokenizer, checkpoint
 
 
 def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:

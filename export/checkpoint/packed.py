@@ -28,6 +28,7 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.formats.key_table import TensorInfo
 from export.checkpoint.leftovers import dropped_tensors, require_depth, require_one_tower
 from export.checkpoint.packed_settings import Packing
+from export.checkpoint.tower import require_blocks_of
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: field i of a word is column ORDER[i] of its eight
 PIECE = 1 << 15  # words unpacked at once: they stay in a core's cache
@@ -164,6 +165,8 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     """
     raw = Checkpoint.open(folder, config.tower_folder)
     require_depth(raw, config.geometry)
+    if config.tower_blocks is not None:
+        require_blocks_of(config.tower_blocks, raw.names, folder)
     checkpoint = _unpacked(raw, config)
     checkpoint.require(expected_tensors(config.geometry))
     require_one_tower(checkpoint, config.tower_folder, config.geometry)

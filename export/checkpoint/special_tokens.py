@@ -192,6 +192,8 @@ def disagreements(bos: int | None, eos: tuple[int, ...], named_bos: int | None, 
         notes.append(
             f"config.json: bos_token_id is {bos}, the tokenizer's BOS {named_bos}: a prompt begins with the latter"
         )
+    if not eos and named_eos is not None:
+        notes.append(f"no settings name an end token: an answer ends at {named_eos}, the tokenizer's EOS")
     if eos and named_eos is not None and named_eos not in eos:
         notes.append(f"an answer ends at token {' or '.join(map(str, eos))}, not at {named_eos}, the tokenizer's EOS")
     return notes

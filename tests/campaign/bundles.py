@@ -14,7 +14,7 @@ from engines.bundle.manifest import DIGEST, MANIFEST, canonical, digest_of
 from runtime import Engine
 from tests.campaign.checkpoints import KINDS
 from tests.campaign.mutate import damaged_bytes, damaged_json, damaged_text
-from tests.campaign.trial import Wrong
+from tests.campaign.trial import Unjudged, Wrong
 
 Damage = Callable[[Path], None]
 PROMPT = "what number is in the red square?"
@@ -78,4 +78,6 @@ def run(folder: Path, expected: list[int], signed: bool, damage: Damage, scratch
     found = answer(copy)
     if found != expected and not signed:
         raise Wrong(f"accepted, and answers {found} in place of {expected}")
+    if signed:
+        raise Unjudged(f"a manifest that was made to fit answers {found}")
     return f"accepted: {found}"

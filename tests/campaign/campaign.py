@@ -60,14 +60,7 @@ def run(name: str, made: Seeds, seconds: float, start: int = 0) -> Result:
             result.add(value, trial(lambda folder: attempt(value, folder)))
 
     while time.monotonic() < end:
-        chosen = settings(
-            max_examples=BATCH,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        seed(batch)(chosen(given(strategy)(one)))()
+        seed(batch)(CHOSEN(given(strategy)(one)))()
         batch += 1
     return result
 

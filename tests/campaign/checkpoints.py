@@ -17,15 +17,12 @@ from safetensors.torch import load_file, save_file
 from engines.bundle.precision import FP32
 from engines.errors import ParityError
 from export import second_opinion
-from export.build import BuildOptions, _config, settle
+from export.build import BuildOptions, read_model
 from export.check import LIMITS
-from export.checkpoint.packed import open_checkpoint
-from export.checkpoint.tokenizer import read_tokenizer
-from export.checkpoint.tower import require_blocks_of
 from export.network.reference import ReferenceModel
 from tests.campaign.mutate import damaged_bytes, damaged_json, damaged_text
 from tests.campaign.seeds import GEOMETRY
-from tests.campaign.trial import Wrong
+from tests.campaign.trial import Unjudged, Wrong
 
 Damage = Callable[[Path], None]
 SETTINGS = (
@@ -189,30 +186,25 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
     copy = scratch / "checkpoint"
     shutil.copytree(folder, copy)
     damage(copy)
-    options = BuildOptions(model=copy, out=scratch / "out")
-    settled = settle(options, _config(options))
-    checkpoint = open_checkpoint(settled.model, settled.config)
-    g = settled.geometry
-    if settled.config.tower_blocks is not None:
-        require_blocks_of(settled.config.tower_blocks, checkpoint.names, copy)
-    read_tokenizer(copy, g.vocab)
+    recipe, tokenizer, checkpoint = read_model(BuildOptions(model=copy, out=scratch / "out"))
+    g, ends = recipe.geometry, recipe.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ())
     asked = second_opinion.request(g)
     ours = second_opinion.of_model(ReferenceModel(g, checkpoint), asked)
     try:
         theirs = second_opinion.of_transformers(copy, asked)
-        ends = second_opinion.end_tokens(copy)
+        their_ends = second_opinion.end_tokens(copy)
     except ParityError as error:
         raise Wrong(f"accepted, but {error.found}") from error
     except Exception as error:
-        return f"accepted; transformers has no opinion: {type(error).__name__}: {error!s:.200}"
+        raise Unjudged(f"transformers has no opinion: {type(error).__name__}: {error!s:.200}") from error
     for what in ("features", "logits"):
         expected, found = getattr(theirs, what), getattr(ours, what)
         if not np.isfinite(expected).all() and not np.isfinite(found).all():
-            return "accepted; its weights are no numbers, which the build refuses when it writes them"
+            raise Unjudged("weights that are no numbers, which the build refuses when it writes them")
         if not np.allclose(
             expected, found, rtol=0, atol=10 * LIMITS[FP32].features * np.abs(expected).max(), equal_nan=True
         ):
             raise Wrong(f"accepted, and transformers' {what} differ by {np.abs(expected - found).max():.2g}")
-    if ends is not None and set(ends) != set(settled.config.eos_token_ids):
-        raise Wrong(f"accepted with the end tokens {settled.config.eos_token_ids}, transformers has {ends}")
+    if their_ends is not None and set(their_ends) != set(ends):
+        raise Wrong(f"accepted with the end tokens {ends}, transformers has {their_ends}")
     return "accepted, and transformers agrees"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.campaign import checkpoints, soak
 from tests.campaign.campaign import TARGETS, Seeds, run
-from tests.campaign.trial import Wrong, trial
+from tests.campaign.trial import Unjudged, Wrong, trial
 from tests.conftest import once
 
 SECONDS = 10.0  # of each target
@@ -24,6 +24,7 @@ def made(shared) -> Seeds:
 def test_nothing_goes_wrong(name, made):
     result = run(name, made, SECONDS)
     assert result.counts.total() > 20, result.counts
+    assert result.counts["unjudged"] <= result.counts.total() / 4, result.counts
     assert not result.faults, "\n".join(f"{outcome}\n  {value[:500]}" for value, outcome in result.faults)
 
 
@@ -49,6 +50,7 @@ def fills(_):
         (lambda _: raises(ValueError("x")), "untyped"),
         (lambda _: raises(KeyboardInterrupt()), "untyped"),
         (lambda _: raises(Wrong("other")), "wrong"),
+        (lambda _: raises(Unjudged("nobody knows")), "unjudged"),
         (lambda _: soak.time.sleep(60), "hung"),
         (lambda _: soak.os.kill(soak.os.getpid(), 9), "crashed"),
         (lambda _: soak.os._exit(3), "crashed"),
@@ -58,7 +60,7 @@ def fills(_):
 def test_a_fault_is_one(attempt, kind):
     """The harness tells every kind of fault from an answer."""
     outcome = trial(attempt, seconds=2)
-    assert outcome.kind == kind and outcome.is_fault == (kind != "answered"), outcome
+    assert outcome.kind == kind and outcome.is_fault == (kind not in ("answered", "unjudged")), outcome
 
 
 def test_an_engine_that_is_used_for_long(default_bundle):

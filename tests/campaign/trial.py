@@ -18,7 +18,10 @@ from pathlib import Path
 
 from engines.errors import FlexError
 
-TYPED, ANSWERED, UNTYPED, HUNG, CRASHED, WRONG = KINDS = ("typed", "answered", "untyped", "hung", "crashed", "wrong")
+TYPED, ANSWERED, UNJUDGED, UNTYPED, HUNG, CRASHED, WRONG = KINDS = (
+    *("typed", "answered", "unjudged"),
+    *("untyped", "hung", "crashed", "wrong"),
+)
 FAULTS = frozenset({UNTYPED, HUNG, CRASHED, WRONG})
 SECONDS = 30.0  # after which a trial hangs
 MEMORY = 4 << 30  # bytes of address space that it may take beyond what it was born with
@@ -26,6 +29,10 @@ MEMORY = 4 << 30  # bytes of address space that it may take beyond what it was b
 
 class Wrong(Exception):
     """Something was accepted and came out as what it is not."""
+
+
+class Unjudged(Exception):
+    """Something was accepted, and nobody else can tell whether rightly."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ def _outcome(run: Callable[[Path], object], folder: Path) -> tuple[str, str]:
         return (UNTYPED, problem) if problem else (TYPED, f"{type(error).__name__}: {error}")
     except Wrong as error:
         return WRONG, str(error)
+    except Unjudged as error:
+        return UNJUDGED, str(error)
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = "".join(f" @ {Path(frame.filename).name}:{frame.lineno}" for frame in last)
