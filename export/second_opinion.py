@@ -1,9 +1,10 @@
 """A second opinion on a checkpoint: transformers' own Llama and CLIP, which read its config.json themselves.
 
 The reference of the parity check is built from what this project read of the checkpoint. A setting that was misread is
-misread on both sides there. Here nothing is shared: transformers makes the models of the raw config.json, safetensors
-and torch load the weights. What is compared is what transformers can compute, a prompt with a low-res image and no
-pages.
+misread on both sides there. Here transformers makes the models of the raw config.json, and safetensors and torch load
+the weights. Shared are only the size of the request, where the tower's folder lies, and the sizes of a published tower
+that the checkpoint names and does not describe. What is compared is what transformers can compute: a prompt with a
+low-res image, and no pages.
 """
 
 from __future__ import annotations

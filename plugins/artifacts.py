@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import stat
 import struct
 import tempfile
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.errors import Error, KernelError
+from plugins.files import read_file
 from plugins.op import PAGE_SCALES, Kernel
 
 FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` reads format 1
@@ -175,24 +175,7 @@ class Artifacts:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Artifacts:
         """Read a file; KernelError if it cannot be read, is no ordinary file, or see `from_bytes`."""
-        expected = "a file of compiled kernels"
-        try:
-            # A pipe would wait for who writes to it.
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-            try:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-                    what = f"has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "is no ordinary file"
-                    most = f"{expected}, at most {MOST_BYTES} bytes"
-                    raise KernelError(f"{path} {what}", expected=most, fix=REBUILD_KERNELS)
-                with open(descriptor, "rb", closefd=False) as file:
-                    data = file.read()
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise KernelError(
-                f"{path} cannot be read: {error.strerror}", expected=expected, fix=REBUILD_KERNELS
-            ) from error
+        data = read_file(path, KernelError, limit=MOST_BYTES, fix=REBUILD_KERNELS)
         return cls.from_bytes(data, str(path))
 
     def write(self, path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ import PIL.Image
 
 from engines.checks import shown
 from engines.errors import ImageError, OptionError
-from engines.files import open_file
+from plugins.files import open_file
 
 # What is opened, of what this Pillow knows. Not EPS: for that Pillow runs Ghostscript, a program, on the file. Nor what
 # no camera, phone or web page makes: each is a decoder more that reads what a stranger sends. HEIF is there when an app

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from engines.checks import is_integer
 from engines.errors import FlexError, PromptError, TokenizerError
-from engines.files import parse_json, read_file
+from plugins.files import parse_json, read_file
 from runtime.text import BROKEN, TextStream
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX

@@ -13,22 +13,23 @@ from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_template
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
 
-# The largest sizes that are believed: many times those of any published model, and small enough that what is computed
-# from them alone, names and shapes of every tensor, stays in the megabytes.
+# The sizes that are believed, of a checkpoint's config too: many times those of any published model, and small enough
+# that what is computed from them alone, names and shapes of every tensor, stays in the megabytes; of the context, two
+# rotary tables of 256 MB at heads of 128.
 SIZES = {
     "hidden": (1, 1 << 17), "intermediate": (1, 1 << 19), "layers": (2, 512), "heads": (1, 1024), "kv_heads": (1, 1024),
-    "head_dim": (2, 4096), "vocab": (1, 1 << 22), "projector_depth": (1, 16), "context": (1, 1 << 24),
+    "head_dim": (2, 4096), "vocab": (1, 1 << 22), "projector_depth": (1, 16), "context": (1, 1 << 20),
     "lowres": (1, 1 << 13), "zoom": (1, 32), "cells": (1, 512), "start_layer": (0, 510),
     # Of a map scaled to 0 .. 255; what is below selects everything, what is above nothing.
     "threshold": (-(1 << 31), (1 << 31) - 1),
     "vision.hidden": (1, 1 << 17), "vision.intermediate": (1, 1 << 19), "vision.layers": (0, 512),
     "vision.heads": (1, 1024), "vision.patch": (1, 1 << 13),
 }  # fmt: skip
-NUMBERS = {"rms_eps": (0.0, 1.0), "vision.eps": (0.0, 1.0), "rope_theta": (0.0, 1e15)}  # least excluded, most included
+NUMBERS = {"rms_eps": (0.0, 1.0), "vision.eps": (0.0, 1.0), "rope_theta": (0.0, 1e12)}  # least excluded, most included
 # Pixels are 0 .. 1, and so is their mean. They deviate from it by half at most; 1 leaves them as they are, 1/255 makes
 # bytes of them.
 MEAN, STD = (0.0, 1.0), (1e-3, 1.0)
-HIRES_SIDE = 1 << 13  # hi-res tokens a side; official 72
+HIRES_SIDE = 1 << 10  # hi-res tokens a side; official 72. The order of the pages takes 8 MB at this
 FILE_BYTES = 1 << 46
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # nothing that any file system takes for another folder
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?", re.IGNORECASE)  # devices in every folder, on Windows
@@ -41,7 +42,7 @@ def contradiction(manifest: Manifest) -> str | None:
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    yield from _of_geometry(manifest.geometry)  # first: the others compute with it
+    yield from contradictions_of(manifest.geometry)  # first: the others compute with it
     yield from _of_files(manifest)
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
@@ -78,7 +79,9 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"engines of {name} for {sorted(part.plans)}, of others for {sorted(manifest.parts[PARTS[0]].plans)}"
 
 
-def _of_geometry(g: Geometry) -> Iterator[str]:
+def contradictions_of(g: Geometry) -> Iterator[str]:
+    """What in a geometry is out of range, or does not fit together, in words."""
+
     def value(name: str) -> float:
         return getattr(g.vision, name.partition(".")[2]) if "." in name else getattr(g, name)  # type: ignore[no-any-return]
 

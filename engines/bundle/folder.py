@@ -18,7 +18,7 @@ from engines.bundle.precision import PRECISIONS, Precision
 from engines.bundle.rebuild import rebuild, rebuild_unknown
 from engines.checks import is_integer
 from engines.errors import BundleError, OptionError
-from engines.files import open_file, read_json
+from plugins.files import open_file, read_json
 
 _CHUNK = 4 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

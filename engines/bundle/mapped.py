@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from engines.bundle.folder import Bundle
 from engines.errors import BundleError
-from engines.files import open_file
+from plugins.files import open_file
 
 
 class MappedFiles:

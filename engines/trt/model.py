@@ -132,7 +132,7 @@ class TrtModel:
             raise BackendError(
                 f"a cache of {capacity} tokens",
                 expected=f"at most the {self.geometry.context} the engine was built for",
-                fix="ask for fewer tokens, or build the bundle with a larger --context",
+                fix="ask for fewer tokens",
             )
         batch = len(image.begin)
         free = self._desks.setdefault(batch, [])
@@ -289,7 +289,7 @@ class TrtDecoder:
             raise BackendError(
                 f"a cache of {capacity} tokens",
                 expected=f"at most the {self.capacity} the engine was built for",
-                fix="ask for fewer tokens, or build the bundle with a larger --context",
+                fix="ask for fewer tokens",
             )
         return self
 

@@ -15,6 +15,7 @@ What becomes of every other key: config_keys.py. `text_config`, which transforme
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.bundle.consistency import HIRES_SIDE, SIZES, contradictions_of
 from engines.bundle.geometry import Geometry, Vision
 from engines.bundle.manifest import is_template
 from engines.checks import require_integer
@@ -29,11 +31,13 @@ from engines.errors import ConfigError
 from export.checkpoint.config_keys import DECODER, EXTRA, rope_theta
 from export.checkpoint.packed_settings import Packing, read_packing
 from export.checkpoint.settings import (
-    CONTEXT,
-    VOCABULARY,
+    Context,
     Epsilon,
+    Heads,
+    HeadWidth,
     Inner,
     Layers,
+    Vocabulary,
     Width,
     parse,
     read_object,
@@ -49,9 +53,7 @@ PROMPT_TEMPLATE = (
 _DIGITS = 9  # of a number under `extra`
 _TEMPLATE = 10_000  # characters of a prompt's template
 _TOWER_NAME = 1_000  # characters of mm_vision_tower: a path
-_PROJECTOR = 16  # linear layers of a projector
 _UNKNOWN = 100  # keys nobody knows
-_HIRES_SIDE = 1_024  # hi-res tokens per side; officially 72. The order of the pages is in memory: 8 MB at this
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,14 @@ class ConfigJson(BaseModel):
     hidden_size: Width
     intermediate_size: Inner
     num_hidden_layers: Layers
-    num_attention_heads: Width
-    num_key_value_heads: Width | None = None
-    head_dim: Width | None = None
-    vocab_size: Annotated[int, Field(gt=0, le=VOCABULARY)]
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None
+    head_dim: HeadWidth | None = None
+    vocab_size: Vocabulary
     rms_norm_eps: Epsilon = 1e-6
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    max_position_embeddings: Annotated[int, Field(gt=0, le=CONTEXT)] = 2048
+    max_position_embeddings: Context = 2048
     tokenizer_model_max_length: Annotated[int, Field(gt=0)] | None = None  # transformers writes 10^30 for "no limit"
     bos_token_id: int | None = 1
     eos_token_id: TokenIds = 2
@@ -126,7 +128,7 @@ def read_config(folder: Path) -> ModelConfig:
         )
     config = parse(ConfigJson, given, path)
     theta = rope_theta(given, path)
-    _check_supported(config, extra, path)
+    _check_supported(config, path)
     tower = read_tower(Path(folder), config.mm_vision_tower, given.get("vision_config"))
     geometry = _geometry(config, theta, extra, tower, path)
     _check_geometry(geometry, config, extra, tower, path)
@@ -172,7 +174,7 @@ def parse_extra(raw: Any, path: Path) -> dict[str, Any]:
         for key, colon, _ in pairs:
             if not colon:
                 raise ConfigError(f"{path}: extra holds {shown(key)}", expected="key:value pairs joined by #")
-        twice = [key for key, _, _ in pairs if [each for each, _, _ in pairs].count(key) > 1]
+        twice = [key for key, count in Counter(key for key, _, _ in pairs).items() if count > 1]
         if twice:
             raise ConfigError(f"{path}: extra holds {shown(twice[0])} twice", expected="every key once")
         raw = {key: value for key, _, value in pairs}
@@ -215,13 +217,13 @@ def _prompt_template(extra: Mapping[str, Any], path: Path) -> str:
     return text
 
 
-def _check_supported(config: ConfigJson, extra: Mapping[str, Any], path: Path) -> None:
+def _check_supported(config: ConfigJson, path: Path) -> None:
     """Refuse what is not in the table of keys because it depends on more than its own value."""
     depth = re.fullmatch(r"mlp([1-9][0-9]?)x_gelu", config.mm_projector_type)
-    if config.mm_projector_type != "linear" and not (depth and 2 <= int(depth[1]) <= _PROJECTOR):
+    if config.mm_projector_type != "linear" and not (depth and 2 <= int(depth[1]) <= SIZES["projector_depth"][1]):
         raise ConfigError(
             f"{path}: mm_projector_type {shown(config.mm_projector_type)} is not supported",
-            expected=f"linear, or mlpNx_gelu with N of at least 2 and at most {_PROJECTOR}",
+            expected=f"linear, or mlpNx_gelu with N of at least 2 and at most {SIZES['projector_depth'][1]}",
         )
     if config.vision_feature_layer not in (None, config.mm_vision_select_layer):
         raise ConfigError(
@@ -349,10 +351,10 @@ def _check_geometry(g: Geometry, config: ConfigJson, extra: Mapping[str, Any], t
     highres = _integer(extra, "highres_size", g.lowres * g.zoom, 1, path)
     if highres != g.highres:
         contradiction(f"extra.highres_size is {highres}", f"lowres_size {g.lowres} * zoom_ratio {g.zoom} = {g.highres}")
-    if g.hires_side > _HIRES_SIDE:
+    if g.hires_side > HIRES_SIDE:
         contradiction(
             f"extra.zoom_ratio is {g.zoom}: {g.hires_side} hi-res tokens per side",
-            f"at most {_HIRES_SIDE}, of {g.grid} image tokens per side",
+            f"at most {HIRES_SIDE}, of {g.grid} image tokens per side",
         )
     if g.start_layer > g.layers - 2:
         contradiction(
@@ -366,3 +368,5 @@ def _check_geometry(g: Geometry, config: ConfigJson, extra: Mapping[str, Any], t
             f"max_position_embeddings or tokenizer_model_max_length is {g.context}",
             f"more than the {g.image_tokens} image tokens",
         )
+    for problem in contradictions_of(g):  # what remains: no bundle may have it
+        raise ConfigError(f"{path}: {problem}")

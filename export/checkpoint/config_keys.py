@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.bundle.consistency import NUMBERS
 from engines.errors import ConfigError, FlexError
 from export.checkpoint.settings import parse, shown
 
@@ -108,7 +109,7 @@ _PLAIN = {
 }
 
 # generation_config.json, and config.json where transformers kept the same before there was that file. A neutral key
-# with another value is no error but a note (token_ids.py): a request says how it wants its answer.
+# with another value is no error but a note (special_tokens.py): a request says how it wants its answer.
 GENERATION = Keys(
     used=_names("eos_token_id bos_token_id"),  # BOS: of an empty prompt; the prompt's is the tokenizer's
     irrelevant={
@@ -159,8 +160,8 @@ DECODER = Keys(
     ),
     irrelevant={
         **_COMMON,
-        **GENERATION.irrelevant,  # the notes on its neutral keys are token_ids.py's
-        **dict.fromkeys(GENERATION.neutral, "of generation: token_ids.py"),
+        **GENERATION.irrelevant,  # the notes on its neutral keys are special_tokens.py's
+        **dict.fromkeys(GENERATION.neutral, "of generation: special_tokens.py"),
         **_each("splits matrix products: the same numbers, up to rounding", "pretraining_tp"),
         **_each("of sliding windows, which are refused where they matter", "max_window_layers sliding_window_pattern"),
         **_each(
@@ -331,7 +332,7 @@ TOKENIZER = Keys(
 )  # fmt: skip
 
 
-Base = Annotated[float, Field(ge=1, le=1e12)]  # of the angles of rotary positions
+Base = Annotated[float, Field(ge=1, le=NUMBERS["rope_theta"][1])]  # of the angles of rotary positions
 _NO_FACTOR = ("factor", "partial_rotary_factor", "attention_factor")  # of 1, they change nothing
 
 

@@ -22,9 +22,9 @@ import torch
 
 from engines.bundle.tensors import HEAD, TOWER_PREFIX
 from engines.errors import CheckpointError
-from engines.files import open_file, read_file
 from export.checkpoint.formats.key_table import DAMAGED, TensorInfo, stamp
 from export.checkpoint.model_folder import read_folder, require_plain_names, require_whole_weights, weights_in
+from plugins.files import open_file, read_file
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights the export can convert
 _LISTED = 10  # problems spelt out in one error
@@ -229,7 +229,7 @@ def _require_unchanged(info: TensorInfo, file: BinaryIO) -> None:
     now = stamp(file)
     if now[0] < info.offset + info.nbytes:
         raise _ended(info)
-    if info.stamp not in (None, now):
+    if now != info.stamp:
         raise CheckpointError(
             f"{info.file}: changed since its key table was read (size and time {info.stamp}, now {now})",
             expected="a file that nobody writes to",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engines.errors import CheckpointError
-from engines.files import read_file, read_json
 from export.checkpoint.formats.key_table import DAMAGED, TABLE_LIMIT, TensorInfo
 from export.checkpoint.formats.safetensors import read_safetensors
 from export.checkpoint.formats.torch_save import read_torch
+from plugins.files import read_file, read_json
 
 Reader = Callable[[Path], dict[str, TensorInfo]]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # of files that look like weights

@@ -9,25 +9,23 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from engines.bundle.consistency import SIZES
 from engines.errors import ConfigError, FlexError
-from engines.files import read_json
+from plugins.files import read_json
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
-# Ceilings: far above every Llama or CLIP there is, and low enough that nothing made of these numbers alone (names of
-# tensors, rotary tables, the order of pages) takes noticeable memory before the weights are compared with them.
-LAYERS = 1_000  # Llama 3.1 405B has 126
-WIDTH = 65_536  # of hidden states, and heads; the same model has 16,384
-INNER = 1 << 20  # of an MLP; the same model has 53,248
-VOCABULARY = 4_000_000
-CONTEXT = 1 << 20  # tokens; two rotary tables of 256 MB at heads of 128
-PIXELS = 16_384  # per side of an image
 _LISTED = 5  # bad keys spelt out in one error
 
-Layers = Annotated[int, Field(gt=0, le=LAYERS)]
-Width = Annotated[int, Field(gt=0, le=WIDTH)]
-Inner = Annotated[int, Field(gt=0, le=INNER)]
-Side = Annotated[int, Field(gt=0, le=PIXELS)]
+# What a manifest may say, no more: a size that it refuses is refused before anything is made of it.
+Layers = Annotated[int, Field(gt=0, le=SIZES["layers"][1])]
+Width = Annotated[int, Field(gt=0, le=SIZES["hidden"][1])]
+Inner = Annotated[int, Field(gt=0, le=SIZES["intermediate"][1])]
+Heads = Annotated[int, Field(gt=0, le=SIZES["heads"][1])]
+HeadWidth = Annotated[int, Field(gt=0, le=SIZES["head_dim"][1])]
+Vocabulary = Annotated[int, Field(gt=0, le=SIZES["vocab"][1])]
+Context = Annotated[int, Field(gt=0, le=SIZES["context"][1])]
+Side = Annotated[int, Field(gt=0, le=SIZES["lowres"][1])]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]  # of a norm
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import TokenizerError
-from engines.files import read_file
 from export.checkpoint.settings import present, shown
 from export.checkpoint.special_tokens import SpecialTokens, added_tokens, read_special_tokens
+from plugins.files import read_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"  # SentencePiece writes spaces as this character
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # piece types of sentencepiece_model.proto that LLaMA models use
 _BPE = 2  # model type of sentencepiece_model.proto
+_PIECE = 1_000  # characters of a piece; SentencePiece makes 16 at most. Merges are sought at every place in it
 _LIMIT = 256 << 20  # bytes of a tokenizer's file; that of 256,000 tokens with their merges has 35 MB
 
 # Texts on which a conversion must agree with SentencePiece: spaces, line ends, digits, prompts, scripts, byte fallback.
@@ -270,6 +271,7 @@ def _check_kind(proto: Any, path: Path) -> None:
         ("text is normalised", bool(spec.precompiled_charsmap) or spec.remove_extra_whitespaces),
         ("spaces are not escaped", not spec.escape_whitespaces),
         ("user-defined or unused pieces", bool(other_types)),
+        (f"a piece of more than {_PIECE} characters", any(len(piece.piece) > _PIECE for piece in proto.pieces)),
     ]
     found = [text for text, holds in unlike if holds]
     if found:

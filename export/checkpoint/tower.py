@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.bundle.consistency import MEAN, STD
 from engines.bundle.tensors import TOWER_PREFIX
 from engines.errors import ConfigError
 from export.checkpoint.config_keys import CLIP, PREPROCESSOR, TOWER
-from export.checkpoint.settings import Epsilon, Inner, Layers, Side, Width, parse, present, read_object, shown
+from export.checkpoint.settings import Epsilon, Heads, Inner, Layers, Side, Width, parse, present, read_object, shown
 
-Mean = Annotated[float, Field(ge=0, le=1)]
-Deviation = Annotated[float, Field(ge=1e-3, le=10)]  # what is divided by it stays a number of every precision
+Mean = Annotated[float, Field(ge=MEAN[0], le=MEAN[1])]
+Deviation = Annotated[float, Field(ge=STD[0], le=STD[1])]
 _BLOCK = re.compile(re.escape(TOWER_PREFIX) + r"vision_model\.encoder\.layers\.(\d{1,9})\.")
 
 
@@ -28,7 +29,7 @@ class TowerConfig(BaseModel):
     hidden_size: Width = 768
     intermediate_size: Inner = 3072
     num_hidden_layers: Layers = 12
-    num_attention_heads: Width = 12
+    num_attention_heads: Heads = 12
     num_channels: int = 3
     image_size: Side = 224
     patch_size: Side = 32

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import margins
 from engines.errors import ConfigError, ImageError, OptionError, PromptError
-from engines.files import read_file
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.settings import parse
 from export.checkpoint.tokenizer import read_tokenizer
+from plugins.files import read_file
 from runtime.image import load_image
 from runtime.preprocess import preprocess
 from runtime.prompt import Prompter

@@ -92,7 +92,8 @@ def damages(folder: Path) -> st.SearchStrategy[tuple[str, Damage]]:
         return written(name, damaged_text(json.loads(path.read_text()) if path.is_file() else {}))
 
     config = json.loads((folder / "config.json").read_text())
-    second_opinion.of_transformers(folder, second_opinion.request(GEOMETRY))  # imported once, not by each
+    # transformers is imported here, once, and not by every trial
+    second_opinion.of_transformers(folder, second_opinion.request(GEOMETRY))
     return st.one_of(
         st.sampled_from(SETTINGS).flatmap(settings),
         written("config.json", config_keys(config).map(lambda value: json.dumps(value).encode())),

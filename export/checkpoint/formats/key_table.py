@@ -17,7 +17,7 @@ import torch
 
 from engines.checks import is_integer
 from engines.errors import CheckpointError
-from engines.files import open_file
+from plugins.files import open_file
 
 TABLE_LIMIT = 8 << 20  # bytes of a key table; that of a whole 7B checkpoint has 0.1 MB
 DAMAGED = "the file is incomplete or damaged: download or save it again"
@@ -39,7 +39,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stamp: tuple[int, int] | None = None
+    stamp: tuple[int, int]
     crc: int | None = None
 
 

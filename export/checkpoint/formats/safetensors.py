@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from engines.errors import CheckpointError
-from engines.files import parse_json
 from export.checkpoint.formats.key_table import DAMAGED, TABLE_LIMIT, TensorInfo, opened, require_name, sizes, stamp
+from plugins.files import parse_json
 
 DTYPES = {
     "F64": torch.float64,

@@ -269,7 +269,9 @@ class _Pickle:
             stack.append(_global(argument.replace(" ", ".", 1)))
         elif operation == "STACK_GLOBAL":
             name, module = stack.pop(), stack.pop()
-            stack.append(_global(f"{module!s:.100}.{name!s:.100}"))
+            if not isinstance(name, str) or not isinstance(module, str):  # of lists in lists, not even text may be made
+                raise ValueError("damaged: a name that is no text")
+            stack.append(_global(f"{module}.{name}"))
         elif operation == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif operation == "REDUCE":
@@ -337,7 +339,9 @@ def _made(what: Any, arguments: Any) -> Any:
     if name.startswith("_rebuild_parameter") and arguments and isinstance(arguments[0], _Tensor):
         return arguments[0]
     if name.startswith("_rebuild_tensor") and len(arguments) >= 6 and isinstance(arguments[0], _Storage):
-        dtype = arguments[6] if name.endswith("_v3") else arguments[0].dtype
+        dtype, *notes = arguments[6:] if name.endswith("_v3") else (arguments[0].dtype, *arguments[6:])
+        if any(notes):  # of torch: that the numbers are to be negated, for instance
+            raise ValueError("a tensor has notes beside its data, which say how to read it")
         if isinstance(dtype, torch.dtype):
             return _Tensor(arguments[0], dtype, *arguments[1:4])
     raise ValueError(f"it calls {what.path} in a way no state dict does")

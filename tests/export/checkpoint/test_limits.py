@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from engines.bundle.consistency import SIZES
 from engines.errors import ConfigError
+from export.build import BuildOptions, SizingRequest, print_sizes
 from export.checkpoint.config import read_config
-from export.checkpoint.settings import CONTEXT, INNER, LAYERS, PIXELS, VOCABULARY, WIDTH
 from export.checkpoint.write_config import write_config
 from tests.geometries import official, tiny
 from tests.paths import ROOT
 
+LAYERS, WIDTH, INNER, HEADS, HEAD_WIDTH, VOCABULARY, CONTEXT, PIXELS = (
+    SIZES[name][1] for name in ("layers", "hidden", "intermediate", "heads", "head_dim", "vocab", "context", "lowres")
+)
 SHORT = 700  # characters of a message
 
 
@@ -49,9 +56,9 @@ COUNTS = {
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": WIDTH,
-    "num_key_value_heads": WIDTH,
-    "head_dim": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_WIDTH,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
     "mm_hidden_size": WIDTH,
@@ -60,7 +67,7 @@ TOWER = {
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": WIDTH,
+    "num_attention_heads": HEADS,
     "image_size": PIXELS,
     "patch_size": PIXELS,
 }
@@ -105,6 +112,20 @@ def test_numbers_of_extra(folder, key, value):
     assert f"extra.{key} is " in refused(change(folder, extra={key: value}))
 
 
+@pytest.mark.parametrize(
+    ("geometry", "text"),
+    [
+        (tiny(image_std=(2.0, 0.5, 0.5)), "image_std.0 is 2"),
+        (tiny(image_mean=(1.5, 0.5, 0.5)), "image_mean.0 is 1.5"),
+        (tiny(zoom=40, lowres=28, cells=1), "geometry.zoom is 40, expected 1 .. 32"),
+    ],
+    ids=["image_std", "image_mean", "zoom"],
+)
+def test_what_no_bundle_may_have_no_checkpoint_has(folder, geometry, text):
+    write_config(folder, geometry)
+    assert text in refused(folder)
+
+
 def test_hires_tokens(folder):
     assert "hi-res tokens per side" in refused(change(folder, extra={"zoom_ratio": "1000", "highres_size": "112000"}))
 
@@ -147,6 +168,19 @@ def test_files_that_are_none(folder, name, content):
     assert name in refused(folder)
 
 
+def test_many_keys_take_no_longer_each(folder):
+    """200,000 keys, in each of two places: what compares each with all others would take minutes."""
+    many = dict.fromkeys(map(str, range(200_000)), 0)
+    started = time.process_time()
+    text = json.dumps(many).replace('"199998"', '"199999"')
+    (folder / "generation_config.json").write_text(text)
+    assert "the key '199999' comes twice" in refused(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"extra": "zoom_ratio:3#" + ":1#".join([*many, "x:1"])}))
+    assert "extra.0, extra.1" in refused(folder)
+    assert time.process_time() - started < 10  # 1 where it was measured
+
+
 def test_nesting_that_can_be_read(folder):
     deep = json.loads("[" * 100 + "]" * 100)
     assert "extra.zoom_ratio is [[" in refused(change(folder, extra={"zoom_ratio": deep}))
@@ -169,8 +203,8 @@ def test_no_ordinary_files(folder, name):
 def test_the_largest_numbers_take_no_memory(tmp_path):
     """A configuration at every ceiling, planned within 4 GB of address space in a process of its own."""
     g = tiny(
-        hidden=WIDTH, heads=512, kv_heads=512, head_dim=128, intermediate=INNER, layers=LAYERS, vocab=VOCABULARY,
-        context=CONTEXT,
+        hidden=WIDTH, heads=HEADS, kv_heads=HEADS, head_dim=WIDTH // HEADS, intermediate=INNER, layers=LAYERS,
+        vocab=VOCABULARY, context=CONTEXT,
     )  # fmt: skip
     write_config(tmp_path, g)
     program = f"""
@@ -195,6 +229,6 @@ finally:
 def test_messages_never_break_the_printing(folder):
     """Names of keys with rich's markup in them are printed as they are."""
     change(folder, **{"[/nothing]": 1, "[bold": 2})
-    line = [sys.executable, "export/build.py", "--plan", "--model", str(folder)]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert "not obeyed: [/nothing], [bold" in result.stdout and "Traceback" not in result.stderr
+    console = Console(file=io.StringIO(), width=200)
+    print_sizes(SizingRequest(BuildOptions(folder)), console)
+    assert "not obeyed: [/nothing], [bold" in console.file.getvalue()

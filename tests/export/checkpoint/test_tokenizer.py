@@ -175,6 +175,14 @@ def test_a_conversion_that_differs_is_refused(folder: Path, monkeypatch: pytest.
         read(folder)
 
 
+def test_long_pieces_are_refused(tmp_path: Path, llama_model: bytes) -> None:
+    proto = ModelProto.FromString(llama_model)
+    proto.pieces.add(piece="x" * 5_000, score=-1e6)  # SentencePiece itself takes no longer ones
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(TokenizerError, match="a piece of more than 1000 characters"):
+        read(tmp_path)
+
+
 def test_without_a_dummy_prefix(tmp_path: Path, llama_model: bytes) -> None:
     proto = ModelProto.FromString(llama_model)
     proto.normalizer_spec.add_dummy_prefix = False

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from engines.errors import BundleError, CheckpointError
-from engines.files import open_file, parse_json, read_file, read_json
+from plugins.files import open_file, parse_json, read_file, read_json
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engines.errors import FlexError
+from plugins.errors import FlexError
 
 SETTINGS_LIMIT = 16 << 20  # bytes of a settings file or an index; a 7B checkpoint's index has 0.1 MB
 _KINDS = (
@@ -99,8 +99,9 @@ def _finite(text: str) -> float:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.80} comes twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r:.80} comes twice")
+        found[name] = value
     return found
