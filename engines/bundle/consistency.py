@@ -46,19 +46,19 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     yield from _of_files(manifest)
     g = manifest.geometry
     if manifest.precision not in PRECISIONS:
-        yield f"precision {manifest.precision!r}, expected one of {list(PRECISIONS)}"
+        yield f"precision {manifest.precision!r:.100}, expected one of {list(PRECISIONS)}"
     precision = PRECISIONS[manifest.precision]
     sizes = precision.block_sizes or (None,)
     if manifest.block_size not in sizes:
         yield f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
     if manifest.backend not in BACKENDS:
-        yield f"backend {manifest.backend!r}, expected one of {list(BACKENDS)}"
+        yield f"backend {manifest.backend!r:.100}, expected one of {list(BACKENDS)}"
     if not 0 <= manifest.page_budget <= g.pages:
         yield f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
     if list(manifest.parts) != list(PARTS):
         yield f"parts {list(manifest.parts)}, expected {list(PARTS)}"
     if not is_template(manifest.prompt.template):
-        yield f"prompt template {manifest.prompt.template!r}, expected one <image> and one {{prompt}}"
+        yield f"prompt template {manifest.prompt.template!r:.100}, expected one <image> and one {{prompt}}"
     ids = {"eos_token_ids": manifest.prompt.eos_token_ids, "bos_token_id": (manifest.prompt.bos_token_id,)}
     for name, values in ids.items():
         odd = [value for value in values if value is not None and not 0 <= value < g.vocab]
@@ -96,7 +96,7 @@ def contradictions_of(g: Geometry) -> Iterator[str]:
             if not least <= each <= most:
                 yield f"geometry.{name} holds {each}, expected {least:g} .. {most:g}: pixels are 0 .. 1"
     if g.vision.activation not in ("quick_gelu", "gelu"):
-        yield f"geometry.vision.activation is {g.vision.activation!r}, expected quick_gelu or gelu"
+        yield f"geometry.vision.activation is {g.vision.activation!r:.100}, expected quick_gelu or gelu"
     for found, expected, fits in (
         (f"hidden {g.hidden} with {g.heads} heads of {g.head_dim}", "their product", g.hidden == g.heads * g.head_dim),
         (f"head_dim {g.head_dim}", "an even number", g.head_dim % 2 == 0),

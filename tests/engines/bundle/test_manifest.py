@@ -288,3 +288,16 @@ def test_folders_that_are_none(tmp_path):
     for path in ("a" * 5000, "a\0b", tmp_path / "none", "/dev/null"):
         with pytest.raises(BundleError):
             Bundle(path)
+
+
+@pytest.mark.parametrize("where", [("precision",), ("backend",), ("prompt", "template")])
+def test_a_long_value_is_not_told_in_full(where, copy):
+    def lengthen(manifest: dict) -> None:
+        for key in where[:-1]:
+            manifest = manifest[key]
+        manifest[where[-1]] = "<image>" * 100_000
+
+    edit(copy, lengthen)
+    with pytest.raises(BundleError) as caught:
+        Bundle(copy)
+    assert len(str(caught.value)) < 2000
