@@ -130,7 +130,7 @@ def end_tokens(folder: Path) -> tuple[int, ...] | None:
             found = GenerationConfig.from_model_config(
                 LlamaConfig.from_dict(_config(folder / "config.json"))
             ).eos_token_id
-    return None if found is None else (found,) if isinstance(found, int) else tuple(found)
+    return (found,) if isinstance(found, int) else tuple(found) if found else None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _state(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield from ((name, of) for name, of in read(folder / file).items() if named.get(name) == file)
             return
     for pattern, read in (("*.safetensors", load_file), ("pytorch_model*.bin", _load_torch)):
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(path for path in folder.glob(pattern) if not path.name.startswith(".")):
             for file in files:
                 yield from read(file).items()
             return

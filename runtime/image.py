@@ -84,13 +84,16 @@ def _from_path(source: str | os.PathLike[str], exif: bool) -> PIL.Image.Image:
 def _from_array(array: np.ndarray) -> PIL.Image.Image:
     """Of uint8 [H, W, 3]; ImageError for any other array, with the line that makes it one."""
     if array.ndim != 3 or array.shape[2] != 3:
-        fix = (
-            "array[..., :3]" if array.ndim == 3 and array.shape[2] == 4 else "np.stack([grey] * 3, -1) for a grey image"
-        )
+        fix = "np.stack([grey] * 3, -1) for a grey image" if array.ndim == 2 else None
+        if array.ndim == 3 and array.shape[2] == 4:
+            fix = "array[..., :3]"
+        elif array.ndim == 3 and array.shape[0] == 3:
+            fix = "array.transpose(1, 2, 0)"
         raise ImageError(f"an array of shape {list(array.shape)}", expected="[height, width, 3], RGB", fix=fix)
     if array.dtype != np.uint8:
-        scaled = "(255 * array).astype(np.uint8) for values 0..1" if array.dtype.kind == "f" else None
-        raise ImageError(f"an array of {array.dtype}", expected="uint8, 0..255", fix=scaled)
+        scaled = {"f": "(255 * array).astype(np.uint8) for values 0..1", "b": "255 * array.astype(np.uint8)"}
+        scaled |= dict.fromkeys("iu", "array.clip(0, 255).astype(np.uint8) for values 0..255")
+        raise ImageError(f"an array of {array.dtype}", expected="uint8, 0..255", fix=scaled.get(array.dtype.kind))
     if np.ma.is_masked(array):
         raise ImageError("an array with masked pixels", expected="a value for every pixel", fix="array.filled(0)")
     _check_size(array.shape[1], array.shape[0], "the array")
@@ -191,7 +194,9 @@ def _checked(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         raise ImageError(
             f"{name} has mode {image.mode}: more than 8 bits per channel, which RGB would clip",
             expected="8 bits per channel",
-            fix="scale it to 8 bits first, for 16-bit: Image.fromarray((np.asarray(image) >> 8).astype('uint8'))",
+            fix="scale it to 8 bits first, for 0..1: Image.fromarray((255 * np.asarray(image)).astype('uint8'))"
+            if image.mode == "F"
+            else "scale it to 8 bits first, for 16-bit: Image.fromarray((np.asarray(image) >> 8).astype('uint8'))",
         )
     return image
 

@@ -20,12 +20,11 @@ from tokenizers import Tokenizer
 
 from engines.checks import is_integer
 from engines.errors import FlexError, PromptError, TokenizerError
-from plugins.files import parse_json, read_file
 from runtime.text import BROKEN, TextStream
+from runtime.tokenizer_file import read_tokenizer_file
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"
-TOKENIZER_LIMIT = 128 << 20  # bytes of a tokenizer.json; the largest in use, of 256,000 tokens, has 34 MB
 _SLOT = "{prompt}"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
 
@@ -64,8 +63,7 @@ class Prompter:
         self.longest = 0  # characters of the longest token
         if tokenizer is None:
             return
-        data = read_file(tokenizer, TokenizerError, limit=TOKENIZER_LIMIT, fix="rebuild the bundle")
-        settings = parse_json(data, f"{tokenizer}", TokenizerError, fix="rebuild the bundle")
+        data, settings = read_tokenizer_file(tokenizer, fix="rebuild the bundle")
         with _typed(TokenizerError, f"{tokenizer} is no tokenizer", fix="rebuild the bundle"):
             opened = Tokenizer.from_buffer(data)
             opened.no_padding()  # left over from training

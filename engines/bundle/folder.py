@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         text, digest, told = json.dumps(found), digest_of(canonical(found)), found.get(DIGEST)
     except RecursionError:
         raise BundleError(f"{path} is no manifest: nested too deep", expected="one as written", fix=fix) from None
-    if told is not None and told != digest:
+    if DIGEST in found and told != digest:
         raise BundleError(
             f"{path} was changed: its content has the digest {digest}",
             expected=f"{told!r:.100}, which it holds",

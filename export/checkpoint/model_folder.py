@@ -21,7 +21,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # of
 INDEX = ".index.json"
 _KINDS: tuple[tuple[str, Reader], ...] = (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch))
 _LOOSE: tuple[tuple[str, Reader], ...] = (
-    (r"(?!adapter_model).*\.safetensors", read_safetensors),
+    (r"(?!adapter_model|\.).*\.safetensors", read_safetensors),
     (r"pytorch_model.*\.bin", read_torch),
 )
 _SHARD = re.compile(r"-(\d{1,9})-of-(\d{1,9})$")

@@ -18,6 +18,7 @@ from engines.errors import TokenizerError
 from export.checkpoint.settings import present, shown
 from export.checkpoint.special_tokens import SpecialTokens, added_tokens, read_special_tokens
 from plugins.files import read_file
+from runtime.tokenizer_file import read_tokenizer_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -109,12 +110,17 @@ def _contained(path: Path) -> Iterator[None]:
     except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        spare = path.suffix == ".json" and present(path.with_name("tokenizer.model"))
         raise TokenizerError(
             f"{path}: cannot be used ({error!s:.200})",
             expected="a tokenizer.json of the tokenizers library",
-            fix="download the file again" + (", or remove it to use tokenizer.model" if spare else ""),
+            fix=_again(path),
         ) from None
+
+
+def _again(path: Path) -> str:
+    """What helps where the tokenizer's file at `path` is none."""
+    spare = path.suffix == ".json" and present(path.with_name("tokenizer.model"))
+    return "download the file again" + (", or remove it to use tokenizer.model" if spare else "")
 
 
 def _special_id(tokenizer: Tokenizer, settings: SpecialTokens, kind: str, folder: Path) -> int | None:
@@ -174,10 +180,10 @@ def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | Non
 def _load_fast(path: Path, settings: SpecialTokens, vocab: int, notes: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    data = read_file(path, TokenizerError, limit=_LIMIT)
+    data, raw = read_tokenizer_file(path, fix=_again(path))
     with _contained(path):
         tokenizer = Tokenizer.from_buffer(data)
-        for token in json.loads(data).get("added_tokens") or ():
+        for token in raw.get("added_tokens") or ():
             given = tokenizer.token_to_id(token["content"])
             if given != token["id"]:  # the library counts on behind its vocabulary, whatever the file says
                 raise TokenizerError(

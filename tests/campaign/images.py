@@ -11,6 +11,7 @@ import PIL.Image
 import PIL.ImageOps
 from hypothesis import strategies as st
 
+from runtime.image import FORMATS as ALLOWED
 from runtime.image import load_image
 from tests.campaign.mutate import damaged_bytes
 from tests.campaign.trial import Unjudged, Wrong
@@ -78,6 +79,8 @@ def run(data: bytes, scratch: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with PIL.Image.open(io.BytesIO(data)) as image:
+            if image.format not in ALLOWED:
+                raise Wrong(f"an image of the format {image.format} was read")
             try:
                 image = PIL.ImageOps.exif_transpose(image)
             except Exception:  # viewers show an image whose EXIF is broken

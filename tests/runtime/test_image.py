@@ -212,7 +212,11 @@ def test_what_errors_advise_works():
         (deep, "Image.fromarray((np.asarray(image) >> 8).astype('uint8'))"),
         (alpha, "array[..., :3]"),
         (grey, "np.stack([grey] * 3, -1)"),
+        (RGB.transpose(2, 0, 1), "array.transpose(1, 2, 0)"),
         (real, "(255 * array).astype(np.uint8)"),
+        (RGB > 99, "255 * array.astype(np.uint8)"),
+        (RGB.astype(np.int64), "array.clip(0, 255).astype(np.uint8)"),
+        (Image.fromarray(real[..., 0]), "Image.fromarray((255 * np.asarray(image)).astype('uint8'))"),
         (np.ma.masked_equal(RGB, 0), "array.filled(0)"),
         (Image.new("1", (10_000, 10_000)), "image.thumbnail((4096, 4096))"),
     ):
