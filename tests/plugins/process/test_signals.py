@@ -15,8 +15,7 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 from plugins.signals import interrupt_when_asked_to_end
-if sys.argv[2] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[2] == "nohup" else signal.SIG_DFL)
 interrupt_when_asked_to_end()
 marker = Path(sys.argv[1])
 marker.touch()
