@@ -31,7 +31,6 @@ from engines.trt.options import command as engines_command
 from export.check import parity, require_memory, why_no_second_opinion
 from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
-from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.special_tokens import disagreements
@@ -68,9 +67,10 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started, versions = perf_counter(), _versions()
-    recipe, tokenizer, checkpoint = read_model(options)
-    for warning in _warnings(recipe):
+    settled = read_recipe(options)
+    for warning in _warnings(settled):
         console.print(warning, soft_wrap=True, markup=False, style="yellow")
+    recipe, tokenizer, checkpoint = read_model(settled)
     settings_outline(console, recipe.config)
     notes_outline(console, _notes(recipe.config, tokenizer))
     outline(console, recipe, checkpoint)
@@ -95,10 +95,15 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     return Bundle(recipe.folder, verify=False)
 
 
-def read_model(options: BuildOptions) -> tuple[Recipe, CheckpointTokenizer | None, Checkpoint]:
-    """All that is read of a checkpoint before anything is made of it: what is to be built, its tokenizer if it has one,
-    and its weights, opened. Whatever would make another model of it is an error here (see `build`)."""
-    settled = settle(options, _config(options))
+def read_recipe(options: BuildOptions) -> Recipe:
+    """What is to be built, as far as settings tell. Raises CheckpointError, ConfigError, OptionError."""
+    require_model_folder(options.model)
+    return settle(options, read_config(options.model))
+
+
+def read_model(settled: Recipe) -> tuple[Recipe, CheckpointTokenizer | None, Checkpoint]:
+    """The rest of what is read of a checkpoint before anything is made of it: the recipe confirmed, its tokenizer if it
+    has one, and its weights, opened. Whatever would make another model of it is an error here (see `build`)."""
     tokenizer = read_tokenizer(settled.model, settled.geometry.vocab)
     checkpoint = open_checkpoint(settled.model, settled.config)
     return settled.confirmed(checkpoint), tokenizer, checkpoint
@@ -109,18 +114,12 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
 
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
-    recipe = settle(request.options, _config(request.options))
+    recipe = read_recipe(request.options)
     assessment = assess(recipe.configuration(request.batch), room_for(recipe.backend, recipe.engines))
     console = console or Console(quiet=True)
     report(assessment, recipe.model.resolve().name, console)
     settings_outline(console, recipe.config)
     return assessment.fits
-
-
-def _config(options: BuildOptions) -> ModelConfig:
-    """What the checkpoint says of itself."""
-    require_model_folder(options.model)
-    return read_config(options.model)
 
 
 def _notes(config: ModelConfig, tokenizer: CheckpointTokenizer | None) -> list[str]:
@@ -177,7 +176,7 @@ def _write(
             versions=versions,
             source=checkpoint.identity(),
             options=recipe.record(calibration.used if calibration else None),
-            dropped=dropped_tensors(checkpoint, recipe.geometry),
+            dropped=checkpoint.dropped,
             scales=SCALES if calibration else None,
             block_size=recipe.scheme.block if recipe.scheme else None,
         )

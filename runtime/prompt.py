@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from engines.checks import is_integer
 from engines.errors import FlexError, PromptError, TokenizerError
+from engines.tokenizer_file import read_tokenizer_file
 from runtime.text import BROKEN, TextStream
-from runtime.tokenizer_file import read_tokenizer_file
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"

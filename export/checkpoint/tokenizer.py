@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.checks import shown
 from engines.errors import TokenizerError
-from export.checkpoint.settings import present, shown
+from engines.tokenizer_file import read_tokenizer_file
+from export.checkpoint.settings import present
 from export.checkpoint.special_tokens import SpecialTokens, added_tokens, read_special_tokens
 from plugins.files import read_file
-from runtime.tokenizer_file import read_tokenizer_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

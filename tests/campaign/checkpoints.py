@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from engines.bundle.precision import FP32
 from engines.errors import ParityError
 from export import second_opinion
-from export.build import BuildOptions, read_model
+from export.build import BuildOptions, read_model, read_recipe
 from export.check import LIMITS
 from export.network.reference import ReferenceModel
 from tests.campaign.mutate import damaged_bytes, damaged_json, damaged_text
@@ -186,7 +186,7 @@ def run(folder: Path, damage: Damage, scratch: Path) -> str:
     copy = scratch / "checkpoint"
     shutil.copytree(folder, copy)
     damage(copy)
-    recipe, tokenizer, checkpoint = read_model(BuildOptions(model=copy, out=scratch / "out"))
+    recipe, tokenizer, checkpoint = read_model(read_recipe(BuildOptions(model=copy, out=scratch / "out")))
     g, ends = recipe.geometry, recipe.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ())
     asked = second_opinion.request(g)
     ours = second_opinion.of_model(ReferenceModel(g, checkpoint), asked)

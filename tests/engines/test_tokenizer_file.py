@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from engines.errors import TokenizerError
+from engines.tokenizer_file import GROWTH, read_tokenizer_file
 from export.checkpoint.tokenizer import read_tokenizer
 from runtime.prompt import Prompter
-from runtime.tokenizer_file import GROWTH, read_tokenizer_file
 from tests.checkpoints import write_tokenizer
 
 VOCAB = 300
