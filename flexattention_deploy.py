@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+PACKAGES = ("export", "runtime", "engines", "plugins")
 _HERE = Path(__file__).resolve().parent
 EXTRAS = {  # modules by the extra of pyproject.toml that brings them
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "rich", "sentencepiece", "google.protobuf", "huggingface_hub"),
@@ -20,7 +21,7 @@ EXTRAS = {  # modules by the extra of pyproject.toml that brings them
 def require_own(*packages: str) -> None:
     """ImportError when one of these packages, as Python finds it, is somebody else's."""
     for package in packages:
-        found, own = _folder(package), _HERE / package
+        found, own = folder_of(package), _HERE / package
         if found is not None and found != own:
             raise ImportError(
                 f"the package {package!r} that Python finds is not flexattention-deploy's: {found}\n"
@@ -47,7 +48,7 @@ def require_extra(extra: str) -> None:
     raise ImportError(message, name=missing[0])
 
 
-def _folder(package: str) -> Path | None:
+def folder_of(package: str) -> Path | None:
     """Where Python would import a package from; None if there is none. It is not imported."""
     try:
         spec = importlib.util.find_spec(package)
@@ -67,8 +68,8 @@ def _is_there(module: str) -> bool:
 def main() -> int:
     """Print where each package comes from; 1 if one is not this project's."""
     status = 0
-    for package in ("export", "runtime", "engines", "plugins"):
-        found, own = _folder(package), _HERE / package
+    for package in PACKAGES:
+        found, own = folder_of(package), _HERE / package
         status |= found != own
         print(f"{package}: {found}" + ("" if found == own else f", not this project's: {own}"))
     return status

@@ -6,7 +6,6 @@ With a bundle it checks that instead: `python -m engines.doctor BUNDLE --expect 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from engines.sizing.needs import size
 from engines.targets import TARGETS, Target
 from engines.trt import library as trt
 from engines.trt.options import RTX_SMS
+from flexattention_deploy import PACKAGES, folder_of
 from plugins.child import ROOT
 from plugins.command import run
 from plugins.compiler.ptxas import SMS
 
-OURS, PACKAGES = "flexattention-deploy", ("export", "runtime", "engines", "plugins")
+OURS = "flexattention-deploy"
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,10 @@ def collisions(owners: Mapping[str, Sequence[str]], root: Path = ROOT) -> list[s
                 f"package {name}: {' and '.join(others)} installed one of this name, too; only one can be imported\n"
                 f"  fix: a virtual environment for {OURS} without {' and '.join(others)}"
             )
-        specification = importlib.util.find_spec(name)
-        places = list(specification.submodule_search_locations or ()) if specification else []
-        if places and not any(Path(place).resolve() == root / name for place in places):
+        place = folder_of(name)
+        if place is not None and place != root / name:
             found.append(
-                f"package {name}: Python finds {places[0]}, not {root / name}\n"
+                f"package {name}: Python finds {place}, not {root / name}\n"
                 f"  fix: rename that one, or start Python where it does not come first: {root} in PYTHONPATH"
             )
     return found

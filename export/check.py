@@ -141,11 +141,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
 
 
 def _all_stages(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    folded: Weights | None,
-    weights: Weights,
-    threads: int | None,
+    bundle: Bundle, checkpoint: Checkpoint, folded: Weights | None, weights: Weights, threads: int | None
 ) -> Iterator[Stage]:
     g, precision = bundle.manifest.geometry, bundle.precision
     if folded is not None:
@@ -155,13 +151,13 @@ def _all_stages(
     if why_no_second_opinion(checkpoint):
         return
     asked = second_opinion.request(g)
-    ours = [(FP32, "", second_opinion.of_model(reference, asked))]
+    ours = []
     if weights is checkpoint:
+        ours.append((FP32, "", second_opinion.of_model(reference, asked)))
         ours.append((precision, ", the bundle", second_opinion.of_model(model, asked)))
-    else:  # rounded weights are no opinion about the checkpoint's own
-        reference = model = None
-        ours = [(FP32, "", second_opinion.of_model(ReferenceModel(g, checkpoint), asked))]
-    reference = model = None  # their memory is needed
+    del reference, model  # their memory is needed
+    if not ours:  # rounded weights are no opinion about the checkpoint's own
+        ours.append((FP32, "", second_opinion.of_model(ReferenceModel(g, checkpoint), asked)))
     yield from _second_opinion(bundle, checkpoint, asked, ours)
 
 

@@ -16,7 +16,6 @@ from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
-from export.checkpoint.leftovers import dropped_tensors
 from export.checkpoint.packed import PackedCheckpoint, summary
 from export.recipe import Recipe
 
@@ -49,8 +48,7 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
         graphs = [f"{part}.onnx", *(f"{part}.{kind}.onnx" for kind in kinds(part, g) if kind != TRACED)]
         table.add_row(part, ", ".join((*graphs, f"{part}.weights")), size(weights))
     console.print(table)
-    dropped = dropped_tensors(checkpoint, g)
-    if dropped:
+    if dropped := checkpoint.dropped:
         saved = sum(checkpoint.info(name).nbytes for name in dropped if checkpoint.has(name))
         console.print(f"left out, {len(dropped)} tensors or files, {size(saved)} (bundle.json lists them all):")
         for reason in dict.fromkeys(dropped.values()):

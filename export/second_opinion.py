@@ -37,7 +37,7 @@ _TOWER, _PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 # How it runs, what pads batches, and what repeats the rest: transformers takes fewer values of these than there are.
 _NO_MATTER = ("pad_token_id", "torch_dtype", "dtype", "use_cache", "text_config")
 _UNUSED = re.compile(r"post_layernorm|\.inv_freq$|position_ids$")  # by what is compared
-_HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.")
+_HIRES = r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\."
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def _llama(folder: Path, raw: dict[str, Any]) -> LlamaForCausalLM:
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    ours = (_TOWER, _PROJECTOR)
-    state = {name: of for name, of in _state(folder) if not name.startswith(ours) and not _HIRES.match(name)}
+    state = _state(folder, f"(?!{re.escape(_TOWER)}|{re.escape(_PROJECTOR)}|{_HIRES})")
     return _filled(LlamaForCausalLM, LlamaConfig.from_dict(raw), state)
 
 
@@ -163,9 +162,9 @@ def _clip(folder: Path, raw: dict[str, Any]) -> CLIPVisionModel:
     from transformers.models.clip.modeling_clip import CLIPVisionModel
 
     tower = find_tower(folder, raw["mm_vision_tower"])
-    state = {name.removeprefix(_TOWER): of for name, of in _state(folder) if name.startswith(_TOWER)}
+    state = {name.removeprefix(_TOWER): of for name, of in _state(folder, re.escape(_TOWER)).items()}
     if not state and tower is not None:
-        state = {name: of for name, of in _state(tower) if name.startswith("vision_model.")}
+        state = _state(tower, r"vision_model\.")
     if raw.get("vision_config"):
         config = CLIPVisionConfig.from_dict(_described(raw["vision_config"]))
     elif tower is not None:
@@ -186,7 +185,8 @@ def _described(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _projector(folder: Path, raw: dict[str, Any]) -> nn.Module:
     """LLaVA's `linear` or `mlpNx_gelu` projector, as its builder puts it together."""
-    state = {name.removeprefix(_PROJECTOR): of.float() for name, of in _state(folder) if name.startswith(_PROJECTOR)}
+    found = _state(folder, re.escape(_PROJECTOR))
+    state = {name.removeprefix(_PROJECTOR): of.float() for name, of in found.items()}
     depth = re.fullmatch(r"mlp(\d+)x_gelu", raw.get("mm_projector_type", "linear"))
     modules: list[nn.Module] = []
     for at in range(int(depth[1]) if depth else 1):
@@ -241,25 +241,39 @@ def _silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _state(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder: of its one file, else as its index says, else of all its files."""
-    from safetensors.torch import load_file
+def _state(folder: Path, wanted: str) -> dict[str, Tensor]:
+    """The tensors of a folder whose names match `wanted`: of its one file, else as its index says, else of all its
+    files."""
+    return {name: of for file, named in _files(folder) for name, of in _read(file, re.compile(wanted), named)}
 
-    for whole, read in (("model.safetensors", load_file), ("pytorch_model.bin", _load_torch)):
+
+def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """The weight files that count, and the names that the index assigns to each (None: all of it)."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
         if (folder / whole).is_file():
-            yield from read(folder / whole).items()
+            yield folder / whole, None
             return
         if (index := folder / f"{whole}.index.json").is_file():
             named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             for file in sorted(set(named.values())):
-                yield from ((name, of) for name, of in read(folder / file).items() if named.get(name) == file)
+                yield folder / file, {name for name in named if named[name] == file}
             return
-    for pattern, read in (("*.safetensors", load_file), ("pytorch_model*.bin", _load_torch)):
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(path for path in folder.glob(pattern) if not path.name.startswith(".")):
-            for file in files:
-                yield from read(file).items()
+            yield from ((file, None) for file in files)
             return
 
 
-def _load_torch(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+def _read(file: Path, wanted: re.Pattern[str], named: set[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of one file, and no byte of the others."""
+    from safetensors import safe_open
+
+    def counts(name: str) -> bool:
+        return wanted.match(name) is not None and (named is None or name in named)
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            yield from ((name, opened.get_tensor(name)) for name in opened.keys() if counts(name))  # noqa: SIM118
+    else:
+        state = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        yield from ((name, of) for name, of in state.items() if counts(name))

@@ -135,14 +135,18 @@ class PartEngine:
         """Deserialise the plan. BackendError when it does not fit this TensorRT, GPU or bundle, or is damaged."""
         self.part, self.plan = part, plan
         self._trt, self._bundle, self._backend = trt, bundle, backend
-        self._rebuild = rebuild_command(bundle, backend, sm=None if cuda.sm in plan.sms else cuda.sm)
+        self._foreign_sm = None if cuda.sm in plan.sms else cuda.sm
         self._engine = deserialise(trt, bundle.file(plan.file), plan, cuda.sm, rebuild=self._rebuild)
         self.specs = {spec.name: spec for spec in (*plan.inputs, *plan.outputs)}
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
         if found != set(self.specs):
             odd = sorted(found ^ set(self.specs))[0]
-            raise BackendError(f"{plan.file} and its manifest disagree on the tensor {odd}", fix=self._rebuild)
+            raise BackendError(f"{plan.file} and its manifest disagree on the tensor {odd}", fix=self._rebuild())
         self._runtime_cache: Any = None
+
+    def _rebuild(self) -> str:
+        """The command that builds it again. For an error only: it reads the bundle's kernels."""
+        return rebuild_command(self._bundle, self._backend, sm=self._foreign_sm)
 
     @property
     def scratch(self) -> int:
@@ -189,9 +193,10 @@ class PartEngine:
         """What a plugin says went wrong, if it is that which failed; else BackendError for `what` in this engine."""
         cause, where = take_error(self._trt), f"TensorRT, {self.part} part"
         if isinstance(cause, FlexError):  # which part, no plugin knows
-            return with_command(cause, self._rebuild, where) if cause.fix else cause.within(where, fix=self._rebuild)
+            again = self._rebuild()
+            return with_command(cause, again, where) if cause.fix else cause.within(where, fix=again)
         reason = f" ({cause!r})" if cause else ""
-        return BackendError(f"{where}: {what}{reason}", fix=self._rebuild)
+        return BackendError(f"{where}: {what}{reason}", fix=self._rebuild())
 
     def _settings(self, one_shape: bool) -> Any:
         """How contexts are made: with scratch memory of ours, and in TensorRT-RTX, which compiles for the GPU as it

@@ -150,10 +150,11 @@ def build(trt: ModuleType, logger: Any, builder: Any, network: Any, config: Any)
     return plan
 
 
-def deserialise(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: str) -> Any:
+def deserialise(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: Callable[[], str]) -> Any:
     """The engine in `path` (an ICudaEngine) for the GPU of this process, whose SM is `sm`.
 
-    Raises BackendError, which gives the command `rebuild`: another version or GPU than it was built for, damaged bytes.
+    Raises BackendError, which gives the command that `rebuild` makes: another version or GPU than it was built for,
+    damaged bytes.
     """
     require_fit(trt, path, plan, sm, rebuild=rebuild)
     logger = make_logger(trt)
@@ -162,26 +163,26 @@ def deserialise(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: st
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror}", fix=rebuild) from error
+        raise BackendError(f"{path} cannot be read: {error.strerror}", fix=rebuild()) from error
     engine = trt.Runtime(logger).deserialize_cuda_engine(data) if size else None
     _raise_error_of_plugin(trt)
     if engine is None:
         why = logger.errors[0] if logger.errors else f"it holds {size} bytes"
-        raise BackendError(f"TensorRT cannot open {path}: {why}", expected="a whole, unchanged engine", fix=rebuild)
+        raise BackendError(f"TensorRT cannot open {path}: {why}", expected="a whole, unchanged engine", fix=rebuild())
     return engine
 
 
-def require_fit(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: str) -> None:
+def require_fit(trt: ModuleType, path: Path, plan: Plan, sm: int, *, rebuild: Callable[[], str]) -> None:
     """BackendError unless this TensorRT and a GPU of this SM open the plan."""
     if trt.__version__ != plan.tensorrt:
         raise BackendError(
             f"{path} was built by {trt.__name__} {plan.tensorrt}, installed is {trt.__version__}",
             expected="the same version: no other opens an engine",
-            fix=rebuild,
+            fix=rebuild(),
         )
     if sm not in plan.sms:
         built = ", ".join(f"sm_{number}" for number in plan.sms)
-        raise BackendError(f"{path} was built for {built}, this GPU is sm_{sm}", fix=rebuild)
+        raise BackendError(f"{path} was built for {built}, this GPU is sm_{sm}", fix=rebuild())
 
 
 def _raise_error_of_plugin(trt: ModuleType) -> None:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.bundle.consistency import HIRES_SIDE, SIZES, contradictions_of
 from engines.bundle.geometry import Geometry, Vision
 from engines.bundle.manifest import is_template
-from engines.checks import require_integer
+from engines.checks import require_integer, shown
 from engines.errors import ConfigError
 from export.checkpoint.config_keys import DECODER, EXTRA, rope_theta
 from export.checkpoint.packed_settings import Packing, read_packing
@@ -41,7 +41,6 @@ from export.checkpoint.settings import (
     Width,
     parse,
     read_object,
-    shown,
 )
 from export.checkpoint.special_tokens import TokenIds, as_ids, read_generation, require_in_vocabulary
 from export.checkpoint.tower import Tower, read_tower

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.bundle.consistency import NUMBERS
+from engines.checks import shown
 from engines.errors import ConfigError, FlexError
-from export.checkpoint.settings import parse, shown
+from export.checkpoint.settings import parse
 
 _LISTED = 5  # refusals spelt out in one error
 

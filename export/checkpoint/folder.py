@@ -37,6 +37,7 @@ class Checkpoint:
     """A checkpoint folder, opened: one namespace of tensor names over all its files. Holds no tensor data.
 
     unread: what lies in its folders and is not read, and why: weight files, and tensors by `FILE: NAME`.
+    dropped: what a bundle leaves out of all this, and why that changes nothing, once open_checkpoint has proven it.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Checkpoint:
     ) -> None:
         self.folder = folder
         self.unread = dict(unread or {})
+        self.dropped: dict[str, str] = {}
         self._tensors = dict(sorted(tensors.items()))
 
     @classmethod

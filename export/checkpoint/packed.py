@@ -170,7 +170,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     checkpoint = _unpacked(raw, config)
     checkpoint.require(expected_tensors(config.geometry))
     require_one_tower(checkpoint, config.tower_folder, config.geometry)
-    dropped_tensors(checkpoint, config.geometry)
+    checkpoint.dropped = dropped_tensors(checkpoint, config.geometry)
     return checkpoint
 
 

@@ -22,8 +22,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from engines.bundle.geometry import Geometry
 from engines.bundle.precision import BLOCK_SIZES, INT4, INT8, Precision
 from engines.bundle.tensors import HEAD, fitting_blocks, quantised_tensors
+from engines.checks import shown
 from engines.errors import ConfigError, OptionError
-from export.checkpoint.settings import parse, present, read_object, shown
+from export.checkpoint.settings import parse, present, read_object
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # files that need not name their method
 _BITS = {"awq": (4,), "gptq": (4, 8)}

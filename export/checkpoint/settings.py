@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from engines.bundle.consistency import SIZES
+from engines.checks import shown
 from engines.errors import ConfigError, FlexError
 from plugins.files import read_json
 
@@ -27,13 +27,6 @@ Vocabulary = Annotated[int, Field(gt=0, le=SIZES["vocab"][1])]
 Context = Annotated[int, Field(gt=0, le=SIZES["context"][1])]
 Side = Annotated[int, Field(gt=0, le=SIZES["lowres"][1])]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]  # of a norm
-
-
-def shown(value: Any) -> str:
-    """A value of somebody else's file for a message: its repr, cut to a length that can be read."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
 
 
 def present(path: Path) -> bool:

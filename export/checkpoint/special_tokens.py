@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.checks import shown
 from engines.errors import ConfigError, TokenizerError
 from export.checkpoint.config_keys import GENERATION, SAMPLING, TOKENIZER
-from export.checkpoint.settings import parse, present, read_object, shown
+from export.checkpoint.settings import parse, present, read_object
 
 GENERATION_FILE = "generation_config.json"
 SETTINGS, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.bundle.consistency import MEAN, STD
 from engines.bundle.tensors import TOWER_PREFIX
+from engines.checks import shown
 from engines.errors import ConfigError
 from export.checkpoint.config_keys import CLIP, PREPROCESSOR, TOWER
-from export.checkpoint.settings import Epsilon, Heads, Inner, Layers, Side, Width, parse, present, read_object, shown
+from export.checkpoint.settings import Epsilon, Heads, Inner, Layers, Side, Width, parse, present, read_object
 
 Mean = Annotated[float, Field(ge=MEAN[0], le=MEAN[1])]
 Deviation = Annotated[float, Field(ge=STD[0], le=STD[1])]

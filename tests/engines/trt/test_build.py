@@ -553,7 +553,7 @@ def open_decoder(bundle: Path, sm: int = 86, **changes) -> FlexError:
             bundle / plan.file,
             replace(plan, **changes),
             sm,
-            rebuild="python -m engines.build B",
+            rebuild=lambda: "python -m engines.build B",
         )
     return caught.value
 
@@ -578,5 +578,5 @@ def test_a_truncated_engine(copy, size):
     with pytest.raises(BundleError, match=f"has {size} bytes"):
         Bundle(copy, verify=False)
     with pytest.raises(BackendError, match="cannot open") as caught:  # TensorRT itself, past the bundle's checks
-        trt.deserialise(trt.load(TENSORRT_RTX), path, plan, 86, rebuild="python -m engines.build B")
+        trt.deserialise(trt.load(TENSORRT_RTX), path, plan, 86, rebuild=lambda: "python -m engines.build B")
     assert caught.value.fix == "python -m engines.build B"
