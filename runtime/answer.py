@@ -10,7 +10,7 @@ from engines.backend import Step
 from engines.bundle.geometry import Geometry
 from runtime.request import Request
 from runtime.stats import Clock, Stats
-from runtime.text import TextStream
+from runtime.text.stream import TextStream
 
 
 @dataclass(frozen=True)

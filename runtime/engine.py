@@ -17,7 +17,7 @@ from engines.open import open_model
 from runtime.answer import Answer
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
-from runtime.prompt import Prompter
+from runtime.text.prompter import Prompter
 from runtime.view import ImageView
 
 _models = weakref.WeakSet[Model[Any]]()  # all that live

@@ -14,8 +14,8 @@ import numpy as np
 from engines.bundle.manifest import Manifest
 from engines.checks import require_integer, shown
 from engines.errors import OptionError, PromptError
-from runtime.prompt import Prompter
 from runtime.sampling import Sampling
+from runtime.text.prompter import Prompter
 
 MOST_TOKENS = 2**31 - 1  # of an answer, as a number; how many fit is the bundle's context
 # Not "build with a larger --context": most bundles have all that their model has, and the build would refuse more.

@@ -17,9 +17,9 @@ from runtime.answer import Answer, Draft
 from runtime.decode import Cache, InOneProcess, Stream, prefill
 from runtime.image import EXIF, ImageSource, load_image
 from runtime.preprocess import preprocess
-from runtime.prompt import Prompter
 from runtime.request import Request, read_request
 from runtime.stats import Clock
+from runtime.text.prompter import Prompter
 
 
 class ImageView(InOneProcess):

@@ -35,6 +35,10 @@ HOMES = {
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),
     "cuda": ("engines/cuda.py",),
+    "starlette": ("runtime/serve/*",),
+    "uvicorn": ("runtime/serve/__main__.py",),
+    "prometheus_client": ("runtime/serve/metrics.py",),
+    "prompt_toolkit": ("runtime/terminal.py",),
 }
 BACKENDS = ("cuda", "onnxruntime", "tensorrt", "tensorrt_rtx")
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")

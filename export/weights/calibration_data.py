@@ -26,7 +26,7 @@ from export.checkpoint.tokenizer import read_tokenizer
 from plugins.files import read_file
 from runtime.image import load_image
 from runtime.preprocess import preprocess
-from runtime.prompt import Prompter
+from runtime.text.prompter import Prompter
 
 _LIMIT = 256 << 20  # bytes of the list
 ENDINGS = (".json", ".jsonl")

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from engines.errors import PromptError
 from export.checkpoint.tokenizer import read_tokenizer
-from runtime.prompt import IMAGE_TOKEN, Prompter
+from runtime.text.prompter import IMAGE_TOKEN, Prompter
 from tests.campaign.mutate import damaged_text
 from tests.campaign.trial import Wrong
 from tests.checkpoints import TEMPLATE

@@ -10,7 +10,7 @@ import pytest
 from engines.errors import TokenizerError
 from engines.tokenizer_file import GROWTH, read_tokenizer_file
 from export.checkpoint.tokenizer import read_tokenizer
-from runtime.prompt import Prompter
+from runtime.text.prompter import Prompter
 from tests.checkpoints import write_tokenizer
 
 VOCAB = 300

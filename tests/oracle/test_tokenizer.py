@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from export.checkpoint.tokenizer import read_tokenizer
-from runtime.prompt import IMAGE_TOKEN, Prompter
+from runtime.text.prompter import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
 
 SPECIAL = ("<s>", "</s>", "<unk>")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from engines.checks import is_integer
 from engines.errors import FlexError, PromptError, TokenizerError
 from engines.tokenizer_file import read_tokenizer_file
-from runtime.text import BROKEN, TextStream
+from runtime.text.stream import BROKEN, TextStream
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from export.checkpoint.tokenizer import read_tokenizer
 from runtime import PromptError, TokenizerError
-from runtime.prompt import IMAGE_TOKEN, Prompter
-from runtime.text import TextStream
+from runtime.text.prompter import IMAGE_TOKEN, Prompter
+from runtime.text.stream import TextStream
 from tests.checkpoints import write_tokenizer
 
 TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"

@@ -11,8 +11,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models
 
 from export.checkpoint.tokenizer import read_tokenizer
-from runtime.prompt import Prompter
-from runtime.text import TextStream
+from runtime.text.prompter import Prompter
+from runtime.text.stream import TextStream
 from tests.checkpoints import write_tokenizer
 
 VOCAB = 300
