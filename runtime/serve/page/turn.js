@@ -12,11 +12,11 @@ import { described, describedWhole, nameOf } from "./words.js";
 export class Turn {
   /**
    * @param {string} question
-   * @param {{budget: number, expected?: string}} asked with: `expected` is the right answer, where it is known
-   * @param {{look: (turn: Turn, index: number | null) => void}} on
+   * @param {{look: (turn: Turn, index: number | null) => void}} looking told what is pointed at
+   * @param {string} [expected] the right answer, where it is known
    */
-  constructor(question, { budget, expected }, on) {
-    Object.assign(this, { question, budget, expected, on });
+  constructor(question, looking, expected) {
+    Object.assign(this, { question, looking, expected });
     /** @type {Token[]} */
     this.tokens = [];
     this.text = "";
@@ -32,9 +32,11 @@ export class Turn {
     this.answer.setAttribute("role", "listbox");
     this.answer.setAttribute("aria-orientation", "horizontal");
     this.answer.setAttribute("aria-label", `Answer to “${question}”, token by token`);
+    this.answer.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.leave());
     this.remark = part("p", "remark", "Looking …");
+    this.figures = part("p", "figures");
     this.tools = part("div", "row tools");
-    this.element.append(this.answer, this.remark, this.tools);
+    this.element.append(this.answer, this.remark, this.figures, this.tools);
   }
 
   /** What the first chunk says of the cells to come. @param {{grid: number, layers: number[]}} head */
@@ -57,10 +59,17 @@ export class Turn {
     option.setAttribute("role", "option");
     option.tabIndex = index ? -1 : 0;
     option.dataset.index = String(index);
-    option.addEventListener("focus", () => this.on.look(this, index));
-    option.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && this.on.look(this, index));
+    option.addEventListener("focus", () => this.looking.look(this, index));
+    option.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && this.looking.look(this, index));
     option.addEventListener("click", () => option.focus());
     this.answer.append(option, after);
+  }
+
+  /** The mouse has left: back to the token that has the focus, or to the whole answer. */
+  leave() {
+    if (this.state === "answering") return;
+    const focused = this.options().indexOf(/** @type {HTMLElement} */ (document.activeElement));
+    this.looking.look(this, focused < 0 ? null : focused);
   }
 
   /** @param {"done" | "stopped" | "failed"} state @param {string} remark */
