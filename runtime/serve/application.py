@@ -23,6 +23,7 @@ from runtime.serve.completions import Completions, Model
 from runtime.serve.errors import ApiError, on_api_error, on_http_error, told
 from runtime.serve.guard import Bodies, Guard, keyed
 from runtime.serve.metrics import CONTENT_TYPE, Metrics
+from runtime.serve.scenes import SEEDS, Scenes
 from runtime.serve.settings import Settings
 from runtime.serve.worker import Worker
 
@@ -36,6 +37,7 @@ class Service:
         self.worker = Worker(engine, settings, self.metrics)
         self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
         self.completions = Completions(self.model, self.worker, settings, Bodies(settings))
+        self.scenes = Scenes() if Scenes.available() else None  # None: its packages are not installed
 
     async def health(self, request: Request) -> Response:
         """Whether the process answers at all."""
@@ -68,6 +70,24 @@ class Service:
         """The metrics."""
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
+    async def scene(self, request: Request) -> Response:
+        """A new picture to ask about, with questions and their answers: of ?seed=N, always the same one."""
+        if self.scenes is None:
+            raise ApiError(
+                404, "the generator of scenes is not installed here", code="not_found",
+                fix="pip install '.[export,train]' in this project's folder",
+            )  # fmt: skip
+        given = request.query_params.get("seed", "")
+        if not (given.isascii() and given.isdigit() and len(given) < 20 and int(given) < SEEDS):
+            raise ApiError(400, f"no seed of a scene; expected a whole number below {SEEDS}", code="invalid_seed")
+        return JSONResponse(await run_in_threadpool(self.scenes.draw, int(given)))
+
+    def close(self, seconds: float) -> None:
+        """Answer what was asked, within so many seconds; then end the generator of scenes, too."""
+        self.worker.drain(seconds)
+        if self.scenes is not None:
+            self.scenes.close()
+
     def _described(self) -> dict[str, Any]:
         manifest, geometry = self._engine.manifest, self._engine.geometry
         flex = {
@@ -82,7 +102,7 @@ class Service:
             "precision": manifest.precision,
             "backend": self.worker.backend,
             "device": getattr(vars(self._engine).get("model"), "device", "cuda"),  # TensorRT knows no other
-            "scenes": False,
+            "scenes": self.scenes is not None,
         }
         return {"id": self.model.name, "object": "model", "created": 0, "owned_by": "flexattention", "flex": flex}
 
@@ -91,7 +111,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     """An ASGI app that answers questions with `engine`: alone under a server, or mounted in another app under a prefix.
 
     Whoever mounts it takes over its end, too: `lifespan=mounted.router.lifespan_context` of the outer app, or
-    `mounted.state.service.worker.drain(seconds)`. The engine stays the caller's, and is not closed.
+    `mounted.state.service.close(seconds)`. The engine stays the caller's, and is not closed.
     """
     settings = settings or Settings()
     service = Service(engine, settings)
@@ -99,7 +119,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(service.worker.drain, settings.grace)
+        await run_in_threadpool(service.close, settings.grace)
 
     made = Starlette(
         routes=[
@@ -109,6 +129,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
             Route("/metrics", keyed(service.measured, settings)),
             Route("/flex/examples", keyed(page.examples, settings)),
             Route("/flex/examples/{name}", keyed(page.example_image, settings)),
+            Route("/flex/scene", keyed(service.scene, settings)),
             Route("/health", service.health),
             Route("/health/ready", service.ready),
             Route("/", page.index),

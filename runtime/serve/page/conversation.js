@@ -161,9 +161,9 @@ export class Conversation {
   /** @param {Turn} turn whose answer is whole */
   settle(turn) {
     const answer = turn.text.trim();
-    const right = turn.expected === answer;
+    const right = turn.expected !== undefined && plain(turn.expected) === plain(answer);
     const remarks = turn.finish === "length" ? ["Cut off: the answer was as long as it may be."] : [];
-    if (turn.expected) remarks.push(right ? "✓ right" : `✗ in the picture: ${turn.expected}`);
+    if (turn.expected) remarks.push(right ? "✓ right" : `The picture says: ${turn.expected}`);
     turn.end("done", remarks.join(" "));
     turn.remark.classList.toggle("right", right);
     if (turn.stats) turn.figures.textContent = figures(turn.stats, this.model.flex.pages);
@@ -236,6 +236,11 @@ function save(png) {
   const url = URL.createObjectURL(png);
   Object.assign(document.createElement("a"), { href: url, download: "where-it-looks.png" }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** Words alone: a model may begin a sentence, and end it. @param {string} text */
+function plain(text) {
+  return text.toLowerCase().replace(/[.!\s]+$/, "").trim();
 }
 
 /** As high as what is written. @param {HTMLTextAreaElement} field */

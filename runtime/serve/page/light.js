@@ -1,7 +1,8 @@
 /** Light on the picture: what was read stays bright, with a warm edge; the rest dims. Cells are of the padded square. */
 
 const FINE = 14; // pixels of the soft map per cell
-const SOFT = 0.16; // share of a cell over which light fades at each edge
+const SOFT = 0.36; // share of a cell over which the light of its neighbour fades
+const SPILL = 0.5; // of a neighbour's light, at the edge
 const VEIL = [9, 11, 20, 0.6]; // what was not read: colour and opacity
 const WARM = [255, 178, 36]; // the light, readable on any photo beside the veil
 const TINT = 0.1; // opacity of warm light over what was read
@@ -76,18 +77,20 @@ function softMap(share, grid, veil) {
     const at = (index + 0.5) / FINE;
     const cell = Math.floor(at);
     const inside = at - cell;
+    const other = Math.min(grid - 1, Math.max(0, inside < 0.5 ? cell - 1 : cell + 1));
     const edge = Math.min(inside, 1 - inside);
-    const other = inside < 0.5 ? cell - 1 : cell + 1;
-    const own = edge >= SOFT || other < 0 || other >= grid ? 1 : 0.5 + (0.5 * edge) / SOFT;
-    return { cell, other: own === 1 ? cell : other, own };
+    return { cell, other, spill: SPILL * Math.max(0, 1 - edge / SOFT) ** 1.6 };
   });
   for (let y = 0; y < size; y++) {
     const row = places[y];
     for (let x = 0; x < size; x++) {
       const column = places[x];
-      const upper = values[row.cell * grid + column.cell] * column.own + values[row.cell * grid + column.other] * (1 - column.own);
-      const lower = values[row.other * grid + column.cell] * column.own + values[row.other * grid + column.other] * (1 - column.own);
-      const light = upper * row.own + lower * (1 - row.own);
+      const light = Math.max(
+        values[row.cell * grid + column.cell],
+        values[row.cell * grid + column.other] * column.spill,
+        values[row.other * grid + column.cell] * row.spill,
+        (values[row.other * grid + column.other] * column.spill * row.spill) / SPILL,
+      );
       const dark = VEIL[3] * (1 - light) * veil;
       const warm = TINT * light * veil;
       const at = 4 * (y * size + x);

@@ -53,7 +53,7 @@ export function describedWhole(share, layers) {
  */
 export function figures(stats, pages) {
   const parts = [`first token ${number(stats.first_token_ms, 0)} ms`, `${number(stats.tokens_per_second, 0)} tokens/s`];
-  parts.push(`${number(stats.pages_read)} of ${pages} pages per layer`, `${bytes(stats.page_bytes)} of pages read`);
+  parts.push(`${number(stats.pages_read)} of ${pages} pages per layer`, `${bytes(stats.page_bytes)} read`);
   if (stats.view_cached) parts.push("image already known");
   return parts.join(" · ");
 }
