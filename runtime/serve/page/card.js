@@ -2,7 +2,9 @@
 
 import { drawLight } from "./light.js";
 
-const WIDTH = 1200;
+const WIDTH = 1200; // of a wide picture; a tall one makes a tall card
+const NARROWEST = 860;
+const TALLEST = 960; // of the picture
 const EDGE = 56;
 const MOST_PANELS = 12;
 const SERIF = `"Iowan Old Style", "Palatino Linotype", Palatino, "TeX Gyre Pagella", Georgia, serif`;
@@ -20,8 +22,9 @@ const LIT = "#ffb224";
  * @param {string} model @returns {Promise<Blob>} a PNG
  */
 export async function drawCard(image, turn, index, on, model) {
-  const inner = WIDTH - 2 * EDGE;
-  const scale = Math.min(inner / image.naturalWidth, 900 / image.naturalHeight);
+  const widest = (TALLEST * image.naturalWidth) / image.naturalHeight;
+  const inner = Math.round(Math.min(WIDTH, Math.max(NARROWEST, widest + 2 * EDGE)) - 2 * EDGE);
+  const scale = Math.min(inner / image.naturalWidth, TALLEST / image.naturalHeight);
   const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
   const panels = turn.tokens.slice(0, MOST_PANELS).map((token, place) => ({ text: token.text.trim(), place })).filter((each) => each.text);
   const across = panels.length > 1 ? Math.max(panels.length, 5) : 0;
@@ -35,7 +38,7 @@ export async function drawCard(image, turn, index, on, model) {
   pen.font = `64px ${SERIF}`;
   const answered = wrapped(pen, turn.text.trim(), inner).slice(0, 6);
   const strip = across ? small * height + 74 : 0;
-  canvas.width = WIDTH;
+  canvas.width = inner + 2 * EDGE;
   canvas.height = Math.ceil(EDGE + height + 44 + 46 * asked.length + 16 + 76 * answered.length + strip + 34 + 40);
 
   pen.fillStyle = PAPER;
@@ -96,6 +99,7 @@ function wrapped(pen, text, width) {
   return result.map((line) => fitting(pen, line, width));
 }
 
+/** As much of a text as fits into a width. */
 function fitting(pen, text, width) {
   if (pen.measureText(text).width <= width) return text;
   let shorter = text;

@@ -41,6 +41,25 @@ export class Conversation {
       this.ask(by("question").value);
     });
     by("stop").addEventListener("click", () => this.stop());
+    by("forget-all").addEventListener("click", () => this.forget());
+  }
+
+  /** Earlier turns that the next question is sent with: whole ones, since the last `forget`. @returns {Turn[]} */
+  get history() {
+    return this.model?.flex.conversation ? this.turns.filter((turn) => turn.state === "done" && !turn.forgotten) : [];
+  }
+
+  /** Ask the next question alone; the earlier answers can still be looked at. */
+  forget() {
+    for (const turn of this.turns) turn.forgotten = true;
+    this.tellHistory();
+  }
+
+  tellHistory() {
+    const count = this.history.length;
+    by("history").hidden = !count;
+    by("history-words").textContent =
+      count === 1 ? "The question before is sent along." : `The ${count} questions before are sent along.`;
   }
 
   /** @param {import("./picture.js").Picture} picture @param {{question: string, answer?: string}[]} suggested */
@@ -49,6 +68,7 @@ export class Conversation {
     this.looking.pause();
     this.looking.look(null, null);
     Object.assign(this, { picture, suggested, turns: [] });
+    this.tellHistory();
     by("turns").replaceChildren();
     by("suggestions").hidden = !suggested.length;
     by("suggestions").replaceChildren(
@@ -79,8 +99,8 @@ export class Conversation {
     if (!question || !this.picture || !this.model || this.asking) return;
     hideProblem();
     this.looking.pause();
-    if (forget) this.turns = [];
-    const history = this.model.flex.conversation ? this.turns.filter((turn) => turn.state === "done") : [];
+    if (forget) this.forget();
+    const { history } = this;
     const expected = this.suggested.find((row) => row.question === question)?.answer;
     const turn = new Turn(question, this.looking, expected);
     this.turns.push(turn);
@@ -101,6 +121,7 @@ export class Conversation {
       this.asking = null;
       this.setAnswering(false);
     }
+    this.tellHistory();
   }
 
   /** Tokens are taken as they come, and shown at a pace that an eye can follow. */

@@ -3,7 +3,7 @@
 import { Light } from "./light.js";
 import { part } from "./turn.js";
 
-const REPLAY = 700; // milliseconds of a token; long answers go faster
+const REPLAY = 600; // milliseconds of a token; long answers go faster
 const SHORTEST_REPLAY = 120;
 const LONGEST_REPLAY = 8000;
 const NOTHING = "Nothing is lit yet: ask a question";

@@ -24,6 +24,7 @@ export class Turn {
     /** @type {number[]} */
     this.layers = [];
     this.stats = null;
+    this.forgotten = false; // not sent with later questions
     this.state = "asked"; // then "answering", and "done", "stopped" or "failed"
     this.element = document.createElement("article");
     this.element.className = "turn";

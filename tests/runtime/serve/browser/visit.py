@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -109,7 +109,9 @@ class Visit:
     def answer(self) -> str:
         """The text of the last answer, without the mark of its end."""
         return "".join(
-            self.page.locator(".turn").last.locator(".answer").evaluate(
+            self.page.locator(".turn")
+            .last.locator(".answer")
+            .evaluate(
                 "(answer) => [...answer.childNodes].filter((node) => !node.classList?.contains('mark'))"
                 ".map((node) => node.textContent)"
             )
@@ -134,4 +136,4 @@ def require_lit(opacity: np.ndarray, share: np.ndarray) -> None:
     seen = [set(opacity[inside & (share == level)].tolist()) for level in levels]
     assert all(max(values) - min(values) <= 2 for values in seen), (levels, seen)
     means = [sum(values) / len(values) for values in seen]
-    assert all(darker - brighter > 10 for darker, brighter in zip(means, means[1:], strict=False)), (levels, means)
+    assert all(darker - brighter > 10 for darker, brighter in pairwise(means)), (levels, means)
