@@ -26,6 +26,8 @@ from runtime.serve.metrics import CONTENT_TYPE, Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.worker import Worker
 
+DEFAULT_MODEL = "default"  # its folder's name, which a bundle keeps: checkpoints/default
+
 
 class Service:
     """One engine behind HTTP: what the endpoints share."""
@@ -35,6 +37,7 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(engine, settings, self.metrics)
         self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
+        self.scenes = page.NewScenes(default_model=engine.manifest.source.get("folder") == DEFAULT_MODEL)
         self.completions = Completions(self.model, self.worker, settings, Bodies(settings))
 
     async def health(self, request: Request) -> Response:
@@ -82,7 +85,7 @@ class Service:
             "precision": manifest.precision,
             "backend": self.worker.backend,
             "device": getattr(vars(self._engine).get("model"), "device", "cuda"),  # TensorRT knows no other
-            "scenes": False,
+            "scenes": self.scenes.available,
         }
         return {"id": self.model.name, "object": "model", "created": 0, "owned_by": "flexattention", "flex": flex}
 
@@ -100,6 +103,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(service.worker.drain, settings.grace)
+        await run_in_threadpool(service.scenes.close)
 
     made = Starlette(
         routes=[
@@ -109,13 +113,14 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
             Route("/metrics", keyed(service.measured, settings)),
             Route("/flex/examples", keyed(page.examples, settings)),
             Route("/flex/examples/{name}", keyed(page.example_image, settings)),
+            Route("/flex/scene", keyed(service.scenes.__call__, settings)),
             Route("/health", service.health),
             Route("/health/ready", service.ready),
             Route("/", page.index),
             Mount("/page", page.PageFiles()),
         ],
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
+        exception_handlers={ApiError: on_api_error, FlexError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
     )
     made.state.service = service

@@ -59,7 +59,7 @@ def told(error: Exception) -> ApiError:
         status, code = next(
             (found for kind, found in _OF_ENGINE.items() if isinstance(error, kind)), (503, "engine_unavailable")
         )
-        message = error.found if error.expected is None else f"{error.found}; expected {error.expected}"
+        message = error.found if error.expected is None else f"{error.found}\n  expected: {error.expected}"
         return ApiError(status, message, code=code, fix=error.fix)
     if isinstance(error, MemoryError):
         return ApiError(503, "there is no memory left for this request", code="out_of_memory", headers=RETRY_AFTER)
@@ -74,7 +74,7 @@ def unavailable() -> ApiError:
 
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
-    """Handler of `ApiError`."""
+    """Handler of `ApiError` and `FlexError`."""
     return told(error).response()
 
 
