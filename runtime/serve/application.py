@@ -20,12 +20,13 @@ from engines.errors import FlexError
 from runtime.engine import Engine
 from runtime.serve import page
 from runtime.serve.completions import Completions, Model
-from runtime.serve.errors import ApiError, on_api_error, on_http_error, told
+from runtime.serve.errors import ApiError, on_api_error, on_http_error
 from runtime.serve.guard import Bodies, Guard, keyed
 from runtime.serve.metrics import CONTENT_TYPE, Metrics
-from runtime.serve.scenes import SEEDS, Scenes
 from runtime.serve.settings import Settings
 from runtime.serve.worker import Worker
+
+DEFAULT_MODEL = "default"  # its folder's name, which a bundle keeps: checkpoints/default
 
 
 class Service:
@@ -36,8 +37,9 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(engine, settings, self.metrics)
         self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
-        self.completions = Completions(self.model, self.worker, settings, Bodies(settings))
-        self.scenes = Scenes() if Scenes.available() else None  # None: its packages are not installed
+        self.scenes = page.NewScenes(default_model=engine.manifest.source.get("folder") == DEFAULT_MODEL)
+        self.bodies = Bodies(settings)
+        self.completions = Completions(self.model, self.worker, settings, self.bodies)
 
     async def health(self, request: Request) -> Response:
         """Whether the process answers at all."""
@@ -45,15 +47,7 @@ class Service:
 
     async def ready(self, request: Request) -> Response:
         """Whether questions are taken: not when the server is ending, its engine is closed, or its bundle changed."""
-        if not self.worker.accepting:
-            raise ApiError(503, "this server is ending", code="ending")
-        model = vars(self._engine).get("model")
-        if model is None:
-            raise ApiError(503, "the engine is closed", code="engine_unavailable")
-        try:
-            model.require_unchanged()
-        except FlexError as error:
-            raise told(error) from None
+        self.worker.require_ready()
         return JSONResponse({"status": "ready"})
 
     async def models(self, request: Request) -> Response:
@@ -70,24 +64,6 @@ class Service:
         """The metrics."""
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def scene(self, request: Request) -> Response:
-        """A new picture to ask about, with questions and their answers: of ?seed=N, always the same one."""
-        if self.scenes is None:
-            raise ApiError(
-                404, "the generator of scenes is not installed here", code="not_found",
-                fix="pip install '.[export,train]' in this project's folder",
-            )  # fmt: skip
-        given = request.query_params.get("seed", "")
-        if not (given.isascii() and given.isdigit() and len(given) < 20 and int(given) < SEEDS):
-            raise ApiError(400, f"no seed of a scene; expected a whole number below {SEEDS}", code="invalid_seed")
-        return JSONResponse(await run_in_threadpool(self.scenes.draw, int(given)))
-
-    def close(self, seconds: float) -> None:
-        """Answer what was asked, within so many seconds; then end the generator of scenes, too."""
-        self.worker.drain(seconds)
-        if self.scenes is not None:
-            self.scenes.close()
-
     def _described(self) -> dict[str, Any]:
         manifest, geometry = self._engine.manifest, self._engine.geometry
         flex = {
@@ -102,7 +78,7 @@ class Service:
             "precision": manifest.precision,
             "backend": self.worker.backend,
             "device": getattr(vars(self._engine).get("model"), "device", "cuda"),  # TensorRT knows no other
-            "scenes": self.scenes is not None,
+            "scenes": self.scenes.available,
         }
         return {"id": self.model.name, "object": "model", "created": 0, "owned_by": "flexattention", "flex": flex}
 
@@ -111,7 +87,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     """An ASGI app that answers questions with `engine`: alone under a server, or mounted in another app under a prefix.
 
     Whoever mounts it takes over its end, too: `lifespan=mounted.router.lifespan_context` of the outer app, or
-    `mounted.state.service.close(seconds)`. The engine stays the caller's, and is not closed.
+    `mounted.state.service.worker.drain(seconds)`. The engine stays the caller's, and is not closed.
     """
     settings = settings or Settings()
     service = Service(engine, settings)
@@ -119,7 +95,8 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(service.close, settings.grace)
+        await run_in_threadpool(service.worker.drain, settings.grace)
+        await run_in_threadpool(service.scenes.close)
 
     made = Starlette(
         routes=[
@@ -129,14 +106,14 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
             Route("/metrics", keyed(service.measured, settings)),
             Route("/flex/examples", keyed(page.examples, settings)),
             Route("/flex/examples/{name}", keyed(page.example_image, settings)),
-            Route("/flex/scene", keyed(service.scene, settings)),
+            Route("/flex/scene", keyed(service.scenes.__call__, settings)),
             Route("/health", service.health),
             Route("/health/ready", service.ready),
             Route("/", page.index),
             Mount("/page", page.PageFiles()),
         ],
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error},
+        exception_handlers={ApiError: on_api_error, FlexError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
     )
     made.state.service = service

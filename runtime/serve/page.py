@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from runtime.serve.errors import ApiError
+from runtime.serve.errors import RETRY_AFTER, ApiError
+from runtime.serve.scenes import SEEDS, Scenes
 
 FOLDER = Path(__file__).parent / "page"
 EXAMPLES = Path(__file__).parents[2] / "examples"  # there in a checkout of the repository
@@ -39,13 +41,13 @@ async def index(request: Request) -> Response:
 
 
 async def examples(request: Request) -> Response:
-    """The shipped examples: image, question, answer; none where they are not installed."""
+    """The shipped examples: image (its path from the root of this app), question, answer; none where they are not
+    installed."""
     listed = EXAMPLES / "examples.json"
     if not listed.is_file():
         return JSONResponse([])
-    root = request.scope.get("root_path", "")
-    found = [{**each, "image": f"{root}/flex/examples/{each['image']}"} for each in json.loads(listed.read_text())]
-    return JSONResponse(found)
+    found = json.loads(listed.read_text())
+    return JSONResponse([{**each, "image": f"/flex/examples/{each['image']}"} for each in found])
 
 
 async def example_image(request: Request) -> Response:
@@ -55,3 +57,36 @@ async def example_image(request: Request) -> Response:
     if name not in names:
         raise ApiError(404, "no such example", code="not_found", fix="see /flex/examples")
     return FileResponse(EXAMPLES / name, headers=_FRESH)
+
+
+class NewScenes:
+    """Endpoint of new scenes for the default model, where its generator is installed."""
+
+    MOST = 4  # that wait for the generator at a time; each of them holds a thread
+
+    def __init__(self, *, default_model: bool) -> None:
+        """`default_model`: whether that is served; no other knows such scenes."""
+        self.available = default_model and Scenes.available()
+        self._scenes, self._asked = Scenes(), 0
+
+    async def __call__(self, request: Request) -> Response:
+        """The scene of ?seed=N: image and questions with their answers."""
+        if not self.available:
+            raise ApiError(
+                404, "no scenes are drawn here", code="not_found",
+                fix="serve the default model, from a checkout with the extras export and train installed",
+            )  # fmt: skip
+        seed = request.query_params.get("seed", "")
+        if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) < SEEDS):
+            raise ApiError(400, f"seed: expected 0 .. {SEEDS - 1}", code="invalid_value", param="seed")
+        if self._asked >= self.MOST:
+            raise ApiError(429, "too many scenes are being drawn", code="queue_full", headers=RETRY_AFTER)
+        self._asked += 1
+        try:
+            return JSONResponse(await run_in_threadpool(self._scenes.draw, int(seed)))
+        finally:
+            self._asked -= 1
+
+    def close(self) -> None:
+        """End the generator."""
+        self._scenes.close()
