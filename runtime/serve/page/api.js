@@ -21,6 +21,10 @@ export function useKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
 /** @returns {Promise<{id: string, flex: Object}>} the one model that is served */
 export async function model() {
   return (await (await request("v1/models")).json()).data[0];

@@ -221,7 +221,11 @@ export class Conversation {
   setAnswering(yes) {
     by("stop").hidden = !yes;
     by("ask").hidden = yes;
-    for (const button of by("suggestions").children) button.disabled = yes;
+    for (const button of by("suggestions").children) {
+      button.disabled = yes;
+      button.hidden = this.turns.some((turn) => turn.question === button.textContent);
+    }
+    by("suggestions").hidden = ![...by("suggestions").children].some((button) => !button.hidden);
   }
 
   /** What can be done with an answer. @param {Turn} turn */

@@ -148,8 +148,8 @@ export class Looking {
     const column = cellAt(event.clientX - box.left, box.width);
     const row = cellAt(event.clientY - box.top, box.height);
     const readers = turn.markReaders(row * turn.grid + column, this.on);
-    const names = readers.map((token) => token.text.trim() || "end");
-    const who = names.length ? `read for ${names.map((name) => `“${name}”`).join(", ")}` : "not read";
+    const names = readers.map((token) => (token.text.trim() ? `“${token.text.trim()}”` : "the end"));
+    const who = names.length ? `read for ${names.join(", ")}` : "not read";
     by("caption").textContent = `Row ${row + 1}, column ${column + 1}: ${who}`;
   }
 }

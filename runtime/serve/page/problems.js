@@ -1,6 +1,6 @@
 /** Where the page says what went wrong: what was found, what was expected, and what helps. */
 
-import { useKey } from "./api.js";
+import { hasKey, useKey } from "./api.js";
 
 const LONGEST_WAIT = 120; // seconds that are counted down, whatever a server asks for
 const BUSY = [429, 503];
@@ -16,15 +16,16 @@ let now = {}; // what the buttons do
 export function showProblem(problem, actions = {}) {
   now = actions;
   const wait = BUSY.includes(problem.status) ? Math.min(problem.retryAfter, LONGEST_WAIT) : 0;
-  say("problem-found", problem.message);
-  say("problem-expected", problem.expected && `Expected: ${problem.expected}`);
-  say("problem-fix", problem.fix);
-  by("key-form").hidden = problem.status !== LOCKED;
-  by("retry").hidden = !actions.again || problem.status === LOCKED;
+  const locked = problem.status === LOCKED; // said in words for a person: the server's are for a program
+  say("problem-found", locked ? (hasKey() ? "This key is not the right one." : "This server asks for a key.") : problem.message);
+  say("problem-expected", !locked && problem.expected && `Expected: ${problem.expected}`);
+  say("problem-fix", locked ? "Whoever runs it knows the key. It is kept until this tab is closed." : problem.fix);
+  by("key-form").hidden = !locked;
+  by("retry").hidden = !actions.again || locked;
   by("forget").hidden = !actions.forget || problem.status !== 400;
   by("problem").hidden = false;
   by("problem").scrollIntoView({ block: "nearest" });
-  if (problem.status === LOCKED) by("key").focus();
+  if (locked) by("key").focus();
   if (wait) countDown(wait, actions);
 }
 

@@ -34,7 +34,7 @@ export class Turn {
     this.answer.setAttribute("aria-orientation", "horizontal");
     this.answer.setAttribute("aria-label", `Answer to “${question}”, token by token`);
     this.answer.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.leave());
-    this.remark = part("p", "remark", "Looking …");
+    this.remark = part("p", "remark waits", "Looking …");
     this.figures = part("p", "figures");
     this.tools = part("div", "row tools");
     this.element.append(this.answer, this.remark, this.figures, this.tools);
@@ -49,6 +49,7 @@ export class Turn {
   add({ text, cells }) {
     this.text += text;
     this.remark.textContent = "";
+    this.remark.classList.remove("waits");
     const [, before, inside, after] = /^(\s*)([^]*?)(\s*)$/.exec(text);
     this.answer.append(before);
     if (!cells) {
@@ -77,6 +78,7 @@ export class Turn {
   end(state, remark) {
     this.state = state;
     this.remark.textContent = remark;
+    this.remark.classList.remove("waits");
     const last = this.options().at(-1);
     if (last?.classList.contains("mark") && state === "done") last.textContent = "end";
   }
@@ -106,8 +108,7 @@ export class Turn {
 
   /** @param {number} index */
   name(index) {
-    const name = nameOf(this.tokens[index].text, index === this.tokens.length - 1);
-    return this.tokens[index].text.trim() ? `“${name}”` : `The token without text (${name})`;
+    return nameOf(this.tokens[index].text, index === this.tokens.length - 1);
   }
 
   /** Mark the token that is looked at, or none. @param {number | null} index @param {Set<number>} on */

@@ -19,13 +19,14 @@ function place(share) {
   const area = (Math.max(...rows) - Math.min(...rows) + 1) * (Math.max(...columns) - Math.min(...columns) + 1);
   const all = cells.length === [...share].filter(Boolean).length;
   if (area <= 2 * cells.length) return `${all ? "" : "mostly "}${span(rows, "row")}, ${span(columns, "column")}`;
-  const top = cells.slice().sort((a, b) => share[b] - share[a]).slice(0, 3);
-  return `in ${cells.length} places, as ${top.map((cell) => `row ${Math.floor(cell / grid) + 1} column ${(cell % grid) + 1}`).join("; ")}`;
+  const top = share.indexOf(most);
+  return `scattered, most of all row ${Math.floor(top / grid) + 1}, column ${(top % grid) + 1}`;
 }
 
-/** @param {string} text of a token @param {boolean} last */
+/** @param {string} text of a token @param {boolean} last of its answer */
 export function nameOf(text, last) {
-  return text.trim() || (last ? "end" : "no text yet");
+  if (text.trim()) return `“${text.trim()}”`;
+  return last ? "The end of the answer" : "A token without text";
 }
 
 /**

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from runtime import Engine
-from tests.runtime.serve.browser.visit import Server, Visit
+from tests.runtime.serve.browser.visit import Visit
+from tests.runtime.serve.command import Server, serving
 
 CHROMIUM = "/usr/bin/chromium"
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
@@ -35,11 +37,22 @@ def engine(default_bundle) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def url(browser, default_bundle) -> Iterator[str]:
+def url(browser, default_bundle, tmp_path_factory) -> Iterator[str]:
     """Of a server with the default model, for tests that leave it alive."""
-    server = Server(default_bundle("fp16"))
-    yield server.url
-    server.close()
+    with serving(default_bundle("fp16"), "--threads", 1, log=tmp_path_factory.mktemp("server") / "log") as server:
+        yield f"{server.url}/"
+
+
+@pytest.fixture
+def own_server(browser, default_bundle, tmp_path) -> Iterator[Callable[..., Server]]:
+    """own_server(**environment) -> a server of the test's own."""
+    with ExitStack() as running:
+
+        def get(**environment: str) -> Server:
+            log = tmp_path / "log"
+            return running.enter_context(serving(default_bundle("fp16"), "--threads", 1, log=log, **environment))
+
+        yield get
 
 
 @pytest.fixture

@@ -13,34 +13,32 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
-from tests.runtime.serve.browser.visit import ANSWER, QUESTION, Server
+from tests.runtime.serve.browser.visit import ANSWER, QUESTION
+from tests.runtime.serve.command import Server
 
 KEY = "0123456789abcdef-of-a-test"
 
 
-def test_a_wrong_key_then_the_right_one(visit, browser, default_bundle):
-    server = Server(default_bundle("fp16"), key=KEY)
-    try:
-        at = visit(server.url)
-        at.may_fail = True
-        problem, key = at.page.get_by_role("alert"), at.page.get_by_label("API key")
-        expect(problem).to_contain_text("no API key, or not the right one")
-        expect(key).to_be_focused()
-        key.fill("wrong")
-        key.press("Enter")
-        expect(key).to_have_value("")
-        expect(problem).to_be_visible()
-        key.fill(KEY)
-        problem.get_by_role("button", name="Use this key").click()
-        expect(problem).to_be_hidden()
-        at.page.get_by_role("button", name="Example picture: poster").click()
-        assert at.ask(QUESTION) == ANSWER
-        at.page.reload()  # it is kept as long as the tab
-        at.page.get_by_role("button", name="Example picture: poster").click()
-        assert at.ask(QUESTION) == ANSWER
-        assert KEY not in at.page.content() and not at.page.evaluate("JSON.stringify(localStorage)").count(KEY)
-    finally:
-        server.close()
+def test_a_wrong_key_then_the_right_one(visit, own_server):
+    server = own_server(FLEX_API_KEY=KEY)
+    at = visit(f"{server.url}/")
+    at.may_fail = True
+    problem, key = at.page.get_by_role("alert"), at.page.get_by_label("API key")
+    expect(problem).to_contain_text("This server asks for a key.")
+    expect(key).to_be_focused()
+    key.fill("wrong")
+    key.press("Enter")
+    expect(problem).to_contain_text("This key is not the right one.")
+    expect(key).to_have_value("")
+    key.fill(KEY)
+    problem.get_by_role("button", name="Use this key").click()
+    expect(problem).to_be_hidden()
+    at.page.get_by_role("button", name="Example picture: poster").click()
+    assert at.ask(QUESTION) == ANSWER
+    at.page.reload()  # it is kept as long as the tab
+    at.page.get_by_role("button", name="Example picture: poster").click()
+    assert at.ask(QUESTION) == ANSWER
+    assert KEY not in at.page.content() and not at.page.evaluate("JSON.stringify(localStorage)").count(KEY)
 
 
 class Cut:
@@ -74,7 +72,7 @@ class Cut:
                         time.sleep(0.3)  # a browser forgets what it has not handed on when a connection ends
                         self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for the next
                         self._listener.close()
-                        self._server.close()
+                        self._server.process.kill()
                         break
                     target.sendall(line)
                 if seen > self._tokens:
@@ -84,45 +82,39 @@ class Cut:
                 each.shutdown(socket.SHUT_RDWR)
 
 
-def test_the_server_is_gone_in_the_middle(visit, browser, default_bundle):
-    server = Server(default_bundle("fp16"))
+def test_the_server_is_gone_in_the_middle(visit, own_server):
+    server = own_server()
     cut = Cut(server, tokens=3)
-    try:
-        at = visit(cut.url)
-        at.may_fail = True
-        at.page.get_by_role("button", name="Example picture: poster").click()
-        at.page.get_by_role("button", name="Ask", exact=True).click()
-        problem = at.page.get_by_role("alert")
-        expect(problem).to_contain_text("The connection ended in the middle of the answer.")
-        expect(problem).to_contain_text("See whether the server still runs")
-        assert at.answer() == "69 and"
-        expect(at.page.get_by_text("Not answered to its end.")).to_be_visible()
-        at.tokens().first.click()  # what came can be looked at
-        assert at.caption() == "“6” read 1 page per layer, row 3, column 7"
-        expect(at.page.get_by_label("Ask about this picture")).to_have_value(QUESTION)
-        problem.get_by_role("button", name="Try again").click()
-        expect(problem).to_contain_text("The server does not answer.")
-        expect(at.page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
-    finally:
-        server.close()
+    at = visit(cut.url)
+    at.may_fail = True
+    at.page.get_by_role("button", name="Example picture: poster").click()
+    at.page.get_by_role("button", name="Ask", exact=True).click()
+    problem = at.page.get_by_role("alert")
+    expect(problem).to_contain_text("The connection ended in the middle of the answer.")
+    expect(problem).to_contain_text("See whether the server still runs")
+    assert at.answer() == "69 and"
+    expect(at.page.get_by_text("Not answered to its end.")).to_be_visible()
+    at.tokens().first.click()  # what came can be looked at
+    assert at.caption() == "“6” read 1 page per layer, row 3, column 7"
+    expect(at.page.get_by_label("Ask about this picture")).to_have_value(QUESTION)
+    problem.get_by_role("button", name="Try again").click()
+    expect(problem).to_contain_text("The server does not answer.")
+    expect(at.page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
 
 
-def test_an_answer_is_stopped(visit, browser, default_bundle):
+def test_an_answer_is_stopped(visit, own_server):
     """One that does not come, for the server stands still; then it goes on."""
-    server = Server(default_bundle("fp16"))
-    try:
-        at = visit(server.url)
-        at.page.get_by_role("button", name="Example picture: poster").click()
-        os.kill(server.process.pid, signal.SIGSTOP)
-        at.page.get_by_role("button", name="Ask", exact=True).click()
-        at.page.get_by_role("button", name="Stop").click()
-        expect(at.page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
-        expect(at.page.locator(".turn")).to_have_count(0)
-        expect(at.page.get_by_label("Ask about this picture")).to_have_value(QUESTION)
-        os.kill(server.process.pid, signal.SIGCONT)
-        assert at.ask(QUESTION) == ANSWER
-    finally:
-        server.close()
+    server = own_server()
+    at = visit(f"{server.url}/")
+    at.page.get_by_role("button", name="Example picture: poster").click()
+    os.kill(server.process.pid, signal.SIGSTOP)
+    at.page.get_by_role("button", name="Ask", exact=True).click()
+    at.page.get_by_role("button", name="Stop").click()
+    expect(at.page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+    expect(at.page.locator(".turn")).to_have_count(0)
+    expect(at.page.get_by_label("Ask about this picture")).to_have_value(QUESTION)
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert at.ask(QUESTION) == ANSWER
 
 
 def test_a_full_queue_is_waited_for(visit, url):

@@ -35,7 +35,7 @@ def test_a_dropped_picture_lights_up_where_it_was_read(visit, url, engine, pictu
         require_lit(at.opacity(), share)
         at.tokens().nth(index).click()
         require_lit(at.opacity(), share)
-    assert at.caption().startswith("The token without text (end) read")
+    assert at.caption().startswith("The end of the answer read")
     at.tokens().first.click()
     assert at.caption() == "“6” read 1 page per layer, row 3, column 7"
     at.page.keyboard.press("Escape")

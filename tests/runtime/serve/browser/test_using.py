@@ -112,7 +112,7 @@ def test_every_control_has_a_name_and_the_answer_is_said_as_a_whole(visit, url):
     assert said.inner_text() == f"Answer: {ANSWER}. The whole answer read 3 of 81 pages, row 3, columns 4 to 7"
     at.tokens().nth(5).click()
     assert said.inner_text().startswith("Answer:")  # looking around is not announced: the focus says it
-    light = at.page.get_by_role("img", name="The token without text (end) read")
+    light = at.page.get_by_role("img", name="The end of the answer read")
     expect(light).to_be_visible()
 
 
@@ -136,6 +136,9 @@ def test_on_a_phone(visit, url, pictures):
     # Wherever one reads, picture and question stay in reach.
     at.page.evaluate("scrollTo(0, 9999)")
     expect(at.page.locator("#light")).to_be_in_viewport(ratio=0.9)
+    expect(at.page.get_by_label("Ask about this picture")).to_be_in_viewport(ratio=1)
+    picture, question = (at.page.locator(each).bounding_box() for each in ("#look", "#composer"))
+    assert picture["y"] + picture["height"] < question["y"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
-import subprocess
 from itertools import pairwise
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from playwright.sync_api import Locator, Page
 
-from plugins import child
 from tests.paths import ROOT
 
 POSTER = ROOT / "examples/poster.png"
@@ -30,23 +26,6 @@ _OPACITY = """(canvas, grid) => {
         return inside ? pen.getImageData(x, y, 1, 1).data[3] : null;
     });
 }"""
-
-
-class Server:
-    """The server's command on a port of its own, as a user starts it."""
-
-    def __init__(self, bundle: Path, key: str | None = None) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "FLEX_API_KEY"}
-        environment |= {"PYTHONPATH": str(ROOT)} | ({"FLEX_API_KEY": key} if key else {})
-        command = child.python("runtime.serve", str(bundle), "--port", "0", "--threads", "1")
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().split(" ")[0]
-        assert self.url.startswith("http://127.0.0.1:"), f"the server did not start: exit {self.process.wait(10)}"
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 class Visit:
