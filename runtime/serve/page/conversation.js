@@ -17,9 +17,13 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 export class Conversation {
-  /** @param {import("./looking.js").Looking} looking */
-  constructor(looking) {
+  /**
+   * @param {import("./looking.js").Looking} looking
+   * @param {() => Promise<void>} connect asks the server for its model
+   */
+  constructor(looking, connect) {
     this.looking = looking;
+    this.connect = connect;
     /** @type {{id: string, flex: Object} | null} as the server lists it */
     this.model = null;
     /** @type {import("./picture.js").Picture | null} */
@@ -96,7 +100,9 @@ export class Conversation {
   /** @param {string} text @param {{forget?: boolean}} [how] `forget`: without the earlier turns */
   async ask(text, { forget = false } = {}) {
     const question = text.trim();
-    if (!question || !this.picture || !this.model || this.asking) return;
+    if (!question || !this.picture || this.asking) return;
+    if (!this.model) await this.connect(); // it was not there when the page was opened
+    if (!this.model) return;
     hideProblem();
     this.looking.pause();
     if (forget) this.forget();

@@ -12,7 +12,7 @@ const THEME = "flex-theme";
 
 const by = (id) => document.getElementById(id);
 const looking = new Looking();
-const conversation = new Conversation(looking);
+const conversation = new Conversation(looking, connect);
 
 /** Ask the server what it has, and offer it. */
 async function connect() {
@@ -35,8 +35,9 @@ async function connect() {
 }
 
 /** @param {{image: string, question: string, answer?: string}[]} rows */
-async function showExamples(rows) {
+function showExamples(rows) {
   const images = [...new Set(rows.map((row) => row.image))];
+  by("or-example").hidden = !images.length;
   by("examples").replaceChildren(
     ...images.map((image) => {
       const name = image.split("/").at(-1).replace(/\.\w+$/, "");

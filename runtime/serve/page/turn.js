@@ -3,6 +3,8 @@
 import { brightest, shareOf } from "./light.js";
 import { described, describedWhole, nameOf } from "./words.js";
 
+const LONG = 70; // characters, from which an answer is written smaller
+
 /**
  * @typedef {Object} Token
  * @property {string} text may be ""
@@ -48,6 +50,7 @@ export class Turn {
   /** @param {Token} token as the server sent it; without cells: text that was held back */
   add({ text, cells }) {
     this.text += text;
+    this.element.classList.toggle("long", this.text.length > LONG);
     this.remark.textContent = "";
     this.remark.classList.remove("waits");
     const [, before, inside, after] = /^(\s*)([^]*?)(\s*)$/.exec(text);
