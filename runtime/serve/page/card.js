@@ -3,7 +3,7 @@
 import { drawLight } from "./light.js";
 
 const WIDTH = 1200; // of a wide picture; a tall one makes a tall card
-const NARROWEST = 860;
+const NARROWEST = 832;
 const TALLEST = 960; // of the picture
 const EDGE = 56;
 const MOST_PANELS = 24; // of single tokens

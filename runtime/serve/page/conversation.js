@@ -151,15 +151,14 @@ export class Conversation {
       ended = true;
       wake();
     })();
-    while (!signal.aborted && (arrived.length || !ended)) {
+    while (arrived.length || !ended) {
       if (!arrived.length) await new Promise((resolve) => (wake = resolve));
-      else if (this.take(turn, arrived.shift()) && !still.matches) {
+      else if (this.take(turn, arrived.shift()) && !still.matches && !signal.aborted) {
         await sleep(Math.min(PACE, CATCH_UP / (arrived.length + 1)));
       }
     }
     await reading;
     if (failure) throw failure;
-    signal.throwIfAborted();
   }
 
   /** The picture stands in the first question, as clients of the API send it. */

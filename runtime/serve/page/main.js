@@ -151,11 +151,15 @@ function wire() {
   });
   document.addEventListener("keydown", onKey);
   document.addEventListener("paste", (event) => {
-    if (!event.clipboardData.files.length) return;
+    const { files, types } = event.clipboardData;
+    const text = types.includes("text/plain") && event.target.matches("textarea, input");
+    if (!files.length || text) return;
     event.preventDefault();
-    useFiles(event.clipboardData.files);
+    useFiles(files);
   });
+  const holdsFiles = (event) => event.dataTransfer.types.includes("Files"); // not a word that is moved
   document.addEventListener("dragover", (event) => {
+    if (!holdsFiles(event)) return;
     event.preventDefault();
     by("drop").hidden = false;
   });
@@ -163,6 +167,7 @@ function wire() {
     if (!event.relatedTarget) by("drop").hidden = true;
   });
   document.addEventListener("drop", (event) => {
+    if (!holdsFiles(event)) return;
     event.preventDefault();
     by("drop").hidden = true;
     useFiles(event.dataTransfer.files);

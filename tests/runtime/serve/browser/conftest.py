@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from runtime import Engine
 from tests.runtime.serve.browser.visit import Visit
 from tests.runtime.serve.command import Server, serving
 
 CHROMIUM = "/usr/bin/chromium"
+PATIENCE = 15_000  # milliseconds until what should be there must be there, on a busy machine, too
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
@@ -24,6 +25,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "i
 def browser() -> Iterator[Browser]:
     if shutil.which(CHROMIUM) is None:
         pytest.skip(f"no browser: {CHROMIUM} is not installed (apt-get install chromium)")
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
@@ -62,7 +64,7 @@ def visit(browser) -> Iterator[Callable[..., Visit]]:
 
     def get(url: str, **options: object) -> Visit:
         context = browser.new_context(**{"reduced_motion": "reduce", **DESKTOP, **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(PATIENCE)
         made.append(Visit(context.new_page(), url))
         return made[-1].open()
 

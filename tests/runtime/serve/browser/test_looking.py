@@ -149,13 +149,17 @@ def test_pointing_at_the_picture_tells_who_read_there(visit, url):
 
 
 def test_the_picture_to_send(visit, url, pictures):
-    at = visit(url)
+    at = visit(url, permissions=["clipboard-read", "clipboard-write"])
     at.drop_poster()
     at.ask(QUESTION)
     with at.page.expect_download() as download:
         at.page.get_by_role("button", name="Save picture").click()
     assert download.value.suggested_filename == "where-it-looks.png"
     download.value.save_as(pictures / "card.png")
+    at.page.get_by_role("button", name="Copy picture").click()
+    at.page.get_by_role("button", name="Copied").wait_for()
+    copied = at.page.evaluate("navigator.clipboard.read().then(([item]) => item.types)")
+    assert copied == ["image/png"]
     card = np.asarray(PIL.Image.open(pictures / "card.png").convert("RGB")).astype(int)
     assert 800 < card.shape[1] <= 1200 and card.shape[0] > card.shape[1]
     warm = (abs(card - (255, 178, 36)).sum(-1) < 40).mean()

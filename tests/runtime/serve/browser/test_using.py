@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import threading
 
+import numpy as np
 import PIL.Image
 import pytest
 import uvicorn
@@ -278,6 +280,48 @@ def test_where_the_model_takes_no_conversation_each_question_is_asked_alone(visi
     expect(
         at.page.get_by_text("Each question is asked alone: this model was not made for conversations.")
     ).to_be_visible()
+
+
+def test_a_large_model_and_a_long_answer_on_a_narrow_phone(visit, url, pictures):
+    """23 layers, 40 words: what the default model never says is played to the page."""
+    layers, words = list(range(9, 32)), [f" word{index}" for index in range(40)]
+
+    def chunk(content: str, flex: dict, end: str | None = None) -> str:
+        choice = {"index": 0, "delta": {"content": content}, "finish_reason": end}
+        return f"data: {json.dumps({'choices': [choice], 'flex': flex})}\n\n"
+
+    def models(route) -> None:
+        listed = route.fetch().json()
+        listed["data"][0]["flex"]["layers"] = layers
+        route.fulfill(json=listed)
+
+    head = {"grid": 9, "layers": layers, "image": {"width": 378, "height": 504}}
+    stats = {"first_token_ms": 8123, "tokens_per_second": 3.2, "pages_read": 1, "page_bytes": 480_000_000}
+    cells = [[[index], *([[]] * 22)] for index in range(40)]  # one layer of 23 reads one page
+    stream = [
+        chunk("", head),
+        *(chunk(word, {"token": 5, "cells": each}) for word, each in zip(words, cells, strict=True)),
+    ]
+    stream += [chunk("", {"stats": stats | {"view_cached": False}}, "length"), "data: [DONE]\n\n"]
+    at = visit("about:blank", **{**PHONE, "viewport": {"width": 320, "height": 640}})
+    at.page.route("**/v1/models", models)
+    at.page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body="".join(stream))
+    )
+    at.url = url
+    at.open()
+    at.drop_poster()
+    assert at.ask("what is there?") == "".join(words).strip()
+    assert "Cut off" in at.page.locator(".remark").inner_text()
+    assert at.page.locator(".figures").inner_text().startswith("first token 8.1 s · 3 tokens/s")
+    at.tokens().nth(31).tap()
+    share = np.zeros(81)
+    share[31] = 1 / 23
+    require_lit(at.opacity(), share)  # one layer of many can be seen
+    assert at.caption() == "“word31” read 0.04 pages per layer, row 4, column 5"
+    assert at.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    assert not at.page.evaluate(_SMALL)
+    at.page.screenshot(path=pictures / "narrow.png")
 
 
 def test_below_the_path_of_another_app(visit, engine):
