@@ -61,10 +61,14 @@ class Step:
 
     def cells(self) -> np.ndarray:
         """The selection as a mask: bool [B, M, pages]."""
-        mask = np.zeros(self.pages.shape, bool)
-        chosen = np.arange(self.pages.shape[-1]) < self.page_count[..., None]
-        np.put_along_axis(mask, self.pages, chosen, axis=-1)
-        return mask
+        return chosen_pages(self.pages, self.page_count)
+
+
+def chosen_pages(pages: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The selection as a mask: bool [..., pages], from what a Step says: pages best first, and how many are chosen."""
+    mask = np.zeros(pages.shape, bool)
+    np.put_along_axis(mask, pages, np.arange(pages.shape[-1]) < count[..., None], axis=-1)
+    return mask
 
 
 class Decoder(Protocol):
@@ -79,6 +83,10 @@ class Decoder(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens a row has room for: what was asked for, or more."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """Append `ids` [B, S] int64 to the cache (-1-j = image feature j) and return what the last column computes.
@@ -109,6 +117,9 @@ class Model(Protocol[Array]):
         """Features of the hi-res tiles [B * zoom*zoom, T, hidden], row by row, and positions of image token 0, [B]
         int64 -> `Image.pages`; with lazy pages what they are projected from, nothing being projected yet. Raises
         BackendError."""
+
+    def nbytes(self, array: Array) -> int:
+        """Bytes an array of this backend takes."""
 
     def no_image(self, batch: int) -> Image[Array]:
         """Stand-in for `batch` rows without an image: zeros, which nothing reads. Raises BackendError."""

@@ -12,6 +12,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ConfigError",
+    "ContextError",
     "ExportError",
     "FlexError",
     "ImageError",
@@ -57,6 +58,13 @@ class ImageError(FlexError):
 
 class PromptError(FlexError):
     """A prompt does not fit: too long, wrong number of image placeholders, token ids outside the vocabulary."""
+
+
+class ContextError(PromptError):
+    """Prompt and answer do not fit into the bundle's context together. `turns`: so many of a conversation's earlier
+    turns would, the last ones; 0 where the question itself is too long."""
+
+    turns: int = 0
 
 
 class OptionError(FlexError):

@@ -132,6 +132,10 @@ class OrtModel:
                 pages[spec.name] = self._blank(spec, len(begin))
         return pages
 
+    def nbytes(self, array: ort.OrtValue) -> int:
+        """See Model.nbytes."""
+        return int(array.tensor_size_in_bytes())
+
     def no_image(self, batch: int) -> Image[ort.OrtValue]:
         """See Model.no_image; one zero buffer serves every layer."""
         g, row = self.geometry, np.zeros(batch, np.int64)
@@ -211,6 +215,11 @@ class OrtDecoder:
         self._past_length = model._value(np.zeros(batch, np.int64))
         self._budget = model._value(np.zeros(batch, np.int64))
         self._step_binding = self._bind(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """See Decoder.nbytes."""
+        return sum(self._model.nbytes(value) for value in self._cache.values())
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See Decoder.run; the logits lie in the host's memory and stay."""

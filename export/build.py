@@ -160,6 +160,8 @@ def _write(
         TOKENIZER if tokenizer else None,
         tokenizer.bos_id if tokenizer else config.bos_token_id,
         config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ()),
+        turn=config.turn_template,
+        system=config.system_prompt,
     )
     writer.finish(
         Manifest(

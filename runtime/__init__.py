@@ -7,6 +7,7 @@ require_own("engines", "plugins")
 from engines.errors import (
     BackendError,
     BundleError,
+    ContextError,
     FlexError,
     ImageError,
     KernelError,
@@ -14,7 +15,8 @@ from engines.errors import (
     PromptError,
     TokenizerError,
 )
-from runtime.answer import Answer, Trace
+from runtime.answer import Answer, Token, Trace
+from runtime.chat import Chat
 from runtime.decode import Stream
 from runtime.engine import Engine
 from runtime.request import Options
@@ -25,6 +27,8 @@ __all__ = [
     "Answer",
     "BackendError",
     "BundleError",
+    "Chat",
+    "ContextError",
     "Engine",
     "FlexError",
     "ImageError",
@@ -35,6 +39,7 @@ __all__ = [
     "PromptError",
     "Stats",
     "Stream",
+    "Token",
     "TokenizerError",
     "Trace",
 ]

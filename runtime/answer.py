@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from engines.backend import Step
+from engines.backend import Step, chosen_pages
 from engines.bundle.geometry import Geometry
 from runtime.request import Request
 from runtime.stats import Clock, Stats
@@ -21,14 +24,35 @@ class Trace:
     cells: np.ndarray  # [T, M, C, C] bool: the selection each layer made (the last layer's is never used)
 
 
+@dataclass(frozen=True, eq=False)
+class Token:
+    """One token of a running answer. text: what it settles of the answer's text, often one word, sometimes none. What
+    is held back until no more tokens come (the begin of a stop string, half a character) is a last one without an id.
+    """
+
+    id: int | None
+    text: str
+    _pages: np.ndarray  # [M, C*C] int64, best first
+    _page_count: np.ndarray  # [M] int64
+
+    @property
+    def cells(self) -> np.ndarray:
+        """bool [M, C, C]: the selection each layer made in the step that chose this token; a layer reads that of the
+        layer before it, so nobody reads the last one's. M is 0 without an id."""
+        side = math.isqrt(self._pages.shape[-1])
+        return chosen_pages(self._pages, self._page_count).reshape(-1, side, side)
+
+
 @dataclass(frozen=True)
 class Answer:
-    """An answer. `text` is None when the bundle has no tokenizer; `token_ids` include a final end token."""
+    """An answer. `text` is None when the bundle has no tokenizer; `token_ids` include a final end token.
+    finish_reason: "stop" when an end token or a stop string ended it, "length" when max_new_tokens did."""
 
     text: str | None
     token_ids: list[int]
     stats: Stats
     trace: Trace | None
+    finish_reason: Literal["stop", "length"]
 
     def __str__(self) -> str:
         return self.text if self.text is not None else str(self.token_ids)
@@ -53,14 +77,24 @@ class Draft:
     @property
     def done(self) -> bool:
         """Whether the last token is chosen: there are enough, it ends the answer, or the text has a stop string."""
-        ended = bool(self.tokens) and self.tokens[-1] in self.request.ends
-        return ended or self.text.stopped or len(self.tokens) >= self.request.options.max_new_tokens
+        return self._ended or len(self.tokens) >= self.request.options.max_new_tokens
 
-    def add(self, token: int, step: Step) -> str:
-        """Take the token that was chosen after `step`; returns the text it settles, often one word, sometimes none."""
+    @property
+    def _ended(self) -> bool:
+        """Whether the answer has come to its end, rather than to its longest."""
+        return self.text.stopped or (bool(self.tokens) and self.tokens[-1] in self.request.ends)
+
+    def add(self, token: int, step: Step) -> Token:
+        """Take the token that was chosen after `step`."""
         self.tokens.append(token)
         self.steps.append(step if self.request.options.trace else replace(step, fetch=_gone, pages=_NOTHING))
-        return "" if token in self.request.ends else self.text.push(token)
+        text = "" if token in self.request.ends else self.text.push(token)
+        return Token(token, text, step.pages[0], step.page_count[0])
+
+    def rest(self) -> Iterator[Token]:
+        """What was held back of the text, when no more tokens come; at most one."""
+        if text := self.text.finish():
+            yield Token(None, text, np.zeros((0, self.geometry.pages), np.int64), np.zeros(0, np.int64))
 
     def finish(self, reused_tokens: int) -> None:
         """Make the answer of what there is. `reused_tokens`: prompt tokens that were in the cache already."""
@@ -71,7 +105,7 @@ class Draft:
             pages_read=counts[:, :-1],  # each reading layer reads what the layer before it selected
         )
         trace = self._trace() if self.request.options.trace else None
-        self.answer = Answer(self.text.text, self.tokens, stats, trace)
+        self.answer = Answer(self.text.text, self.tokens, stats, trace, "stop" if self._ended else "length")
         self.steps.clear()  # those with logits hold on to their decoder
 
     def _trace(self) -> Trace:

@@ -4,43 +4,44 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
 
 from engines.backend import Decoder
 from engines.errors import BackendError, OptionError
-from runtime.answer import Answer, Draft
+from runtime.answer import Answer, Draft, Token
 from runtime.request import Request
 from runtime.sampling import Sampler
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A decoder that holds a prompt. prefix: the ids it holds up to the end of the image, [n] int64. reused: how many
-    of these it held before this prompt."""
+    """A decoder that holds a prompt. ids: what it was prefilled with, [n] int64, the image's first token at position
+    `begin`. reused: how many of these it held before this prompt."""
 
     decoder: Decoder
-    prefix: np.ndarray
+    ids: np.ndarray
+    begin: int
     reused: int
 
 
 def prefill(decoder: Decoder, request: Request, known: int) -> None:
-    """Feed the prompt's ids but the last to a cache that holds the first `known`: none, or the request's prefix.
+    """Feed the prompt's ids but the last to a cache that holds the first `known`, whole runs of the request.
 
-    A run ends with the image, so that the cache holds the same up to there, to the last bit, whatever the question.
+    The runs are the request's, not what happens to be missing, so that the cache holds the same, to the last bit,
+    whether a conversation was held turn by turn or comes all at once.
     """
-    end = len(request.prefix)
-    for ids in (request.ids[known:end], request.ids[end:-1]):
-        if len(ids):
-            decoder.run(ids[None])
+    for begin, end in pairwise((known, *(end for end in request.runs if end > known))):
+        decoder.run(request.ids[None, begin:end])
 
 
-def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
-    """Answer `draft.request`: yields the pieces of the text as they settle, then leaves the whole in `draft.answer`.
+def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Generator[Token]:
+    """Answer `draft.request`: yields the tokens as they are chosen, then leaves the whole in `draft.answer`.
 
     `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
     raises, and BackendError when the device fails or a logit is not finite.
@@ -57,11 +58,9 @@ def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Iterator[str]:
                 token = int(step.token[0])  # chosen on the device, where the logits stay
                 if looks or not draft.tokens or not 0 <= token < vocab:
                     token = sampler.pick(step.logits[0])  # raises where there is nothing to choose from
-            if piece := draft.add(token, step):
-                yield piece
+            yield draft.add(token, step)
         sampler.check(step.logits[0])  # what goes wrong in a step goes wrong in all after it
-    if piece := draft.text.finish():
-        yield piece
+    yield from draft.rest()
     draft.finish(cache.reused)
 
 
@@ -91,7 +90,8 @@ class InOneProcess:
 
 
 class Stream(InOneProcess):
-    """A running answer: iterate for text pieces, `answer()` for the whole. Nothing runs before the first is asked for.
+    """A running answer: iterate for text pieces, or `steps()` for tokens; `answer()` for the whole. Nothing runs before
+    the first is asked for.
 
     One thread reads at a time; who asks while another does gets an OptionError, and the other goes on. A stream that is
     dropped half-way gives its cache back.
@@ -101,21 +101,39 @@ class Stream(InOneProcess):
         """Arguments of `decode`."""
         super().__init__()
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
-        self._draft, self._pieces = draft, decode(lent, draft)
+        self._draft, self._tokens = draft, decode(lent, draft)
         self._reading = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
+        return next(token.text for token in self.steps() if token.text)
+
+    def steps(self) -> Iterator[Token]:
+        """The tokens that are still to come, one for each decode step; the prompt is prefilled before the first."""
+        while True:
+            with self._one_reader():
+                token = next(self._tokens, None)
+            if token is None:
+                return
+            yield token
+
+    def close(self) -> None:
+        """End it here: nothing more is computed, and the cache goes back. OptionError while another thread reads."""
         with self._one_reader():
-            return next(self._pieces)
+            self._tokens.close()
+
+    @property
+    def finished(self) -> Answer | None:
+        """The whole answer, once it was read to its end."""
+        return self._draft.answer
 
     def answer(self) -> Answer:
         """Run to the end and return the whole answer. Raises what `Engine.generate` does while it runs, and OptionError
         for an answer that an error has cut off before."""
         with self._one_reader():
-            for _ in self._pieces:
+            for _ in self._tokens:
                 pass
         if self._draft.answer is None:
             raise OptionError("this answer was cut off", fix="ask again")

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.backend import Model, Opening
@@ -15,8 +15,10 @@ from engines.errors import BundleError, OptionError
 from engines.memory import release_freed
 from engines.open import open_model
 from runtime.answer import Answer
+from runtime.chat import Chat
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
+from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
 from runtime.view import ImageView
 
@@ -66,6 +68,8 @@ class Engine(InOneProcess):
         self.prompter = Prompter(
             opened.file(prompt.tokenizer) if prompt.tokenizer else None,
             template=prompt.template,
+            turn=prompt.turn,
+            system=prompt.system,
             bos_id=prompt.bos_token_id,
             vocab=self.geometry.vocab,
             image_tokens=self.geometry.image_tokens,
@@ -94,7 +98,7 @@ class Engine(InOneProcess):
     def generate(
         self,
         image: ImageSource | None,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         *,
         input_ids: Sequence[int] | None = None,
         exif: bool = EXIF,
@@ -102,6 +106,8 @@ class Engine(InOneProcess):
     ) -> Answer:
         """Answer `prompt` about `image` (path, bytes, PIL image, uint8 array [H, W, 3], or None for text alone).
 
+        `prompt`: a question, or a conversation that ends with one: messages {"role": ..., "content": text}, of "user"
+        and "assistant" in turn, a "system" message before them where the bundle's template has a place for it.
         `input_ids` instead of `prompt`: raw token ids, -200 where the image goes. `exif`: turn the image upright, as
         its EXIF block says; False leaves it as it is stored, as the official code does. `options`: fields of `Options`.
         Raises ImageError, PromptError, OptionError or BackendError; the engine stays usable after each.
@@ -111,7 +117,7 @@ class Engine(InOneProcess):
     def stream(
         self,
         image: ImageSource | None,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         *,
         input_ids: Sequence[int] | None = None,
         exif: bool = EXIF,
@@ -119,6 +125,13 @@ class Engine(InOneProcess):
     ) -> Stream:
         """Like `generate`, as an iterator of text pieces; `.answer()` then gives the whole answer."""
         return self.image(image, exif=exif).stream(prompt, input_ids=input_ids, **options)
+
+    def chat(
+        self, image: ImageSource | None, messages: Sequence[Mapping[str, object]] = (), *, exif: bool = EXIF
+    ) -> Chat:
+        """A conversation about an image, which goes on from `messages`: `chat.ask("...")`, `chat.ask("...")`. See Chat;
+        errors of `image`, and PromptError."""
+        return self.image(image, exif=exif).chat(messages)
 
     def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.

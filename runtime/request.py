@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 
 from engines.bundle.manifest import Manifest
 from engines.checks import require_integer, shown
-from engines.errors import OptionError, PromptError
+from engines.errors import ContextError, OptionError, PromptError
 from runtime.sampling import Sampling
+from runtime.text.conversation import Conversation, Prompt
 from runtime.text.prompter import Prompter
 
 MOST_TOKENS = 2**31 - 1  # of an answer, as a number; how many fit is the bundle's context
@@ -96,22 +97,24 @@ class Request:
     """A question that was checked against the bundle: it fits, and nothing about it is left to find out.
 
     ids: the prompt, [n] int64, where -1-j is image feature j. begin: position of image feature 0 (0 without an image).
-    image_end: position after the last one (0 without an image). page_budget: pages each layer reads at most.
-    ends: token ids that end the answer.
+    runs: where the runs end in which the prompt is prefilled, ascending, the last at n - 1: with the image, and with
+    each earlier question. Each time without the prompt's, or the question's, last token: that one is a decode step,
+    which reads pages. page_budget: pages each layer reads at most. ends: token ids that end the answer.
     """
 
     ids: np.ndarray
     begin: int
-    image_end: int
+    runs: tuple[int, ...]
     page_budget: int
     ends: frozenset[int]
     options: Options
 
-    @property
-    def prefix(self) -> np.ndarray:
-        """The ids up to the end of the image, which a next question about it mostly begins with, too. Without the
-        prompt's very last id: that one is a decode step. Empty without an image."""
-        return self.ids[: min(self.image_end, len(self.ids) - 1)]
+    def known(self, held: np.ndarray) -> int:
+        """How many of the ids a cache need not be fed that holds `held`, prefilled: whole runs of both."""
+        shared = min(len(held), len(self.ids))
+        differ = np.flatnonzero(held[:shared] != self.ids[:shared])
+        same = int(differ[0]) if differ.size else shared
+        return max((end for end in self.runs if end <= same), default=0)
 
     @property
     def room(self) -> int:
@@ -120,7 +123,7 @@ class Request:
 
 
 def read_request(
-    prompt: str | None,
+    prompt: Prompt | None,
     input_ids: Sequence[int] | None,
     given: Mapping[str, Any],
     *,
@@ -128,56 +131,86 @@ def read_request(
     prompter: Prompter,
     manifest: Manifest,
 ) -> Request:
-    """A question, as text or as token ids, with the `given` options, checked.
+    """A question, as text, as the end of a conversation or as token ids, with the `given` options, checked.
 
-    Raises OptionError for options that are unknown or out of range, PromptError for a prompt that is no prompt, does
-    not go with the image (or the lack of one), or leaves no room for the answer in the bundle's context.
+    Raises OptionError for options that are unknown or out of range, PromptError for a prompt that is no prompt or does
+    not go with the image (or the lack of one), and ContextError for one that leaves no room for the answer.
     """
     options, geometry = Options.parse(given), manifest.geometry
     budget, most = options.page_budget, manifest.page_budget
     if budget is not None and budget > most:
         raise OptionError(f"page_budget={shown(budget)}", expected=f"at most the bundle's {most}")
+    asked, turns = None, list[int]()
     if input_ids is None:
         if prompt is None:
             raise PromptError("no prompt", expected="one of them")
-        _check_length(prompt, prompter, geometry.context)
-        input_ids = prompter.encode(prompt, has_image, special_tokens=options.special_tokens)
+        asked = Conversation.read(prompt)
+        _check_length(asked, prompter, geometry.context)
+        input_ids, turns = prompter.encode_turns(asked, has_image, special_tokens=options.special_tokens)
     elif prompt is not None:
         raise PromptError("both prompt and input_ids", expected="one of them")
     else:
         _check_count(input_ids, geometry.context)
     ids, begin = prompter.expand(input_ids, has_image)
+    image_end = begin + geometry.image_tokens if has_image else 0
+    # What the image adds to the ids lies before the turns that come after it.
+    shift = geometry.image_tokens - 1 if has_image else 0
+    ends = {image_end, *(end + (shift if end > begin else 0) - 1 for end in turns), len(ids) - 1}
     request = Request(
         ids,
         begin,
-        begin + geometry.image_tokens if has_image else 0,
+        tuple(sorted(end for end in ends if 0 < end < len(ids))),
         (most if budget is None else budget) if has_image else 0,
         frozenset(manifest.prompt.eos_token_ids if options.stop_at_eos else ()),
         options,
     )
     if request.room > geometry.context:
-        left = geometry.context - len(ids) + 1
-        raise PromptError(
-            f"a prompt of {len(ids)} tokens (image included) and up to {options.max_new_tokens} answer tokens",
-            expected=f"at most {geometry.context} tokens together",
-            fix=f"max_new_tokens={left}" if left > 0 else SHORTEN,
-        )
+        raise _too_long(request, asked, prompter, has_image, geometry.context)
     return request
 
 
-def _check_length(prompt: str, prompter: Prompter, context: int) -> None:
-    """PromptError for text that cannot fit into `context` tokens, before it is made any: tokenising takes memory."""
-    most = context * prompter.longest
-    if isinstance(prompt, str) and prompter.longest and len(prompt) > most:
-        raise PromptError(
-            f"a prompt of {len(prompt)} characters",
+def _too_long(
+    request: Request, asked: Conversation | None, prompter: Prompter, has_image: bool, context: int
+) -> ContextError:
+    """What to say of a request that has no room for its answer."""
+    prompt, answer = len(request.ids), request.options.max_new_tokens
+    left, turns = context - prompt + 1, len(asked.history.turns) if asked else 0
+
+    def fits(kept: int) -> bool:
+        assert asked is not None
+        shorter = replace(asked, history=asked.history.last(kept))
+        ids, _ = prompter.encode_turns(shorter, has_image, special_tokens=request.options.special_tokens)
+        return len(prompter.expand(ids, has_image)[0]) + answer - 1 <= context
+
+    fit, more = -1, turns  # so many turns fit, or not even none; so many do not
+    while more - fit > 1:
+        middle = (fit + more) // 2
+        fit, more = (middle, more) if fits(middle) else (fit, middle)
+    fixes = [f"chat.keep({fit}), which forgets all but the last {fit} turns"] if fit >= 0 else []
+    fixes += [f"max_new_tokens={left}"] if left > 0 else []
+    what = f"a conversation of {turns + 1} questions in" if turns else "a prompt of"
+    error = ContextError(
+        f"{what} {prompt} tokens (image included) and up to {answer} answer tokens",
+        expected=f"at most {context} tokens together" + (f": with {fit} earlier turns it fits" if fit >= 0 else ""),
+        fix=", or ".join(fixes) or SHORTEN,
+    )
+    error.turns = max(fit, 0)
+    return error
+
+
+def _check_length(asked: Conversation, prompter: Prompter, context: int) -> None:
+    """ContextError for text that cannot fit into `context` tokens, before it is made any: tokenising takes memory."""
+    most, characters = context * prompter.longest, asked.characters
+    if prompter.longest and characters > most:
+        raise ContextError(
+            f"a prompt of {characters} characters",
             expected=f"at most {most}: {context} tokens of at most {prompter.longest} characters",
             fix=SHORTEN,
         )
 
 
 def _check_count(input_ids: Sequence[int], context: int) -> None:
-    """PromptError for more ids than `context`, before they are made an array: that of a range takes memory."""
+    """ContextError for more ids than `context`, before they are made an array: that of a range takes memory."""
     try:
         count = len(input_ids) if isinstance(input_ids, Sized) else 0  # what has no length is refused as no list
     except OverflowError:
@@ -185,7 +218,7 @@ def _check_count(input_ids: Sequence[int], context: int) -> None:
     except TypeError:  # an array without dimensions
         count = 0
     if count > context:
-        raise PromptError(
+        raise ContextError(
             f"{count} input_ids",
             expected=f"at most {context} tokens, image and answer included",
             fix="shorten the prompt",

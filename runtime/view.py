@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,13 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.pages import margins
 from engines.errors import OptionError
 from runtime.answer import Answer, Draft
+from runtime.chat import Chat
 from runtime.decode import Cache, InOneProcess, Stream, prefill
 from runtime.image import EXIF, ImageSource, load_image
 from runtime.preprocess import preprocess
 from runtime.request import Request, read_request
 from runtime.stats import Clock
+from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
 
 
@@ -38,12 +40,15 @@ class ImageView(InOneProcess):
         exif: bool = EXIF,
     ) -> None:
         """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`, `exif`: see
-        runtime.image.load_image; no image for text alone. Raises ImageError; computes nothing yet."""
+        runtime.image.load_image; no image for text alone. Raises ImageError; computes nothing yet.
+
+        size: width and height of the image in pixels, as it was turned; None without one."""
         super().__init__()
         self._prompter, self._manifest = prompter, manifest
         self._model: Model[Any] | None = model
         self._image = None if image is None else load_image(image, exif=exif)
         self._has_image = self._image is not None
+        self.size = None if self._image is None else self._image.size
         self._features: tuple[Any, Any] | None = None  # of the low-res and of the hi-res tiles, on the device
         self._encoded: Image[Any] | None = None
         self._idle: Cache | None = None  # what no running answer uses
@@ -60,11 +65,26 @@ class ImageView(InOneProcess):
         with self._sharing:
             self._model = self._image = self._features = self._encoded = self._idle = None
 
-    def ask(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Answer:
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds on the device: features, pages, and the cache that no running answer uses. 0 before the first
+        question, and once it is closed."""
+        with self._sharing:
+            model, held, idle = self._model, list(self._features or ()), self._idle
+            held += [] if self._encoded is None else self._encoded.pages.values()
+        if model is None:
+            return 0
+        return sum(map(model.nbytes, held)) + (0 if idle is None else idle.decoder.nbytes)
+
+    def chat(self, messages: Sequence[Mapping[str, object]] = ()) -> Chat:
+        """A conversation about the image, which goes on from `messages`: see Chat. Raises PromptError."""
+        return Chat(self.stream, messages)
+
+    def ask(self, prompt: Prompt | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Answer:
         """Answer one question; arguments and errors of `Engine.generate`."""
         return self.stream(prompt, input_ids=input_ids, **options).answer()
 
-    def stream(self, prompt: str | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Stream:
+    def stream(self, prompt: Prompt | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Stream:
         """Answer one question as an iterator of text pieces; arguments and errors of `Engine.generate`.
 
         A question that cannot be answered is an error here; work begins when the first piece is asked for.
@@ -94,22 +114,23 @@ class ImageView(InOneProcess):
         Encodes the image and prefills as far as the view does not hold the results yet, and counts both on `clock`.
         After the block, whatever ends it, the view keeps the decoder for its next question. Raises BackendError.
         """
-        prefix = request.prefix
         with self._sharing:
             model = self._opened()
             image = self._image_at(model, request.begin, clock)
             idle, self._idle = self._idle, None  # who asks meanwhile gets another decoder
-        decoder = idle.decoder if idle is not None and np.array_equal(idle.prefix, prefix) else None
-        idle, reused = None, 0  # its memory may be needed
+        decoder, reused = None, 0
+        if idle is not None and idle.begin == request.begin:  # of this image at this position
+            decoder, reused = idle.decoder, request.known(idle.ids)
+        idle = None  # its memory may be needed
         with clock.stage("prefill"):
             if decoder is None:
                 decoder = model.decoder(image, request.room)
             else:
-                decoder.length[:] = reused = len(prefix)
+                decoder.length[:] = reused
                 if decoder.capacity < request.room:
                     decoder = decoder.enlarged(request.room)
             prefill(decoder, request, reused)
-        cache = Cache(decoder, prefix, reused)
+        cache = Cache(decoder, request.ids[:-1], request.begin, reused)
         try:
             yield cache
         finally:

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engines.bundle.geometry import Geometry
+from engines.bundle.manifest import TURN_TEMPLATE
 from engines.bundle.tensors import expected_tensors
 from export.checkpoint.write_config import write_config
 
-TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"
+TEMPLATE = "USER: <image>\n{prompt} ASSISTANT:"  # short: shortest contexts hold it. A conversation has official turns
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -21,16 +22,18 @@ def write_checkpoint(
     g: Geometry,
     *,
     tokenizer: bool = False,
+    template: str = TEMPLATE,
     seed: int = 0,
     overrides: dict[str, torch.Tensor] | None = None,
     **config: object,
 ) -> Path:
     """Write config.json, weights (float32), the tower's config and, when asked, a tokenizer; returns `folder`.
 
-    `overrides` replaces tensors by name, `config` entries of config.json. Queries and keys are drawn strong enough for
+    `template`: of prompts, PROMPT_TEMPLATE for the official one. `overrides` replaces tensors by name, `config` entries
+    of config.json. Queries and keys are drawn strong enough for
     attention, and with it the selection, to prefer some cells.
     """
-    write_config(folder, g, prompt_template=TEMPLATE, dtype="float32", **config)
+    write_config(folder, g, prompt_template=template, turn_template=TURN_TEMPLATE, dtype="float32", **config)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PARTS, kinds
-from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_template
+from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, is_template, is_turn_template
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
 
@@ -57,9 +57,14 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
     if list(manifest.parts) != list(PARTS):
         yield f"parts {list(manifest.parts)}, expected {list(PARTS)}"
-    if not is_template(manifest.prompt.template):
-        yield f"prompt template {manifest.prompt.template!r:.100}, expected one <image> and one {{prompt}}"
-    ids = {"eos_token_ids": manifest.prompt.eos_token_ids, "bos_token_id": (manifest.prompt.bos_token_id,)}
+    prompt = manifest.prompt
+    if not is_template(prompt.template):
+        yield f"prompt template {prompt.template!r:.100}, expected one <image> and one {{prompt}}"
+    if prompt.turn is not None and not is_turn_template(prompt.turn):
+        yield f"turn template {prompt.turn!r:.100}, expected one {{answer}}, then one {{prompt}}, and no <image>"
+    if prompt.system is not None and not is_system_prompt(prompt.system, prompt.template):
+        yield f"system text {prompt.system!r:.100}, expected once in the template, before <image> and {{prompt}}"
+    ids = {"eos_token_ids": prompt.eos_token_ids, "bos_token_id": (prompt.bos_token_id,)}
     for name, values in ids.items():
         odd = [value for value in values if value is not None and not 0 <= value < g.vocab]
         if odd:

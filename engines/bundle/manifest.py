@@ -14,6 +14,14 @@ MANIFEST = "bundle.json"
 DIGEST = "digest"  # its key that holds the digest of all others; no field: it is of the file
 FORMAT = 3  # raised when an older reader would misread the bundle; keys it does not know, it passes over
 
+# Official: conv_templates["vicuna_v1"]. Also of bundles that hold its template and say nothing of turns.
+SYSTEM_PROMPT = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions."
+)
+PROMPT_TEMPLATE = SYSTEM_PROMPT + " USER: <image>\n{prompt} ASSISTANT:"
+TURN_TEMPLATE = " {answer}</s>USER: {prompt} ASSISTANT:"
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -61,14 +69,36 @@ def is_template(text: str) -> bool:
     return text.count("<image>") == 1 and text.count("{prompt}") == 1
 
 
+def is_turn_template(text: str) -> bool:
+    """Whether the text between two questions holds "{answer}" and then "{prompt}", each once, and no "<image>"."""
+    found = [text.count(slot) for slot in ("{answer}", "{prompt}", "<image>")]
+    return found == [1, 1, 0] and text.index("{answer}") < text.index("{prompt}")
+
+
+def is_system_prompt(text: str, template: str) -> bool:
+    """Whether a system message can take the place of `text` in a prompt template: it is there once, before "<image>"
+    and "{prompt}"."""
+    if not text or template.count(text) != 1:
+        return False
+    return template.index(text) + len(text) <= min(template.index("<image>"), template.index("{prompt}"))
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """How a question becomes token ids. `template`: see is_template."""
+    """How a question, or a conversation, becomes token ids. Without a turn or a system text of its own, a bundle with
+    the official template has the official ones."""
 
-    template: str
+    template: str  # of the first question; see is_template
     tokenizer: str | None  # file in the bundle; None: the bundle takes raw token ids only
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    turn: str | None = None  # from the end of a question's prompt to that of the next one's; None: no conversations
+    system: str | None = None  # the part of `template` that a system message replaces; None: no system messages
+
+    def __post_init__(self) -> None:
+        if self.template == PROMPT_TEMPLATE:
+            object.__setattr__(self, "turn", TURN_TEMPLATE if self.turn is None else self.turn)
+            object.__setattr__(self, "system", SYSTEM_PROMPT if self.system is None else self.system)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ class TrtModel:
         shapes = {name: (specs[name].of_batch(batch), specs[name].dtype) for name in names}
         return allocate(self.cuda, shapes, what, self._smaller())
 
+    def nbytes(self, array: DeviceArray) -> int:
+        """See Model.nbytes."""
+        return array.nbytes
+
     def no_image(self, batch: int) -> Image[DeviceArray]:
         """See Model.no_image; one zero buffer serves every layer, and every request."""
         if batch not in self._blank:
@@ -256,6 +260,11 @@ class TrtDecoder:
         desk.inputs.view("margins")[:] = image.margins
         self._bind(desk.context, 1)
         weakref.finalize(self, free.append, desk)
+
+    @property
+    def nbytes(self) -> int:
+        """See Decoder.nbytes."""
+        return sum(array.nbytes for name, array in self._desk.arrays.items() if name.startswith("past_"))
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See Decoder.run; the logits lie on the device until somebody asks for them."""

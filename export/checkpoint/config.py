@@ -8,6 +8,10 @@ Keys of this project, also under `extra`, for models that are not shaped like th
   start_layer      first layer that produces a selection (default 8, hard-coded officially)
   cells            side of the selection grid (default 9, hard-coded officially)
   prompt_template  text with one `<image>` and one `{prompt}` (default: the one of the official evaluation scripts)
+  turn_template    in a conversation, the text from the end of a question's prompt to the end of the next one's, with
+                   one `{answer}` and then one `{prompt}` (default: the official one where prompt_template is; where it
+                   is another, none, and no conversations)
+  system_prompt    the part of prompt_template that a system message replaces (default: as of turn_template)
 
 What becomes of every other key: config_keys.py. `text_config`, which transformers' own Llava has, may say the same.
 """
@@ -25,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.bundle.consistency import HIRES_SIDE, SIZES, contradictions_of
 from engines.bundle.geometry import Geometry, Vision
-from engines.bundle.manifest import is_template
+from engines.bundle.manifest import PROMPT_TEMPLATE, is_system_prompt, is_template, is_turn_template
 from engines.checks import require_integer, shown
 from engines.errors import ConfigError
 from export.checkpoint.config_keys import DECODER, EXTRA, rope_theta
@@ -45,10 +49,6 @@ from export.checkpoint.settings import (
 from export.checkpoint.special_tokens import TokenIds, as_ids, read_generation, require_in_vocabulary
 from export.checkpoint.tower import Tower, read_tower
 
-PROMPT_TEMPLATE = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions. USER: <image>\n{prompt} ASSISTANT:"
-)
 _DIGITS = 9  # of a number under `extra`
 _TEMPLATE = 10_000  # characters of a prompt's template
 _TOWER_NAME = 1_000  # characters of mm_vision_tower: a path
@@ -68,6 +68,8 @@ class ModelConfig:
     tower_blocks: int | None = None  # of the vision tower, those after the selected one too; None: not known
     unknown: tuple[str, ...] = ()  # keys of its settings that this project does not know, and so does not obey
     notes: tuple[str, ...] = ()  # what else is not obeyed, for people
+    turn_template: str | None = None  # as of engines.bundle.manifest.Prompt, like system_prompt; None: does not say
+    system_prompt: str | None = None
 
 
 class ConfigJson(BaseModel):
@@ -140,16 +142,19 @@ def read_config(folder: Path) -> ModelConfig:
     if generation.eos_ids is not None:
         eos = generation.eos_ids
         require_in_vocabulary(eos, config.vocab_size, f"{path.parent / 'generation_config.json'}: eos_token_id")
+    template = _prompt_template(extra, path)
     return ModelConfig(
         geometry=geometry,
         bos_token_id=bos,
         eos_token_ids=eos,
-        prompt_template=_prompt_template(extra, path),
+        prompt_template=template,
         tower_folder=tower.folder,
         packing=read_packing(Path(folder), raw),
         tower_blocks=tower.config.num_hidden_layers,
         unknown=_bounded([*DECODER.unknown(given), *repeated, *tower.unknown, *generation.unknown], path),
         notes=generation.notes,
+        turn_template=_turn_template(extra, path),
+        system_prompt=_system_prompt(extra, template, path),
     )
 
 
@@ -212,6 +217,33 @@ def _prompt_template(extra: Mapping[str, Any], path: Path) -> str:
         raise ConfigError(
             f"{path}: extra.prompt_template is {shown(text)}",
             expected=f"text with exactly one <image> and one {{prompt}}, of at most {_TEMPLATE} characters",
+        )
+    return text
+
+
+def _turn_template(extra: Mapping[str, Any], path: Path) -> str | None:
+    text = extra.get("turn_template")
+    if text is None:
+        return None
+    if not isinstance(text, str) or len(text) > _TEMPLATE or not is_turn_template(text):
+        raise ConfigError(
+            f"{path}: extra.turn_template is {shown(text)}",
+            expected="text with exactly one {answer}, then exactly one {prompt}, and no <image>, of at most "
+            f"{_TEMPLATE} characters",
+            fix="write the text between two questions so, or remove the key",
+        )
+    return text
+
+
+def _system_prompt(extra: Mapping[str, Any], template: str, path: Path) -> str | None:
+    text = extra.get("system_prompt")
+    if text is None:
+        return None
+    if not isinstance(text, str) or not is_system_prompt(text, template):
+        raise ConfigError(
+            f"{path}: extra.system_prompt is {shown(text)}",
+            expected=f"a part of the prompt's template, there once, before <image> and {{prompt}}: {shown(template)}",
+            fix="copy that part of the template, or remove the key",
         )
     return text
 

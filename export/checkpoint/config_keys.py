@@ -236,7 +236,7 @@ DECODER = Keys(
 EXTRA = Keys(
     used=_names(
         "extra.zoom_ratio extra.highres_size extra.lowres_size extra.threshold extra.start_layer extra.cells "
-        "extra.prompt_template"
+        "extra.prompt_template extra.turn_template extra.system_prompt"
     ),
     irrelevant={"extra.warmup": "for training alone"},
     neutral=_only("no such key: it replaces the selection by a random one", "extra.special"),
@@ -307,7 +307,8 @@ PREPROCESSOR = Keys(
 # tokenizer_config.json. What texts become is decided by tokenizer.model or tokenizer.json.
 TOKENIZER = Keys(
     used=_names(
-        "add_bos_token add_prefix_space bos_token eos_token pad_token added_tokens_decoder clean_up_tokenization_spaces"
+        "add_bos_token add_prefix_space bos_token eos_token pad_token added_tokens_decoder legacy "
+        "clean_up_tokenization_spaces"
     ),
     irrelevant={
         **_each("of the tokenizer's own files, or without a place in a prompt", "unk_token sep_token cls_token "
@@ -316,8 +317,8 @@ TOKENIZER = Keys(
         **_each("how long a prompt may be is the context", "model_max_length max_length stride"),
         **_each("a request is not padded or cut", "padding_side truncation_side truncation_strategy padding "
                 "pad_to_multiple_of pad_token_type_id"),
-        **_each("differs behind a special token inside a text alone", "legacy spaces_between_special_tokens"),
-        **_each("the prompt's template is the official evaluation's, or extra.prompt_template",
+        **_each("of decoding special tokens, which an answer leaves out", "spaces_between_special_tokens"),
+        **_each("templates are those of the official evaluation, or of extra: prompt_template, turn_template",
                 "chat_template use_default_system_prompt default_chat_template response_template"),
         **_each("how it is loaded", "tokenizer_class backend is_local local_files_only use_fast from_slow name_or_path "
                 "special_tokens_map_file tokenizer_file vocab_file processor_class model_input_names auto_map "

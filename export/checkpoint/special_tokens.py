@@ -47,14 +47,16 @@ class Generation:
 @dataclass(frozen=True)
 class SpecialTokens:
     """What the files beside a tokenizer say: the texts of its BOS, EOS and pad token (None: it has none), whether a
-    prompt begins with BOS, whether a text gets a space before it (None: SentencePiece's own model decides), which of
-    "bos" and "eos" they name themselves, and `notes`, what is not obeyed, for people."""
+    prompt begins with BOS, whether a text gets a space before it (None: SentencePiece's own model decides), whether the
+    parts of it behind special tokens get one too (legacy), which of "bos" and "eos" they name themselves, and `notes`,
+    what is not obeyed, for people."""
 
     bos: str | None
     eos: str | None
     pad: str | None
     adds_bos: bool
     adds_space: bool | None
+    legacy: bool
     named: frozenset[str]
     notes: tuple[str, ...]
 
@@ -138,6 +140,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         text("pad_token", None),
         flag("add_bos_token") is not False,
         flag("add_prefix_space"),
+        flag("legacy") is not False,
         frozenset(kind for kind in ("bos", "eos") if {**settings, **names}.get(f"{kind}_token") is not None),
         tuple(notes),
     )

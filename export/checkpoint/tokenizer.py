@@ -3,6 +3,10 @@
 The official code uses the slow LLaMA tokenizer: SentencePiece, with a dummy space before every encoded text. So
 SentencePiece itself decides what is right, and every conversion is compared with it. The result has no post-processor:
 whoever encodes adds BOS, and encodes every part of a prompt around `<image>` alone, as the official code does.
+
+In a conversation there are special tokens inside a text: "</s>" behind every answer. The slow tokenizer encodes what is
+between them piece by piece. With `legacy` of tokenizer_config.json, which it takes for true when it is absent, each has
+the dummy space before it ("</s>USER" becomes "</s>", "\u2581USER"); without, only one at the beginning of the text.
 """
 
 from __future__ import annotations
@@ -78,13 +82,13 @@ def read_tokenizer(folder: Path, vocab: int) -> CheckpointTokenizer | None:
     fast = _load_fast(fast_file, settings, vocab, notes) if present(fast_file) else None
     slow = _load_slow(slow_file) if present(slow_file) else None
     with _contained(fast_file):
-        agrees = fast is not None and (slow is None or not difference(fast, slow))
+        agrees = fast is not None and (slow is None or not difference(fast, slow, settings.legacy))
     if fast is not None and agrees:
         tokenizer, source = fast, fast_file
     elif slow is not None:
         notes.clear()  # on the other file
         tokenizer, source = _convert(slow, slow_file, settings, vocab, notes), slow_file
-        problem = difference(tokenizer, slow)
+        problem = difference(tokenizer, slow, settings.legacy)
         if problem:
             raise TokenizerError(
                 f"{slow_file}: does not survive the conversion: {problem}",
@@ -159,12 +163,15 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | None:
-    """The first text of `BATTERY` that `tokenizer` encodes or decodes unlike SentencePiece, described; None if none.
+def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor, legacy: bool) -> str | None:
+    """The first text of `BATTERY` that `tokenizer` encodes or decodes unlike SentencePiece, alone or behind a special
+    token (as the slow tokenizer does with this `legacy`), described; None if none.
 
     Texts with an added token in them are left out: SentencePiece knows nothing of those.
     """
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    special = next((token for token in map(truth.id_to_piece, _specials(truth)) if token in added), None)
+    behind = truth if legacy else _without_prefix(truth)
     for text in BATTERY:
         if any(token in text for token in added):
             continue
@@ -175,7 +182,28 @@ def difference(tokenizer: Tokenizer, truth: SentencePieceProcessor) -> str | Non
         decoded = tokenizer.decode(expected)
         if decoded != truth.decode(expected):
             return f"{expected} is decoded as {decoded!r}, SentencePiece says {truth.decode(expected)!r}"
+        if special is not None:
+            expected = [truth.piece_to_id(special), *behind.encode(text)]
+            found = tokenizer.encode(special + text, add_special_tokens=False).ids
+            if found != expected:
+                said = f"SentencePiece, the special token apart, says {expected} (legacy is {str(legacy).lower()})"
+                return f"{special + text!r} is encoded as {found}, {said}"
     return None
+
+
+def _specials(truth: SentencePieceProcessor) -> list[int]:
+    """Ids of the EOS and BOS that SentencePiece's model names itself."""
+    return [index for index in (truth.eos_id(), truth.bos_id()) if index >= 0]
+
+
+def _without_prefix(model: SentencePieceProcessor) -> SentencePieceProcessor:
+    """The same model, that puts no dummy space before a text."""
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(model.serialized_model_proto())
+    proto.normalizer_spec.add_dummy_prefix = False
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def _load_fast(path: Path, settings: SpecialTokens, vocab: int, notes: list[str]) -> Tokenizer:
@@ -225,7 +253,7 @@ def _convert(
 ) -> Tokenizer:
     """The SentencePiece model as a Rust tokenizer that treats text the same way."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     proto = ModelProto.FromString(slow.serialized_model_proto())
     _check_kind(proto, path)
@@ -240,9 +268,23 @@ def _convert(
             expected="the same in both",
             fix="remove add_prefix_space from tokenizer_config.json: the official code does not read it",
         )
-    tokenizer.normalizer = normalizers.Sequence(
-        ([normalizers.Prepend(_SPACE)] if prefix else []) + [normalizers.Replace(" ", _SPACE)]
-    )
+    if not (prefix or settings.legacy):
+        raise TokenizerError(
+            f"{path.parent}: legacy is false, add_dummy_prefix of {path.name} too: not supported",
+            expected="a model with add_dummy_prefix, as LLaMA's is: without legacy, the official code adds one itself",
+            fix="remove legacy from tokenizer_config.json, if the model was trained without a space before its texts",
+        )
+    first = [normalizers.Prepend(_SPACE)] if prefix and settings.legacy else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    if prefix and not settings.legacy:
+        # The library has no other step that knows where a text begins. There are no spaces left in it, so that the
+        # first of the two puts one there even before a space (it does not before its own kind).
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False),
+            ]
+        )
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", left=1, right=0)] if prefix else [])

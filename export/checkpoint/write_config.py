@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from engines.bundle.geometry import Geometry
-from export.checkpoint.config import PROMPT_TEMPLATE
+from engines.bundle.manifest import PROMPT_TEMPLATE
 from export.checkpoint.tower import PUBLISHED, Pixels
 
 
@@ -18,6 +19,8 @@ def write_config(
     inside: bool = False,
     spare_blocks: int = 1,
     prompt_template: str = PROMPT_TEMPLATE,
+    turn_template: str | None = None,
+    system_prompt: str | None = None,
     dtype: str = "float16",
     **entries: object,
 ) -> None:
@@ -26,11 +29,14 @@ def write_config(
     What a build chooses (lazy_pages, int8_pages) is in neither. tower: a folder to make inside; or the name of a
     published one, whose numbers are known, and must be g's. inside: no folder, the tower's config becomes
     `vision_config`, as where its weights are the checkpoint's own. spare_blocks: blocks of the tower after the selected
-    one, which nothing needs: the official -2 leaves one. dtype: of the weights. entries: further keys of config.json,
-    or others in place of g's.
+    one, which nothing needs: the official -2 leaves one. turn_template, system_prompt: None for those that belong to
+    prompt_template (config.py). dtype: of the weights. entries: further keys of config.json, or others in place of g's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(g, tower, spare_blocks, prompt_template, dtype)
+    config = _config(g, tower, spare_blocks, dtype)
+    texts = {"prompt_template": prompt_template, "turn_template": turn_template, "system_prompt": system_prompt}
+    defaults = (None, PROMPT_TEMPLATE)
+    config["extra"] |= {key: text for key, text in texts.items() if text not in defaults}
     config |= {"vision_config": _tower(g, spare_blocks)} if inside else {}
     config |= entries
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -43,8 +49,8 @@ def write_config(
         (folder / tower / "preprocessor_config.json").write_text(json.dumps(pixels, indent=1) + "\n")
 
 
-def _config(g: Geometry, tower: str, spare_blocks: int, prompt_template: str, dtype: str) -> dict[str, object]:
-    config: dict[str, object] = {
+def _config(g: Geometry, tower: str, spare_blocks: int, dtype: str) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         "hidden_size": g.hidden,
@@ -77,7 +83,6 @@ def _config(g: Geometry, tower: str, spare_blocks: int, prompt_template: str, dt
         "start_layer": str(g.start_layer),
         "threshold": str(g.threshold),
     }
-    extra |= {} if prompt_template == PROMPT_TEMPLATE else {"prompt_template": prompt_template}
     return {**config, "extra": extra}
 
 

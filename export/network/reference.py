@@ -50,6 +50,10 @@ class ReferenceModel:
         cos, sin = self._pages.hires_rotary(torch.from_numpy(begin))
         return cos.numpy(), sin.numpy()
 
+    def nbytes(self, array: Tensor) -> int:
+        """See Model.nbytes."""
+        return array.nbytes
+
     def no_image(self, batch: int) -> Image[Tensor]:
         """See Model.no_image."""
         g = self.geometry
@@ -90,6 +94,11 @@ class ReferenceDecoder:
         self._module, self._reading = model._decoder, g.reading_layers
         shape = (batch, g.kv_heads, capacity, g.head_dim)
         self._key, self._value = ([torch.zeros(shape, dtype=model.dtype)] * g.layers for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        """See Decoder.nbytes."""
+        return sum(cache.nbytes for caches in (self._key, self._value) for cache in caches)
 
     def enlarged(self, capacity: int) -> ReferenceDecoder:
         """See Decoder.enlarged: this decoder, with empty slots behind those it has."""

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
-import secrets
-import string
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from engines.checks import is_integer
 from engines.errors import FlexError, PromptError, TokenizerError
 from engines.tokenizer_file import read_tokenizer_file
+from runtime.text.control import SPECIAL, PlainTokenizer, more_than, unknown_id, without_control
+from runtime.text.conversation import Conversation, Prompt
 from runtime.text.stream import BROKEN, TextStream
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"
-_SLOT = "{prompt}"
+_QUESTION, _ANSWER = "{prompt}", "{answer}"  # slots of a template
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
 
 
@@ -47,18 +46,21 @@ class Prompter:
         tokenizer: Path | None,
         *,
         template: str,
+        turn: str | None = None,
+        system: str | None = None,
         bos_id: int | None,
         vocab: int,
         image_tokens: int,
         ends: Collection[int] = (),
     ) -> None:
         """`tokenizer`: a tokenizer.json, or None for a bundle that takes raw ids only; its padding and truncation are
-        ignored. `template` holds "<image>" and "{prompt}", each once. `vocab`: rows of the embedding table. `ends`: ids
-        that end an answer. Raises TokenizerError when the file cannot be read.
+        ignored. `template`, `turn`, `system`: see engines.bundle.manifest.Prompt. `vocab`: rows of the embedding table.
+        `ends`: ids that end an answer. Raises TokenizerError when the file cannot be read.
         """
-        self._template, self._bos_id, self._vocab, self._image_tokens = template, bos_id, vocab, image_tokens
+        self._template, self._turn, self._system = template, turn, system
+        self._bos_id, self._vocab, self._image_tokens = bos_id, vocab, image_tokens
         self._tokenizer: Tokenizer | None = None
-        self._plain: _Plain | None = None  # made when a prompt first needs it
+        self._plain: PlainTokenizer | None = None  # made when a prompt first needs it
         self._byte_tokens, self._special, self._control = False, set[int](), dict[int, str]()
         self.longest = 0  # characters of the longest token
         if tokenizer is None:
@@ -72,76 +74,110 @@ class Prompter:
             self._byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
             self._special = {token for token, entry in added.items() if entry.special}
             named = {token for token, entry in added.items() if entry.content == PLACEHOLDER}
-            given = {token for token in (bos_id, *ends, _unknown(settings["model"])) if token is not None}
+            given = {token for token in (bos_id, *ends, unknown_id(settings["model"])) if token is not None}
             texts = {token: opened.id_to_token(token) for token in self._special | named | given}
             self._control = {token: text for token, text in texts.items() if text}
             self.longest = max(map(len, opened.get_vocab()), default=0)
             self._tokenizer = opened
 
-    def encode(self, prompt: str, has_image: bool, *, special_tokens: bool = False) -> list[int]:
-        """The question in the bundle's template as token ids, -200 for the image.
+    def encode(self, prompt: Prompt, has_image: bool, *, special_tokens: bool = False) -> list[int]:
+        """The question, or the conversation that ends with one, in the bundle's template as token ids, -200 for the
+        image. See `encode_turns`. Raises PromptError."""
+        return self.encode_turns(Conversation.read(prompt), has_image, special_tokens=special_tokens)[0]
+
+    def encode_turns(
+        self, asked: Conversation, has_image: bool, *, special_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """(token ids with -200 for the image, for each turn of the history how many ids came before its answer).
 
         What a user types is text: "</s>" is four characters, and "<image>" a word. With `special_tokens` it is read as
         the official code reads it: control tokens are those, and a prompt may place "<image>" itself; then the
         template's own is left out. Official (tokenizer_image_token): the pieces around the image are tokenised apart,
-        each of them whole, and BOS comes once. Raises PromptError.
+        each of them whole, all turns of a conversation together, and BOS comes once. Raises PromptError.
         """
-        if not isinstance(prompt, str):
-            raise PromptError(f"a prompt of type {type(prompt).__name__}", expected="str")
-        placed = prompt.count(PLACEHOLDER) if special_tokens else 0
+        ids, ends = [] if self._bos_id is None else [self._bos_id], list[int]()
+        for index, piece in enumerate(self._pieces(asked, has_image, special_tokens)):
+            if index:
+                ids.append(IMAGE_TOKEN)
+            found, turns = self._ids_of(piece, special_tokens)
+            ends += [len(ids) + turn for turn in turns]
+            ids += found
+        return ids, ends
+
+    def _pieces(self, asked: Conversation, has_image: bool, special_tokens: bool) -> list[list[_Part]]:
+        """The parts of the text before the image and of the text behind it; of all the text without an image."""
+        parts = self._parts(asked)
+        for part in parts:
+            _require_characters(part.text)
+        placed = sum(part.text.count(PLACEHOLDER) for part in parts if part.typed) if special_tokens else 0
         if placed > 1:
             raise PromptError(
                 f"{placed} images in the prompt", expected="one image per request", fix="ask once per image"
             )
         if placed and not has_image:
             raise PromptError(f"{PLACEHOLDER} in the prompt but no image", fix="pass an image")
-        template = self._template
-        if placed or not has_image:
-            template = template.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, "")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                f"half a character at position {error.start} of the prompt",
-                expected="text without lone surrogates",
-                fix="decode the prompt as UTF-8, or prompt.encode('utf-16', 'surrogatepass').decode('utf-16')",
-            ) from error
-        if special_tokens:
-            pieces = [self._ids(piece) for piece in template.replace(_SLOT, prompt).split(PLACEHOLDER)]
-        else:
-            pieces = [self._ids_of_text(piece, prompt) for piece in template.split(PLACEHOLDER)]
-        ids = [] if self._bos_id is None else [self._bos_id]
-        for index, piece in enumerate(pieces):
-            ids += [IMAGE_TOKEN, *piece] if index else piece
-        return ids
+        pieces: list[list[_Part]] = [[]]
+        for part in parts:
+            if not part.typed and (placed or not has_image):
+                part = replace(part, text=part.text.replace(f"{PLACEHOLDER}\n", "").replace(PLACEHOLDER, ""))
+            split = part.text.split(PLACEHOLDER) if special_tokens or not part.typed else [part.text]
+            pieces[-1].append(replace(part, text=split[0]))
+            pieces += [[replace(part, text=text, turn=False)] for text in split[1:]]
+        return pieces
 
-    def _ids(self, text: str, tokenizer: Tokenizer | None = None) -> list[int]:
+    def _parts(self, asked: Conversation) -> list[_Part]:
+        """The template with everything in its place."""
+        questions = [*(question for question, _ in asked.history.turns), asked.question]
+        typed = {_QUESTION: questions[0]}
+        if asked.history.system is not None:
+            if self._system is None:
+                raise PromptError(
+                    "a system message, but this bundle's template has no system text that it could replace",
+                    fix="put it in front of the first question",
+                )
+            typed[self._system] = asked.history.system
+        parts = _filled(self._template, typed)
+        for (_, answer), question in zip(asked.history.turns, questions[1:], strict=True):
+            if self._turn is None:
+                raise PromptError(
+                    "a conversation, but this bundle's template is for one question",
+                    fix="ask each question alone; or name extra.turn_template in the checkpoint's config.json, if the "
+                    "model was trained for conversations, and rebuild",
+                )
+            first, *others = _filled(self._turn, {_QUESTION: question, _ANSWER: answer})
+            parts += [replace(first, turn=True), *others]
+        return parts
+
+    def _ids_of(self, piece: Sequence[_Part], special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a piece, and how many of them come before each of its turns.
+
+        Template and what was typed are encoded as one, since tokens may span their seams. Without `special_tokens` only
+        the template's control tokens are any; what was typed without some is encoded as officially, by the same
+        tokenizer.
+        """
+        encoding = self._encoding(_text(piece))
+        typed = any(part.typed for part in piece)
+        if special_tokens or not typed or self._control.keys().isdisjoint(encoding.ids):
+            return encoding.ids, _before_turns(piece, encoding)
+        own = Counter(self._encoding(_text([part for part in piece if not part.typed])).ids)
+        if more_than(own, encoding.ids, self._control):
+            if self._plain is None:
+                with _typed(PromptError, "this tokenizer cannot read control tokens as text", fix=SPECIAL):
+                    self._plain = without_control(self._required(), self._control)
+            plain = self._plain
+            piece = [part if part.typed else replace(part, text=plain.named(part.text)) for part in piece]
+            encoding = self._encoding(_text(piece), plain.tokenizer)
+            control = {token: text for token, text in self._control.items() if token != plain.unknown}
+            if left := more_than(own, encoding.ids, control):
+                raise PromptError(f"the tokenizer has no other way to write {left!r} than that token", fix=SPECIAL)
+        return encoding.ids, _before_turns(piece, encoding)
+
+    def _encoding(self, text: str, tokenizer: Tokenizer | None = None) -> Encoding:
         """`text` as the tokenizer encodes it, control tokens included."""
         tokenizer = tokenizer or self._required()
         fix = "leave out characters the tokenizer does not know, or rebuild with one that has an unknown token"
         with _typed(PromptError, "the tokenizer cannot encode this prompt", fix=fix):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _ids_of_text(self, piece: str, prompt: str) -> list[int]:
-        """A piece of the template with `prompt` in its slot, where only the template's control tokens are any.
-
-        Piece and prompt are encoded as one, since tokens may span their seam; a prompt without control tokens therefore
-        is encoded as officially, by the same tokenizer.
-        """
-        ids = self._ids(piece.replace(_SLOT, prompt))
-        if _SLOT not in piece or self._control.keys().isdisjoint(ids):
-            return ids
-        own = Counter(self._ids(piece.replace(_SLOT, "")))
-        if not _more(ids, own, self._control):
-            return ids
-        if self._plain is None:
-            with _typed(PromptError, "this tokenizer cannot read control tokens as text", fix=_SPECIAL):
-                self._plain = _without_control(self._required(), self._control)
-        plain = self._plain
-        ids = self._ids(plain.template(piece).replace(_SLOT, prompt), plain.tokenizer)
-        if left := _more(ids, own, {token: text for token, text in self._control.items() if token != plain.unknown}):
-            raise PromptError(f"the tokenizer has no other way to write {left!r} than that token", fix=_SPECIAL)
-        return ids
+            return tokenizer.encode(text, add_special_tokens=False)
 
     def expand(self, ids: Sequence[int], has_image: bool) -> tuple[np.ndarray, int]:
         """Check token ids and put the image in: ([n] int64 where -1-j is image feature j, position of feature 0).
@@ -199,7 +235,44 @@ class Prompter:
         return self._tokenizer
 
 
-_SPECIAL = "leave it out of the prompt, or pass special_tokens=True (--special-tokens) for the control token"
+@dataclass(frozen=True)
+class _Part:
+    """A piece of text: the template's, or `typed`. turn: an answer of the history begins with it."""
+
+    text: str
+    typed: bool
+    turn: bool = False
+
+
+def _filled(template: str, slots: Mapping[str, str]) -> list[_Part]:
+    """`template` with the texts of `slots`, found -> put there."""
+    split = re.split(f"({'|'.join(map(re.escape, slots))})", template)
+    return [_Part(slots[text], True) if text in slots else _Part(text, False) for text in split]
+
+
+def _text(parts: Sequence[_Part]) -> str:
+    return "".join(part.text for part in parts)
+
+
+def _before_turns(piece: Sequence[_Part], encoding: Encoding) -> list[int]:
+    """How many tokens of a piece end before each of its turns begins."""
+    lengths = accumulate((len(part.text) for part in piece), initial=0)
+    begins = [begin for begin, part in zip(lengths, piece, strict=False) if part.turn]
+    if not begins:
+        return []
+    ends = [end for _, end in encoding.offsets]
+    return [bisect_right(ends, begin) for begin in begins]
+
+
+def _require_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"half a character at position {error.start} of the prompt",
+            expected="text without lone surrogates",
+            fix="decode the prompt as UTF-8, or prompt.encode('utf-16', 'surrogatepass').decode('utf-16')",
+        ) from error
 
 
 @contextmanager
@@ -222,62 +295,6 @@ def _array(ids: object) -> np.ndarray:
     # One by one, since NumPy takes True for 1, and would spell out a range inside a list, of whatever length.
     listed = isinstance(ids, Sequence) and not isinstance(ids, str | bytes | bytearray) and all(map(is_integer, ids))
     return np.asarray(ids) if listed else np.empty(0)
-
-
-def _unknown(model: Mapping[str, Any]) -> int | None:
-    """Id of the unknown token, from the model's part of a tokenizer.json."""
-    if "unk_id" in model:
-        return None if model["unk_id"] is None else int(model["unk_id"])
-    vocab = model["vocab"]
-    return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else None
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """A tokenizer in which every control token has a `name` that nobody can type; see _without_control."""
-
-    tokenizer: Tokenizer
-    names: dict[str, str]
-    unknown: int | None  # id of the unknown token
-
-    def template(self, text: str) -> str:
-        """`text` with the names of its control tokens in their place, the longest where several could be meant."""
-        texts = sorted(self.names, key=len, reverse=True)
-        return re.sub("|".join(map(re.escape, texts)), lambda found: self.names[found[0]], text)
-
-
-def _without_control(tokenizer: Tokenizer, control: Mapping[int, str]) -> _Plain:
-    """The same tokenizer, to which the texts of `control` (id -> text) are letters.
-
-    It is not enough to let them be no added tokens: a Unigram model finds the pieces of its vocabulary in any text. So
-    each gets another name: letters, which normalisers leave alone, drawn at random, so that no prompt can hold them.
-    """
-    names = {text: "".join(secrets.choice(string.ascii_lowercase) for _ in range(24)) for text in control.values()}
-    settings = json.loads(tokenizer.to_str())
-    model, unknown = settings["model"], _unknown(settings["model"])
-    for token in settings["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(text, text): index for text, index in vocab.items()}
-    else:
-        model["vocab"] = [[names.get(text, text), *rest] for text, *rest in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    if "merges" in model:
-        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
-    plain = Tokenizer.from_str(json.dumps(settings))
-    moved = [text for index, text in control.items() if plain.token_to_id(names[text]) != index]
-    if moved:
-        raise PromptError(f"the token {moved[0]!r} has another id without its name", fix=_SPECIAL)
-    return _Plain(plain, names, unknown)
-
-
-def _more(ids: Sequence[int], than: Counter[int], control: Mapping[int, str]) -> str | None:
-    """Text of a control token that `ids` hold more often than `than`; None if there is none."""
-    counts = Counter(ids)
-    return next((text for token, text in control.items() if counts[token] > than[token]), None)
 
 
 def _marked(tokens: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from engines.bundle.manifest import SYSTEM_PROMPT, TURN_TEMPLATE
 from export.build import BuildOptions, SizingRequest, build, print_sizes
 from export.checkpoint.config import read_config
 from tests.export.public_checkpoint import FILES, SMALL, config, tensors, write_public_checkpoint
@@ -54,6 +55,7 @@ def test_its_files_build_without_a_warning(tmp_path, caplog, recwarn, capfd):
     assert manifest.geometry == SMALL and manifest.options["not_obeyed"] == []
     assert manifest.prompt.bos_token_id == 1 and manifest.prompt.eos_token_ids == (2,)
     assert manifest.prompt.tokenizer == "tokenizer.json"
+    assert (manifest.prompt.turn, manifest.prompt.system) == (TURN_TEMPLATE, SYSTEM_PROMPT)
     dropped = tensors(SMALL).keys() - manifest.dropped.keys()
     assert len(manifest.dropped) == 2 * 9 + 16 + 2 and len(dropped) == len(tensors(SMALL)) - 36
     assert "unknown to this model" not in manifest.dropped.values()

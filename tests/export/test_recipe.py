@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8
 from engines.errors import OptionError
 from engines.trt.options import EngineOptions
-from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig
+from export.checkpoint.config import ModelConfig
 from export.checkpoint.packed_settings import Packing
 from export.options import BuildOptions, parse_arguments
 from export.recipe import Recipe, settle

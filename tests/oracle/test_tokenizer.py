@@ -10,15 +10,18 @@ without the scores of the pieces, and so joins the spaces of a run, which Senten
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from importlib.util import find_spec
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from engines.bundle.manifest import SYSTEM_PROMPT, TURN_TEMPLATE
 from export.checkpoint.tokenizer import read_tokenizer
 from runtime.text.prompter import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
@@ -188,3 +191,84 @@ def test_fast_tokenizer_of_transformers(ours, fast):
     run = [tokenizer.encode("a  b", add_special_tokens=False) for tokenizer in (ours, fast)]
     assert run[0].tokens == ["\u2581a", "\u2581", "\u2581b"]
     assert fast.convert_ids_to_tokens(run[1]) == ["\u2581a", "\u2581\u2581", "b"]
+
+
+class Official:
+    """What transformers 4.37.2's LlamaTokenizer (use_fast=False) makes of a text, on SentencePiece alone: it cuts out
+    the special tokens, then encodes what is between them, each by itself. Without legacy, the dummy space is its own,
+    before the whole text, and SentencePiece's is off."""
+
+    def __init__(self, file: Path, legacy: bool) -> None:
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        proto = ModelProto.FromString(file.read_bytes())
+        if not legacy:
+            proto.normalizer_spec.add_dummy_prefix = False
+        self.model, self.legacy = SentencePieceProcessor(model_proto=proto.SerializeToString()), legacy
+
+    def tokens(self, text: str) -> list[str]:
+        if text and not self.legacy:
+            text = "\u2581" + text.replace("\u2581", " ")
+        found: list[str] = []
+        for piece in re.split("(<s>|</s>|<unk>)", text):
+            found += [piece] if piece in SPECIAL else self._between(piece) if piece else []
+        if not self.legacy and len(found) > 1 and found[0] == "\u2581" and found[1] in SPECIAL:
+            found = found[1:]
+        return found
+
+    def _between(self, piece: str) -> list[str]:
+        tokens: list[str] = self.model.encode(piece, out_type=str)
+        if self.legacy or not piece.startswith(("\u2581", " ")):
+            return tokens
+        cut = len(self.model.encode("<unk>", out_type=str))
+        return self.model.encode("<unk>" + piece, out_type=str)[cut:]
+
+
+def conversations() -> list[str]:
+    """Official ones, of what people write in many scripts; and special tokens wherever they may stand."""
+    rng, words = np.random.default_rng(6), [*texts()[::11], "", " ", "a"]
+
+    def some() -> str:
+        return words[int(rng.integers(len(words)))]
+
+    found = []
+    for _ in range(300):
+        text = f"\n{some()} ASSISTANT:"  # behind the image
+        for _ in range(rng.integers(1, 4)):
+            text += TURN_TEMPLATE.format(answer=some().strip(), prompt=some())
+        found += [text, f"{SYSTEM_PROMPT} USER: {text}"]
+    for _ in range(300):
+        marks = [SPECIAL[int(rng.integers(3))] for _ in range(rng.integers(1, 5))]
+        found.append("".join(some() + mark for mark in marks) + some())
+    return [*found, "</s>", "</s></s>", " </s> a", "a</s>USER: b", "</s>\u2581a"]
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_conversations_are_encoded_as_officially(model, tmp_path, legacy):
+    """With the legacy of tokenizer_config.json, which is true where it says nothing, behind every </s>."""
+    shutil.copy(model / "tokenizer.model", tmp_path / "tokenizer.model")
+    if legacy is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    ours = Tokenizer.from_buffer(read_tokenizer(tmp_path, 32_000).content)
+    official = Official(model / "tokenizer.model", legacy is not False)
+    behind = 0
+    for text in conversations():
+        found = ours.encode(text, add_special_tokens=False).tokens
+        assert found == official.tokens(text), text
+        behind += ("</s>", "\u2581US") in pairwise(found)
+    assert behind == 0 if legacy is False else behind > 200
+    tokens = ours.encode(TURN_TEMPLATE.format(answer="yes", prompt="no?"), add_special_tokens=False).tokens
+    user = ["USER"] if legacy is False else ["\u2581US", "ER"]
+    assert tokens[tokens.index("</s>") + 1 :][: len(user)] == user
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_single_questions_do_not_depend_on_legacy(model, tmp_path, legacy, sentencepiece):
+    shutil.copy(model / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    ours = Tokenizer.from_buffer(read_tokenizer(tmp_path, 32_000).content)
+    for text in texts():
+        found = ours.encode(text, add_special_tokens=False).ids
+        assert found == sentencepiece.encode(text), text
+        assert ours.decode(found) == sentencepiece.decode(found), text

@@ -65,6 +65,12 @@ DAMAGE = {
     "large budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=17)), "page_budget 17"),
     "precision": (lambda folder: edit(folder, lambda m: m.update(precision="fp99")), "fp99"),
     "template": (lambda folder: edit(folder, lambda m: m["prompt"].update(template="<image>")), "template"),
+    "turn": (lambda folder: edit(folder, lambda m: m["prompt"].update(turn="{prompt}{answer}")), "turn template"),
+    "image in a turn": (
+        lambda folder: edit(folder, lambda m: m["prompt"].update(turn="{answer}<image>{prompt}")),
+        "no <image>",
+    ),
+    "system": (lambda folder: edit(folder, lambda m: m["prompt"].update(system="SYSTEM")), "system text 'SYSTEM'"),
     "missing file": (lambda folder: (folder / "decoder.weights").unlink(), "decoder.weights is missing"),
     "shorter file": (lambda folder: (folder / "pages.onnx").write_bytes(b"x"), "pages.onnx has 1 bytes"),
     "changed file": (lambda folder: flip(folder / "decoder.weights"), "decoder.weights was changed"),

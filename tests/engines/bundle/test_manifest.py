@@ -17,7 +17,8 @@ import pytest
 
 from engines.bundle.consistency import SIZES
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import DIGEST, MANIFEST
+from engines.bundle.manifest import DIGEST, MANIFEST, PROMPT_TEMPLATE, SYSTEM_PROMPT, TURN_TEMPLATE, Prompt
+from engines.bundle.writer import write_manifest
 from engines.errors import BundleError, OptionError
 from runtime import Engine
 from tests.engines.manifests import edit
@@ -43,6 +44,34 @@ def refused(folder: Path, text: str | None = None) -> BundleError:
         Bundle(folder, verify=False)
     assert caught.value.expected and caught.value.fix and len(str(caught.value)) < 2000
     return caught.value
+
+
+# Conversations.
+
+
+def test_old_bundles_have_the_turns_of_the_official_template(copy):
+    """They say nothing of turns: those of the official template are known, those of another are not."""
+
+    def old(template: str) -> Prompt:
+        edit(copy, lambda m: [m["prompt"].pop("turn", None), m["prompt"].pop("system", None)])
+        edit(copy, lambda m: m["prompt"].update(template=template))
+        return Bundle(copy, verify=False).manifest.prompt
+
+    official = old(PROMPT_TEMPLATE)
+    assert official.turn == TURN_TEMPLATE == " {answer}</s>USER: {prompt} ASSISTANT:"
+    assert official.system == SYSTEM_PROMPT and SYSTEM_PROMPT.startswith("A chat between a curious human and")
+    other = old("<image>\n{prompt} answer:")
+    assert (other.turn, other.system) == (None, None)
+
+
+def test_turns_of_its_own(copy):
+    """Those that a bundle names, whatever its template; they come back when the manifest is written again."""
+    texts = {"template": PROMPT_TEMPLATE, "turn": "{answer}|{prompt}", "system": "A chat between a curious human"}
+    edit(copy, lambda m: m["prompt"].update(texts))
+    manifest = Bundle(copy, verify=False).manifest
+    assert (manifest.prompt.turn, manifest.prompt.system) == (texts["turn"], texts["system"])
+    write_manifest(copy, manifest)
+    assert Bundle(copy, verify=False).manifest == manifest
 
 
 # The digest.

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.errors import ConfigError
-from export.checkpoint.config import PROMPT_TEMPLATE, read_config
+from export.checkpoint.config import read_config
 from export.checkpoint.tower import find_tower
 from export.checkpoint.write_config import write_config
 from tests.geometries import official, tiny
@@ -110,6 +111,15 @@ def test_own_extra_keys(folder: Path) -> None:
     assert config.prompt_template == template
 
 
+def test_conversations(folder: Path) -> None:
+    """A template of one's own has the turns and the system text that its checkpoint names."""
+    own = {"prompt_template": "Look. <image>Q: {prompt} A:", "turn_template": " {answer}\nQ: {prompt} A:"}
+    config = read_config(make(folder, {**own, "system_prompt": "Look."}))
+    assert (config.turn_template, config.system_prompt) == (own["turn_template"], "Look.")
+    config = read_config(make(folder, own))
+    assert (config.turn_template, config.system_prompt) == (own["turn_template"], None)
+
+
 @pytest.mark.parametrize(("eos", "ids"), [(None, ()), (2, (2,)), ([2, 7], (2, 7))])
 def test_eos(folder: Path, eos: object, ids: tuple[int, ...]) -> None:
     assert read_config(make(folder, eos_token_id=eos)).eos_token_ids == ids
@@ -201,6 +211,19 @@ EXTRA_ERRORS = [
     ({"start_layer": "-1"}, "extra.start_layer is -1"),
     ({"cells": "25"}, "at most 24"),
     ({"prompt_template": "{prompt}"}, "exactly one <image>"),
+    ({"turn_template": "{prompt} {answer}"}, "exactly one {answer}, then exactly one {prompt}"),
+    ({"turn_template": "{answer}"}, "exactly one {prompt}"),
+    ({"turn_template": "{answer}{answer}{prompt}"}, "exactly one {answer}"),
+    ({"turn_template": "{answer}<image>{prompt}"}, "no <image>"),
+    ({"turn_template": 3}, "extra.turn_template is 3"),
+    ({"turn_template": "x" * 10_000 + "{answer}{prompt}"}, "at most 10000"),
+    ({"system_prompt": "Be brief."}, "there once, before <image>"),  # the official one has no such part
+    ({"system_prompt": ""}, "extra.system_prompt is ''"),
+    ({"system_prompt": ["A chat"]}, r"extra.system_prompt is \['A chat'\]"),
+    ({"system_prompt": "a"}, "there once"),
+    ({"system_prompt": "USER: <image>"}, "before <image>"),
+    ({"system_prompt": "b", "prompt_template": "<image>b{prompt}"}, "before <image> and {prompt}"),
+    ({"system_prompt": "{", "prompt_template": "{prompt}<image>"}, "before <image> and {prompt}"),
     ({"special": "random"}, "extra.special"),
 ]
 
@@ -279,9 +302,10 @@ def test_unreadable_files(folder: Path) -> None:
         (tiny(), {}),
         (tiny(kv_heads=2, projector_depth=1, attention_bias=True, tied_embeddings=True), {"spare_blocks": 0}),
         (tiny(image_mean=(0.5, 0.25, 0.75), image_std=(1.0, 0.5, 0.25)), {"prompt_template": "<image> {prompt}"}),
+        (tiny(), {"prompt_template": "S <image>{prompt}", "turn_template": "{answer}|{prompt}", "system_prompt": "S"}),
         (official(threshold=-1), {"tower": "openai/clip-vit-large-patch14-336"}),
     ],
-    ids=["tiny", "variants", "other pixels", "published tower"],
+    ids=["tiny", "variants", "other pixels", "turns", "published tower"],
 )
 def test_what_is_written_reads_back(folder: Path, monkeypatch: pytest.MonkeyPatch, g, options) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "empty"))
@@ -289,4 +313,6 @@ def test_what_is_written_reads_back(folder: Path, monkeypatch: pytest.MonkeyPatc
     config = read_config(folder)
     assert config.geometry == g and config.eos_token_ids == (7,)
     assert config.prompt_template == options.get("prompt_template", PROMPT_TEMPLATE)
+    assert config.turn_template == options.get("turn_template")
+    assert config.system_prompt == options.get("system_prompt")
     assert config.tower_folder == (None if "tower" in options else folder / "clip")

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
+from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import INT4, INT8
 from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments, print_sizes
 from export.check import _stages, parity
-from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig, read_config
+from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.packed_settings import Packing, read_packing

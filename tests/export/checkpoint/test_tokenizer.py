@@ -59,7 +59,7 @@ def test_conversion_agrees_with_sentencepiece(folder: Path, llama_model: bytes) 
     assert (found.bos_id, found.eos_ids, found.notes) == (1, (2,), ())
     tokenizer, truth = load(found), SentencePieceProcessor(model_proto=llama_model)
     assert tokenizer.get_vocab_size() == 400
-    assert difference(tokenizer, truth) is None
+    assert difference(tokenizer, truth, legacy=True) is None
     random.seed(1)
     for _ in range(1000):
         text = "".join(random.choices("theimagqusnwcd  \n\té😀▁12", k=random.randint(0, 40)))
@@ -190,3 +190,41 @@ def test_without_a_dummy_prefix(tmp_path: Path, llama_model: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
     tokenizer = load(read(tmp_path))
     assert tokenizer.decode(ids(tokenizer, " cat")) == " cat"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_legacy_decides_on_the_space_behind_a_special_token(folder: Path, legacy: bool) -> None:
+    write(folder / "tokenizer_config.json", {"legacy": legacy})
+    tokenizer = load(read(folder))
+    behind = "\u2581q" if legacy else "q"
+    for text in ("cat</s>q", " cat</s>q", "</s>q"):
+        alone = tokenizer.encode(text.partition("</s>")[0], add_special_tokens=False).tokens
+        assert tokenizer.encode(text, add_special_tokens=False).tokens == [*alone, "</s>", behind]
+    truth = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert difference(tokenizer, truth, legacy) is None
+    assert "legacy is" in str(difference(tokenizer, truth, not legacy))
+
+
+def test_a_json_of_another_legacy_is_not_taken(folder: Path) -> None:
+    """The official code reads tokenizer.model and legacy alone."""
+    (folder / "tokenizer.json").write_bytes(read(folder).content)
+    write(folder / "tokenizer_config.json", {"legacy": False})
+    assert load(read(folder)).encode("</s>q").tokens == ["</s>", "q"]
+    (folder / "tokenizer.model").unlink()
+    assert load(read(folder)).encode("</s>q").tokens == ["</s>", "\u2581q"]  # alone, it decides
+
+
+def test_legacy_that_is_none(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"legacy": "no"})
+    with pytest.raises(TokenizerError, match="legacy is 'no'"):
+        read(folder)
+
+
+def test_no_dummy_prefix_and_no_legacy(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train(add_dummy_prefix=False))
+    write(tmp_path / "tokenizer_config.json", {"legacy": False})
+    with pytest.raises(TokenizerError, match="add_dummy_prefix") as caught:
+        read(tmp_path)
+    assert "remove legacy" in caught.value.fix
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert read(tmp_path).eos_ids == (2,)

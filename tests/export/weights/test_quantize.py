@@ -14,12 +14,13 @@ import torch
 from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, TRACED
+from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, INT4, INT8, PRECISIONS
 from engines.errors import BundleError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments
 from export.check import parity
-from export.checkpoint.config import PROMPT_TEMPLATE, ModelConfig
+from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
 from export.recipe import settle
 from export.weights.rounding import dequantise, largest_errors, pack, quantise, quantised, unpack
