@@ -135,7 +135,7 @@ class ImageView(InOneProcess):
             yield cache
         finally:
             with self._sharing:
-                if self._image is not None:
+                if self._model is not None:  # not closed meanwhile
                     self._idle = cache
 
     def _image_at(self, model: Model[Any], begin: int, clock: Clock) -> Image[Any]:

@@ -7,3 +7,6 @@ source scripts/environment.sh
 .venv/bin/python export/build.py --fp16
 .venv/bin/python -m runtime build/default-fp16 examples/poster.png \
     "what numbers are in the red star and the cyan circle?" --show build/selection.png
+
+echo
+echo "Ask it yourself, and see where it looks: .venv/bin/python -m runtime.serve build/default-fp16"

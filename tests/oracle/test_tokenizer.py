@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from engines.bundle.manifest import SYSTEM_PROMPT, TURN_TEMPLATE
+from engines.bundle.manifest import PROMPT_TEMPLATE, SYSTEM_PROMPT, TURN_TEMPLATE
 from export.checkpoint.tokenizer import read_tokenizer
 from runtime.text.prompter import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
@@ -272,3 +272,35 @@ def test_single_questions_do_not_depend_on_legacy(model, tmp_path, legacy, sente
         found = ours.encode(text, add_special_tokens=False).ids
         assert found == sentencepiece.encode(text), text
         assert ours.decode(found) == sentencepiece.decode(found), text
+
+
+def vicuna(questions: list[str], answers: list[str]) -> str:
+    """The official conv_templates["vicuna_v1"] (SeparatorStyle.TWO: " " behind a question, "</s>" behind an answer)."""
+    said, text = [f"<image>\n{questions[0]}", *questions[1:]], SYSTEM_PROMPT + " "
+    for question, answer in zip(said, [*answers, None], strict=True):
+        text += "USER: " + question + " " + "ASSISTANT:"
+        text += "" if answer is None else " " + answer + "</s>"
+    return text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_messages_become_the_official_conversation(model, tmp_path, legacy):
+    """From tokenizer.model and messages to the ids that the official code feeds its model."""
+    shutil.copy(model / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    (tmp_path / "tokenizer.json").write_bytes(read_tokenizer(tmp_path, 32_000).content)
+    texts_of = {"template": PROMPT_TEMPLATE, "turn": TURN_TEMPLATE, "system": SYSTEM_PROMPT}
+    options = {"bos_id": 1, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
+    prompter = Prompter(tmp_path / "tokenizer.json", **texts_of, **options)
+    official = Official(model / "tokenizer.model", legacy)
+    rng, words = np.random.default_rng(7), [text for text in texts()[::11] if text and "<image>" not in text]
+    for turns in (1, 2, 3, 4) * 40:
+        said = [words[int(rng.integers(len(words)))] for _ in range(2 * turns - 1)]
+        roles = ("user", "assistant") * turns
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        before, behind = (
+            [official.model.piece_to_id(token) for token in official.tokens(piece)]
+            for piece in vicuna(said[::2], said[1::2]).split("<image>")
+        )
+        assert prompter.encode(messages, True) == [1, *before, IMAGE_TOKEN, *behind], messages
+        assert behind.count(2) == turns - 1

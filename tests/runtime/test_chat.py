@@ -13,12 +13,11 @@ from tests.runtime.questions import OPTIONS, OTHER, PHOTO, same
 
 GEOMETRY = tiny(vocab=300, context=400)
 QUESTIONS = ["what number is in the red square?", "and where?", "is it a chat between a human and a square?"]
-TURN = " {answer}</s>USER: {prompt} ASSISTANT:"
 
 
 @pytest.fixture(scope="module")
 def bundle(random_model) -> Path:
-    return random_model("chat", GEOMETRY, tokenizer=True, turn_template=TURN)[1]
+    return random_model("chat", GEOMETRY, tokenizer=True)[1]
 
 
 @pytest.fixture(scope="module")
