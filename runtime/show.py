@@ -46,11 +46,15 @@ def draw_selection(image: PIL.Image.Image, cells: np.ndarray, captions: list[str
 def require_writable(picture: Path, option: str) -> None:
     """OptionError, which names the `option`, for what would go wrong when a picture is written to this path."""
     folder = picture.absolute().parent
-    if not folder.is_dir():
-        raise OptionError(f"{option} {picture}: no such folder", fix=f"mkdir -p {picture.parent}")
-    ordinary = picture.is_file() or not os.path.lexists(picture)  # a pipe would wait for who reads it
-    if not ordinary or not os.access(picture if picture.exists() else folder, os.W_OK):
-        raise OptionError(f"{option} {picture}: cannot be written", expected="a file name in a folder of yours")
+    try:
+        if not folder.is_dir():
+            raise OptionError(f"{option} {picture}: no such folder", fix=f"mkdir -p {picture.parent}")
+        ordinary = picture.is_file() or not os.path.lexists(picture)  # a pipe would wait for who reads it
+        writable = ordinary and os.access(picture if picture.exists() else folder, os.W_OK)
+    except OSError:  # too long a name
+        writable = False
+    if not writable:
+        raise OptionError(f"{option} {picture!s:.200}: cannot be written", expected="a file name in a folder of yours")
     if PIL.Image.registered_extensions().get(picture.suffix.lower()) not in PIL.Image.SAVE:
         raise OptionError(
             f"{option} {picture}: {picture.suffix or 'no suffix'}", expected="a picture: .png, .jpg, .webp"

@@ -154,7 +154,7 @@ class Conversation:
             if line:
                 self._ask(line, typed)
         elif name not in COMMANDS:
-            fix = f"/image {line}" if Path(line).is_file() else "/help"
+            fix = f"/image {line}" if os.path.lexists(line) else "/help"
             raise OptionError(f"no command {name:.40}", expected=f"one of {', '.join(COMMANDS)}", fix=fix)
         elif name == "/retry":
             self._retry(typed)
@@ -252,7 +252,11 @@ class Conversation:
     def _set_budget(self, argument: str) -> None:
         most = self._engine.manifest.page_budget
         if argument:
-            given = None if argument.lower() == "none" else _integer(argument, "/budget", most, "none for the bundle's")
+            given = (
+                None
+                if argument.lower() == "none"
+                else _integer(argument, "/budget", most, ", or none for the bundle's")
+            )
             self._options["page_budget"] = given
         budget = self._options.get("page_budget")
         _say(f"each layer reads at most {most if budget is None else budget} of {self._cells} pages")
@@ -260,7 +264,7 @@ class Conversation:
     def _keep(self, argument: str) -> None:
         if self._chat is None:
             raise OptionError("/keep without a conversation", expected="a bundle with a template for conversations")
-        turns = _integer(argument, "/keep", len(self._chat.messages) // 2, "the turns there are")
+        turns = _integer(argument, "/keep", len(self._chat.messages) // 2, ": there are so many turns")
         self._chat.keep(turns)
         _say(f"the last {turns} turns are kept")
 
@@ -273,7 +277,7 @@ def _integer(text: str, command: str, most: int, meaning: str) -> int:
     try:
         return require_integer(value, f"{command} {text:.40}".strip(), 0, most)
     except OptionError as error:
-        raise OptionError(error.found, expected=f"0 .. {most}, {meaning}") from None
+        raise OptionError(error.found, expected=f"0 .. {most}{meaning}") from None
 
 
 def _path(typed: str) -> str:
@@ -282,9 +286,9 @@ def _path(typed: str) -> str:
         return typed
     try:
         words = shlex.split(typed)
-    except ValueError:  # a quotation mark that is not closed
+        return str(Path(words[0]).expanduser()) if len(words) == 1 else typed
+    except (ValueError, RuntimeError):  # a quotation mark that is not closed; the home of nobody
         return typed
-    return str(Path(words[0]).expanduser()) if len(words) == 1 else typed
 
 
 def _unused(stem: str) -> Path:
