@@ -87,13 +87,19 @@ def scenes_with_questions(count: int, seed: int, **options: object) -> list[tupl
     return made
 
 
-def measure(engine: Engine, asked: list[tuple[Scene, list[Question]]], page_budget: int | None, name: str) -> Tally:
-    """Ask every question; `page_budget`: pages per layer, None = the bundle's."""
+def measure(
+    engine: Engine, asked: list[tuple[Scene, list[Question]]], page_budget: int | None, name: str, before: int = 0
+) -> Tally:
+    """Ask every question; `page_budget`: pages per layer, None = the bundle's. `before`: so many others of its scene
+    come before it in a conversation, with the model's own answers."""
     tally, tokenizer = Tally(), build_tokenizer()
     for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
         with engine.image(scene.image) as view:
-            for question in questions:
-                answer = view.ask(question.text, page_budget=page_budget, max_new_tokens=8, trace=True)
+            for index, question in enumerate(questions):
+                chat = view.chat()
+                for earlier in range(index - before, index):
+                    chat.ask(questions[earlier % len(questions)].text, page_budget=page_budget, max_new_tokens=8)
+                answer = chat.ask(question.text, page_budget=page_budget, max_new_tokens=8, trace=True)
                 tally.add(question, scene, answer, tokenizer.encode(question.answer, add_special_tokens=False).ids)
     return tally
 
@@ -142,6 +148,8 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
             name = f"page budget {page_budget}"
             rows[name] = measure(engine, asked, page_budget, name)
         rows["all 81 pages"] = measure_with(everything, folder / "e", asked, None)
+        for before, which in enumerate(("second", "third"), 1):
+            rows[f"{which} question of a conversation"] = measure(engine, asked, None, which, before)
         for probe, options in PROBES.items():
             fresh = scenes_with_questions(max(1, count // 2), seed + 1, **options)
             rows[f"probe: {probe}"] = measure(engine, fresh, None, probe)

@@ -11,7 +11,7 @@ from engines.bundle.geometry import Geometry, Vision
 from engines.bundle.tensors import TOWER_PREFIX, expected_tensors
 from export.checkpoint.tower import Pixels
 from export.checkpoint.write_config import write_config
-from export.default_model.questions import TEMPLATE, build_tokenizer
+from export.default_model.questions import TEMPLATE, TURN, build_tokenizer
 
 CLIP_MEAN, CLIP_STD = Pixels().image_mean, Pixels().image_std
 GEOMETRY = Geometry(
@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     """config.json, model.safetensors (float16), tokenizer.json and the tower's config. `tensors` by official name."""
     from safetensors.torch import save_file
 
-    write_config(folder, GEOMETRY, spare_blocks=0, prompt_template=TEMPLATE)
+    write_config(folder, GEOMETRY, spare_blocks=0, prompt_template=TEMPLATE, turn_template=TURN)
     kept = {name: tensors[name].detach().to(torch.float16).contiguous() for name in expected_tensors(GEOMETRY)}
     save_file(kept, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(build_tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")

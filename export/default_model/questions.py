@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 TEMPLATE = "<image>\n{prompt} answer:"
+TURN = " {answer}\n{prompt} answer:"  # training saw no second question: of what was tried this does the least harm
 ONE = (
     "what number is in the {}?",
     "what is the number in the {}?",
