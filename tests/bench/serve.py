@@ -10,17 +10,10 @@ import argparse
 import asyncio
 import base64
 import http.client
-import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -30,49 +23,27 @@ import httpx
 import numpy as np
 
 from export.build import BuildOptions, build
-from export.default_model.evaluate import scenes_with_questions
 from runtime import Engine
 from runtime.view import ImageView
-from tests.paths import ROOT
+from tests.bench.clients import (
+    PATIENCE,
+    TOKENS,
+    Address,
+    Asked,
+    Reply,
+    beside_slow_readers,
+    disconnect,
+    half_requests,
+    load,
+    questions,
+    too_many,
+)  # fmt: skip
+from tests.runtime.serve.command import serving
 
-QUESTIONS = 9  # of a scene
-SEED = 2026  # of the scenes
-START = 120.0  # seconds until a server must be ready
-PATIENCE = 120.0  # seconds until an answer must be there
-TOKENS = 8  # of an answer, at most
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question about an image, and what the engine answers. scene: number of the image. right: what it shows."""
-
-    scene: int
-    url: str
-    question: str
-    tokens: list[int]
-    text: str
-    right: str
-
-    def body(self, model: str, image: bool = True, **options: Any) -> dict[str, Any]:
-        """Of the request, streamed."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": self.question}]
-        content += [{"type": "image_url", "image_url": {"url": self.url}}] if image else []
-        messages = [{"role": "user", "content": content}]
-        return {"model": model, "messages": messages, "stream": True, "max_tokens": TOKENS, **options}
-
-
-def questions(engine: Engine, scenes: int) -> list[Asked]:
-    """Those of so many scenes, in an order in which neighbours are about different images."""
-    asked: list[Asked] = []
-    for index, (scene, of_scene) in enumerate(scenes_with_questions(scenes, SEED)):
-        file = io.BytesIO()
-        scene.image.save(file, "png")
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        with engine.image(file.getvalue()) as view:
-            for question in of_scene[:QUESTIONS]:
-                answer = view.ask(question.text, max_new_tokens=TOKENS)
-                asked.append(Asked(index, url, question.text, answer.token_ids, str(answer.text), question.answer))
-    return [asked[index] for index in np.random.default_rng(SEED).permutation(len(asked))]
+QUEUE = 32  # requests that may wait: more than there are clients
+MANY = 80  # requests at a time, more than may wait
+POOL = 40  # threads of Starlette, which come and go
+CANCELLED = 'flex_answers_total{end="cancelled"}'
 
 
 @dataclass(frozen=True)
@@ -84,228 +55,33 @@ class Resources:
     files: int
 
 
-class Server:
-    """`python -m runtime.serve BUNDLE` on a free port of the loopback, from `start` to `stop`."""
+@dataclass(frozen=True)
+class Watched:
+    """A running server, seen from outside. address: where it is asked. process: its number."""
 
-    def __init__(self, bundle: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        line = [sys.executable, "-m", "runtime.serve", str(bundle), "--port", str(self.port), *options]
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(line, cwd=ROOT, stdout=self.log, stderr=self.log)
-        end = perf_counter() + START
-        while not self._ready():
-            if self.process.poll() is not None or perf_counter() > end:
-                self.stop()
-                raise RuntimeError(f"the server did not start: {self.said()}")
-            sleep(0.1)
-        self.model: str = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
-
-    def _ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def said(self) -> str:
-        """What it wrote."""
-        self.log.seek(0)
-        return self.log.read()
-
-    def stop(self) -> int:
-        """End it as a service manager does; its exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE)
+    address: Address
+    process: int
 
     def metrics(self) -> dict[str, float]:
         """By name, with its labels as /metrics writes them."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.address.url}/metrics").text.splitlines()
         values = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in values}
 
     def resources(self) -> Resources:
         """From /proc."""
-        folder = Path(f"/proc/{self.process.pid}")
+        folder = Path(f"/proc/{self.process}")
         status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
         kilobytes, threads = int(status["VmRSS"].split()[0]), int(status["Threads"])
-        return Resources(kilobytes << 10, threads, len(os.listdir(folder / "fd")))
+        return Resources(kilobytes << 10, threads, len(list((folder / "fd").iterdir())))
 
     def settled(self, files: int) -> Resources:
-        """Once what clients left is gone: when no more than so many files are open, or after some seconds."""
+        """Once what clients left is gone: nothing runs and no more than so many files are open, or after 10 s."""
         for _ in range(100):
             if (found := self.resources()).files <= files and not self.metrics()["flex_running"]:
                 break
             sleep(0.1)
         return found
-
-
-@contextmanager
-def serving(bundle: Path, *options: str) -> Iterator[Server]:
-    """A server for a block; RuntimeError if it does not end well."""
-    server = Server(bundle, *options)
-    try:
-        yield server
-    except BaseException:
-        server.process.kill()
-        server.process.wait()
-        raise
-    if status := server.stop():
-        raise RuntimeError(f"the server ended with status {status}: {server.said()}")
-
-
-@dataclass
-class Reply:
-    """What came of a request: its chunks, and the times until the first token and the end, in seconds."""
-
-    status: int
-    first: float = 0.0
-    seconds: float = 0.0
-    chunks: list[dict[str, Any]] = field(default_factory=list)
-    done: bool = False
-
-    def wrong(self, asked: Asked) -> str | None:
-        """What is not as it should be; None: the answer is the engine's, its tokens in their order."""
-        if self.status != 200 or not self.done:
-            return f"status {self.status}, done {self.done}"
-        choices = [chunk["choices"][0] for chunk in self.chunks if chunk["choices"]]
-        text = "".join(choice["delta"].get("content") or "" for choice in choices)
-        tokens = [chunk["flex"]["token"] for chunk in self.chunks if "token" in chunk.get("flex", {})]
-        found = {
-            "text": (text, asked.text),
-            "tokens": ([token for token in tokens if token is not None and token >= 0], asked.tokens),
-            "ids": (len({chunk["id"] for chunk in self.chunks}), 1),
-            "role": (choices[0]["delta"].get("role"), "assistant"),
-            "ends": ([choice["finish_reason"] for choice in choices[:-1]], [None] * (len(choices) - 1)),
-            "end": (choices[-1]["finish_reason"], "stop"),
-            "usage": (self.chunks[-1]["usage"]["completion_tokens"], len(asked.tokens)),
-        }
-        return next((f"{name}: {got!r}, expected {want!r}" for name, (got, want) in found.items() if got != want), None)
-
-
-async def ask(client: httpx.AsyncClient, model: str, asked: Asked) -> Reply:
-    """Ask and read to the end."""
-    body = asked.body(model, stream_options={"include_usage": True}, flex={"selection": True})
-    begin = perf_counter()
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        reply = Reply(response.status_code)
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                reply.done = True
-            elif line.startswith("data: "):
-                reply.chunks.append(json.loads(line[6:]))
-                if not reply.first and "token" in reply.chunks[-1].get("flex", {}):
-                    reply.first = perf_counter() - begin
-    reply.seconds = perf_counter() - begin
-    return reply
-
-
-def connected(server: Server) -> httpx.AsyncClient:
-    """A client of the server, with a connection for each request under way."""
-    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=None))
-
-
-async def load(server: Server, asked: Sequence[Asked], clients: int, count: int) -> tuple[list[Reply], float]:
-    """So many questions by so many clients, each of which asks its next when it has an answer: (replies, seconds).
-    AssertionError for an answer that is not the engine's."""
-    left = iter([asked[index % len(asked)] for index in range(count)])
-    replies: list[Reply] = []
-
-    async def one(client: httpx.AsyncClient) -> None:
-        for question in left:
-            reply = await ask(client, server.model, question)
-            assert (problem := reply.wrong(question)) is None, problem
-            replies.append(reply)
-
-    async with connected(server) as client:
-        begin = perf_counter()
-        await asyncio.gather(*(one(client) for _ in range(clients)))
-        return replies, perf_counter() - begin
-
-
-async def too_many(server: Server, asked: Sequence[Asked], count: int) -> list[Reply]:
-    """So many questions at a time, those that find the queue full left at that."""
-    async with connected(server) as client:
-        return list(await asyncio.gather(*(ask(client, server.model, asked[n % len(asked)]) for n in range(count))))
-
-
-async def disconnect(server: Server, asked: Sequence[Asked], count: int) -> None:
-    """So many requests that go away in the middle: every other one at the first chunk, the others before it."""
-
-    async def one(client: httpx.AsyncClient, index: int) -> None:
-        body = asked[index % len(asked)].body(server.model)
-        request = client.build_request("POST", "/v1/chat/completions", json=body)
-        if index % 2:
-            with suppress_timeout():
-                await asyncio.wait_for(client.send(request, stream=True), 0.05)
-            return
-        response = await client.send(request, stream=True)
-        async for _ in response.aiter_lines():
-            break
-        await response.aclose()
-
-    async with connected(server) as client:
-        for begin in range(0, count, 10):
-            await asyncio.gather(*(one(client, index) for index in range(begin, min(begin + 10, count))))
-
-
-@contextmanager
-def suppress_timeout() -> Iterator[None]:
-    try:
-        yield
-    except (asyncio.TimeoutError, TimeoutError):
-        pass
-
-
-def raw(server: Server, body: dict[str, Any]) -> bytes:
-    """The request as it goes over the wire."""
-    content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
-
-
-@contextmanager
-def half_requests(server: Server, asked: Sequence[Asked], count: int) -> Iterator[None]:
-    """So many connections that sent a half of a request, by turns of the head and of the body, for a block."""
-    held = []
-    for index in range(count):
-        data = raw(server, asked[index % len(asked)].body(server.model))
-        held.append(socket.create_connection(("127.0.0.1", server.port)))
-        held[-1].sendall(data[:40] if index % 2 else data[: len(data) // 2])
-    try:
-        yield
-    finally:
-        for each in held:
-            each.close()
-
-
-async def beside_slow_readers(
-    server: Server, asked: Sequence[Asked], readers: int, work: Callable[[], Awaitable[Any]]
-) -> tuple[Any, int]:
-    """What `work` returns while so many clients read their answers a byte a second; bytes that these read."""
-    read = 0
-
-    async def one(index: int) -> None:
-        nonlocal read
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the smallest that there is
-        client.connect(("127.0.0.1", server.port))
-        client.setblocking(False)
-        loop = asyncio.get_running_loop()
-        with client:
-            await loop.sock_sendall(client, raw(server, asked[index % len(asked)].body(server.model)))
-            while True:
-                read += len(await loop.sock_recv(client, 1))
-                await asyncio.sleep(1)
-
-    slow = [asyncio.create_task(one(index)) for index in range(readers)]
-    try:
-        return await work(), read
-    finally:
-        for task in slow:
-            task.cancel()
-        await asyncio.gather(*slow, return_exceptions=True)
 
 
 @dataclass(frozen=True)
@@ -322,19 +98,19 @@ class Overhead:
 
 
 def overhead(
-    server: Server, engine: Engine, asked: Sequence[Asked], rounds: int, *, image: bool = True, **options: Any
+    server: Watched, engine: Engine, asked: Sequence[Asked], rounds: int, *, image: bool = True, **options: Any
 ) -> Overhead:
     """Each question is streamed by one client and by the engine in this process, taking turns, and each by turns first.
     image: the request brings its image, which both have encoded: what a new one costs is vision's, on both sides; else
     questions are text alone. What one question took longer is the median of so many rounds."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection(*server.address.place, timeout=PATIENCE)
     views: dict[int, ImageView] = {}
     first, rest, tokens = [], [], 0
     for each in asked:
         number = each.scene if image else -1
         if number not in views:
             views[number] = engine.image(base64.b64decode(each.url.partition(",")[2]) if image else None)
-        body = json.dumps(each.body(server.model, image=image, **options)).encode()
+        body = json.dumps(each.body(server.address.model, image=image, **options)).encode()
         sides = [lambda: _http(connection, body), lambda: _engine(views[number], each.question)]  # noqa: B023
         differences = []
         for turn in range(rounds + 1):
@@ -345,7 +121,7 @@ def overhead(
         middle = np.median(differences, axis=0)
         first.append(middle[0])
         rest.append(middle[1])
-        tokens += views[number].ask(each.question, max_new_tokens=TOKENS).stats.decode_ms.size
+        tokens += len(views[number].ask(each.question, max_new_tokens=TOKENS).token_ids)
     for view in views.values():
         view.close()
     after = tokens - len(asked)
@@ -373,89 +149,95 @@ def _engine(view: ImageView, question: str) -> tuple[float, float]:
 
 def measure(bundle: Path, scenes: int, clients: int, count: int, rounds: int) -> list[tuple[str, str]]:
     """The rows of the table. AssertionError when something is not as it should be."""
-    engine = Engine(bundle)
-    asked = questions(engine, scenes)
-    rows = [("questions, of images", f"{len(asked)} of {scenes}")]
-    rows.append(("right answers of the engine itself", _share([each.text == each.right for each in asked])))
-    with serving(bundle) as server:
-        rows.append(("80 requests at a time, a queue of 32", _refused(asyncio.run(too_many(server, asked, 80)))))
-        asyncio.run(load(server, asked, 2, len(asked)))  # now every image is encoded, every pool is grown
-        before = server.settled(files=0), server.metrics()
-        replies, seconds = asyncio.run(load(server, asked, clients, count))
-        after = server.settled(before[0].files), server.metrics()
-        rows += _of_load(replies, seconds, clients, *before, *after)
-        rows += _of_faults(server, asked, clients, before[0], median(reply.seconds for reply in replies))
-        kilobytes = sum(len(each.url) for each in asked) / len(asked) / 1e3
-        name, few = "overhead over Engine", asked[::4]
-        rows.append((f"{name}, images of {kilobytes:.0f} kB", str(overhead(server, engine, few, rounds))))
-        selection = overhead(server, engine, few, rounds, flex={"selection": True})
-        rows.append((f"{name}, and each token's selection", str(selection)))
-        rows.append((f"{name}, text alone", str(overhead(server, engine, few, rounds, image=False))))
-        last = server.settled(before[0].files)
-        rows.append(("in the end: memory, threads, open files", _resources(before[0], last)))
-    engine.close()
+    with Engine(bundle) as engine, tempfile.TemporaryDirectory() as folder:
+        asked = questions(engine, scenes)
+        rows = [(f"right answers of Engine itself, about {scenes} images", _share([e.text == e.right for e in asked]))]
+        with serving(bundle, "--queue", QUEUE, log=Path(folder) / "log") as running:
+            server = Watched(Address.of(running.url), running.process.pid)
+            fresh = server.resources()
+            asyncio.run(load(server.address, asked, 2, len(asked)))
+            replies = asyncio.run(too_many(server.address, asked, MANY))
+            rows.append((f"{MANY} requests at a time, room for {QUEUE} to wait", refused(replies)))
+            rows += _load(server, asked, clients, count, fresh)
+            rows += _faults(server, asked, clients, fresh)
+            rows += _overheads(server, engine, asked, rounds)
+            rows.append(
+                ("memory, threads, open files: fresh -> in the end", _change(fresh, server.settled(fresh.files)))
+            )
+            assert running.end() == 0, running.log.read_text()
     return rows
 
 
-def _of_load(
-    replies: list[Reply], seconds: float, clients: int,
-    held: Resources, counted: dict[str, float], holds: Resources, counts: dict[str, float],
-) -> list[tuple[str, str]]:  # fmt: skip
-    def grown(name: str) -> float:
-        return counts[name] - counted[name]
-
-    hits, misses = grown("flex_view_cache_hits_total"), grown("flex_view_cache_misses_total")
-    waited = grown("flex_queue_seconds_sum") / grown("flex_queue_seconds_count")
-    latencies, firsts = ([getattr(reply, name) for reply in replies] for name in ("seconds", "first"))
-    tokens = grown("flex_answer_tokens_total")
+def _load(server: Watched, asked: list[Asked], clients: int, count: int, fresh: Resources) -> list[tuple[str, str]]:
+    """Every image was asked about before."""
+    held, counted = server.settled(fresh.files), server.metrics()
+    replies, seconds = asyncio.run(load(server.address, asked, clients, count))
+    holds, counts = server.settled(fresh.files), server.metrics()
+    require_no_leak(held, holds)
+    grown = {name: counts[name] - counted.get(name, 0.0) for name in counts}
+    hits, misses = grown["flex_view_cache_hits_total"], grown["flex_view_cache_misses_total"]
+    waited = grown["flex_queue_seconds_sum"] / grown["flex_queue_seconds_count"]
+    tokens = grown["flex_answer_tokens_total"]
     return [
-        (f"answers equal to Engine's, in order, {clients} clients", f"{len(replies)} of {len(replies)}"),
-        ("latency, p50 / p95", _milliseconds(latencies)),
+        (f"{count} requests of {clients} clients, equal to Engine's", f"{len(replies)}"),
+        ("latency, p50 / p95", _milliseconds([reply.seconds for reply in replies])),
         ("time in the queue, mean", f"{1e3 * waited:.0f} ms"),
-        ("time to first token, p50 / p95", _milliseconds(firsts)),
+        ("time to first token, p50 / p95", _milliseconds([reply.first for reply in replies])),
         ("throughput", f"{len(replies) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s"),
-        ("view cache", f"{hits:.0f} hits, {misses:.0f} misses"),
-        ("memory, threads, open files", _resources(held, holds)),
+        ("images found encoded", f"{hits:.0f} of {hits + misses:.0f}"),
+        ("memory, threads, open files: before -> after", _change(held, holds)),
     ]
 
 
-def _of_faults(
-    server: Server, asked: list[Asked], clients: int, held: Resources, usual: float
-) -> list[tuple[str, str]]:
-    """What some do to others."""
-    rows = []
+def _faults(server: Watched, asked: list[Asked], clients: int, fresh: Resources) -> list[tuple[str, str]]:
+    """What some do to others, whose latency is compared with that without them."""
 
     async def work() -> list[Reply]:
-        return (await load(server, asked, clients, 4 * clients))[0]
+        return (await load(server.address, asked, clients, 4 * clients))[0]
 
-    replies, read = asyncio.run(beside_slow_readers(server, asked, 8, work))
-    latency = median(reply.seconds for reply in replies)
-    rows.append(
-        (
-            f"beside 8 readers of a byte a second ({read} bytes)",
-            f"{len(replies)} right, {latency / usual:.2f} x the p50",
-        )
-    )
-    with half_requests(server, asked, 50):
-        replies = asyncio.run(work())
-    rows.append(
-        ("beside 50 half requests", f"{len(replies)} right, {median(r.seconds for r in replies) / usual:.2f} x")
-    )
-    cancelled = server.metrics().get('flex_answers_total{end="cancelled"}', 0.0)
-    asyncio.run(disconnect(server, asked, 50))
-    found = server.settled(held.files)
-    cancelled = server.metrics().get('flex_answers_total{end="cancelled"}', 0.0) - cancelled
-    replies = asyncio.run(work())
-    rows.append((f"after 50 disconnects ({cancelled:.0f} answers cancelled)", f"{len(replies)} right"))
-    assert found.files <= held.files and found.threads <= held.threads, (held, found)
+    def told(replies: list[Reply]) -> str:
+        return f"{len(replies)} right, p50 {1e3 * median(reply.seconds for reply in replies):.0f} ms"
+
+    rows = [("answers beside nobody else", told(asyncio.run(work())))]
+    held = server.settled(fresh.files)
+    replies, read = asyncio.run(beside_slow_readers(server.address, asked, 8, work))
+    rows.append((f"beside 8 clients that read a byte a second, {read} so far", told(replies)))
+    with half_requests(server.address, asked, 50):
+        rows.append(("beside 50 half requests left open", told(asyncio.run(work()))))
+    before = server.metrics().get(CANCELLED, 0.0)
+    asyncio.run(disconnect(server.address, asked, 50))
+    holds = server.settled(held.files)
+    cancelled = server.metrics().get(CANCELLED, 0.0) - before
+    rows.append((f"after 50 disconnects, {cancelled:.0f} before the answer's end", told(asyncio.run(work()))))
+    require_no_leak(held, holds)
     return rows
 
 
-def _refused(replies: list[Reply]) -> str:
-    statuses = sorted(reply.status for reply in replies)
-    answered, refused = statuses.count(200), statuses.count(429)
-    assert answered + refused == len(statuses) and answered and refused, statuses
-    return f"{answered} answered, {refused} refused (429)"
+def _overheads(server: Watched, engine: Engine, asked: list[Asked], rounds: int) -> list[tuple[str, str]]:
+    kilobytes = sum(len(each.url) for each in asked) / len(asked) / 1e3
+    ways: dict[str, dict[str, Any]] = {
+        f"with an image of {kilobytes:.0f} kB": {},
+        "and the selection of each token": {"flex": {"selection": True}},
+        "text alone": {"image": False},
+    }
+    few = asked[::4]
+    return [
+        (f"longer than Engine, {way}", str(overhead(server, engine, few, rounds, **options)))
+        for way, options in ways.items()
+    ]
+
+
+def require_no_leak(held: Resources, holds: Resources) -> None:
+    """AssertionError when a server holds more files than it held, or more threads than a pool may have grown by."""
+    assert holds.files <= held.files and holds.threads <= held.threads + POOL, (held, holds)
+
+
+def refused(replies: list[Reply]) -> str:
+    """How many were answered and how many refused. AssertionError unless there are both, and nothing else."""
+    statuses = [reply.status for reply in replies]
+    answered, late = statuses.count(200), statuses.count(429)
+    assert answered + late == len(statuses) and answered and late, statuses
+    return f"{answered} answered, {late} refused (429)"
 
 
 def _share(right: list[bool]) -> str:
@@ -467,7 +249,7 @@ def _milliseconds(values: list[float]) -> str:
     return f"{middle:.0f} / {high:.0f} ms"
 
 
-def _resources(before: Resources, after: Resources) -> str:
+def _change(before: Resources, after: Resources) -> str:
     memory = [f"{each.memory / 1e6:.0f}" for each in (before, after)]
     return f"{' -> '.join(memory)} MB, {before.threads} -> {after.threads}, {before.files} -> {after.files}"
 
@@ -478,7 +260,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", help="of the default model; None = one that is built")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--scenes", type=int, default=10, help=f"images, with {QUESTIONS} questions each")
+    parser.add_argument("--scenes", type=int, default=10, help="images, with some nine questions each")
     parser.add_argument(
         "--rounds", type=int, default=15, help="how often every fourth question is timed for the overhead"
     )
