@@ -150,10 +150,19 @@ class _Reply:
         if self.asked.flex:
             told: dict[str, Any] = {}
             if self.asked.selection:
-                listed = [{"token": each.id, "text": self._shown(each.text), "cells": _cells(each)} for each in tokens]
-                told = {**self._map(), "tokens": listed}
+                told = {**self._map(), "tokens": self._listed(tokens)}
             content["flex"] = {**told, "stats": self._stats(finished)}
         return content
+
+    def _listed(self, tokens: list[Token]) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = []
+        for each in tokens:
+            text = self._shown(each.text)
+            if each.id is None:  # what was held back until the last had come
+                listed[-1]["text"] += text
+            else:
+                listed.append({"token": each.id, "text": text, "cells": _cells(each)})
+        return listed
 
     def opening(self) -> bytes:
         """The first chunk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,13 @@ _OF_ENGINE: dict[type[FlexError], tuple[int, str]] = {
     OptionError: (400, "invalid_option"),
     ImageError: (422, "invalid_image"),
 }
+
+
+# What a fix of the engine says to who calls it in Python, in the words of a request.
+_WORDS = (
+    (re.compile(r"chat\.keep\((\d+)\), which forgets all but the last \d+ turns"), r"send only the last \1 turns"),
+    (re.compile("max_new_tokens"), "max_tokens"),
+)
 
 
 class ApiError(Exception):
@@ -43,7 +51,8 @@ class ApiError(Exception):
         """What the body holds."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code, "fix": self.fix}
-        return {"error": error}
+        # A request may hold half a character, which no response can.
+        return {"error": {key: text and text.encode("utf-8", "backslashreplace").decode() for key, text in error.items()}}
 
     def response(self) -> JSONResponse:
         """The whole."""
@@ -60,10 +69,16 @@ def told(error: Exception) -> ApiError:
             (found for kind, found in _OF_ENGINE.items() if isinstance(error, kind)), (503, "engine_unavailable")
         )
         message = error.found if error.expected is None else f"{error.found}\n  expected: {error.expected}"
-        return ApiError(status, message, code=code, fix=error.fix)
+        return ApiError(status, _in_words(message), code=code, fix=error.fix and _in_words(error.fix))
     if isinstance(error, MemoryError):
         return ApiError(503, "there is no memory left for this request", code="out_of_memory", headers=RETRY_AFTER)
     return ApiError(500, "the server failed", code="internal_error", fix="its log says where")
+
+
+def _in_words(text: str) -> str:
+    for pattern, words in _WORDS:
+        text = pattern.sub(words, text)
+    return text
 
 
 def unavailable() -> ApiError:

@@ -34,24 +34,23 @@ class Views:
 
     @contextmanager
     def borrow(self, image: bytes | None) -> Iterator[tuple[ImageView, bool]]:
-        """The view of an encoded image (None: of none), and whether it was encoded before. Afterwards it is kept, if
-        the block ends well. ImageError, ApiError (413) for an image that is none or has too many pixels."""
-        if image is None:
-            with self._engine.image(None) as view:
-                yield view, False
-            return
-        key = hashlib.sha256(image).digest()
-        cached = key in self._kept
-        (self._metrics.view_hits if cached else self._metrics.view_misses).inc()
-        if cached:
+        """The view of an encoded image, or of none, where a conversation's cache is all there is to keep; and whether
+        the image was encoded before. Afterwards the view is kept, if the block ends well. ImageError, ApiError (413)
+        for an image that is none or has too many pixels."""
+        key = b"" if image is None else hashlib.sha256(image).digest()
+        kept = key in self._kept
+        if image is not None:
+            (self._metrics.view_hits if kept else self._metrics.view_misses).inc()
+        if kept:
             view, size = self._kept.pop(key)
             self._total -= size
         else:
             self._evict(self._limit - self._largest)
-            _require_pixels(image, self._pixels)
+            if image is not None:
+                _require_pixels(image, self._pixels)
             view = self._engine.image(image)
         try:
-            yield view, cached
+            yield view, kept and image is not None
         except BaseException:
             view.close()
             self._count()
