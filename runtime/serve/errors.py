@@ -52,7 +52,9 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code, "fix": self.fix}
         # A request may hold half a character, which no response can.
-        return {"error": {key: text and text.encode("utf-8", "backslashreplace").decode() for key, text in error.items()}}
+        return {
+            "error": {key: text and text.encode("utf-8", "backslashreplace").decode() for key, text in error.items()}
+        }
 
     def response(self) -> JSONResponse:
         """The whole."""

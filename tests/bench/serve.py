@@ -104,26 +104,20 @@ def overhead(
     image: the request brings its image, which both have encoded: what a new one costs is vision's, on both sides; else
     questions are text alone. What one question took longer is the median of so many rounds."""
     connection = http.client.HTTPConnection(*server.address.place, timeout=PATIENCE)
-    views: dict[int, ImageView] = {}
     first, rest, tokens = [], [], 0
     for each in asked:
-        number = each.scene if image else -1
-        if number not in views:
-            views[number] = engine.image(base64.b64decode(each.url.partition(",")[2]) if image else None)
         body = json.dumps(each.body(server.address.model, image=image, **options)).encode()
-        sides = [lambda: _http(connection, body), lambda: _engine(views[number], each.question)]  # noqa: B023
-        differences = []
-        for turn in range(rounds + 1):
-            order = (0, 1) if turn % 2 else (1, 0)
-            found = {side: sides[side]() for side in order}
-            if turn:  # before, the image was encoded
-                differences.append(np.subtract(found[0], found[1]))
+        with engine.image(base64.b64decode(each.url.partition(",")[2]) if image else None) as view:
+            tokens += len(view.ask(each.question, max_new_tokens=TOKENS).token_ids)
+            _http(connection, body)  # now both have the image, and the question in their cache
+            differences = []
+            for turn in range(rounds):
+                ours = _engine(view, each.question) if turn % 2 else None
+                theirs = _http(connection, body)
+                differences.append(np.subtract(theirs, ours or _engine(view, each.question)))
         middle = np.median(differences, axis=0)
         first.append(middle[0])
         rest.append(middle[1])
-        tokens += len(views[number].ask(each.question, max_new_tokens=TOKENS).token_ids)
-    for view in views.values():
-        view.close()
     after = tokens - len(asked)
     return Overhead(*(1e3 * float(each) for each in (sum(first + rest) / tokens, np.median(first), sum(rest) / after)))
 

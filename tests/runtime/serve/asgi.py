@@ -129,4 +129,7 @@ def user(text: str, image: str | None = None) -> dict[str, Any]:
     """A user's message; `image`: a URL."""
     if image is None:
         return {"role": "user", "content": text}
-    return {"role": "user", "content": [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image}}]}
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image}}],
+    }

@@ -90,7 +90,7 @@ def test_every_token_says_what_it_read(engine, served):
 
 
 def test_figures_alone(served):
-    """"flex" without the selection: nothing but the last chunk is another."""
+    """ "flex" without the selection: nothing but the last chunk is another."""
     first, *_, last, _ = post(served, question(stream=True, flex={})).chunks
     assert "flex" not in first and set(last["flex"]) == {"stats"}
     assert set(post(served, question(flex={"selection": False})).json["flex"]) == {"stats"}
