@@ -38,7 +38,8 @@ class Service:
         self.worker = Worker(engine, settings, self.metrics)
         self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
         self.scenes = page.NewScenes(default_model=engine.manifest.source.get("folder") == DEFAULT_MODEL)
-        self.completions = Completions(self.model, self.worker, settings, Bodies(settings))
+        self.bodies = Bodies(settings)
+        self.completions = Completions(self.model, self.worker, settings, self.bodies)
 
     async def health(self, request: Request) -> Response:
         """Whether the process answers at all."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -38,6 +39,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
 }
+_HOST = re.compile(r"(\[[^][]*\]|[^:\[\]]+)(?::[0-9]*)?")
 _COUNTED = ("/", "/v1/chat/completions", "/v1/models", "/health", "/health/ready", "/metrics")
 _FOLDERS = ("/page/", "/flex/")  # counted as one each
 _CLOSE = {"Connection": "close"}  # where the rest of a body is not waited for
@@ -192,9 +194,9 @@ class Bodies:
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without the port."""
-    name = header.rpartition(":")[0] if not header.endswith("]") and ":" in header else header
-    return name.lower()
+    """The name in a Host header, without the port; empty for what is no such header."""
+    found = _HOST.fullmatch(header)
+    return found[1].lower() if found else ""
 
 
 def _counted(scope: Scope) -> str:

@@ -14,8 +14,12 @@ from plugins.files import parse_json
 from runtime.serve.errors import ApiError
 from runtime.serve.settings import Settings
 
-_TEXT, _PARTS = "(text)", "(parts)"  # tags of the two forms of a message's content; no field has such a name
+_TEXT, _PARTS = "(text)", "(parts)"  # tags of what may be a text or a list; no field has such a name
 _ROLES = {"developer": "system"}  # a newer word of OpenAI's for the same
+
+
+def _form(value: object) -> str:
+    return _TEXT if isinstance(value, str) else _PARTS
 
 
 class _Strict(BaseModel):
@@ -36,7 +40,9 @@ class _Strict(BaseModel):
             if name in cls.model_fields:
                 kept[name] = value
             elif name not in cls.off:
-                raise PydanticCustomError("unknown_option", "is no option that this server knows", {"name": name[:60]})
+                raise PydanticCustomError(
+                    "unknown_option", "is no option that this server knows", {"name": ascii(name[:60])[1:-1]}
+                )
             elif value is not None and not any(type(value) is type(off) and value == off for off in cls.off[name]):
                 raise PydanticCustomError("unsupported_option", "is not implemented by this server", {"name": name})
         return kept
@@ -73,7 +79,7 @@ class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag(_TEXT)] | Annotated[list[_Part], Field(min_length=1, max_length=64), Tag(_PARTS)],
-        Discriminator(lambda value: _TEXT if isinstance(value, str) else _PARTS),
+        Discriminator(_form),
     ]
 
 
@@ -118,7 +124,9 @@ class _ChatCompletion(_Strict):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[
+        Annotated[str, Tag(_TEXT)] | Annotated[list[str], Tag(_PARTS)], Discriminator(_form)
+    ] | None = None  # fmt: skip
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     user: str | None = None  # who asks: no answer of OpenAI's depends on it either
