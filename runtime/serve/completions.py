@@ -59,8 +59,8 @@ class Completions:
             image = None
             if asked.image is not None:
                 limits = self._settings.media, self._settings.body_bytes
-                # Reading base64 holds the interpreter's lock: in a thread of its own it keeps others waiting all the
-                # same, and comes later. Files may be slow.
+                # Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the
+                # same, and be there later. Files may be slow.
                 if asked.image.is_data:
                     image = read_image(asked.image, *limits)
                 else:

@@ -100,9 +100,9 @@ class Overhead:
 def overhead(
     server: Watched, engine: Engine, asked: Sequence[Asked], rounds: int, *, image: bool = True, **options: Any
 ) -> Overhead:
-    """Each question is streamed by one client and by the engine in this process, taking turns, and each by turns first.
-    image: the request brings its image, which both have encoded: what a new one costs is vision's, on both sides; else
-    questions are text alone. What one question took longer is the median of so many rounds."""
+    """Each question is streamed by one client, and by the engine in this process, by turns. image: the request brings
+    its image, which both have encoded: what a new one costs is vision's, on both sides; else questions are text alone.
+    What a question takes is the least of so many rounds, as others use the machine, too."""
     connection = http.client.HTTPConnection(*server.address.place, timeout=PATIENCE)
     first, rest, tokens = [], [], 0
     for each in asked:
@@ -110,27 +110,26 @@ def overhead(
         with engine.image(base64.b64decode(each.url.partition(",")[2]) if image else None) as view:
             tokens += len(view.ask(each.question, max_new_tokens=TOKENS).token_ids)
             _http(connection, body)  # now both have the image, and the question in their cache
-            differences = []
-            for turn in range(rounds):
-                ours = _engine(view, each.question) if turn % 2 else None
-                theirs = _http(connection, body)
-                differences.append(np.subtract(theirs, ours or _engine(view, each.question)))
-        middle = np.median(differences, axis=0)
-        first.append(middle[0])
-        rest.append(middle[1])
+            theirs, ours = [], []
+            for _ in range(rounds):
+                theirs.append(_http(connection, body))
+                ours.append(_engine(view, each.question))
+        longer = np.min(theirs, axis=0) - np.min(ours, axis=0)
+        first.append(longer[0])
+        rest.append(longer[1] - longer[0])
     after = tokens - len(asked)
-    return Overhead(*(1e3 * float(each) for each in (sum(first + rest) / tokens, np.median(first), sum(rest) / after)))
+    return Overhead(*(1e3 * float(each) for each in (sum(first + rest) / tokens, np.mean(first), sum(rest) / after)))
 
 
 def _http(connection: http.client.HTTPConnection, body: bytes) -> tuple[float, float]:
-    """Seconds until the first token's chunk, and from it to the end."""
+    """Seconds until the first token's chunk, and to the end."""
     begin, first = perf_counter(), 0.0
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     while line := response.readline():
         if not first and b'"content":' in line and b'"role"' not in line:
             first = perf_counter() - begin
-    return first, perf_counter() - begin - first
+    return first, perf_counter() - begin
 
 
 def _engine(view: ImageView, question: str) -> tuple[float, float]:
@@ -138,7 +137,7 @@ def _engine(view: ImageView, question: str) -> tuple[float, float]:
     begin, first = perf_counter(), 0.0
     for _ in view.stream(question, max_new_tokens=TOKENS).steps():
         first = first or perf_counter() - begin
-    return first, perf_counter() - begin - first
+    return first, perf_counter() - begin
 
 
 def measure(bundle: Path, scenes: int, clients: int, count: int, rounds: int) -> list[tuple[str, str]]:
