@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS
+from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.open import DEVICES
 from plugins import command
@@ -82,6 +83,7 @@ def _api_key(path: Path | None) -> str | None:
 def listen_at(host: str, port: int, settings: Settings) -> socket.socket:
     """A socket of that address, which nobody can connect to yet. OptionError when there is none to be had, and for an
     address that others can reach when they would need no key."""
+    require_integer(port, f"--port {port}", 0, 65535)  # the system would take others modulo 65536
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -125,6 +127,7 @@ def run(given: argparse.Namespace) -> int:
                 server_header=False,
                 limit_concurrency=settings.connections,
                 h11_max_incomplete_event_size=settings.header_bytes,
+                timeout_keep_alive=max(1, round(settings.head_timeout)),
                 timeout_graceful_shutdown=max(1, round(min(settings.read_timeout, settings.grace))),
             )
             server = _Server(config, served.state.service.worker, settings.grace, _url(listener, given.host))

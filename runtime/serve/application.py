@@ -20,7 +20,7 @@ from engines.errors import FlexError
 from runtime.engine import Engine
 from runtime.serve import page
 from runtime.serve.completions import Completions, Model
-from runtime.serve.errors import ApiError, on_api_error, on_http_error, told
+from runtime.serve.errors import ApiError, on_api_error, on_http_error
 from runtime.serve.guard import Bodies, Guard, keyed
 from runtime.serve.metrics import CONTENT_TYPE, Metrics
 from runtime.serve.settings import Settings
@@ -47,15 +47,7 @@ class Service:
 
     async def ready(self, request: Request) -> Response:
         """Whether questions are taken: not when the server is ending, its engine is closed, or its bundle changed."""
-        if not self.worker.accepting:
-            raise ApiError(503, "this server is ending", code="ending")
-        model = vars(self._engine).get("model")
-        if model is None:
-            raise ApiError(503, "the engine is closed", code="engine_unavailable")
-        try:
-            model.require_unchanged()
-        except FlexError as error:
-            raise told(error) from None
+        self.worker.require_ready()
         return JSONResponse({"status": "ready"})
 
     async def models(self, request: Request) -> Response:

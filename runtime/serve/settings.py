@@ -57,7 +57,9 @@ class Settings:
     connections: int = _count(256, "open connections at most; 503 past them")
     timeout: float = _seconds(300.0, "seconds until a request's answer must be ready, waiting included; then 503")
     body_timeout: float = _seconds(30.0, "seconds until the body of a request must be there; then 408")
-    head_timeout: float = _seconds(10.0, "seconds until the headers of a request must be there; then it is cut off")
+    head_timeout: float = _seconds(
+        10.0, "seconds that a connection waits for the headers of a request, or the next one"
+    )
     read_timeout: float = _seconds(30.0, "seconds until a client must have read what was sent; then it is cut off")
     grace: float = _seconds(20.0, "seconds that running requests get to end in when the server is asked to end")
 

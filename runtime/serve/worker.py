@@ -93,11 +93,20 @@ class Worker:
         self._changed = threading.Condition()
         self.accepting, self._ended = True, False
 
+    def require_ready(self) -> None:
+        """ApiError (503) when the server is ending or its engine is closed, BundleError when its bundle was written
+        to: no question will be answered."""
+        if not self.accepting:
+            raise unavailable()
+        model = vars(self._engine).get("model")
+        if model is None:
+            raise ApiError(503, "the engine is closed", code="engine_unavailable", fix="start the server again")
+        model.require_unchanged()
+
     def submit(self, job: Job) -> None:
-        """Queue a question. ApiError: 429 when too many wait, 503 when the server is ending."""
+        """Queue a question. ApiError: 429 when too many wait; and errors of `require_ready`."""
         with self._changed:
-            if not self.accepting:
-                raise unavailable()
+            self.require_ready()
             if len(self._waiting) >= self._settings.queue:
                 raise ApiError(
                     429, f"{len(self._waiting)} requests are waiting already", code="queue_full",

@@ -1,4 +1,4 @@
-"""`python -m runtime.serve`, in a process of its own: how it starts, ends, and treats connections that do not behave."""
+"""`python -m runtime.serve`, in a process of its own: how it starts, ends, and treats hostile connections."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_sigterm_lets_an_answer_end(chat_bundle, tmp_path):
 
 def test_sigterm_does_not_wait_for_ever(chat_bundle, tmp_path):
     with serving(chat_bundle, "--grace", "0.05", log=tmp_path / "log") as server:
-        response = ask(server.url, LONG | {"max_tokens": 700})
+        response = ask(server.url, LONG | {"max_tokens": 620})
         assert response.readline()
         assert server.end(signal.SIGTERM, 20) == 0
         assert b"data: [DONE]" not in (rest := response.read()) and b'"code":"ending"' in rest
