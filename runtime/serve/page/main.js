@@ -80,6 +80,7 @@ async function usePicture(blob, name, questions = []) {
   Object.assign(by("picture"), { src: picture.url, alt: `The picture you ask about: ${name}` });
   by("frame").style.setProperty("--ratio", String(picture.width / picture.height));
   by("note").textContent = picture.note;
+  if (conversation.picture) URL.revokeObjectURL(conversation.picture.url);
   conversation.begin(picture, questions);
   if (matchMedia("(hover: hover)").matches) by("question").focus();
   else scrollTo({ top: 0 }); // no keyboard over the picture before it was seen
