@@ -1,4 +1,4 @@
-"""A real browser before the real server. Each test worker has one of each; each test a window without a past."""
+"""A real browser before the real server. Each test gets a window without a past."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "i
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def chromium() -> str:
     if shutil.which(CHROMIUM) is None:
         pytest.skip(f"no browser: {CHROMIUM} is not installed (apt-get install chromium)")
+    return CHROMIUM
+
+
+@pytest.fixture(scope="package")  # Playwright keeps an event loop running, in which other tests cannot run theirs
+def browser(chromium) -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield made
         made.close()
 
@@ -39,14 +44,14 @@ def engine(default_bundle) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def url(browser, default_bundle, tmp_path_factory) -> Iterator[str]:
+def url(chromium, default_bundle, tmp_path_factory) -> Iterator[str]:
     """Of a server with the default model, for tests that leave it alive."""
     with serving(default_bundle("fp16"), "--threads", 1, log=tmp_path_factory.mktemp("server") / "log") as server:
         yield f"{server.url}/"
 
 
 @pytest.fixture
-def own_server(browser, default_bundle, tmp_path) -> Iterator[Callable[..., Server]]:
+def own_server(chromium, default_bundle, tmp_path) -> Iterator[Callable[..., Server]]:
     """own_server(**environment) -> a server of the test's own."""
     with ExitStack() as running:
 
