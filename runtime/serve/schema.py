@@ -142,6 +142,11 @@ class ImageUrl:
     url: str
     param: str
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the request holds it."""
+        return self.url[:5].lower() == "data:"
+
 
 @dataclass(frozen=True)
 class Asked:
