@@ -74,10 +74,10 @@ class Completions:
             return JSONResponse(await reply.whole(first, events), headers={"Cache-Control": "no-store"})
 
     async def _read_image(self, image: ImageUrl) -> bytes:
-        """One in the request is decoded here: that takes a millisecond for half a megabyte, and no other thread could
-        do it meanwhile. Many threads would each keep memory of their own for it."""
+        """Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the same, and
+        each of many threads would keep memory of its own for it. Files may be slow."""
         where = image, self._settings.media, self._settings.body_bytes
-        if image.is_inside:
+        if image.is_data:
             return read_image(*where)
         return await asyncio.get_running_loop().run_in_executor(self._files, read_image, *where)
 

@@ -143,8 +143,8 @@ class ImageUrl:
     param: str
 
     @property
-    def is_inside(self) -> bool:
-        """Whether the request holds it."""
+    def is_data(self) -> bool:
+        """Whether the URL is the image."""
         return self.url[:5].lower() == "data:"
 
 

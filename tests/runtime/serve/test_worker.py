@@ -330,7 +330,7 @@ class Recording:
 
 
 def test_many_requests_take_one_thread(made):
-    """Each thread that decodes images keeps memory of its own: with 40 of them a server grew by 20 MB in 120 requests."""
+    """Each thread that decodes images keeps memory of its own: with 40 of them it grew by 20 MB in 120 requests."""
     app = made()
 
     async def crowd() -> set[str]:
