@@ -100,10 +100,11 @@ class Seeds:
     @cached_property
     def target(self) -> server.Target:
         """A server of the whole bundle, which lives as long as this."""
-        outcome = trial(lambda _: server.answer(self.bundle))
+        bundle = self.bundle  # made here: a fork cannot, behind the threads of torch
+        outcome = trial(lambda _: server.answer(bundle))
         assert outcome.kind == ANSWERED, outcome
         home = Path(tempfile.mkdtemp(prefix="server-", dir=self.folder))
-        running, target = server.serve(self.bundle, home, outcome.detail)
+        running, target = server.serve(bundle, home, outcome.detail)
         self.ending.callback(running.process.wait)
         self.ending.callback(running.process.kill)
         return target

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -79,6 +80,9 @@ def test_a_server_that_is_attacked(made):
     for figures in soak.served(made.target, requests=60, left=5):
         assert figures.wrong == 0 and figures.descriptors <= 2 and figures.threads <= 4, figures
         assert figures.rss < 40e6, figures
+    _, metrics = server.ask(made.target.address, server.request("/metrics", method="GET"))
+    stopped = re.search(rb'flex_answers_total\{end="cancelled"\} (\d+)', metrics)
+    assert stopped and int(stopped[1]) > 5, "answers were left behind their end, not in the middle"
 
 
 @pytest.mark.parametrize(
