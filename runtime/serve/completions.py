@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,9 +58,14 @@ class Completions:
                 )  # fmt: skip
             image = None
             if asked.image is not None:
-                image = await run_in_threadpool(
-                    read_image, asked.image, self._settings.media, self._settings.body_bytes
-                )
+                limits = self._settings.media, self._settings.body_bytes
+                # Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the
+                # same, and be there later. Files may be slow.
+                if asked.image.is_data:
+                    image = read_image(asked.image, *limits)
+                else:
+                    image = await run_in_threadpool(read_image, asked.image, *limits)
+                asked = replace(asked, image=None)  # a long text, which nobody needs any more
             exchange = Exchange(self._worker, self._settings.timeout, request.receive)
             events = exchange.events(asked, image, arrived)
             del image

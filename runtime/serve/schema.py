@@ -142,6 +142,11 @@ class ImageUrl:
     url: str
     param: str
 
+    @property
+    def is_data(self) -> bool:
+        """Whether the URL is the image."""
+        return self.url[:5].lower() == "data:"
+
 
 @dataclass(frozen=True)
 class Asked:
