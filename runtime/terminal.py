@@ -188,7 +188,8 @@ class Conversation:
                 print(flush=True)
         if typed and (answer := stream.finished) is not None:
             stats = answer.stats
-            pages = f", {stats.pages_read.mean():.1f} of {self._cells} pages a layer" if stats.pages_read.size else ""
+            read = stats.pages_read if self._image is not None else stats.pages_read[:0]
+            pages = f", {read.mean():.1f} of {self._cells} pages a layer" if read.size else ""
             _say(f"({len(answer.token_ids)} tokens, {stats.tokens_per_second:.0f}/s{pages})")
         elif typed:
             _say("(stopped: this question is no part of the conversation)")
