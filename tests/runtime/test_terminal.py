@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import pty
@@ -186,7 +187,12 @@ def test_a_conversation_too_long_says_what_to_forget_and_that_works(talk, photo)
     told = "tell me more\n" * (answered + 1) + f"{keep[1].decode()}\n/retry\n"
     result = piped(talk, told, photo, "--max-new-tokens", 40)
     assert result.stderr.count(b"error:") == 1 and b"turns are kept" in result.stderr, result.stderr
-    assert int(keep[2]) < answered
+    assert 0 < int(keep[2]) < answered
+    chat = Engine(talk).chat(photo)
+    expected = [chat.ask("tell me more", max_new_tokens=40).text for _ in range(answered)]
+    chat.keep(int(keep[2]))
+    expected.append(chat.ask("tell me more", max_new_tokens=40).text)  # /retry takes no answered turn away
+    assert result.stdout.decode() == "".join(f"{text}\n" for text in expected)
 
 
 def test_without_a_template_for_turns_each_question_is_asked_alone(talk, photo, tmp_path):
@@ -199,6 +205,15 @@ def test_without_a_template_for_turns_each_question_is_asked_alone(talk, photo, 
     assert result.stdout.decode() == "".join(f"{text}\n" for text in answers)
     assert result.stderr.count(b"each question is asked alone") == 1
     assert b"/keep without a conversation" in result.stderr and b"no question to ask again" in result.stderr
+
+
+def test_images_are_pasted_as_text(talk, photo):
+    data = base64.b64encode(photo.read_bytes()).decode()
+    assert "//" in data, "what a path would not keep"
+    for text in (data, f"DATA:image/png;base64,{data}", f"'{photo}'", str(photo).replace("photo", "ph\\oto")):
+        result = piped(talk, f"/image {text}\nwhat?\n", "none", "--max-new-tokens", 4)
+        expected = Engine(talk).generate(photo, "what?", max_new_tokens=4).text
+        assert result.stdout.decode() == f"{expected}\n" and b"140 x 90: a new" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
