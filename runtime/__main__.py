@@ -177,8 +177,7 @@ def _converse(given: argparse.Namespace, sources: list[str]) -> int:
     lines = terminal.open_lines()  # first: what is missing is told before the bundle is opened
     image = _load(sources[0], given.exif)
     with _open(given) as engine:
-        name = Path(_shortened(sources[0])).name
-        talk = terminal.Conversation(engine, image, name, exif=given.exif, options=_options(given))
+        talk = terminal.Conversation(engine, image, sources[0], exif=given.exif, options=_options(given))
         return talk.run(lines)
 
 

@@ -108,22 +108,23 @@ class Conversation:
     everything else to standard error."""
 
     def __init__(
-        self, engine: Engine, image: PIL.Image.Image | None, name: str, *, exif: bool, options: dict[str, Any]
+        self, engine: Engine, image: PIL.Image.Image | None, source: str, *, exif: bool, options: dict[str, Any]
     ) -> None:
-        """image: what it begins with, upright, RGB; None for text alone. name: how it is called. exif: whether images
-        to come are turned upright. options: fields of runtime.request.Options, for every question."""
+        """image: what it begins with, upright, RGB; None for text alone. source: the text that it was read from. exif:
+        whether images to come are turned upright. options: fields of runtime.request.Options, for every question."""
         self._engine, self._exif, self._options = engine, exif, dict(options)
-        self._open(image, name)
+        self._open(image, source)
 
-    def _open(self, image: PIL.Image.Image | None, name: str) -> None:
-        self._image, self._name = image, name
+    def _open(self, image: PIL.Image.Image | None, source: str) -> None:
+        self._image, self._name = image, Path(source).name[-30:] if os.path.lexists(source) else "image"
         self._view = self._engine.image(image)
         self._clear()
 
     def _clear(self) -> None:
         self._chat: Chat | None = self._view.chat() if self._engine.manifest.prompt.turn is not None else None
-        self._question: str | None = None
-        self._tokens: list[Token] = []
+        self._question: str | None = None  # the last one
+        self._whole = False  # whether it was answered to the end, and so is a part of the conversation
+        self._tokens: list[Token] = []  # of the last answer
 
     def run(self, lines: Lines) -> int:
         """Until the lines end. The exit status: 1 when nobody watched and a line could not be done."""
@@ -134,7 +135,7 @@ class Conversation:
         failed = False
         while True:
             try:
-                line = lines.read("> " if self._image is None else f"{self._name[-30:]}> ")
+                line = lines.read("> " if self._image is None else f"{self._name}> ")
                 if line is None or line.strip() in ("/quit", "/exit"):
                     return int(failed and not lines.typed)
                 self._do(line.strip(), lines.typed)
@@ -175,7 +176,7 @@ class Conversation:
     def _ask(self, question: str, typed: bool) -> None:
         """Stream the answer."""
         stream = self._stream(question)
-        self._question, self._tokens = question, []
+        self._question, self._whole, self._tokens = question, False, []
         with _stopping(stream, typed) as stopped:
             try:
                 for token in stream.steps():
@@ -186,9 +187,12 @@ class Conversation:
                         break
             finally:
                 print(flush=True)
-        if typed and (answer := stream.finished) is not None:
+        answer = stream.finished
+        self._whole = answer is not None
+        if typed and answer is not None:
             stats = answer.stats
-            pages = f", {stats.pages_read.mean():.1f} of {self._cells} pages a layer" if stats.pages_read.size else ""
+            read = stats.pages_read if self._image is not None else stats.pages_read[:0]
+            pages = f", {read.mean():.1f} of {self._cells} pages a layer" if read.size else ""
             _say(f"({len(answer.token_ids)} tokens, {stats.tokens_per_second:.0f}/s{pages})")
         elif typed:
             _say("(stopped: this question is no part of the conversation)")
@@ -206,14 +210,14 @@ class Conversation:
             if "chat.keep" not in (error.fix or ""):
                 raise
             fix = f"/keep {error.turns} forgets all but the last {error.turns} turns; then ask again, or /retry"
-            self._question = question
+            self._question, self._whole = question, False
             raise ContextError(error.found, expected=error.expected, fix=fix) from None
 
     def _retry(self, typed: bool) -> None:
         if self._question is None:
             raise OptionError("no question to ask again", expected="a question first")
         before = self._chat
-        if before is not None and self._answered(before):
+        if before is not None and self._whole and before.messages:  # none: /keep 0 forgot it
             self._chat = self._view.chat(before.messages[:-2])
         try:
             self._ask(self._question, typed)
@@ -221,18 +225,14 @@ class Conversation:
             self._chat = before  # an error leaves the conversation as it was
             raise
 
-    def _answered(self, chat: Chat) -> bool:
-        """Whether the last question is in the conversation: not if its answer was stopped, or it did not fit."""
-        return bool(chat.messages) and bool(self._tokens) and chat.messages[-2]["content"] == self._question
-
     def _take_image(self, argument: str) -> None:
-        name = _path(argument)
-        if not name:
+        source = _path(argument)
+        if not source:
             raise ImageError("/image without an image", expected="a file, a data: URL, or none", fix="/image photo.jpg")
-        image = None if name == "none" else load_image(name, exif=self._exif)
+        image = None if source == "none" else load_image(source, exif=self._exif)
         self._view.close()
-        self._open(image, name)
-        size = "text alone" if image is None else f"{name[-60:]}, {image.width} x {image.height}"
+        self._open(image, source)
+        size = "text alone" if image is None else f"{self._name}, {image.width} x {image.height}"
         _say(f"{size}: a new conversation")
 
     def _show(self, argument: str) -> None:
@@ -252,12 +252,9 @@ class Conversation:
     def _set_budget(self, argument: str) -> None:
         most = self._engine.manifest.page_budget
         if argument:
-            given = (
-                None
-                if argument.lower() == "none"
-                else _integer(argument, "/budget", most, ", or none for the bundle's")
-            )
-            self._options["page_budget"] = given
+            none = argument.lower() == "none"
+            meaning = ", or none for the bundle's"
+            self._options["page_budget"] = None if none else _integer(argument, "/budget", most, meaning)
         budget = self._options.get("page_budget")
         _say(f"each layer reads at most {most if budget is None else budget} of {self._cells} pages")
 
@@ -282,11 +279,13 @@ def _integer(text: str, command: str, most: int, meaning: str) -> int:
 
 def _path(typed: str) -> str:
     """A path as people type it, or as a terminal pastes a file that is dropped on it: quoted, or with backslashes."""
-    if typed.startswith("data:") or os.path.lexists(typed):
+    if os.path.lexists(typed):
         return typed
     try:
         words = shlex.split(typed)
-        return str(Path(words[0]).expanduser()) if len(words) == 1 else typed
+        if len(words) != 1:
+            return typed
+        return str(Path(words[0]).expanduser()) if words[0].startswith("~") else words[0]
     except (ValueError, RuntimeError):  # a quotation mark that is not closed; the home of nobody
         return typed
 

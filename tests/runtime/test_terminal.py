@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import pty
@@ -186,7 +187,12 @@ def test_a_conversation_too_long_says_what_to_forget_and_that_works(talk, photo)
     told = "tell me more\n" * (answered + 1) + f"{keep[1].decode()}\n/retry\n"
     result = piped(talk, told, photo, "--max-new-tokens", 40)
     assert result.stderr.count(b"error:") == 1 and b"turns are kept" in result.stderr, result.stderr
-    assert int(keep[2]) < answered
+    assert 0 < int(keep[2]) < answered
+    chat = Engine(talk).chat(photo)
+    expected = [chat.ask("tell me more", max_new_tokens=40).text for _ in range(answered)]
+    chat.keep(int(keep[2]))
+    expected.append(chat.ask("tell me more", max_new_tokens=40).text)  # /retry takes no answered turn away
+    assert result.stdout.decode() == "".join(f"{text}\n" for text in expected)
 
 
 def test_without_a_template_for_turns_each_question_is_asked_alone(talk, photo, tmp_path):
@@ -201,32 +207,42 @@ def test_without_a_template_for_turns_each_question_is_asked_alone(talk, photo, 
     assert b"/keep without a conversation" in result.stderr and b"no question to ask again" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("/show", "/show before an answer"),
-        ("/show /nowhere/x.png", "/show before an answer"),
-        ("/image", "/image without an image"),
-        ("/image 'unclosed", "does not exist"),
-        ("/image none\n/show", "/show without an image"),
-        ("/budget -1", "0 .. "),
-        ("/budget ten", "0 .. "),
-        ("/budget " + "9" * 5000, "0 .. "),
-        ("/keep", "0 .. 0"),
-        ("/retry", "no question to ask again"),
-        ("/" + "x" * 5000, "no command /xxx"),
-        ("/", "no command /"),
-        ("what?\n/show x.foo", "a picture: .png"),
-        ("what?\n/show /nowhere/x.png", "mkdir -p /nowhere"),
-        ("what?\n/show " + "x" * 5000 + ".png", "cannot be written"),
-        ("/image ~nobody-of-this-name/x.png", "does not exist"),
-        ("what?\n/show .", "a file name in a folder"),
-    ],
-)
-def test_a_wrong_line_is_told_and_the_next_one_done(talk, photo, line, text):
-    result = piped(talk, f"{line}\n/help\n", photo, "--max-new-tokens", 2)
-    assert text in result.stderr.decode() and "/quit " in result.stderr.decode(), result.stderr
-    assert result.returncode == 1 and b"Traceback" not in result.stderr and len(result.stderr) < 4000
+def test_images_are_pasted_as_text(talk, photo):
+    data = base64.b64encode(photo.read_bytes()).decode()
+    assert "//" in data, "what a path would not keep"
+    for text in (data, f"DATA:image/png;base64,{data}", f"'{photo}'", str(photo).replace("photo", "ph\\oto")):
+        result = piped(talk, f"/image {text}\nwhat?\n", "none", "--max-new-tokens", 4)
+        expected = Engine(talk).generate(photo, "what?", max_new_tokens=4).text
+        assert result.stdout.decode() == f"{expected}\n" and b"140 x 90: a new" in result.stderr, result.stderr
+
+
+WRONG = [  # a line, and what is said of it
+    ("/show", "/show before an answer"),
+    ("/image", "/image without an image"),
+    ("/image 'unclosed", "does not exist"),
+    ("/image ~nobody-of-this-name/x.png", "does not exist"),
+    ("/budget -1", "0 .. "),
+    ("/budget ten", "0 .. "),
+    ("/budget " + "9" * 5000, "0 .. "),
+    ("/keep", "0 .. 0"),
+    ("/retry", "no question to ask again"),
+    ("/" + "x" * 5000, "no command /xxx"),
+    ("/", "no command /"),
+    ("what?\n/show x.foo", "a picture: .png"),
+    ("/show /nowhere/x.png", "mkdir -p /nowhere"),
+    ("/show " + "x" * 5000 + ".png", "cannot be written"),
+    ("/show .", "a file name in a folder"),
+    ("/image none\n/show", "/show without an image"),
+]
+
+
+def test_a_wrong_line_is_told_and_the_next_one_done(talk, photo):
+    result = piped(talk, "".join(f"{line}\n/help\n" for line, _ in WRONG), photo, "--max-new-tokens", 2)
+    assert result.returncode == 1 and b"Traceback" not in result.stderr
+    told = result.stderr.decode().split("/image PATH")  # the first line of /help
+    assert len(told) == len(WRONG) + 1
+    for (line, text), said in zip(WRONG, told, strict=False):
+        assert said.count("error: ") == 1 and text in said and len(said) < 2000, (line[:80], said)
 
 
 def test_the_end_of_the_reader_is_the_end(talk, photo):
