@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Completions:
                     image = read_image(asked.image, *limits)
                 else:
                     image = await run_in_threadpool(read_image, asked.image, *limits)
+                asked = replace(asked, image=None)  # a long text, which nobody needs any more
             exchange = Exchange(self._worker, self._settings.timeout, request.receive)
             events = exchange.events(asked, image, arrived)
             del image

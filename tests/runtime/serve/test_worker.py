@@ -342,10 +342,11 @@ def test_a_failure_of_the_engine(made, monkeypatch, caplog):
     assert reply.status == 500 and reply.error["code"] == "internal_error" and QUESTION not in reply.body.decode()
     assert "ValueError" in caplog.text and QUESTION not in caplog.text
     assert metric(app, "flex_view_cache_entries") == 0
-    assert post(app, question(IMAGE)).status == 200
+    assert post(app, question(IMAGE)).status == 200 and metric(app, "flex_view_cache_entries") == 1
     with monkeypatch.context() as patched:
         patched.setattr(OrtModel, "vision", lambda self, tiles: (_ for _ in ()).throw(MemoryError()))
         assert post(app, question(IMAGE_2)).error["code"] == "out_of_memory"
+    assert metric(app, "flex_view_cache_entries") == 0, "what was kept may be what is missing"
 
 
 def test_what_is_counted(made, engine):
