@@ -58,7 +58,7 @@ def test_overhead_is_of_both_sides(default_bundle, asked, tmp_path):
         server = serve.Watched(Address.of(running.url), running.process.pid)
         for options in ({}, {"image": False}, {"flex": {"selection": True}}):
             found = serve.overhead(server, engine, asked[:2], 2, **options)
-            assert str(found).count("ms") == 3
+            assert abs(found.answer) > abs(found.token) and str(found).count("ms") == 2
         assert server.metrics()['flex_answers_total{end="stop"}'] >= 12
 
 
