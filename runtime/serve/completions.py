@@ -74,8 +74,8 @@ class Completions:
             return JSONResponse(await reply.whole(first, events), headers={"Cache-Control": "no-store"})
 
     async def _read_image(self, image: ImageUrl) -> bytes:
-        """Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the same, and
-        each of many threads would keep memory of its own for it. Files may be slow."""
+        """Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the same,
+        and each of many threads would keep memory of its own for it. Files may be slow."""
         where = image, self._settings.media, self._settings.body_bytes
         if image.is_data:
             return read_image(*where)
