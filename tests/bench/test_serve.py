@@ -27,7 +27,11 @@ def test_many_clients_rude_ones_among_them(default_bundle, asked, tmp_path):
     with serving(default_bundle("fp16"), *options, log=tmp_path / "log") as running:
         server = serve.Watched(Address.of(running.url), running.process.pid)
         fresh = server.resources()
-        serve.refused(asyncio.run(too_many(server.address, asked, 24)))
+        for _ in range(20):  # the server may be faster than its clients, once or twice
+            replies = asyncio.run(too_many(server.address, asked, 24))
+            if any(reply.status == 429 for reply in replies):
+                break
+        serve.refused(replies)
         asyncio.run(load(server.address, asked, 2, len(asked)))
         before, counted = server.settled(fresh.files), server.metrics()
         with half_requests(server.address, asked, 6):
@@ -36,6 +40,7 @@ def test_many_clients_rude_ones_among_them(default_bundle, asked, tmp_path):
         asyncio.run(disconnect(server.address, asked, 8))
         serve.require_no_leak(before, server.settled(before.files))
         replies, _ = asyncio.run(load(server.address, asked, 4, len(asked)))
+        server.settled(before.files)
         counts = server.metrics()
         assert len(replies) == len(asked) and counts["flex_view_cache_misses_total"] == 2
         answered = sum(
@@ -53,7 +58,7 @@ def test_overhead_is_of_both_sides(default_bundle, asked, tmp_path):
         server = serve.Watched(Address.of(running.url), running.process.pid)
         for options in ({}, {"image": False}, {"flex": {"selection": True}}):
             found = serve.overhead(server, engine, asked[:2], 2, **options)
-            assert str(found).count("ms") == 3
+            assert abs(found.answer) > abs(found.token) and str(found).count("ms") == 2
         assert server.metrics()['flex_answers_total{end="stop"}'] >= 12
 
 
