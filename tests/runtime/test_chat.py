@@ -115,11 +115,27 @@ def test_a_conversation_that_is_too_long_says_how_many_turns_fit(engine):
     assert same(chat.ask(question, **OPTIONS), engine.generate(PHOTO, messages, **OPTIONS))
     with pytest.raises(ContextError) as caught:
         chat.ask("x" * 1000, **OPTIONS)  # alone, too
-    assert caught.value.turns == 0 and "chat.keep" not in caught.value.fix
+    assert caught.value.turns is None and "chat.keep" not in caught.value.fix
     with pytest.raises(OptionError, match=r"turns=-1"):
         chat.keep(-1)
     chat.keep(0)
     assert chat.messages == []
+
+
+def test_more_text_than_the_context_has_letters_for(engine):
+    """Known before it is made tokens; how many turns fit is told all the same, and is right."""
+    turn = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "x" * 100}]
+    messages, question = turn * 1000, {"role": "user", "content": QUESTIONS[1]}
+    with pytest.raises(ContextError, match=r"a prompt of \d+ characters") as caught:
+        engine.generate(PHOTO, [*messages, question], **OPTIONS)
+    kept = caught.value.turns
+    assert kept > 0 and f"chat.keep({kept})" in caught.value.fix
+    assert engine.generate(PHOTO, [*messages[-2 * kept :], question], **OPTIONS).token_ids
+    with pytest.raises(ContextError, match="tokens"):
+        engine.generate(PHOTO, [*messages[-2 * kept - 2 :], question], **OPTIONS)
+    with pytest.raises(ContextError, match="characters") as caught:
+        engine.generate(PHOTO, [*messages, {"role": "user", "content": "x" * 10**6}], **OPTIONS)
+    assert caught.value.turns is None and "shorten" in caught.value.fix
 
 
 def test_errors_leave_a_conversation_as_it_was(engine):
