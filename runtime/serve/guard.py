@@ -57,7 +57,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = perf_counter(), 0
+        begun, status, path = perf_counter(), 0, _counted(scope)  # now: a mount below changes what the scope says
 
         async def guarded(message: Message) -> None:
             nonlocal status
@@ -82,7 +82,6 @@ class Guard:
                 raise _CutOff from None  # it is too late to say so
             await told(error).response()(scope, receive, guarded)
         finally:
-            path = _counted(scope)
             self._metrics.requests.labels(path, str(status or 499)).inc()
             elapsed = 1000 * (perf_counter() - begun)
             _log.info("%s %s %d %.0f ms", scope["method"][:10], path, status or 499, elapsed)

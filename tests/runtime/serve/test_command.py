@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -14,10 +15,11 @@ import urllib.request
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 
 from engines.errors import OptionError
 from runtime.serve import Settings
-from runtime.serve.__main__ import listen_at, parse_arguments, settings_of
+from runtime.serve.__main__ import _Server, listen_at, parse_arguments, settings_of
 from tests.paths import ROOT
 from tests.runtime.serve.asgi import JSON, user
 from tests.runtime.serve.command import serving
@@ -110,6 +112,20 @@ def test_addresses_that_cannot_be_had():
                            ("127.0.0.1", -1), ("no such host", 0), ("x" * 300, 0)]:  # fmt: skip
             with pytest.raises(OptionError):
                 listen_at(host, port, Settings(no_auth=True))
+
+
+def test_an_address_that_another_was_quicker_to_take():
+    async def nothing(scope, receive, send):
+        pass
+
+    with (
+        listen_at("127.0.0.1", 0, Settings()) as first,
+        listen_at("127.0.0.1", first.getsockname()[1], Settings()) as second,  # nobody listens there yet
+    ):
+        first.listen()
+        server = _Server(uvicorn.Config(nothing, lifespan="off", log_config=None), None, 1.0, "http://127.0.0.1/")
+        with pytest.raises(OptionError, match="in use"):
+            asyncio.run(server.serve(sockets=[second]))
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
