@@ -32,6 +32,7 @@ export class Conversation {
     this.suggested = [];
     /** @type {Turn[]} */
     this.turns = [];
+    this.connecting = false; // a question waits for the model
     /** @type {AbortController | null} of the request that runs */
     this.asking = null;
     by("composer").addEventListener("submit", (event) => {
@@ -100,8 +101,12 @@ export class Conversation {
   /** @param {string} text @param {{forget?: boolean}} [how] `forget`: without the earlier turns */
   async ask(text, { forget = false } = {}) {
     const question = text.trim();
-    if (!question || !this.picture || this.asking) return;
-    if (!this.model) await this.connect(); // it was not there when the page was opened
+    if (!question || !this.picture || this.asking || this.connecting) return;
+    if (!this.model) {
+      this.connecting = true; // it was not there when the page was opened
+      await this.connect();
+      this.connecting = false;
+    }
     if (!this.model) return;
     hideProblem();
     this.looking.pause();
