@@ -70,6 +70,22 @@ def test_sigterm_does_not_wait_for_ever(chat_bundle, tmp_path):
         assert b"data: [DONE]" not in (rest := response.read()) and b'"code":"ending"' in rest
 
 
+def test_sigterm_while_a_body_is_on_its_way(chat_bundle, tmp_path):
+    """Its client is told; nothing of it is a failure of the server, which the log would show."""
+    with serving(chat_bundle, "--grace", 1, log=tmp_path / "log") as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=20) as client:
+            client.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
+            while status_of(f"{server.url}/health") != 200:  # behind it in the order of events
+                pass
+            assert server.end() == 0
+            head = client.recv(65536)
+        assert head.startswith(b"HTTP/1.1 503 ") and (tmp_path / "log").read_text().count("Traceback") == 0
+
+
 def test_a_second_signal_ends_it_at_once(chat_bundle, tmp_path):
     with serving(chat_bundle, "--grace", 60, log=tmp_path / "log") as server:
         response = ask(server.url, LONG)
