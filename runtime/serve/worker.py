@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from engines.backend import Model
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import precision_named
 from engines.errors import FlexError
@@ -20,7 +21,7 @@ from engines.sizing.needs import Configuration, store_bytes
 from runtime.answer import Answer, Token
 from runtime.engine import Engine
 from runtime.request import read_request
-from runtime.serve.errors import RETRY_AFTER, ApiError, told, unavailable
+from runtime.serve.errors import RETRY_AFTER, ApiError, no_engine, told, unavailable
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.views import Views
@@ -98,10 +99,13 @@ class Worker:
         to: no question will be answered."""
         if not self.accepting:
             raise unavailable()
-        model = vars(self._engine).get("model")
+        self._opened().require_unchanged()
+
+    def _opened(self) -> Model[Any]:
+        model: Model[Any] | None = vars(self._engine).get("model")
         if model is None:
-            raise ApiError(503, "the engine is closed", code="engine_unavailable", fix="start the server again")
-        model.require_unchanged()
+            raise no_engine("the engine is closed", "start the server again")
+        return model
 
     def submit(self, job: Job) -> None:
         """Queue a question. ApiError: 429 when too many wait; and errors of `require_ready`."""
@@ -162,6 +166,7 @@ class Worker:
         """Answer a question; returns what is to be told last."""
         self._metrics.waited.observe(perf_counter() - job.arrived)
         try:
+            self._opened()  # it may have been closed while the question waited
             with self._views.borrow(job.image) as (view, cached):
                 job.image = None  # who reads slowly does not hold on to it
                 job.tell(Started(view.size, cached))
