@@ -11,6 +11,7 @@ const PACE = 220; // milliseconds a token is looked at, at least: an eye follows
 const CATCH_UP = 2400; // milliseconds in which everything that has arrived is shown
 const LINGER = 900; // on the last token, before the whole answer is lit
 const TALLEST = 160; // pixels of the question's field
+const FOLLOW = "flex-follow"; // whether questions are follow-ups, kept by the browser
 
 const by = (id) => document.getElementById(id);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -46,25 +47,19 @@ export class Conversation {
       this.ask(by("question").value);
     });
     by("stop").addEventListener("click", () => this.stop());
-    by("forget-all").addEventListener("click", () => this.forget());
+    by("follow").addEventListener("change", () => localStorage.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
+    by("follow").checked = Boolean(localStorage.getItem(FOLLOW));
   }
 
-  /** Earlier turns that the next question is sent with: whole ones, since the last `forget`. @returns {Turn[]} */
+  /** Earlier turns that the next question can be sent with: whole ones. @returns {Turn[]} */
   get history() {
-    return this.model?.flex.conversation ? this.turns.filter((turn) => turn.state === "done" && !turn.forgotten) : [];
-  }
-
-  /** Ask the next question alone; the earlier answers can still be looked at. */
-  forget() {
-    for (const turn of this.turns) turn.forgotten = true;
-    this.tellHistory();
+    return this.model?.flex.conversation ? this.turns.filter((turn) => turn.state === "done") : [];
   }
 
   tellHistory() {
     const count = this.history.length;
     by("history").hidden = !count;
-    by("history-words").textContent =
-      count === 1 ? "The question before is sent along." : `The ${count} questions before are sent along.`;
+    by("history-words").textContent = `As a follow-up: send the ${count === 1 ? "question" : `${count} questions`} before along`;
   }
 
   /** @param {import("./picture.js").Picture} picture @param {{question: string, answer?: string}[]} suggested */
@@ -98,8 +93,8 @@ export class Conversation {
     fit(by("question"));
   }
 
-  /** @param {string} text @param {{forget?: boolean}} [how] `forget`: without the earlier turns */
-  async ask(text, { forget = false } = {}) {
+  /** @param {string} text @param {{alone?: boolean}} [how] `alone`: without the earlier turns, this once */
+  async ask(text, { alone = !by("follow").checked } = {}) {
     const question = text.trim();
     if (!question || !this.picture || this.asking || this.connecting) return;
     if (!this.model) {
@@ -110,8 +105,7 @@ export class Conversation {
     if (!this.model) return;
     hideProblem();
     this.looking.pause();
-    if (forget) this.forget();
-    const { history } = this;
+    const history = alone ? [] : this.history;
     const expected = this.suggested.find((row) => row.question === question)?.answer;
     const turn = new Turn(question, this.looking, expected);
     this.turns.push(turn);
@@ -224,7 +218,7 @@ export class Conversation {
     if (stopped) by("announce").textContent = "Stopped.";
     else {
       const again = () => this.ask(turn.question);
-      showProblem(problem, history.length ? { again, forget: () => this.ask(turn.question, { forget: true }) } : { again });
+      showProblem(problem, history.length ? { again, alone: () => this.ask(turn.question, { alone: true }) } : { again });
     }
   }
 

@@ -11,7 +11,7 @@ let now = {}; // what the buttons do
 
 /**
  * @param {import("./api.js").Problem} problem
- * @param {{again?: () => void, forget?: () => void}} [actions] asking again; and without the earlier turns
+ * @param {{again?: () => void, alone?: () => void}} [actions] asking again; and without the earlier turns
  */
 export function showProblem(problem, actions = {}) {
   now = actions;
@@ -22,7 +22,7 @@ export function showProblem(problem, actions = {}) {
   say("problem-fix", locked ? "Whoever runs it knows the key. It is kept until this tab is closed." : problem.fix);
   by("key-form").hidden = !locked;
   by("retry").hidden = !actions.again || locked;
-  by("forget").hidden = !actions.forget || problem.status !== 400;
+  by("alone-once").hidden = !actions.alone || problem.status !== 400;
   by("problem").hidden = false;
   by("problem").scrollIntoView({ block: "nearest" });
   if (locked) by("key").focus();
@@ -50,7 +50,7 @@ function countDown(seconds, mine) {
 
 by("dismiss").addEventListener("click", hideProblem);
 by("retry").addEventListener("click", () => now.again?.());
-by("forget").addEventListener("click", () => now.forget?.());
+by("alone-once").addEventListener("click", () => now.alone?.());
 by("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   useKey(by("key").value.trim());

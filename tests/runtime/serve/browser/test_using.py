@@ -52,7 +52,8 @@ _PALE = """() => {
 # Controls in sight that a thumb would miss: under 44 pixels. Words of an answer are text.
 _SMALL = """() => [...document.querySelectorAll("button, input, textarea")]
     .filter((each) => each.checkVisibility())
-    .map((each) => [each.getAttribute("aria-label") || each.textContent || each.id, each.getBoundingClientRect()])
+    .map((each) => [each.getAttribute("aria-label") || each.textContent || each.id, each])
+    .map(([name, each]) => [name, (each.closest("label") ?? each).getBoundingClientRect()])
     .filter(([, box]) => box.width < 44 || box.height < 44)
     .map(([name, box]) => `${name}: ${box.width} x ${box.height}`)"""
 
@@ -264,14 +265,14 @@ def test_follow_ups_are_sent_with_what_was_said(visit, url, engine):
     at.page.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json["messages"]))
     follow_up = "which number does the orange triangle show?"
     assert at.ask(QUESTION) == ANSWER
-    expect(at.page.get_by_text("The question before is sent along.")).to_be_visible()
+    at.page.get_by_label("As a follow-up: send the question before along").check()
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     expected = engine.generate(POSTER, [*said, {"role": "user", "content": follow_up}], trace=True)
     assert at.ask(follow_up) == expected.text
     require_lit(at.opacity(), expected.trace.cells[:, :-1].mean(1).max(0).ravel())
     assert [each["role"] for each in sent[1]] == ["user", "assistant", "user"]
     assert sent[1][0] == sent[0][0] and sent[1][1:] == [said[1], {"role": "user", "content": follow_up}]
-    at.page.get_by_role("button", name="Forget").click()
+    at.page.get_by_label("As a follow-up: send the 2 questions before along").uncheck()
     assert at.ask(follow_up) == engine.generate(POSTER, follow_up).text
     assert len(sent[2]) == 1 and sent[2][0]["content"][1]["text"] == follow_up
 
@@ -281,6 +282,8 @@ def test_a_conversation_that_is_too_long_can_go_on(visit, url):
     at.may_fail = True
     at.drop_poster()
     problem = at.page.get_by_role("alert")
+    assert at.ask(QUESTION) == ANSWER
+    at.page.get_by_label("As a follow-up").check()
     for _ in range(15):
         answers = at.page.locator(".figures:not(:empty)").count()
         at.page.get_by_label("Ask about this picture").fill(QUESTION)
