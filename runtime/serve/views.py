@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import PIL.Image
 
-from engines.errors import BackendError
+from engines.errors import BackendError, OptionError, PromptError
 from runtime.engine import Engine
 from runtime.image import FORMATS
 from runtime.serve.errors import ApiError
@@ -36,8 +36,8 @@ class Views:
     @contextmanager
     def borrow(self, image: bytes | None) -> Iterator[tuple[ImageView, bool]]:
         """The view of an encoded image, or of none, where a conversation's cache is all there is to keep; and whether
-        the image was encoded before. Afterwards the view is kept, if the block ends well. ImageError, ApiError (413)
-        for an image that is none or has too many pixels."""
+        the image was encoded before. Afterwards the view is kept, if the block ends well; one that was kept also when a
+        question was refused. ImageError, ApiError (413) for an image that is none or has too many pixels."""
         key = b"" if image is None else hashlib.sha256(image).digest()
         kept = key in self._kept
         if image is not None:
@@ -53,6 +53,9 @@ class Views:
         try:
             yield view, kept and image is not None
         except BaseException as error:
+            if kept and isinstance(error, PromptError | OptionError):  # a question that is refused costs no image
+                self._keep(key, view)
+                raise
             view.close()
             if isinstance(error, MemoryError | BackendError):  # what is kept may be what is missing
                 self._evict(-1)

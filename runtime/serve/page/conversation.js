@@ -2,6 +2,7 @@
 
 import { complete } from "./api.js";
 import { drawCard } from "./card.js";
+import { inBrowser } from "./kept.js";
 import { focusIsOnToken } from "./looking.js";
 import { hideProblem, showProblem } from "./problems.js";
 import { Turn, part } from "./turn.js";
@@ -33,6 +34,7 @@ export class Conversation {
     this.suggested = [];
     /** @type {Turn[]} */
     this.turns = [];
+    this.connecting = false; // a question waits for the model
     /** @type {AbortController | null} of the request that runs */
     this.asking = null;
     by("composer").addEventListener("submit", (event) => {
@@ -46,8 +48,8 @@ export class Conversation {
       this.ask(by("question").value);
     });
     by("stop").addEventListener("click", () => this.stop());
-    by("follow").addEventListener("change", () => localStorage.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
-    by("follow").checked = Boolean(localStorage.getItem(FOLLOW));
+    by("follow").addEventListener("change", () => inBrowser.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
+    by("follow").checked = Boolean(inBrowser.getItem(FOLLOW));
   }
 
   /** Earlier turns that the next question can be sent with: whole ones. @returns {Turn[]} */
@@ -96,8 +98,12 @@ export class Conversation {
   /** @param {string} text @param {{alone?: boolean}} [how] `alone`: without the earlier turns, this once */
   async ask(text, { alone = !by("follow").checked } = {}) {
     const question = text.trim();
-    if (!question || !this.picture || this.asking) return;
-    if (!this.model) await this.connect(); // it was not there when the page was opened
+    if (!question || !this.picture || this.asking || this.connecting) return;
+    if (!this.model) {
+      this.connecting = true; // it was not there when the page was opened
+      await this.connect();
+      this.connecting = false;
+    }
     if (!this.model) return;
     hideProblem();
     this.looking.pause();
