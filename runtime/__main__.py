@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> None:
         raise OptionError("--show without an image", fix="name an image, or leave --show out")
     if given.show is not None:
         _require_writable(given.show)
-    opening = {field.name: getattr(given, field.name) for field in fields(Opening)}
+    opening = {field.name: getattr(given, field.name) for field in fields(Opening) if hasattr(given, field.name)}
     engine = Engine(given.bundle, verify=given.verify, expect=given.expect, **opening)
     options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
     stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})

@@ -15,6 +15,7 @@ from engines.errors import BundleError, OptionError
 from engines.memory import release_freed
 from engines.open import open_model
 from runtime.answer import Answer
+from runtime.batch import Batch
 from runtime.chat import Chat
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
@@ -52,12 +53,15 @@ class Engine(InOneProcess):
         backend: str | None = Opening.backend,
         device: str | None = Opening.device,
         threads: int | None = Opening.threads,
+        slots: int = Opening.slots,
+        prefill_chunk: int = Opening.prefill_chunk,
         verify: bool = True,
         expect: str | None = None,
     ) -> None:
-        """Open a bundle folder. `backend`, `device`, `threads`: see Opening. `verify`: check the SHA-256 of every file,
-        which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have, "sha256:...", as
-        `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError, TokenizerError."""
+        """Open a bundle folder. `backend`, `device`, `threads`, `slots`, `prefill_chunk`: see Opening. `verify`: check
+        the SHA-256 of every file, which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have,
+        "sha256:...", as `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError,
+        TokenizerError."""
         super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
@@ -76,7 +80,9 @@ class Engine(InOneProcess):
             ends=prompt.eos_token_ids,
         )
         self._views, self._changing = weakref.WeakSet[ImageView](), threading.Lock()
-        self.model: Model[Any] = open_model(opened, Opening(backend, device, threads))
+        opening = Opening(backend, device, threads, slots, prefill_chunk)
+        self.model: Model[Any] = open_model(opened, opening)
+        self._batch = Batch(self.model, opening.slots, opening.prefill_chunk) if opening.slots > 1 else None
         _models.add(self.model)
 
     def __enter__(self) -> Engine:
@@ -90,6 +96,7 @@ class Engine(InOneProcess):
         on, and keeps what it needs until it is read or dropped. Closing twice is allowed."""
         with self._changing:
             vars(self).pop("model", None)
+            self._batch = None
             views = list(self._views)
         for view in views:
             view.close()
@@ -143,7 +150,7 @@ class Engine(InOneProcess):
         model = vars(self).get("model")
         if model is None:
             raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
-        view = ImageView(model, self.prompter, self.manifest, image, exif=exif)
+        view = ImageView(model, self.prompter, self.manifest, image, exif=exif, batch=self._batch)
         with self._changing:
             self._views.add(view)
             closed = "model" not in vars(self)  # by another thread, which has not seen this view

@@ -1,0 +1,235 @@
+"""Requests that share decode steps: rows of one decoder, taken and left while the others go on."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from engines.backend import Image, Model, Step
+from engines.errors import FlexError
+from runtime.answer import Draft, Token
+from runtime.request import Request
+
+PREFILL_CHUNK = 256  # tokens of a prompt between two steps of those who are answering
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A request in the batch. image: of one row; None for text alone. row: None while it waits for one. settled: the
+    row has its image, and what others had prefilled. known: how many of its ids the row's cache holds; reused: how many
+    it did then. told: tokens nobody has taken yet.
+    """
+
+    draft: Draft
+    image: Image[Any] | None
+    row: int | None = None
+    settled: bool = False
+    known: int = 0
+    reused: int = 0
+    told: deque[Token] = field(default_factory=deque)
+    error: FlexError | None = None
+
+    @property
+    def request(self) -> Request:
+        """What is to be answered."""
+        return self.draft.request
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether all ids but the last are in the cache, so that it can step."""
+        return self.settled and self.known == len(self.request.ids) - 1
+
+
+@dataclass
+class _Row:
+    """What a row of the slots holds. ids: prefilled, [n] int64. seat: whose it is at the moment."""
+
+    image: Image[Any] | None = None
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    seat: _Seat | None = None
+
+
+class Batch:
+    """The rows of one model, and the requests that take turns in them.
+
+    Nobody runs it: whoever waits for a token makes the next step, for all. So a lone request pays for no thread, and
+    with several readers, each in its own thread, one works and the others find their tokens ready.
+
+    A request takes the lowest free row that knows most of it, is prefilled there run by run, at most a chunk between
+    two steps, and leaves at once when it has its last token or nobody wants it. Rows do not see each other.
+    """
+
+    def __init__(self, model: Model[Any], slots: int, chunk: int = PREFILL_CHUNK) -> None:
+        """`slots`: requests at a time. `chunk`: tokens prefilled between two steps, at most. Raises BackendError."""
+        self._slots, self._chunk = model.slots(slots), chunk
+        self._rows, self._seats = [_Row() for _ in range(slots)], list[_Seat]()  # those that have a row, by arrival
+        self._waiting: deque[_Seat] = deque()
+        self._stepping, self._changing = threading.Lock(), threading.Lock()
+
+    @property
+    def active(self) -> int:
+        """Requests that have a row."""
+        return len(self._seats)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self._slots.nbytes
+
+    def decode(self, draft: Draft, image: Callable[[], Image[Any] | None]) -> Generator[Token]:
+        """Answer `draft.request` beside the others; like runtime.decode.decode. `image`: encodes it, of one row, when
+        the first token is asked for; None for text alone."""
+        with self._seated(draft, image()) as seat:
+            while (token := self._next(seat)) is not None:
+                yield token
+        yield from draft.rest()
+        draft.finish(seat.reused)
+
+    @contextmanager
+    def _seated(self, draft: Draft, image: Image[Any] | None) -> Iterator[_Seat]:
+        seat = _Seat(draft, image)
+        with self._changing:
+            self._waiting.append(seat)
+        try:
+            yield seat
+        finally:
+            with self._changing:
+                if seat in self._waiting:
+                    self._waiting.remove(seat)
+                self._leave(seat)
+
+    def _leave(self, seat: _Seat) -> None:
+        """Free the row of a seat; what it was prefilled with stays known. The caller holds `_changing`."""
+        if seat.row is not None:
+            row = self._rows[seat.row]
+            row.seat = None
+            if seat.settled:  # else the row holds what it held before
+                row.ids = seat.request.ids[: seat.known]
+            self._seats.remove(seat)
+            seat.row = None
+
+    def _next(self, seat: _Seat) -> Token | None:
+        """The next token of a request, or None behind its last. Raises what ended it."""
+        while not seat.told:
+            if seat.error is not None:
+                raise seat.error
+            if seat.draft.done:
+                return None
+            with self._stepping:
+                if not (seat.told or seat.error or seat.draft.done):  # by whom it had to wait for
+                    self._advance()
+        return seat.told.popleft()
+
+    def _advance(self) -> None:
+        """One boundary: let requests in, prefill a chunk for one of them, and step with all that are ready."""
+        with self._changing:
+            while self._waiting and any(row.seat is None for row in self._rows):
+                self._enter(self._waiting.popleft())
+            seats = list(self._seats)
+        joining = next((seat for seat in seats if not seat.prefilled), None)
+        if joining is not None:
+            self._guarded([joining], partial(self._prefill, joining))
+        ready = [seat for seat in seats if seat.prefilled and not seat.draft.done and seat.error is None]
+        if ready:
+            self._guarded(ready, partial(self._step, ready))
+
+    def _enter(self, seat: _Seat) -> None:
+        """Give a request a row: of the free ones that which holds most of it, the lowest of equal ones."""
+        free = [index for index, row in enumerate(self._rows) if row.seat is None]
+        seat.row = max(free, key=lambda index: (self._held(seat, index), -index))
+        self._rows[seat.row].seat = seat
+        self._seats.append(seat)
+
+    def _held(self, seat: _Seat, index: int) -> int:
+        """How many of a request's ids a row holds, whoever has it; -1 with another image."""
+        row = self._rows[index]
+        if seat.image is not None and seat.image is not row.image:
+            return -1
+        ids = row.ids if row.seat is None or row.seat is seat else row.seat.request.ids[: row.seat.known]
+        return seat.request.known(ids)
+
+    def _settle(self, seat: _Seat, target: int) -> None:
+        """Give a request's row its image, and what another row has already prefilled for it: a copy is sooner there."""
+        held = [self._held(seat, index) for index in range(len(self._rows))]
+        source = max(range(len(held)), key=held.__getitem__)
+        row, known = self._rows[target], max(0, held[target])
+        if held[source] > held[target]:
+            self._slots.copy(source, target, held[source], image=held[target] < 0)
+            known = held[source]
+        elif held[target] < 0 and seat.image is not None:
+            self._slots.load(target, seat.image)
+        row.image, row.ids = row.image if seat.image is None else seat.image, seat.request.ids[:known]
+        seat.known = seat.reused = known
+        seat.settled = True
+
+    def _prefill(self, seat: _Seat) -> None:
+        """A chunk of a prompt: to the end of a run, the same pieces whatever happens to be known."""
+        assert seat.row is not None
+        request, decoder = seat.request, self._slots.row(seat.row)
+        with seat.draft.clock.stage("prefill"):
+            if not seat.settled:
+                self._settle(seat, seat.row)
+            end = next((end for end in _pieces(request.runs, self._chunk) if end > seat.known), seat.known)
+            if end > seat.known:
+                decoder.length[:] = seat.known
+                decoder.run(request.ids[None, seat.known : end])
+                seat.known = end
+
+    def _step(self, seats: list[_Seat]) -> None:
+        """One step of the lowest rows that hold all of these seats; whoever else is among them stays as it is."""
+        by_row = {seat.row: seat for seat in seats if seat.row is not None}
+        if not by_row:  # all have left meanwhile
+            return
+        rows = max(by_row) + 1
+        tokens, budgets = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
+        for index, row in enumerate(self._rows[:rows]):
+            if (seat := by_row.get(index)) is not None:
+                self._slots.length[index] = len(seat.request.ids) - 1 + len(seat.draft.tokens)
+                tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
+            else:  # what it writes lies behind what is known
+                self._slots.length[index] = len(row.ids) if row.seat is None else row.seat.known
+        with ExitStack() as clocks:
+            for seat in seats:
+                clocks.enter_context(seat.draft.clock.stage("decode"))
+            step = self._slots.first(rows).run(tokens, budgets)
+        for index, seat in by_row.items():
+            self._guarded([seat], partial(self._take, seat, _of_row(step, index)))
+
+    def _take(self, seat: _Seat, step: Step) -> None:
+        """What a step says to one of its rows."""
+        told = seat.draft.take(step)
+        if seat.draft.done:
+            with self._changing:
+                self._leave(seat)
+        seat.told.append(told)
+
+    def _guarded(self, seats: list[_Seat], work: Callable[[], None]) -> None:
+        """An error of a run ends those it was for, and nobody else."""
+        try:
+            work()
+        except FlexError as error:
+            for seat in seats:
+                seat.error = error
+                with self._changing:
+                    self._leave(seat)
+
+
+def _pieces(runs: tuple[int, ...], chunk: int) -> Iterator[int]:
+    """Ends of the pieces of all runs, none longer than `chunk`."""
+    for begin, end in pairwise((0, *runs)):
+        yield from range(begin + chunk, end, chunk)
+        yield end
+
+
+def _of_row(step: Step, row: int) -> Step:
+    """What a step says of one row, as a step of one."""
+    one = slice(row, row + 1)
+    return Step(lambda: step.logits[one], step.token[one], step.pages[one], step.page_count[one])
