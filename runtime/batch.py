@@ -63,8 +63,9 @@ class Batch:
     Nobody runs it: whoever waits for a token makes the next step, for all. So a lone request pays for no thread, and
     with several readers, each in its own thread, one works and the others find their tokens ready.
 
-    A request takes the lowest free row that knows most of it, is prefilled there run by run, at most a chunk between
-    two steps, and leaves at once when it has its last token or nobody wants it. Rows do not see each other.
+    A request takes the free row that holds most of it, or a copy of what another row holds, is prefilled there run by
+    run, at most a chunk between two steps, and leaves at once when it has its last token or nobody wants it. Rows do
+    not see each other.
     """
 
     def __init__(self, model: Model[Any], slots: int, chunk: int = PREFILL_CHUNK) -> None:
@@ -134,9 +135,9 @@ class Batch:
             while self._waiting and any(row.seat is None for row in self._rows):
                 self._enter(self._waiting.popleft())
             seats = list(self._seats)
-        joining = next((seat for seat in seats if not seat.prefilled), None)
-        if joining is not None:
-            self._guarded([joining], partial(self._prefill, joining))
+        joining = self._joining([seat for seat in seats if not seat.prefilled])
+        if joining:
+            self._guarded(joining, partial(self._prefill, joining))
         ready = [seat for seat in seats if seat.prefilled and not seat.draft.done and seat.error is None]
         if ready:
             self._guarded(ready, partial(self._step, ready))
@@ -156,8 +157,11 @@ class Batch:
         ids = row.ids if row.seat is None or row.seat is seat else row.seat.request.ids[: row.seat.known]
         return seat.request.known(ids)
 
-    def _settle(self, seat: _Seat, target: int) -> None:
-        """Give a request's row its image, and what another row has already prefilled for it: a copy is sooner there."""
+    def _settle(self, seat: _Seat) -> None:
+        """Give a request's row its image, and what another row has already prefilled for it."""
+        target = seat.row
+        if seat.settled or target is None:
+            return
         held = [self._held(seat, index) for index in range(len(self._rows))]
         source = max(range(len(held)), key=held.__getitem__)
         row, known = self._rows[target], max(0, held[target])
@@ -170,18 +174,64 @@ class Batch:
         seat.known = seat.reused = known
         seat.settled = True
 
-    def _prefill(self, seat: _Seat) -> None:
-        """A chunk of a prompt: to the end of a run, the same pieces whatever happens to be known."""
-        assert seat.row is not None
-        request, decoder = seat.request, self._slots.row(seat.row)
-        with seat.draft.clock.stage("prefill"):
-            if not seat.settled:
-                self._settle(seat, seat.row)
-            end = next((end for end in _pieces(request.runs, self._chunk) if end > seat.known), seat.known)
-            if end > seat.known:
-                decoder.length[:] = seat.known
-                decoder.run(request.ids[None, seat.known : end])
-                seat.known = end
+    def _joining(self, seats: list[_Seat]) -> list[_Seat]:
+        """Of those that are to be prefilled, by arrival, those that share the next run: the first, and all whose next
+        piece is about as long, as far as a chunk goes. Their rows have their image afterwards."""
+        together = list[_Seat]()
+        for index, seat in enumerate(seats):
+            if not seat.settled and not self._is_due(seat, seats[:index]):
+                continue
+            self._guarded([seat], partial(self._settle, seat))
+            if seat.row is None or seat.prefilled:  # an error, or another row had all of it
+                continue
+            longest = max(self._piece(each) for each in [*together, seat])
+            shortest = min(self._piece(each) for each in [*together, seat])
+            if not together or (2 * shortest > longest and longest * (len(together) + 1) <= self._chunk):
+                together.append(seat)
+        return together
+
+    def _is_due(self, seat: _Seat, ahead: list[_Seat]) -> bool:
+        """Whether nobody ahead is about to prefill more of a request than there is now: a copy is sooner there."""
+        coming = [seat.request.known(each.request.ids[:-1]) for each in ahead if each.image is seat.image]
+        held = max(self._held(seat, row) for row in range(len(self._rows)))
+        return max(coming, default=0) <= max(0, held)
+
+    def _piece(self, seat: _Seat) -> int:
+        """How many tokens of a request come next: to the end of a run, a chunk at most; the pieces are the same whatever
+        happens to be known."""
+        runs = pairwise((0, *seat.request.runs))
+        ends = (end for begin, end in runs for end in (*range(begin + self._chunk, end, self._chunk), end))
+        return next(end for end in ends if end > seat.known) - seat.known
+
+    def _prefill(self, seats: list[_Seat]) -> None:
+        """The next piece of one request in its own row, or of several side by side."""
+        pieces = {seat.row: seat.request.ids[seat.known : seat.known + self._piece(seat)] for seat in seats}
+        rows, longest = max(row for row in pieces if row is not None) + 1, max(map(len, pieces.values()))
+        room = self._slots.first(rows).capacity - longest
+        lengths = [self._length(row) for row in self._rows[:rows]]
+        with ExitStack() as clocks:
+            for seat in seats:
+                clocks.enter_context(seat.draft.clock.stage("prefill"))
+            if 2 * len(seats) > rows and max(lengths) <= room:
+                self._slots.length[:rows] = lengths
+                ids, valid = np.zeros((rows, longest), np.int64), np.zeros(rows, np.int64)
+                for row, piece in pieces.items():
+                    ids[row, : len(piece)], valid[row] = piece, len(piece)
+                self._slots.first(rows).run(ids, lengths=valid)
+            else:
+                for seat in seats:
+                    assert seat.row is not None
+                    decoder = self._slots.row(seat.row)
+                    decoder.length[:] = seat.known
+                    decoder.run(pieces[seat.row][None])
+        for seat in seats:
+            seat.known += len(pieces[seat.row])
+
+    def _length(self, row: _Row) -> int:
+        """Tokens that count in a row; who writes behind them does no harm."""
+        if row.seat is None or not row.seat.settled:
+            return len(row.ids)
+        return row.seat.known + len(row.seat.draft.tokens)
 
     def _step(self, seats: list[_Seat]) -> None:
         """One step of the lowest rows that hold all of these seats; whoever else is among them stays as it is."""
@@ -189,13 +239,10 @@ class Batch:
         if not by_row:  # all have left meanwhile
             return
         rows = max(by_row) + 1
+        self._slots.length[:rows] = [self._length(row) for row in self._rows[:rows]]
         tokens, budgets = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
-        for index, row in enumerate(self._rows[:rows]):
-            if (seat := by_row.get(index)) is not None:
-                self._slots.length[index] = len(seat.request.ids) - 1 + len(seat.draft.tokens)
-                tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
-            else:  # what it writes lies behind what is known
-                self._slots.length[index] = len(row.ids) if row.seat is None else row.seat.known
+        for index, seat in by_row.items():
+            tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
         with ExitStack() as clocks:
             for seat in seats:
                 clocks.enter_context(seat.draft.clock.stage("decode"))
@@ -220,13 +267,6 @@ class Batch:
                 seat.error = error
                 with self._changing:
                     self._leave(seat)
-
-
-def _pieces(runs: tuple[int, ...], chunk: int) -> Iterator[int]:
-    """Ends of the pieces of all runs, none longer than `chunk`."""
-    for begin, end in pairwise((0, *runs)):
-        yield from range(begin + chunk, end, chunk)
-        yield end
 
 
 def _of_row(step: Step, row: int) -> Step:

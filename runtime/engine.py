@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.backend import Model, Opening
@@ -19,6 +19,7 @@ from runtime.batch import Batch
 from runtime.chat import Chat
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
+from runtime.many import generate_many
 from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
 from runtime.view import ImageView
@@ -82,6 +83,7 @@ class Engine(InOneProcess):
         self._views, self._changing = weakref.WeakSet[ImageView](), threading.Lock()
         opening = Opening(backend, device, threads, slots, prefill_chunk)
         self.model: Model[Any] = open_model(opened, opening)
+        self._slots = opening.slots
         self._batch = Batch(self.model, opening.slots, opening.prefill_chunk) if opening.slots > 1 else None
         _models.add(self.model)
 
@@ -139,6 +141,22 @@ class Engine(InOneProcess):
         """A conversation about an image, which goes on from `messages`: `chat.ask("...")`, `chat.ask("...")`. See Chat;
         errors of `image`, and PromptError."""
         return self.image(image, exif=exif).chat(messages)
+
+    def generate_many(
+        self,
+        requests: Iterable[tuple[ImageSource | None, Prompt]],
+        *,
+        progress: Callable[[float], None] | None = None,
+        exif: bool = EXIF,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer many prompts, each about its image, `slots` at a time; the answers in their order.
+
+        requests: what `generate` takes, in pairs. Questions about one image should follow each other, as the same
+        object: it is encoded once for them. progress: is told the part that is done, 0 .. 1, where `requests` has a
+        length. Raises what `generate` does, with the number of the request; those that run are dropped.
+        """
+        return generate_many(self.image, self._slots, requests, progress, exif, options)
 
     def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.
