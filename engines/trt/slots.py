@@ -16,7 +16,7 @@ class TrtSlots:
     """engines.backend.Slots on TensorRT: every array has a row per slot, all of them in one allocation.
 
     Steps are recorded for 1, 2, 4, ... rows, and for all: a number between them steps with the next larger one, whose
-    further rows write one token behind what they hold. What is made for a number of rows is made when first needed.
+    further rows write a token behind what they hold. What is made for a number of rows is made when first needed.
     """
 
     def __init__(self, part: DecoderPart, count: int) -> None:
@@ -38,7 +38,7 @@ class TrtSlots:
             clear(chain(self._arrays.values(), self._stand_ins.values()), part.queue.stream)
         desk = part.desk(1, self._results, None)
         self._rows = [self._decoder(row, row + 1, desk) for row in range(count)]
-        self._together: dict[int, TrtDecoder] = {}  # by number of rows
+        self._together: dict[tuple[int, bool], TrtDecoder] = {}  # by number of rows, and whether for single steps
 
     @property
     def nbytes(self) -> int:
@@ -77,15 +77,18 @@ class TrtSlots:
         return FirstRows(self, rows)
 
     def together(self, rows: int, steps: int) -> TrtDecoder:
-        """What `rows` rows take `steps` tokens with: those and perhaps more of them. Raises BackendError."""
-        size = min(power_of_two(rows), self._count)
-        if self.length[rows:size].max(initial=0) + steps > self._part.geometry.context:
-            size = rows  # one of the others is full: it has no place that it could write to
+        """What `rows` rows take `steps` tokens with: these rows, for single steps perhaps more. Raises BackendError."""
+        single, size = steps == 1, rows
+        if single:
+            size = min(power_of_two(rows), self._count)
+            if self.length[rows:size].max(initial=0) == self._part.geometry.context:
+                size = rows  # one of the others is full: there is no place that it could write to
         with self._part.queue.turn():
-            if size not in self._together:
-                desk = self._part.desk(size, self._results, self._part.step_context(size))
-                self._together[size] = self._decoder(0, size, desk)
-            return self._together[size]
+            if (size, single) not in self._together:
+                context = self._part.step_context(size) if single else None
+                decoder = self._decoder(0, size, self._part.desk(size, self._results, context))
+                self._together[size, single] = decoder
+            return self._together[size, single]
 
     def _of(self, row: int) -> dict[str, DeviceArray]:
         return {name: array.rows(row, row + 1) for name, array in self._arrays.items()}
