@@ -115,7 +115,7 @@ def cache_bytes(c: Configuration) -> int:
 
 def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
-    not, since any may be selected (TrtModel._pages, OrtModel.project)."""
+    not, since any may be selected (TrtModel.project, OrtModel.project)."""
     g = c.geometry
     return c.batch * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
 

@@ -111,7 +111,7 @@ def cache_of(model, decoder, name: str) -> np.ndarray:
     """One half of a layer's cache [B, Hkv, L, hd]."""
     if isinstance(model, OrtModel):
         return decoder._cache[name].numpy()
-    return decoder._desk.arrays[f"past_{name}"].numpy(model.stream)
+    return decoder._cache[f"past_{name}"].numpy(model.stream)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
