@@ -23,7 +23,7 @@ from runtime.engine import Engine
 from runtime.image import EXIF, load_image
 from runtime.request import Options
 from runtime.terminal import conversation
-from runtime.terminal.show import draw_selection, write_picture
+from runtime.terminal.show import draw_selection, require_writable, write_picture
 
 OUTPUT = """One question about one image: the answer alone. Several questions, or a pattern: a line for each answer,
 IMAGE, tab, QUESTION, tab, ANSWER, in which \\t, \\n and \\\\ stand for a tab, a line's end and a backslash. An image
@@ -121,11 +121,9 @@ def _answer_one(given: argparse.Namespace) -> None:
     if given.show is not None and image is None:
         raise OptionError("--show without an image", fix="name an image, or leave --show out")
     if given.show is not None:
-        _require_writable(given.show)
-    opening = {field.name: getattr(given, field.name) for field in fields(Opening) if hasattr(given, field.name)}
-    engine = Engine(given.bundle, verify=given.verify, expect=given.expect, **opening)
-    options = {field.name: getattr(given, field.name) for field in fields(Options) if hasattr(given, field.name)}
-    stream = engine.stream(image, given.question, **{**options, "trace": given.show is not None})
+        require_writable(given.show, "--show")
+    engine = _open(given)
+    stream = engine.stream(image, given.question[0], **{**_options(given), "trace": given.show is not None})
     for piece in stream:
         print(piece, end="", flush=True)
     print()
