@@ -13,7 +13,7 @@ from engines.trt.decoder import TrtDecoder
 from engines.trt.engine import DeviceArray
 from engines.trt.model import TrtModel
 from engines.trt.slots import FirstRows, TrtSlots
-from export.network.reference import ReferenceDecoder, ReferenceModel
+from export.network.reference import ReferenceDecoder, ReferenceModel, ReferenceRows, ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -48,9 +48,17 @@ def first_rows_on_tensorrt(decoder: FirstRows) -> Decoder:
     return decoder
 
 
+def reference_rows(decoder: ReferenceRows) -> Decoder:
+    return decoder
+
+
 def slots_on_onnxruntime(slots: OrtSlots) -> Slots[ort.OrtValue]:
     return slots
 
 
 def slots_on_tensorrt(slots: TrtSlots) -> Slots[DeviceArray]:
+    return slots
+
+
+def reference_slots(slots: ReferenceSlots) -> Slots[Tensor]:
     return slots

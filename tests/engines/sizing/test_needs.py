@@ -256,3 +256,36 @@ def test_sizes_for_people():
     assert [size(count) for count in (0, 999, 1_500, 99_940_000, 186e6, 13.48e9)] == [
         "0.0 kB", "1.0 kB", "1.5 kB", "99.9 MB", "186 MB", "13.5 GB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [ONNXRUNTIME, TENSORRT])
+@pytest.mark.parametrize("changes", [{}, {"lazy_pages": True}, {"int8_pages": True}], ids=["eager", "lazy", "int8"])
+def test_slots_by_hand(backend, changes):
+    """Four slots: four caches; pages, features and their sources for four rows and for four images beside them."""
+    one = Configuration(official(**changes), FP16, backend=backend)
+    four, g, item = replace(one, slots=4), one.geometry, one.item
+    assert cache_bytes(four) == 4 * cache_bytes(one) and store_bytes(four) == 8 * store_bytes(one)
+    assert weight_bytes(four) == weight_bytes(one)
+    single, shared = ({need.name: need for need in needs(c, integrated=True)} for c in (one, four))
+    taken = 576 * 4096 * item + (81 * 64 * (4096 * item + 128 * 4) if g.lazy_pages else 0)
+    assert shared["image, logits"].bytes == 4 * single["image, logits"].bytes + 4 * taken
+    assert shared["weights"] == single["weights"] and shared["runtime"] == single["runtime"]
+    assert shared["KV cache"].how.startswith("4 x 2048 tokens")
+    assert shared["hi-res pages"].how.startswith("4 slots and 4 images x all 81 pages")
+    rows = 1 if backend == ONNXRUNTIME else 4  # engines reserve what their batch would take
+    assert _activations(four) == _activations(replace(one, batch=rows))
+    assert step_bytes(four, 700, 20) == step_bytes(replace(one, batch=4), 700, 20)
+    assert speed(four, 100) == speed(replace(one, batch=4), 100)
+
+
+def test_slots_that_cannot_be():
+    for change, message in (
+        ({"slots": 0}, "slots 0"),
+        ({"slots": 65}, "slots 65"),
+        ({"slots": 257, "backend": ONNXRUNTIME}, "slots 257"),
+        ({"slots": 4, "batch": 2}, "--batch 2 with --slots 4"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            Configuration(official(), **change)
+    assert Configuration(official(), slots=256, backend=ONNXRUNTIME).rows == 256
+    assert Configuration(official(), slots=2, batch=4).rows == 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from engines.backend import Image, Step
+from engines.backend import Image, Model, Step
 from engines.bundle.folder import Bundle
 from engines.errors import BackendError
 from engines.ort import OrtModel
@@ -23,7 +23,7 @@ from runtime import Engine
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
-from tests.parity.requests import encode, request
+from tests.parity.requests import encode, load, request
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
 STEPS, COUNT = 4, 4
@@ -73,15 +73,13 @@ class Asked:
         return int(self.alone[self.at - 1].token[0]) if self.at else int(self.ids[0, -1])
 
 
-def made(model: TrtModel | OrtModel, seed: int, text: int) -> Image:
+def made(model: Model, seed: int, text: int) -> Image:
     """The image of a request made up from a seed."""
     tiles, _, begin = request(model.geometry, seed, text)
     return encode(model, tiles, begin, (seed % 3, 1))
 
 
-def asked(
-    model: TrtModel | OrtModel, seed: int, budget: int, text: int = 9, *, image=None, ids=None, steps: int = STEPS
-) -> Asked:
+def asked(model: Model, seed: int, budget: int, text: int = 9, *, image=None, ids=None, steps: int = STEPS) -> Asked:
     """A request made up from a seed, but for the image and the ids that are given."""
     image = made(model, seed, text) if image is None else image
     ids = request(model.geometry, seed, text)[1] if ids is None else ids
@@ -162,6 +160,23 @@ def test_rows_come_and_go(driver, bundles, kind):
     step(slots, fifth, fourth)
     assert [it.at for it in (first, second, third, fourth, fifth)] == [3, 4, 4, 4, 2]
     assert slots.nbytes == sum(array.nbytes for array in slots._arrays.values())
+
+
+def test_rows_of_the_reference(random_model):
+    """The oracle has slots, too: rows that run one after the other."""
+    model = load(random_model("engine", GEOMETRY, tokenizer=True)[0])
+    slots, first, second = model.slots(3), asked(model, 0, 16), asked(model, 1, 3, text=14)
+    join(slots, first, 2, 5, 1)
+    join(slots, second, 0)
+    step(slots, first, second)
+    again = replace(first, row=1)
+    slots.copy(2, 1, int(slots.length[2]), image=True)
+    step(slots, again, second)
+    step(slots, first, again)
+    slots.length[1] = GEOMETRY.context
+    with pytest.raises(BackendError, match="1 more tokens"):
+        slots.first(2).run(np.zeros((2, 1), np.int64))
+    assert slots.length[0] == second.ids.shape[1] + 1 and slots.nbytes > slots.first(3).nbytes > slots.row(0).nbytes
 
 
 def test_a_row_writes_into_itself_alone(driver, bundles):
