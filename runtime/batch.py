@@ -18,8 +18,6 @@ from engines.errors import FlexError
 from runtime.answer import Draft, Token
 from runtime.request import Request
 
-PREFILL_CHUNK = 256  # tokens of a prompt between two steps of those who are answering
-
 
 @dataclass(eq=False)
 class _Seat:
@@ -66,13 +64,16 @@ class Batch:
     A request takes the free row that holds most of it, or a copy of what another row holds, is prefilled there run by
     run, at most a chunk between two steps, and leaves at once when it has its last token or nobody wants it. Rows do
     not see each other.
+
+    steps: that were made so far.
     """
 
-    def __init__(self, model: Model[Any], slots: int, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: Model[Any], slots: int, chunk: int) -> None:
         """`slots`: requests at a time. `chunk`: tokens prefilled between two steps, at most. Raises BackendError."""
         self._slots, self._chunk = model.slots(slots), chunk
         self._rows, self._seats = [_Row() for _ in range(slots)], list[_Seat]()  # those that have a row, by arrival
         self._waiting: deque[_Seat] = deque()
+        self.steps = 0
         self._stepping, self._changing = threading.Lock(), threading.Lock()
 
     @property
@@ -248,6 +249,7 @@ class Batch:
             for seat in seats:
                 clocks.enter_context(seat.draft.clock.stage("decode"))
             step = self._slots.first(rows).run(tokens, budgets)
+        self.steps += 1
         for index, seat in by_row.items():
             self._guarded([seat], partial(self._take, seat, _of_row(step, index)))
 

@@ -42,12 +42,13 @@ class Engine(InOneProcess):
 
     With several slots, requests that run at the same time share decode steps: see runtime.batch.Batch.
 
-    No request leaves anything behind for the next. With ONNX Runtime several threads may ask at the same time, each
-    reading the answer it asked for; with TensorRT one request runs at a time. An engine belongs to its process: it
-    cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in each process.
+    No request leaves anything behind for the next. With ONNX Runtime, and with slots, several threads may ask at the
+    same time, each reading the answer it asked for; with TensorRT and one slot one request runs at a time. An engine
+    belongs to its process: it cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in
+    each process.
 
-    manifest, geometry: of the bundle. digest: "sha256:...", one for all of it. backend: one of
-    engines.bundle.kinds.BACKENDS; device: "cpu" or "cuda"; what runs it. prompter: its text side. model: its three
+    slots: requests at a time. manifest, geometry: of the bundle. digest: "sha256:...", one for all of it. backend: one
+    of engines.bundle.kinds.BACKENDS; device: "cpu" or "cuda"; what runs it. prompter: its text side. model: its three
     parts, opened; gone once it is closed.
     """
 
@@ -178,6 +179,11 @@ class Engine(InOneProcess):
         if closed:
             view.close()
         return view
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that its slots have made so far, each for all rows that were taken; 0 with one slot."""
+        return 0 if self._batch is None else self._batch.steps
 
     def require_usable(self) -> None:
         """Raises what any question would get now: OptionError when the engine is closed, BackendError in a fork,

@@ -56,6 +56,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
+    add("--slots", type=int, default=Opening.slots, help="requests that share decode steps; 1 = one after the other")
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=Opening.prefill_chunk,
+        help="tokens of a prompt between two steps that others wait for, with several slots",
+    )
     add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
     add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
     add("--log-level", choices=_LOG_LEVELS, default="warning", help="info: a line for each request, of its path alone")
