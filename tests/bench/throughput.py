@@ -133,9 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int4"])
-    parser.add_argument(
-        "--slots", nargs="+", type=int, default=SLOTS, help="the first is what others are compared with"
-    )
+    parser.add_argument("--slots", nargs="+", type=int, default=SLOTS, help="ratios are to the first")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of the longest answer; the shortest has a quarter")
     parser.add_argument("--pages", type=int, default=22, help="each layer reads for each token")
