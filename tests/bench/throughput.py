@@ -8,6 +8,7 @@ is decoding. Answers of each row are compared with those of the first.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections import deque
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from engines.errors import OptionError
-from engines.memory import peak_rss, release_freed
+from engines.memory import release_freed
 from export.build import BuildOptions, build
 from plugins import command
 from runtime import Engine
@@ -42,11 +43,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """What one number of slots gave. Rates in answer tokens per second of the whole; seconds; bytes of this process.
+    """What one number of slots gave. Rates in answer tokens per second of the whole; seconds; bytes resident.
 
     mixed: requests of different length, a new one as soon as one has ended. first: median time from asking to the first
     token, its own prefill included. gap: longest time between two tokens of an answer, median of the answers. together:
-    as many of equal length as there are slots, at once.
+    as many of equal length as there are slots, at once. memory: of the opened engine, its weights included.
     """
 
     slots: int
@@ -95,6 +96,7 @@ def run(engine: Engine, views: list, asked: list[Request], budget: int) -> tuple
 
 def measure(bundle: Path, slots: int, asked: list[Request], budget: int, threads: int | None) -> tuple[Row, list]:
     """One row, and the answers that belong to it."""
+    before = resident()
     images = np.random.default_rng(SEED).integers(0, 256, (IMAGES, 300, 400, 3), dtype=np.uint8)
     with Engine(bundle, slots=slots, threads=threads, verify=False) as engine:
         views = [engine.image(image) for image in images]
@@ -108,10 +110,15 @@ def measure(bundle: Path, slots: int, asked: list[Request], budget: int, threads
         tokens = sum(request.tokens for request in asked)
         row = Row(
             slots, tokens / seconds, float(np.median(first)), float(np.median(gaps)), slots * longest / together,
-            peak_rss(),
+            resident() - before,
         )  # fmt: skip
     release_freed()
     return row, answers
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(rows: dict[str, list[Row]]) -> list[str]:
@@ -157,9 +164,8 @@ def main() -> None:
                 print(f"{precision}, {slots}: {equal} of {len(answers)} answers as one at a time; {row}", flush=True)
                 rows.setdefault(precision, []).append(row)
     print("\n".join(table(rows)))
-    print(
-        f"\n{given.shape}, {given.requests} requests of up to {given.tokens} tokens, {given.pages} pages, {processor()}"
-    )
+    what = f"{given.requests} requests of up to {given.tokens} tokens, {given.pages} pages"
+    print(f"\n{given.shape}, {what}, {processor()}")
 
 
 if __name__ == "__main__":
