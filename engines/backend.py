@@ -133,8 +133,8 @@ class Slots(Protocol[Array]):
         """Copy an image, of one row, into a row, whose cache it empties. Raises BackendError."""
 
     def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
-        """Copy the first so many tokens of a row's cache into another row, which then has these alone; with `image`, the
-        image, too. Raises BackendError."""
+        """Copy the first so many tokens of a row's cache into another row, which then has these alone; with `image`,
+        the image, too. Raises BackendError."""
 
     def row(self, row: int) -> Decoder:
         """A row alone: a decoder of a batch of one."""

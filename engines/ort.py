@@ -300,10 +300,10 @@ class OrtSlots:
         self._capacity = model.rounded(g.context)
         self.length = np.zeros(count, np.int64)
         self._begin, self._margins = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
-        self._features = np.zeros((count, g.image_tokens, g.hidden), model._model_dtype)
+        self._features: np.ndarray = np.zeros((count, g.image_tokens, g.hidden), model._model_dtype)
         self._pages = {spec.name: np.zeros(spec.of_batch(count), spec.dtype) for spec in model._page_specs}
         shape = count, g.kv_heads, self._capacity, g.head_dim
-        self._cache = {name: np.zeros(shape, model._model_dtype) for name in _cache_names(g)}
+        self._cache: dict[str, np.ndarray] = {name: np.zeros(shape, model._model_dtype) for name in _cache_names(g)}
         self._rows = [self._decoder(slice(row, row + 1)) for row in range(count)]
         self._first = [self._decoder(slice(0, rows + 1)) for rows in range(count)]
 
@@ -325,8 +325,9 @@ class OrtSlots:
         for array in self._cache.values():
             array[target, :, :tokens] = array[source, :, :tokens]
         if image:
-            for array in (self._begin, self._margins, self._features, *self._pages.values()):
-                array[target] = array[source]
+            stores: list[np.ndarray] = [self._begin, self._margins, self._features, *self._pages.values()]
+            for store in stores:
+                store[target] = store[source]
         self.length[target] = tokens
 
     def row(self, row: int) -> OrtDecoder:

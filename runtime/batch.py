@@ -197,23 +197,24 @@ class Batch:
         return max(coming, default=0) <= max(0, held)
 
     def _piece(self, seat: _Seat) -> int:
-        """How many tokens of a request come next: to the end of a run, a chunk at most; the pieces are the same whatever
-        happens to be known."""
-        runs = pairwise((0, *seat.request.runs))
-        ends = (end for begin, end in runs for end in (*range(begin + self._chunk, end, self._chunk), end))
-        return next(end for end in ends if end > seat.known) - seat.known
+        """How many tokens of a request come next: to the end of a run, a chunk at most. The pieces are the same
+        whatever happens to be known."""
+        for begin, end in pairwise((0, *seat.request.runs)):
+            if seat.known < end:
+                return min(end - seat.known, self._chunk - (seat.known - begin) % self._chunk)
+        return 0
 
     def _prefill(self, seats: list[_Seat]) -> None:
         """The next piece of one request in its own row, or of several side by side."""
         pieces = {seat.row: seat.request.ids[seat.known : seat.known + self._piece(seat)] for seat in seats}
         rows, longest = max(row for row in pieces if row is not None) + 1, max(map(len, pieces.values()))
         room = self._slots.first(rows).capacity - longest
-        lengths = [self._length(row) for row in self._rows[:rows]]
+        lengths = [self._length(row) for row in self._rows]
         with ExitStack() as clocks:
             for seat in seats:
                 clocks.enter_context(seat.draft.clock.stage("prefill"))
             if 2 * len(seats) > rows and max(lengths) <= room:
-                self._slots.length[:rows] = lengths
+                self._slots.length[:] = lengths
                 ids, valid = np.zeros((rows, longest), np.int64), np.zeros(rows, np.int64)
                 for row, piece in pieces.items():
                     ids[row, : len(piece)], valid[row] = piece, len(piece)
@@ -239,7 +240,7 @@ class Batch:
         if not by_row:  # all have left meanwhile
             return
         rows = max(by_row) + 1
-        self._slots.length[:rows] = [self._length(row) for row in self._rows[:rows]]
+        self._slots.length[:] = [self._length(row) for row in self._rows]
         tokens, budgets = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
         for index, seat in by_row.items():
             tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
