@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,10 +53,6 @@ class ReferenceModel:
     def nbytes(self, array: Tensor) -> int:
         """See Model.nbytes."""
         return array.nbytes
-
-    def slots(self, count: int) -> NoReturn:
-        """See Model.slots: there are none. BackendError."""
-        raise BackendError(f"{count} slots of the PyTorch reference", expected="a bundle's own backend")
 
     def no_image(self, batch: int) -> Image[Tensor]:
         """See Model.no_image."""
