@@ -214,7 +214,10 @@ def test_what_is_copied_goes_on_as_its_source(driver, bundles):
         step(slots, again, first)
 
 
-def test_few_graphs_are_recorded_and_nothing_grows(driver, bundles):
+@pytest.mark.parametrize("integrated", [False, True])
+def test_few_graphs_are_recorded_and_nothing_grows(bundles, monkeypatch, integrated):
+    driver = Driver(integrated=integrated)
+    install(driver, monkeypatch)
     model = TrtModel(Bundle(bundles("eager")), "tensorrt")
     slots, tokens = model.slots(COUNT), np.full((COUNT, 1), 7)
     for rows in (1, 2, 3, 4, 3):
