@@ -272,8 +272,9 @@ def test_slots_by_hand(backend, changes):
     assert shared["weights"] == single["weights"] and shared["runtime"] == single["runtime"]
     assert shared["KV cache"].how.startswith("4 x 2048 tokens")
     assert shared["hi-res pages"].how.startswith("4 slots and 4 images x all 81 pages")
-    rows = 1 if backend == ONNXRUNTIME else 4  # engines reserve what their batch would take
-    assert _activations(four) == _activations(replace(one, batch=rows))
+    # Engines reserve what their batch would take; threads that ask ONNX Runtime encode side by side.
+    work, rows = _activations(replace(one, batch=4)), 1 if backend == ONNXRUNTIME else 4
+    assert _activations(four) == work | {"decoder": _activations(replace(one, batch=rows))["decoder"]}
     assert step_bytes(four, 700, 20) == step_bytes(replace(one, batch=4), 700, 20)
     assert speed(four, 100) == speed(replace(one, batch=4), 100)
 
