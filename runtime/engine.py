@@ -13,7 +13,7 @@ from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
 from engines.errors import BundleError, OptionError
 from engines.memory import release_freed
-from engines.open import open_model
+from engines.open import chosen, open_model
 from runtime.answer import Answer
 from runtime.batch import Batch
 from runtime.chat import Chat
@@ -40,11 +40,15 @@ if hasattr(os, "register_at_fork"):
 class Engine(InOneProcess):
     """An opened bundle, until it is closed: `with Engine(path) as engine: ...`, or `engine.close()`.
 
+    With several slots, requests that run at the same time share decode steps: see runtime.batch.Batch.
+
     No request leaves anything behind for the next. With ONNX Runtime several threads may ask at the same time, each
     reading the answer it asked for; with TensorRT one request runs at a time. An engine belongs to its process: it
     cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in each process.
 
-    manifest, geometry: of the bundle. prompter: its text side. model: its three parts, opened; gone once it is closed.
+    manifest, geometry: of the bundle. digest: "sha256:...", one for all of it. backend: one of
+    engines.bundle.kinds.BACKENDS; device: "cpu" or "cuda"; what runs it. prompter: its text side. model: its three
+    parts, opened; gone once it is closed.
     """
 
     def __init__(
@@ -69,6 +73,10 @@ class Engine(InOneProcess):
         opened = Bundle(bundle, verify=verify, expect=expect)
         self.manifest = opened.manifest
         self.geometry = opened.manifest.geometry
+        self.digest = opened.digest
+        opening = Opening(backend, device, threads, slots, prefill_chunk)
+        self.backend, self.device = chosen(opened, opening)
+        self.slots = opening.slots
         prompt = opened.manifest.prompt
         self.prompter = Prompter(
             opened.file(prompt.tokenizer) if prompt.tokenizer else None,
@@ -81,9 +89,7 @@ class Engine(InOneProcess):
             ends=prompt.eos_token_ids,
         )
         self._views, self._changing = weakref.WeakSet[ImageView](), threading.Lock()
-        opening = Opening(backend, device, threads, slots, prefill_chunk)
         self.model: Model[Any] = open_model(opened, opening)
-        self._slots = opening.slots
         self._batch = Batch(self.model, opening.slots, opening.prefill_chunk) if opening.slots > 1 else None
         _models.add(self.model)
 
@@ -113,7 +119,8 @@ class Engine(InOneProcess):
         exif: bool = EXIF,
         **options: Any,
     ) -> Answer:
-        """Answer `prompt` about `image` (path, bytes, PIL image, uint8 array [H, W, 3], or None for text alone).
+        """Answer `prompt` about `image`: path, encoded bytes, binary file, PIL image, uint8 array [H, W, 3], a "data:"
+        URL or base64 text, as runtime.image.load_image takes them; None for text alone.
 
         `prompt`: a question, or a conversation that ends with one: messages {"role": ..., "content": text}, of "user"
         and "assistant" in turn, a "system" message before them where the bundle's template has a place for it.
@@ -156,7 +163,7 @@ class Engine(InOneProcess):
         object: it is encoded once for them. progress: is told the part that is done, 0 .. 1, where `requests` has a
         length. Raises what `generate` does, with the number of the request; those that run are dropped.
         """
-        return generate_many(self.image, self._slots, requests, progress, exif, options)
+        return generate_many(self.image, self.slots, requests, progress, exif, options)
 
     def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.
@@ -164,14 +171,22 @@ class Engine(InOneProcess):
         Vision and page projection run once, and the cache keeps the prompt up to and including the image. `exif`: see
         `generate`. ImageError for an image that cannot be read, OptionError when the engine is closed.
         """
-        self._require_own_process()
-        model = vars(self).get("model")
-        if model is None:
-            raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
-        view = ImageView(model, self.prompter, self.manifest, image, exif=exif, batch=self._batch)
+        view = ImageView(self._opened(), self.prompter, self.manifest, image, exif=exif, batch=self._batch)
         with self._changing:
             self._views.add(view)
             closed = "model" not in vars(self)  # by another thread, which has not seen this view
         if closed:
             view.close()
         return view
+
+    def require_usable(self) -> None:
+        """Raises what any question would get now: OptionError when the engine is closed, BackendError in a fork,
+        BundleError when the bundle was written to since it was opened."""
+        self._opened().require_unchanged()
+
+    def _opened(self) -> Model[Any]:
+        self._require_own_process()
+        model: Model[Any] | None = vars(self).get("model")
+        if model is None:
+            raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
+        return model

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import precision_named
-from engines.errors import FlexError
-from engines.ort import OrtModel
+from engines.errors import FlexError, OptionError
 from engines.sizing.needs import Configuration, store_bytes
 from runtime.answer import Answer, Token
 from runtime.engine import Engine
@@ -79,13 +77,12 @@ class Worker:
     One thread: an answer is soonest there when it has the machine to itself, and TensorRT runs one request at a time
     anyway. A request that is cancelled leaves the queue at once, or the engine within one step.
 
-    backend: what runs the model. page_bytes: of one page of one layer. accepting: whether questions are taken.
+    page_bytes: of one page of one layer. accepting: whether questions are taken.
     """
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self._engine, self._settings, self._metrics = engine, settings, metrics
-        self.backend = _backend(engine)
-        self.page_bytes = _page_bytes(engine, self.backend)
+        self.page_bytes = _page_bytes(engine)
         self._views = Views(engine, metrics, limit=settings.view_bytes, pixels=settings.pixels)
         self._thread = ThreadPoolExecutor(1, "flexattention-serve")  # starts with the first job; the exit waits for it
         self._waiting: deque[Job] = deque()
@@ -98,10 +95,12 @@ class Worker:
         to: no question will be answered."""
         if not self.accepting:
             raise unavailable()
-        model = vars(self._engine).get("model")
-        if model is None:
-            raise ApiError(503, "the engine is closed", code="engine_unavailable", fix="start the server again")
-        model.require_unchanged()
+        try:
+            self._engine.require_usable()
+        except OptionError:  # it is closed, which is nothing that a request could have done better
+            raise ApiError(
+                503, "the engine is closed", code="engine_unavailable", fix="start the server again"
+            ) from None
 
     def submit(self, job: Job) -> None:
         """Queue a question. ApiError: 429 when too many wait; and errors of `require_ready`."""
@@ -181,7 +180,7 @@ class Worker:
 
     def _answer(self, job: Job, view: ImageView) -> Finished | None:
         """Tell the tokens; None when the job was cancelled on the way."""
-        stream = view.stream(self._prompt(job), **job.options, max_new_tokens=self._room(job, view))
+        stream = view.stream(job.messages, **job.options, max_new_tokens=self._room(job, view))
         first = 0.0
         try:
             for token in stream.steps():
@@ -196,17 +195,12 @@ class Worker:
         self._count(finished)
         return finished
 
-    def _prompt(self, job: Job) -> Any:
-        """A question alone is one for any bundle; a conversation needs a template for its turns."""
-        alone = len(job.messages) == 1 and job.messages[0]["role"] == "user"
-        return job.messages[0]["content"] if alone else job.messages
-
     def _room(self, job: Job, view: ImageView) -> int:
         """Answer tokens at most: what was asked for, or the settings' number, if the context has room for them."""
         if job.max_tokens is not None:
             return job.max_tokens
         request = read_request(
-            self._prompt(job), None, {"max_new_tokens": 1},
+            job.messages, None, {"max_new_tokens": 1},
             has_image=view.size is not None, prompter=self._engine.prompter, manifest=self._engine.manifest,
         )  # fmt: skip
         return min(self._settings.max_tokens, self._engine.geometry.context - request.room + 1)
@@ -222,13 +216,8 @@ class Worker:
         count.page_bytes.inc(pages * self.page_bytes)
 
 
-def _backend(engine: Engine) -> str:
-    """One of engines.bundle.kinds.BACKENDS."""
-    return ONNXRUNTIME if isinstance(engine.model, OrtModel) else engine.manifest.backend
-
-
-def _page_bytes(engine: Engine, backend: str) -> int:
+def _page_bytes(engine: Engine) -> int:
     """Bytes of the keys and values of one page in one layer, as the backend keeps them."""
     geometry, precision = engine.geometry, precision_named(engine.manifest.precision)
     pages = geometry.pages * len(geometry.reading_layers)
-    return store_bytes(Configuration(geometry, precision, backend=backend)) // pages if pages else 0
+    return store_bytes(Configuration(geometry, precision, backend=engine.backend)) // pages if pages else 0
