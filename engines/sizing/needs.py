@@ -231,11 +231,13 @@ def _held(c: Configuration) -> int:
 
 def _activations(c: Configuration) -> dict[str, int]:
     """Bytes of work space of each part at its largest: every hi-res tile at once, every page, a prefill of the full
-    context. Engines reserve it for all rows they are built for; slots encode and prefill one request at a time."""
+    context. Engines reserve it for all rows they are built for. On ONNX Runtime requests of several slots are encoded
+    side by side, each by its own thread; what is prefilled together is no more than one full context."""
     g, v, ort = c.geometry, c.geometry.vision, c.backend == ONNXRUNTIME
-    rows = c.batch if ort else max(c.batch, c.slots)
+    images = max(c.batch, c.slots)
+    rows = c.batch if ort else images
     item = 4 if ort else c.item  # its CPU computes float16 in float32
-    tiles, tokens, hires = rows * g.zoom**2, g.image_tokens + 1, rows * g.hires_side**2
+    tiles, tokens, hires = images * g.zoom**2, g.image_tokens + 1, images * g.hires_side**2
     vision = tiles * tokens * (4 * v.hidden + 2 * v.intermediate) * item
     floats = 4 if g.int8_pages else 3  # of each key or value, in float32: int8 ones are rounded from them
     pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)

@@ -139,7 +139,9 @@ class TrtModel:
     def slots(self, count: int) -> TrtSlots:
         """See Model.slots: at most the rows that the decoder's engine was built for."""
         with self._queue.turn():
-            return TrtSlots(self._decoder, count)
+            slots = TrtSlots(self._decoder, count)
+            self._queue.spent()  # on zeroing them, which is no answer's
+        return slots
 
     def require_unchanged(self) -> None:
         """See Model.require_unchanged: engines are read when they are opened, and never again."""

@@ -5,6 +5,7 @@ With real kernels on a GPU: tests/parity/gpu/test_tensorrt.py.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -213,7 +214,10 @@ def test_what_is_copied_goes_on_as_its_source(driver, bundles):
         step(slots, again, first)
 
 
-def test_few_graphs_are_recorded_and_nothing_grows(driver, bundles):
+@pytest.mark.parametrize("integrated", [False, True])
+def test_few_graphs_are_recorded_and_nothing_grows(bundles, monkeypatch, integrated):
+    driver = Driver(integrated=integrated)
+    install(driver, monkeypatch)
     model = TrtModel(Bundle(bundles("eager")), "tensorrt")
     slots, tokens = model.slots(COUNT), np.full((COUNT, 1), 7)
     for rows in (1, 2, 3, 4, 3):
@@ -345,6 +349,36 @@ def test_threads_take_turns_on_the_device(bundles, monkeypatch, slots):
     assert all(map(same, wanted, found))
     for answer in found:
         assert answer.stats.prefill_device_ms >= 0 and len(answer.stats.decode_ms) == OPTIONS["max_new_tokens"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_schedules(bundles, monkeypatch, seed):
+    """Streams that begin, wait and are dropped half-way, about images that are kept or encoded anew: every answer that
+    is read to its end is the one it is alone."""
+    draw = random.Random(seed)
+    images, prompts = {"photo": PHOTO, "other": OTHER, "none": None}, [QUESTION, QUESTION + " and where?", "x" * 60]
+    install(Driver(), monkeypatch)
+    alone, engine = Engine(bundles("eager")), Engine(bundles("eager"), slots=3, prefill_chunk=30)
+    views, running, begun = {name: engine.image(image) for name, image in images.items()}, [], 0
+    while begun < 12 or running:
+        if begun < 12 and draw.random() < 0.3:
+            name, prompt = draw.choice(list(images)), draw.choice(prompts)
+            options = OPTIONS | {"max_new_tokens": draw.randrange(1, 9), "page_budget": draw.choice((0, 2, 16))}
+            if draw.random() < 0.3:
+                options |= {"temperature": 0.9, "seed": seed}
+            view = views[name] if draw.random() < 0.7 else engine.image(images[name])
+            stream = view.stream(prompt, **options)
+            running.append((stream, stream.steps(), images[name], prompt, options))
+            begun += 1
+        elif running:
+            stream, steps, image, prompt, options = chosen = draw.choice(running)
+            if draw.random() < 0.05:
+                stream.close()
+            elif next(steps, None) is not None:
+                continue
+            else:
+                assert same(stream.answer(), alone.generate(image, prompt, **options)), options
+            running = [each for each in running if each is not chosen]
 
 
 def test_a_view_asked_by_streams_in_turns(bundles, monkeypatch):
