@@ -18,11 +18,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engines.backend import Opening
-from engines.bundle.kinds import BACKENDS
 from engines.checks import require_integer
 from engines.errors import OptionError
-from engines.open import DEVICES
+from engines.open import add_opening_options, add_slot_options, opening_options
 from plugins import command
 from plugins.files import read_file
 from runtime.engine import Engine
@@ -53,18 +51,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             assert each.default is not MISSING
             option = f"--{each.name.replace('_', '-')}"
             add(option, type=type(each.default), default=each.default, help=each.metadata["help"])
-    add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
-    add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
-    add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
-    add("--slots", type=int, default=Opening.slots, help="requests that share decode steps; 1 = one after the other")
-    add(
-        "--prefill-chunk",
-        type=int,
-        default=Opening.prefill_chunk,
-        help="tokens of a prompt between two steps that others wait for, with several slots",
-    )
-    add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
-    add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
+    add_opening_options(parser)
+    add_slot_options(parser)
     add("--log-level", choices=_LOG_LEVELS, default="warning", help="info: a line for each request, of its path alone")
     return parser.parse_args(arguments)
 
@@ -121,8 +109,8 @@ def run(given: argparse.Namespace) -> int:
     logging.basicConfig(level=given.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     settings = settings_of(given)
     with listen_at(given.host, given.port, settings) as listener:
-        opening = {each.name: getattr(given, each.name) for each in fields(Opening) if hasattr(given, each.name)}
-        with Engine(given.bundle, verify=given.verify, expect=given.expect, **opening) as engine:
+        opening = opening_options(given)
+        with Engine(given.bundle, **opening) as engine:
             served = app(engine, settings)
             config = uvicorn.Config(
                 served,

@@ -207,7 +207,7 @@ class Conversation:
         try:
             return self._chat.stream(question, **self._options)
         except ContextError as error:
-            if "chat.keep" not in (error.fix or ""):
+            if error.turns is None:
                 raise
             fix = f"/keep {error.turns} forgets all but the last {error.turns} turns; then ask again, or /retry"
             self._question, self._whole = question, False

@@ -58,7 +58,8 @@ export class Conversation {
   tellHistory() {
     const count = this.history.length;
     by("history").hidden = !count;
-    by("history-words").textContent = `As a follow-up: send the ${count === 1 ? "question" : `${count} questions`} before along`;
+    const before = count === 1 ? "question" : `${count} questions`;
+    by("history-words").textContent = `As a follow-up: send the ${before} before along`;
   }
 
   /** @param {import("./picture.js").Picture} picture @param {{question: string, answer?: string}[]} suggested */
@@ -172,7 +173,8 @@ export class Conversation {
     if (choice?.finish_reason) turn.finish = choice.finish_reason;
     const text = choice?.delta?.content ?? "";
     if (!text && !flex.cells) return false;
-    const followed = this.looking.turn === turn && this.looking.index === (turn.tokens.length ? turn.tokens.length - 1 : null);
+    const latest = turn.tokens.length ? turn.tokens.length - 1 : null;
+    const followed = this.looking.turn === turn && this.looking.index === latest;
     turn.add({ text, cells: flex.cells });
     if (flex.cells && followed) this.looking.look(turn, turn.tokens.length - 1);
     return Boolean(flex.cells);
@@ -213,7 +215,8 @@ export class Conversation {
     if (stopped) by("announce").textContent = "Stopped.";
     else {
       const again = () => this.ask(turn.question);
-      showProblem(problem, history.length ? { again, alone: () => this.ask(turn.question, { alone: true }) } : { again });
+      const alone = () => this.ask(turn.question, { alone: true });
+      showProblem(problem, history.length ? { again, alone } : { again });
     }
   }
 

@@ -127,11 +127,12 @@ function onKey(event) {
   const slides = target.matches("input[type=range]");
   const presses = target.matches("button, a");
   const arrow = { ArrowLeft: -1, ArrowRight: 1 }[key];
+  const end = { Home: 0, End: -1 }[key];
   if (writes) return;
   if (key === "/") by("question").focus();
   else if (key === " " && !slides && !presses) looking.play();
   else if (arrow && !slides) looking.walk(arrow);
-  else if (["Home", "End"].includes(key) && target.matches(".token")) looking.turn.options().at(key === "Home" ? 0 : -1).focus();
+  else if (end !== undefined && target.matches(".token")) looking.turn.options().at(end).focus();
   else return;
   event.preventDefault();
 }

@@ -17,7 +17,8 @@ export function showProblem(problem, actions = {}) {
   now = actions;
   const wait = BUSY.includes(problem.status) ? Math.min(problem.retryAfter, LONGEST_WAIT) : 0;
   const locked = problem.status === LOCKED; // said in words for a person: the server's are for a program
-  say("problem-found", locked ? (hasKey() ? "This key is not the right one." : "This server asks for a key.") : problem.message);
+  const asked = hasKey() ? "This key is not the right one." : "This server asks for a key.";
+  say("problem-found", locked ? asked : problem.message);
   say("problem-expected", !locked && problem.expected && `Expected: ${problem.expected}`);
   say("problem-fix", locked ? "Whoever runs it knows the key. It is kept until this tab is closed." : problem.fix);
   by("key-form").hidden = !locked;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 
 import pytest
 from starlette.applications import Starlette
@@ -11,7 +12,7 @@ from starlette.routing import Mount
 
 from runtime import Engine, TokenizerError
 from runtime.serve import Settings, app
-from tests.geometries import tiny
+from tests.engines.manifests import edit
 from tests.runtime.questions import PHOTO
 from tests.runtime.serve.asgi import JSON, data_url, get, png, post, send_request, user
 
@@ -63,6 +64,8 @@ def test_a_closed_engine_is_not_ready(chat_bundle):
     served.state.service.worker.drain(1.0)
 
 
-def test_a_bundle_without_a_tokenizer(random_model):
-    with Engine(random_model("tiny", tiny())[1]) as engine, pytest.raises(TokenizerError, match="no tokenizer"):
+def test_a_bundle_without_a_tokenizer(chat_bundle, tmp_path):
+    bundle = shutil.copytree(chat_bundle, tmp_path / "bundle")
+    edit(bundle, lambda manifest: manifest["prompt"].update(tokenizer=None))
+    with Engine(bundle) as engine, pytest.raises(TokenizerError, match="no tokenizer"):
         app(engine)
