@@ -99,9 +99,13 @@ def listen_at(host: str, port: int, settings: Settings) -> socket.socket:
         made.bind(address)
     except (OSError, OverflowError) as error:
         made.close()
-        why = error.strerror if isinstance(error, OSError) else error
-        raise OptionError(f"--host {host} --port {port}: {why}", fix="--port 0 takes one that is free") from None
+        raise _not_here(f"--host {host} --port {port}", error) from None
     return made
+
+
+def _not_here(where: str, error: Exception) -> OptionError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return OptionError(f"{where}: {why}", fix="--port 0 takes one that is free")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -152,7 +156,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As of uvicorn, and say so."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two may have had the address while neither listened
+            raise _not_here(self._url, error) from None
         print(f"{self._url} (Ctrl-C ends it)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -125,7 +125,9 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
             Route("/", page.index),
             Mount("/page", page.PageFiles()),
         ],
-        middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
+        middleware=[
+            Middleware(Guard, settings=settings, metrics=service.metrics, ending=lambda: not service.worker.accepting)
+        ],
         exception_handlers={ApiError: on_api_error, FlexError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import PIL.Image
 
-from engines.errors import BackendError
+from engines.errors import BackendError, OptionError, PromptError
 from runtime.engine import Engine
 from runtime.image import FORMATS
 from runtime.serve.errors import ApiError
@@ -48,8 +48,8 @@ class Views:
     @contextmanager
     def borrow(self, image: bytes | None) -> Iterator[tuple[ImageView, bool]]:
         """The view of an encoded image, or of none, where a conversation's cache is all there is to keep; and whether
-        it was there before. Afterwards the view is kept, if the block ends well. ImageError, ApiError (413) for an
-        image that is none or has too many pixels."""
+        it was there before. Afterwards the view is kept, if the block ends well; one that was there also when a question
+        was refused. ImageError, ApiError (413) for an image that is none or has too many pixels."""
         key = b"" if image is None else hashlib.sha256(image).digest()
         with self._changing:
             entry = self._kept.pop(key, None)
@@ -64,7 +64,8 @@ class Views:
         try:
             yield entry.view, known and image is not None
         except BaseException as error:
-            entry.failed = True
+            if not (known and isinstance(error, PromptError | OptionError)):  # a refused question costs no image
+                entry.failed = True
             if isinstance(error, MemoryError | BackendError):  # what is kept may be what is missing
                 self.close()
             raise

@@ -33,6 +33,7 @@ export class Conversation {
     this.suggested = [];
     /** @type {Turn[]} */
     this.turns = [];
+    this.connecting = false; // a question waits for the model
     /** @type {AbortController | null} of the request that runs */
     this.asking = null;
     by("composer").addEventListener("submit", (event) => {
@@ -96,8 +97,12 @@ export class Conversation {
   /** @param {string} text @param {{alone?: boolean}} [how] `alone`: without the earlier turns, this once */
   async ask(text, { alone = !by("follow").checked } = {}) {
     const question = text.trim();
-    if (!question || !this.picture || this.asking) return;
-    if (!this.model) await this.connect(); // it was not there when the page was opened
+    if (!question || !this.picture || this.asking || this.connecting) return;
+    if (!this.model) {
+      this.connecting = true; // it was not there when the page was opened
+      await this.connect();
+      this.connecting = false;
+    }
     if (!this.model) return;
     hideProblem();
     this.looking.pause();

@@ -306,6 +306,18 @@ def test_the_oldest_image_makes_room(made, engine, visions):
     assert runs > 0 and len(visions) == 2 * runs
 
 
+def test_a_question_that_is_refused_costs_no_image(made, visions):
+    app = made()
+    refused = question(IMAGE, max_tokens=5000), question(IMAGE, flex={"page_budget": 10_000})
+    assert [post(app, each).status for each in refused] == [400, 400]
+    assert metric(app, "flex_view_cache_entries") == 0  # it was never encoded
+    post(app, question(IMAGE))
+    visions.clear()
+    assert [post(app, each).status for each in refused] == [400, 400]
+    assert post(app, question(IMAGE)).status == 200
+    assert not visions and metric(app, "flex_view_cache_entries") == 1
+
+
 def test_an_image_that_is_too_large_to_keep(made, engine, visions):
     app = made(view_bytes=of_one(engine) - 1)
     visions.clear()
@@ -373,6 +385,10 @@ def test_what_is_counted(made, engine):
     assert metric(app, "flex_pages_read_total") == 2 * stats.pages_read.sum() > 0
     assert metric(app, "flex_first_token_seconds_count") == metric(app, "flex_tokens_per_second_count") == 2
     assert metric(app, "process_resident_memory_bytes") > 10e6
+    get(app, "/page/page.css")
+    get(app, "/page/")
     text = get(app, "/metrics").body.decode()
+    assert 'flex_requests_total{path="/page/*",status="200"} 1.0' in text
+    assert 'flex_requests_total{path="/page/*",status="404"} 1.0' in text
     assert 'flex_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
     assert 'flex_answers_total{end="length"} 2.0' in text
