@@ -48,8 +48,8 @@ class Views:
     @contextmanager
     def borrow(self, image: bytes | None) -> Iterator[tuple[ImageView, bool]]:
         """The view of an encoded image, or of none, where a conversation's cache is all there is to keep; and whether
-        it was there before. Afterwards the view is kept, if the block ends well; one that was there also when a question
-        was refused. ImageError, ApiError (413) for an image that is none or has too many pixels."""
+        it was there before. Afterwards the view is kept, if the block ends well; one that was there also when a
+        question was refused. ImageError, ApiError (413) for an image that is none or has too many pixels."""
         key = b"" if image is None else hashlib.sha256(image).digest()
         with self._changing:
             entry = self._kept.pop(key, None)
