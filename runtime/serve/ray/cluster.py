@@ -83,6 +83,10 @@ def deployment(arguments: dict[str, Any]) -> Application:
     cluster = _made(Cluster, given, known)
     key = read_api_key(cluster.api_key_file)
     settings = _made(Settings, {**given, "api_key": key}, {**known, "api_key": Settings})
+    if cluster.ongoing > settings.queue:
+        raise OptionError(
+            f"ONGOING={cluster.ongoing}", expected=f"at most QUEUE={settings.queue}, which a replica holds"
+        )
     opening = {each.name: getattr(_made(Opening, given, known), each.name) for each in fields(Opening)}
     opening["threads"] = opening["threads"] or max(1, math.ceil(cluster.cpus))
     return _application(cluster, settings, {**opening, "verify": cluster.verify})
@@ -127,7 +131,7 @@ def _application(cluster: Cluster, settings: Settings, opening: dict[str, Any]) 
         **routed,
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         max_ongoing_requests=cluster.ongoing,
-        max_queued_requests=settings.queue,
+        max_queued_requests=settings.queue * (cluster.max_replicas or cluster.replicas),
         graceful_shutdown_timeout_s=settings.grace,
         graceful_shutdown_wait_loop_s=0.5,
     ).bind(cluster.bundle, cluster.digest, cluster.cache, settings, opening)

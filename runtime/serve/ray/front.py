@@ -97,21 +97,28 @@ class Relay:
         await _Passed(self, "", b"")(scope, receive, send)
 
     async def messages(self, image: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-        """What a replica's app sends. From a second one, if the first dies before its first message."""
+        """What a replica's app sends, from the first piece of its body on: until then, a second replica is asked when
+        the first dies. ApiError."""
         plain = {name: scope[name] for name in _SCOPE if name in scope}
         deadline = perf_counter() + self._settings.timeout
         for tries in range(1, TRIES + 1):
-            answer = self._ask.remote(image, plain, body)
+            answer, start = self._ask.remote(image, plain, body), None
             begun = False
             try:
                 while True:
-                    left = max(0.0, deadline - perf_counter()) if not begun else None
+                    left = None if begun else max(0.0, deadline - perf_counter())  # then it is the replica's to say
                     message = await asyncio.wait_for(anext(answer), left)
+                    if message["type"] == "http.response.start":
+                        start = message
+                        continue
                     begun = True
+                    if start is not None:
+                        yield start
+                        start = None
                     yield message
             except StopAsyncIteration:
                 return
-            except (asyncio.TimeoutError, TimeoutError):
+            except (asyncio.TimeoutError, TimeoutError):  # one and the same from Python 3.11 on
                 raise ApiError(
                     503, f"no answer within {self._settings.timeout:g} s, waiting included", code="timeout",
                     fix="ask again when fewer others ask", headers=RETRY_AFTER,
@@ -133,33 +140,21 @@ class Relay:
 
 
 class _Passed(Response):
-    """A replica's answer on its way to the client. Nothing is sent before there is some of its body: until then another
-    replica can be asked."""
+    """A replica's answer on its way to the client."""
 
     def __init__(self, relay: Relay, image: str, body: bytes) -> None:
         self._relay, self._image, self._body = relay, image, body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start: Message | None = None
-        is_stream = begun = False
-        body, self._body = self._body, b""
+        is_stream = False
         try:
-            async with aclosing(self._relay.messages(self._image, scope, body)) as messages:
+            async with aclosing(self._relay.messages(self._image, scope, self._body)) as messages:
                 async for message in messages:
-                    if message["type"] == "http.response.start":
-                        start = message
-                        is_stream = _is_stream(message)
-                        continue
-                    if start is not None:
-                        begun = True
-                        await send(start)
-                        start = None
+                    is_stream = is_stream or _is_stream(message)
                     await send(message)
         except ApiError as error:
-            if not begun:
-                raise
             if not is_stream:
-                raise  # half a body: the connection is closed, and the client knows
+                raise  # nothing was sent; or half a body, and the connection will be closed
             await send({"type": "http.response.body", "body": as_event(error.content()), "more_body": False})
 
 
@@ -172,5 +167,7 @@ def image_key(body: bytes, settings: Settings) -> str:
     return hashlib.sha256(read_image(asked.image, settings.media, settings.body_bytes)).hexdigest()
 
 
-def _is_stream(start: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
+def _is_stream(message: Message) -> bool:
+    """Whether a message begins server-sent events, in which an error can be told."""
+    headers = message.get("headers", ())
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
