@@ -107,7 +107,10 @@ def _made(kind: type[Any], given: Mapping[str, Any], known: Mapping[str, type[An
         return TypeAdapter(kind).validate_python(own)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise OptionError(f"{'.'.join(map(str, first['loc'])).upper()}: {first['msg']}") from None
+        name = str(first["loc"][0])
+        raise OptionError(
+            f"{name.upper()}={own[name]!s:.100}", expected=first["msg"].removeprefix("Input should be ")
+        ) from None
 
 
 def _application(cluster: Cluster, settings: Settings, opening: dict[str, Any]) -> Application:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def running() -> Iterator[Cluster]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     }
-    # --block: the processes are children of one that the test can end, and nobody else's cluster is
+    # In a session of its own: so all its processes are known, and nobody else's cluster is ended with it.
     process = subprocess.Popen(
         [
             str(_BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder / 'ray'}",
@@ -101,6 +102,7 @@ def running() -> Iterator[Cluster]:
             "--object-store-memory=100000000", "--disable-usage-stats",
         ],
         cwd=ROOT, env={**environment, "RAY_ADDRESS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     cluster = Cluster(port, dashboard, gcs, environment)
     try:
@@ -110,12 +112,25 @@ def running() -> Iterator[Cluster]:
             time.sleep(0.2)
         yield cluster
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        while left := _of_session(process.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.1)
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_session(leader: int) -> list[int]:
+    """The processes of a session that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _answers(cluster: Cluster) -> bool:
