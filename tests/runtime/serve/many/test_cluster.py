@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from urllib.request import urlopen
 import openai
 import pytest
 import yaml
-from PIL import Image
 
 pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
 
@@ -28,8 +26,8 @@ from runtime.serve.ray.router import ranked
 from tests.paths import ROOT
 from tests.runtime.serve.asgi import data_url, user
 from tests.runtime.serve.many.cluster import Cluster, running
+from tests.runtime.serve.many.pictures import ANSWER, QUESTION, picture
 
-QUESTION, ANSWER = "what numbers are in the red star and the cyan circle?", "69 and 65"
 AT_ONCE = 100
 
 
@@ -62,15 +60,6 @@ def cluster(config, tmp_path_factory) -> Iterator[Cluster]:
         started.command("serve", "deploy", file)
         started.until(lambda: started.application().get("status") == "RUNNING")
         yield started
-
-
-def picture(number: int) -> bytes:
-    """The poster with another pixel in its corner: the same answer, another image."""
-    image = Image.open(ROOT / "examples/poster.png").convert("RGB")
-    image.putpixel((0, 0), (number, 0, 0))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def asked(cluster: Cluster, job: Callable[[Callable[..., Awaitable[Any]]], Awaitable[Any]], prefix: str = "") -> Any:
