@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+REMEMBERED = 100_000  # images: some 20 MB, far more than all replicas keep
 
 _Replica = TypeVar("_Replica")
 
 
 class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
-    """Rendezvous hashing: every image has an order of the replicas of its own, and goes to the first of them that is
-    not full; its overflow, too, finds the image again. All routers agree without talking to each other, and a replica
-    that comes or goes moves no images but its own. A question without an image goes to the less busy of two.
+    """An image's questions go to the replica that had the last of them, unless it is full. A new image goes to the less
+    busy of two, which its hash says (rendezvous hashing): several routers, which do not talk to each other, look for it
+    at the same two, and a replica that comes or goes moves few images but its own. After these, to the others in the
+    order of the hash. A question without an image goes to the less busy of any two.
 
     Without FIFOMixin of Ray: it would give the replica that was chosen for one request to another.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As Ray calls it."""
+        super().__init__(*args, **kwargs)
+        self._last = OrderedDict[str, ReplicaID]()  # by image, the latest at its end
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -31,14 +40,24 @@ class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
         key = pending_request.args[0]
         if not key:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas))), candidate_replicas]
-        return [[replica] for replica in ranked(key, candidate_replicas, [_name(each) for each in candidate_replicas])]
+        last = self._last.get(key)
+        order = ranked(key, candidate_replicas, [str(each.replica_id.unique_id) for each in candidate_replicas])
+        return [
+            [each for each in order if each.replica_id == last],
+            order[:2],
+            *([each] for each in order[2:]),
+        ]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+        """Ray says who took a request."""
+        if key := pending_request.args[0]:
+            self._last[key] = replica_id
+            self._last.move_to_end(key)
+            if len(self._last) > REMEMBERED:
+                self._last.popitem(last=False)
 
 
 def ranked(key: str, replicas: Sequence[_Replica], names: Sequence[str]) -> list[_Replica]:
     """The replicas in the order in which they are asked for `key`. names: of each, the same in every process."""
     weights = [hashlib.blake2b(f"{name}\0{key}".encode(), digest_size=8).digest() for name in names]
     return [replicas[index] for index in sorted(range(len(replicas)), key=weights.__getitem__)]
-
-
-def _name(replica: RunningReplica) -> str:
-    return str(replica.replica_id.unique_id)

@@ -71,6 +71,7 @@ class _Session:
     image: int
     left: int
     order: np.ndarray | None = None
+    home: _Replica | None = None
 
 
 def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outcome:
@@ -140,7 +141,14 @@ def _by_image(
 ) -> _Replica | None:
     if session.order is None:  # a hash of the image is as good as chance, but always the same
         session.order = random.permutation(len(replicas))
-    return next((replicas[index] for index in session.order if len(replicas[index].holds) < ongoing), None)
+    first = [replicas[index] for index in session.order[:2]]
+    ranks = [[session.home] if session.home else [], first, *([replicas[index]] for index in session.order[2:])]
+    for rank in ranks:
+        free = [each for each in rank if len(each.holds) < ongoing]
+        if free:
+            session.home = min(free, key=lambda each: len(each.holds))
+            return session.home
+    return None
 
 
 def _by_load(session: _Session, replicas: list[_Replica], ongoing: int, random: np.random.Generator) -> _Replica | None:

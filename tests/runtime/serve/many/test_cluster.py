@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
 
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import DIGEST, MANIFEST, canonical, digest_of
-from runtime.serve.ray.router import ranked
 from tests.paths import ROOT
 from tests.runtime.serve.asgi import data_url, user
 from tests.runtime.serve.many.cluster import Cluster, running
@@ -164,7 +162,6 @@ def test_a_killed_replica(cluster):
     """kill -9 in the middle of a stream: only what was being streamed from it fails, and says so; what waited there is
     answered by the other; it is replaced."""
     image, others = picture(200), [picture(201 + number) for number in range(6)]
-    key = hashlib.sha256(image).hexdigest()
     long = {"stream": True, "temperature": 20, "seed": 4}
 
     async def reference(create: Callable[..., Awaitable[Any]]) -> str:
@@ -174,8 +171,6 @@ def test_a_killed_replica(cluster):
     assert len(whole) > 300
 
     async def job(create: Callable[..., Awaitable[Any]]) -> tuple[str, bool]:
-        names = sorted(cluster.replicas())
-        victim = cluster.replicas()[ranked(key, names, names)[0]]
         stream, text, killed = await create(image, **long), "", False
         waiting = [asyncio.create_task(_right(create, image, bool(number % 2))) for number in range(4)]
         waiting += [asyncio.create_task(_right(create, each, bool(number % 2))) for number, each in enumerate(others)]
@@ -192,7 +187,8 @@ def test_a_killed_replica(cluster):
         assert await asyncio.gather(*waiting) == [ANSWER] * len(waiting)
         return text, failed
 
-    for _ in range(3):  # on a busy machine the whole answer may have left before its replica was killed
+    victim = next(iter(cluster.replicas().values()))
+    for _ in range(4):  # the other one may have the image; and on a busy machine the answer may have left before
         before = set(cluster.replicas().values())
         text, failed = asked(cluster, job)
         assert whole.startswith(text) and failed == (text != whole)
@@ -200,6 +196,7 @@ def test_a_killed_replica(cluster):
         print(f"replaced after {took:.1f} s")
         if failed:
             break
+        (victim,) = before - {victim}
     else:
         raise AssertionError("no stream was ever cut")
 

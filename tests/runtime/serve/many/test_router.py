@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -33,18 +33,42 @@ def test_the_order_of_the_replicas_does_not_matter():
     assert all(ranked(key, NAMES, NAMES) == ranked(key, NAMES[::-1], NAMES[::-1]) for key in KEYS[:100])
 
 
-def chosen(key: str) -> list[list[str]]:
+REPLICAS = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in NAMES]
+
+
+@pytest.fixture
+def router() -> ImageRouter:
+    """Without what Ray puts into it: its choice depends on nothing of that."""
+    made = object.__new__(ImageRouter)
+    made._last = OrderedDict()
+    return made
+
+
+def chosen(router: ImageRouter, key: str) -> list[list[str]]:
     """Ranks of the replicas' names, as Ray asks for them."""
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in NAMES]
     pending = SimpleNamespace(args=[key], routing_context=SimpleNamespace(should_backoff=False))
-    router = object.__new__(ImageRouter)  # what it chooses depends on nothing that Ray puts into it
-    ranks = asyncio.run(router.choose_replicas(replicas, pending))
+    ranks = asyncio.run(router.choose_replicas(REPLICAS, pending))
     assert pending.routing_context.should_backoff
     return [[each.replica_id.unique_id for each in rank] for rank in ranks]
 
 
-def test_every_replica_is_tried_before_the_router_waits():
-    ranks = chosen(KEYS[0])
-    assert ranks == [[name] for name in ranked(KEYS[0], NAMES, NAMES)] and len(ranks) == 8
-    two, all_of_them = chosen("")
+def test_every_replica_is_tried_before_the_router_waits(router):
+    order = ranked(KEYS[0], NAMES, NAMES)
+    assert chosen(router, KEYS[0]) == [[], order[:2], *([name] for name in order[2:])]
+    two, all_of_them = chosen(router, "")
     assert len(two) == 2 and sorted(all_of_them) == NAMES
+
+
+def test_who_had_it_last_is_asked_first(router):
+    pending = SimpleNamespace(args=[KEYS[0]])
+    router.on_request_routed(pending, REPLICAS[5].replica_id, None)
+    assert chosen(router, KEYS[0])[0] == [NAMES[5]] and chosen(router, KEYS[1])[0] == []
+    router.on_request_routed(pending, SimpleNamespace(unique_id="gone"), None)
+    assert chosen(router, KEYS[0])[0] == []
+
+
+def test_what_is_remembered_is_bounded(router, monkeypatch):
+    monkeypatch.setattr("runtime.serve.ray.router.REMEMBERED", 2)
+    for key in [*KEYS[:2], KEYS[0], KEYS[2], ""]:
+        router.on_request_routed(SimpleNamespace(args=[key]), REPLICAS[0].replica_id, None)
+    assert list(router._last) == [KEYS[0], KEYS[2]]
