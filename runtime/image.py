@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import binascii
+import inspect
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 import PIL.Image
@@ -25,6 +28,9 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AV
 EXIF = True  # the default: images are turned upright
 MAX_PIXELS = 64_000_000  # as decoded; more than any phone's default, less than a decompression bomb
 MAX_SIDE = 16_384  # pixels: padding makes a square of the long side
+# Bytes read of a file object, or made of text: what an image of MAX_PIXELS takes without compression, four channels
+# deep, and as much metadata as nobody has. Some end is needed: a pipe has none.
+MAX_BYTES = 4 * MAX_PIXELS + (16 << 20)
 EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 _ORIENTATION = 0x0112  # tag of EXIF
@@ -38,11 +44,33 @@ _TURN = {  # orientation -> what makes it upright
     8: PIL.Image.Transpose.ROTATE_90,
 }
 
-ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
+_CHUNK = 1 << 16  # characters, or bytes, taken at a time: what is made of them on the way stays small
+_LONGEST_PATH = 1 << 15  # characters; no system has longer ones (Linux 4096, Windows 32767)
+_SHORTEST_BASE64 = 32  # characters; the smallest images there are have 26 bytes, 35 in base64
+_LONGEST_TEXT = MAX_BYTES // 3 * 4 // 76 * 78  # characters: base64 of MAX_BYTES, in lines of 76 with two to end each
+_BASE64, _STANDARD = re.compile(rb"[A-Za-z0-9+/]*"), bytes.maketrans(b"-_", b"+/")
+# Python's own decoder, unquote_to_bytes, takes a minute for 100 MB of %.
+_PERCENT = re.compile(rb"%[0-9A-Fa-f]{2}(?:%[0-9A-Fa-f]{2})*")
+
+
+class Readable(Protocol):
+    """A binary file, or anything that is read like one."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        ...
+
+
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Readable | PIL.Image.Image | np.ndarray
 
 
 def load_image(source: ImageSource, *, exif: bool = EXIF) -> PIL.Image.Image:
-    """An RGB image from a path, encoded bytes, a PIL image, or a uint8 array [H, W, 3] in RGB order.
+    """An RGB image from however people have it.
+
+    source: a path; encoded bytes; a binary file object, read from where it stands to its end, MAX_BYTES at most, and
+    left open; a PIL image; a uint8 array [H, W, 3] in RGB order; a "data:" URL, in base64 or percent-encoded, whose
+    media type is not believed; base64 text, standard or URL-safe, with or without padding and line ends. Text that
+    names an existing file is that file. Nothing is ever fetched from a network.
 
     Alpha is dropped, palettes are resolved and CMYK is converted (official: `Image.convert("RGB")`). With `exif` the
     image is turned upright, as viewers show it, where its EXIF block says how; a block that is damaged says nothing.
@@ -60,11 +88,17 @@ def load_image(source: ImageSource, *, exif: bool = EXIF) -> PIL.Image.Image:
         with _typed_errors("the image bytes"):  # a memoryview may be released
             file = io.BytesIO(source if isinstance(source, bytes) else bytes(source))
         return _decode(file, "the image bytes", exif)
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str):
+        return _from_text(source, exif)
+    if isinstance(source, os.PathLike):
         return _from_path(source, exif)
-    raise ImageError(
-        f"an image of type {type(source).__name__}", expected="path, bytes, PIL.Image or uint8 array [H, W, 3]"
-    )
+    if callable(getattr(source, "read", None)):
+        name = f"the image of a {type(source).__name__}"
+        return _decode(io.BytesIO(_read_all(source, name)), name, exif)
+    raise ImageError(f"an image of type {type(source).__name__}", expected=_KINDS)
+
+
+_KINDS = "path, bytes, binary file, PIL.Image, uint8 array [H, W, 3], data: URL or base64 text"
 
 
 def _from_path(source: str | os.PathLike[str], exif: bool) -> PIL.Image.Image:
@@ -76,9 +110,120 @@ def _from_path(source: str | os.PathLike[str], exif: bool) -> PIL.Image.Image:
     except TypeError as error:  # a path of bytes
         raise ImageError(f"image {shown(source)}: {error}", expected="a path that is text") from error
     if missing:
-        raise ImageError(f"image {path!s:.200} does not exist", expected="an image file")
+        remote = "nothing is fetched from a network: download it first" if "://" in str(source)[:40] else None
+        raise ImageError(f"image {path!s:.200} does not exist", expected="an image file", fix=remote)
     with open_file(path, ImageError, fix="check the path and its permissions") as file:
         return _decode(file, f"{path!s:.200}", exif)
+
+
+def _from_text(text: str, exif: bool) -> PIL.Image.Image:
+    """Of a data: URL, which never names a file; of an existing path; of base64. ImageError for any other text."""
+    if text[:5].lower() == "data:":
+        return _decode(io.BytesIO(_data_of_url(text)), "the data: URL", exif)
+    if len(text) <= _LONGEST_PATH and (len(text) < _SHORTEST_BASE64 or _is_there(text)):
+        return _from_path(text, exif)
+    if len(text) > _LONGEST_TEXT:
+        raise _too_long(f"an image as text of {len(text)} characters")
+    data = _base64_decoded(_pieces(text, 0))
+    if data is not None:
+        name = f"{text[:40]!r}..., which is no file and was read as base64,"
+        return _decode(io.BytesIO(data), name, exif)
+    if len(text) <= _LONGEST_PATH:
+        return _from_path(text, exif)  # which says what is wrong with it
+    raise ImageError(f"an image as text of {len(text)} characters, {text[:40]!r}...", expected=_KINDS)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long a name; or behind a folder without permission
+        return False
+
+
+def _data_of_url(url: str) -> bytes:
+    """The bytes that a "data:[type][;base64],..." URL (RFC 2397) holds. ImageError for one that is broken."""
+    if len(url) > _LONGEST_TEXT:
+        raise _too_long(f"a data: URL of {len(url)} characters")
+    comma = url.find(",", 0, 1024)  # media types are short
+    if comma < 0:
+        raise ImageError(f"the data: URL {url[:40]!r} has no comma", expected="data:image/png;base64,...")
+    pieces = _pieces(url, comma + 1, percent=True)
+    if url[5:comma].rpartition(";")[2].strip().lower() != "base64":
+        return b"".join(pieces)
+    data = _base64_decoded(pieces)
+    if data is None:
+        raise ImageError(
+            f"the data: URL {url[: comma + 9]!r:.80}... is not in base64, as it says it is",
+            expected="letters, digits, + and / (or - and _), and up to two = at the end; all of it",
+            fix="base64.b64encode(data).decode()",
+        )
+    return data
+
+
+def _pieces(text: str, start: int, *, percent: bool = False) -> Iterator[bytes]:
+    """`text` from `start` on as bytes, UTF-8, some at a time; with `percent`, what is percent-encoded is decoded."""
+    while start < len(text):
+        end = start + _CHUNK
+        if percent and (cut := text.rfind("%", end - 2, end)) > start:  # not between a % and its two digits
+            end = cut
+        piece = text[start:end].encode("utf-8", "surrogatepass")
+        yield _PERCENT.sub(lambda run: bytes.fromhex(run[0].replace(b"%", b"").decode()), piece) if percent else piece
+        start = end
+
+
+def _base64_decoded(pieces: Iterator[bytes]) -> bytes | None:
+    """What base64 `pieces` hold, of either alphabet; None when they are no base64. White space is skipped; the = at the
+    end may be missing. Python's own decoders take several times the memory, or skip what is no base64."""
+    decoded, rest = io.BytesIO(), b""
+    for piece in pieces:
+        piece = rest + piece.translate(_STANDARD, b" \t\r\n\f")
+        whole = max(0, (len(piece) - 1) // 4 * 4)  # the last four characters may be the ones with =
+        if _BASE64.fullmatch(piece, 0, whole) is None:
+            return None
+        decoded.write(binascii.a2b_base64(piece[:whole]))
+        rest = piece[whole:]
+    letters = rest.rstrip(b"=")
+    padded = letters != rest
+    if _BASE64.fullmatch(letters) is None or (padded and len(rest) != 4) or (rest and len(letters) < 2):
+        return None
+    decoded.write(binascii.a2b_base64(letters + b"=" * (-len(letters) % 4)))
+    return decoded.getvalue()
+
+
+def _read_all(file: Readable, name: str) -> bytes:
+    """What `file` gives until its end. ImageError when that is no bytes, none at all, or more than MAX_BYTES."""
+    data, binary = io.BytesIO(), 'open it as one: open(path, "rb"); of standard input, sys.stdin.buffer'
+    while data.tell() <= MAX_BYTES:
+        try:
+            more: object = file.read(_CHUNK)
+        except MemoryError:
+            raise
+        except UnicodeError:
+            more = ""  # opened as text, which an image is not
+        except Exception as error:  # closed, opened for writing, a disk or a connection that fails
+            raise ImageError(f"{name} cannot be read: {error}", expected="an open binary file", fix=binary) from error
+        if inspect.iscoroutine(more):
+            more.close()  # nobody will wait for it
+            raise ImageError(f"{name}: its read() has to be awaited", expected="bytes", fix="await file.read() first")
+        if not isinstance(more, bytes | bytearray | memoryview):
+            what = "text: the file is not opened as binary" if isinstance(more, str) else type(more).__name__
+            raise ImageError(f"{name} comes as {what}", expected="a file that gives bytes", fix=binary)
+        if not more:
+            break
+        data.write(more)
+    else:
+        raise _too_long(f"{name} has more than {MAX_BYTES >> 20} MB")
+    if not data.tell():
+        raise ImageError(
+            f"{name} gave no bytes", expected="an image", fix="file.seek(0), if it was just written or read to its end"
+        )
+    return data.getvalue()
+
+
+def _too_long(found: str) -> ImageError:
+    return ImageError(
+        found, expected=f"at most {MAX_BYTES >> 20} MB of encoded image", fix="save it as a PNG or JPEG first"
+    )
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
+
+from engines.errors import OptionError
 
 PANEL, SMALL, MANY = 320, 160, 24  # pixels of a panel's long side; and when there are more than MANY of them
 GAP, CAPTION = 10, 24  # pixels
@@ -37,6 +41,33 @@ def draw_selection(image: PIL.Image.Image, cells: np.ndarray, captions: list[str
         draw.text((x, y), _fitting(title, font, small.width), "black", font)
         sheet.paste(panel, (x, y + CAPTION))
     return sheet
+
+
+def require_writable(picture: Path, option: str) -> None:
+    """OptionError, which names the `option`, for what would go wrong when a picture is written to this path."""
+    folder = picture.absolute().parent
+    try:
+        if not folder.is_dir():
+            raise OptionError(f"{option} {picture}: no such folder", fix=f"mkdir -p {picture.parent}")
+        ordinary = picture.is_file() or not os.path.lexists(picture)  # a pipe would wait for who reads it
+        writable = ordinary and os.access(picture if picture.exists() else folder, os.W_OK)
+    except OSError:  # too long a name
+        writable = False
+    if not writable:
+        raise OptionError(f"{option} {picture!s:.200}: cannot be written", expected="a file name in a folder of yours")
+    if PIL.Image.registered_extensions().get(picture.suffix.lower()) not in PIL.Image.SAVE:
+        raise OptionError(
+            f"{option} {picture}: {picture.suffix or 'no suffix'}", expected="a picture: .png, .jpg, .webp"
+        )
+
+
+def write_picture(drawn: PIL.Image.Image, picture: Path, option: str) -> None:
+    """Write it to a path that `require_writable` found fit. OptionError, which names the `option`, where that fails."""
+    try:
+        drawn.save(picture)
+    except (OSError, ValueError) as error:  # ValueError: more pixels than the format has room for
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OptionError(f"{option} {picture}: cannot be written: {why}") from error
 
 
 def _overlay(image: PIL.Image.Image, share: np.ndarray) -> PIL.Image.Image:

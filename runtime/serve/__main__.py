@@ -132,7 +132,7 @@ def _url(listener: socket.socket, host: str) -> str:
 
 class _Server(uvicorn.Server):
     """Ends in order: asked to, it takes no more questions, and answers 503 to them, while those that came are answered;
-    then it stops listening. Asked again, it ends at once."""
+    then it stops listening."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, grace: float, url: str) -> None:
         super().__init__(config)
@@ -147,21 +147,16 @@ class _Server(uvicorn.Server):
         print(f"{self._url} (Ctrl-C ends it)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal asks the process to end."""
-        if self.signal is None:
-            self.signal = sig
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
-                return
-        self._worker.accepting = False
-        self.should_exit = self.force_exit = True
+        """A signal asks the process to end. From the second on the system does it, at once."""
+        signal.signal(sig, signal.SIG_DFL)
+        if self.signal is not None or self._loop is None:
+            signal.raise_signal(sig)
+        self.signal = sig
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
 
     async def _drain(self) -> None:
-        draining = asyncio.get_running_loop().run_in_executor(None, self._worker.drain, self._grace)
-        while not draining.done() and not self.should_exit:
-            await asyncio.sleep(0.02)
-        if not draining.done():
-            await asyncio.get_running_loop().run_in_executor(None, self._worker.drain, 0.0)
+        await asyncio.get_running_loop().run_in_executor(None, self._worker.drain, self._grace)
         self.should_exit = True
 
 

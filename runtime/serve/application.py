@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from engines.errors import FlexError
+from engines.errors import FlexError, TokenizerError
 from runtime.engine import Engine
 from runtime.serve import page
 from runtime.serve.completions import Completions, Model
@@ -34,7 +35,14 @@ class Service:
     """One engine behind HTTP: what the endpoints share."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        if engine.manifest.prompt.tokenizer is None:
+            raise TokenizerError(
+                f"the bundle {engine.manifest.name} has no tokenizer",
+                expected="one: a chat completion is text",
+                fix="put tokenizer.json or tokenizer.model into the checkpoint, and rebuild",
+            )
         self._engine, self._settings = engine, settings
+        self._begun = int(time.time())
         self.metrics = Metrics()
         self.worker = Worker(engine, settings, self.metrics)
         self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
@@ -81,14 +89,21 @@ class Service:
             "device": getattr(vars(self._engine).get("model"), "device", "cuda"),  # TensorRT knows no other
             "scenes": self.scenes.available,
         }
-        return {"id": self.model.name, "object": "model", "created": 0, "owned_by": "flexattention", "flex": flex}
+        return {
+            "id": self.model.name,
+            "object": "model",
+            "created": self._begun,
+            "owned_by": "flexattention",
+            "flex": flex,
+        }
 
 
 def app(engine: Engine, settings: Settings | None = None) -> Starlette:
     """An ASGI app that answers questions with `engine`: alone under a server, or mounted in another app under a prefix.
 
     Whoever mounts it takes over its end, too: `lifespan=mounted.router.lifespan_context` of the outer app, or
-    `mounted.state.service.worker.drain(seconds)`. The engine stays the caller's, and is not closed.
+    `mounted.state.service.worker.drain(seconds)`. The engine stays the caller's, and is not closed. TokenizerError for
+    one that takes token ids only.
     """
     settings = settings or Settings()
     service = Service(engine, settings)

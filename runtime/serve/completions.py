@@ -7,12 +7,12 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -22,7 +22,7 @@ from runtime.answer import Token
 from runtime.serve.errors import RETRY_AFTER, ApiError
 from runtime.serve.guard import Bodies
 from runtime.serve.media import read_image
-from runtime.serve.schema import Asked, read
+from runtime.serve.schema import Asked, ImageUrl, read
 from runtime.serve.settings import Settings
 from runtime.serve.worker import Event, Failed, Finished, Job, Started, Worker
 
@@ -44,6 +44,7 @@ class Completions:
 
     def __init__(self, model: Model, worker: Worker, settings: Settings, bodies: Bodies) -> None:
         self._model, self._worker, self._settings, self._bodies = model, worker, settings, bodies
+        self._files = ThreadPoolExecutor(1, "flexattention-media")  # a disk may be slow
 
     async def __call__(self, request: Request) -> Response:
         """Answers, or raises ApiError. A stream begins with the first token: what goes wrong before has a status."""
@@ -58,9 +59,8 @@ class Completions:
                 )  # fmt: skip
             image = None
             if asked.image is not None:
-                image = await run_in_threadpool(
-                    read_image, asked.image, self._settings.media, self._settings.body_bytes
-                )
+                image = await self._read_image(asked.image)
+                asked = replace(asked, image=None)  # a long text, which nobody needs any more
             exchange = Exchange(self._worker, self._settings.timeout, request.receive)
             events = exchange.events(asked, image, arrived)
             del image
@@ -72,6 +72,14 @@ class Completions:
             return _EventStream(reply, first, events)
         async with aclosing(events):
             return JSONResponse(await reply.whole(first, events), headers={"Cache-Control": "no-store"})
+
+    async def _read_image(self, image: ImageUrl) -> bytes:
+        """Reading base64 holds the interpreter's lock: in another thread it would keep everybody waiting all the same,
+        and each of many threads would keep memory of its own for it. Files may be slow."""
+        where = image, self._settings.media, self._settings.body_bytes
+        if image.is_data:
+            return read_image(*where)
+        return await asyncio.get_running_loop().run_in_executor(self._files, read_image, *where)
 
 
 class Exchange:

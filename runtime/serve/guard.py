@@ -102,6 +102,8 @@ class Guard:
                 421, "this server is not known under this name", code="unknown_host",
                 fix=f"address it as {allowed[0]}" if allowed else None,
             )  # fmt: skip
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            raise ApiError(403, "a page of another site asks", code="cross_site", fix="open this server's own page")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             # A browser asks before it lets a foreign page send this kind, and is refused.

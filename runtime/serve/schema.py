@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from plugins.errors import FlexError
 from plugins.files import parse_json
@@ -20,6 +19,14 @@ _ROLES = {"developer": "system"}  # a newer word of OpenAI's for the same
 
 def _form(value: object) -> str:
     return _TEXT if isinstance(value, str) else _PARTS
+
+
+class _Refused(ValueError):
+    """A field that is wrong. code: see ApiError. what: the end of a sentence that begins with the field's name."""
+
+    def __init__(self, code: str, name: str, what: str) -> None:
+        super().__init__(what)
+        self.code, self.name, self.what = code, name, what
 
 
 class _Strict(BaseModel):
@@ -40,11 +47,10 @@ class _Strict(BaseModel):
             if name in cls.model_fields:
                 kept[name] = value
             elif name not in cls.off:
-                raise PydanticCustomError(
-                    "unknown_option", "is no option that this server knows", {"name": ascii(name[:60])[1:-1]}
-                )
+                shown = ascii(name[:60])[1:-1]  # it may hold half a character, which no message of pydantic's can
+                raise _Refused("unknown_option", shown, "is no option that this server knows")
             elif value is not None and not any(type(value) is type(off) and value == off for off in cls.off[name]):
-                raise PydanticCustomError("unsupported_option", "is not implemented by this server", {"name": name})
+                raise _Refused("unsupported_option", name, "is not implemented by this server")
         return kept
 
 
@@ -63,7 +69,7 @@ class _Part(_Strict):
         for name in ("text", "image_url"):
             if (getattr(self, name) is not None) != (self.type == name):
                 found = "is missing" if self.type == name else f"does not go with the type {self.type}"
-                raise PydanticCustomError("part", found, {"name": name})
+                raise _Refused("invalid_value", name, found)
         return self
 
 
@@ -141,6 +147,11 @@ class ImageUrl:
 
     url: str
     param: str
+
+    @property
+    def is_data(self) -> bool:
+        """Whether the URL is the image."""
+        return self.url[:5].lower() == "data:"
 
 
 @dataclass(frozen=True)
@@ -240,19 +251,14 @@ def _wrong(param: str, what: str, code: str) -> ApiError:
 def _first(error: ValidationError) -> ApiError:
     """The first thing that is wrong, with its place in the request."""
     found = error.errors(include_url=False, include_input=False)[0]
-    loc = [each for each in found["loc"] if each not in (_TEXT, _PARTS)]
-    name = (found.get("ctx") or {}).get("name")
+    refused = (found.get("ctx") or {}).get("error")
+    place = [each for each in found["loc"] if each not in (_TEXT, _PARTS)]
+    if isinstance(refused, _Refused):
+        code, what, place = refused.code, refused.what, [*place, refused.name]
+    else:
+        code, what = "invalid_value", f"is not right: {found['msg'][:1].lower()}{found['msg'][1:]}"
     param = ""
-    for each in [*loc, *([] if name is None else [name])]:
+    for each in place:
         param += f"[{each}]" if isinstance(each, int) else f".{each}" if param else str(each)
-    message = found["msg"] if name is not None else f"is not right: {found['msg'][:1].lower()}{found['msg'][1:]}"
-    fixes = {"unknown_option": "leave it out", "unsupported_option": "leave it out, or null"}
-    kinds = {"unknown_option": "unknown_option", "unsupported_option": "unsupported_option"}
-    where = param or "the body"
-    return ApiError(
-        400,
-        f"{where} {message}",
-        code=kinds.get(found["type"], "invalid_value"),
-        param=param or None,
-        fix=fixes.get(found["type"]),
-    )
+    fix = {"unknown_option": "leave it out", "unsupported_option": "leave it out, or null"}.get(code)
+    return ApiError(400, f"{param or 'the body'} {what}", code=code, param=param or None, fix=fix)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import PIL.Image
 
+from engines.errors import BackendError
 from runtime.engine import Engine
 from runtime.image import FORMATS
 from runtime.serve.errors import ApiError
@@ -51,8 +52,10 @@ class Views:
             view = self._engine.image(image)
         try:
             yield view, kept and image is not None
-        except BaseException:
+        except BaseException as error:
             view.close()
+            if isinstance(error, MemoryError | BackendError):  # what is kept may be what is missing
+                self._evict(-1)
             self._count()
             raise
         self._keep(key, view)

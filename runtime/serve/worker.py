@@ -163,21 +163,25 @@ class Worker:
         self._metrics.waited.observe(perf_counter() - job.arrived)
         try:
             with self._views.borrow(job.image) as (view, cached):
+                job.image = None  # who reads slowly does not hold on to it
                 job.tell(Started(view.size, cached))
                 finished = self._answer(job, view)
             end = finished.answer.finish_reason if finished is not None else "cancelled"
         except Exception as error:
+            failed = Failed(told(error))
             if not isinstance(error, FlexError | ApiError):  # its message may hold what somebody asked
                 where = "".join(traceback.format_tb(error.__traceback__))
                 _log.error("the engine failed: %s\n%s", type(error).__name__, where)
+            elif failed.error.status >= 500:  # of the backend or the bundle
+                _log.error("the engine failed: %s", error)
             self._metrics.answers.labels("error").inc()
-            return Failed(told(error))
+            return failed
         self._metrics.answers.labels(end).inc()
         return finished or Failed(unavailable())
 
     def _answer(self, job: Job, view: ImageView) -> Finished | None:
         """Tell the tokens; None when the job was cancelled on the way."""
-        stream = view.stream(self._prompt(job), **job.options, max_new_tokens=self._room(job))
+        stream = view.stream(self._prompt(job), **job.options, max_new_tokens=self._room(job, view))
         first = 0.0
         try:
             for token in stream.steps():
@@ -198,13 +202,13 @@ class Worker:
         alone = len(job.messages) == 1 and job.messages[0]["role"] == "user"
         return job.messages[0]["content"] if alone else job.messages
 
-    def _room(self, job: Job) -> int:
+    def _room(self, job: Job, view: ImageView) -> int:
         """Answer tokens at most: what was asked for, or the settings' number, if the context has room for them."""
         if job.max_tokens is not None:
             return job.max_tokens
         request = read_request(
             self._prompt(job), None, {"max_new_tokens": 1},
-            has_image=job.image is not None, prompter=self._engine.prompter, manifest=self._engine.manifest,
+            has_image=view.size is not None, prompter=self._engine.prompter, manifest=self._engine.manifest,
         )  # fmt: skip
         return min(self._settings.max_tokens, self._engine.geometry.context - request.room + 1)
 

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         return soaked()
     with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
         made, chosen = Seeds(given.folder or Path(temporary)), given.only or list(TARGETS)
-        results = [_told(run(name, made, 60 * given.minutes / len(chosen), given.seed)) for name in chosen]
+        with made.ending:
+            results = [_told(run(name, made, 60 * given.minutes / len(chosen), given.seed)) for name in chosen]
     print(markdown(results))
     return 1 if any(result.faults for result in results) else 0
 
@@ -40,6 +41,9 @@ def soaked() -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
         bundle = build(BuildOptions(out=Path(temporary) / "default-fp16", check="none")).path
         found = [soak.requests(bundle), soak.opens(bundle), soak.threads(bundle)]
+        made = Seeds(Path(temporary))
+        with made.ending:
+            found += soak.served(made.target)
         print(soak.HEAD, *(figures.row() for figures in found), sep="\n")
         print(f"\nforked after it was opened: {soak.forked(bundle)}")
     return int(any(figures.wrong for figures in found))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.campaign import bundles, checkpoints, images, options, prompts, seeds
+from tests.campaign import bundles, checkpoints, images, options, prompts, seeds, server
 from tests.campaign.trial import ANSWERED, KINDS, Outcome, trial
 
 BATCH = 200  # examples that Hypothesis chooses with one seed
@@ -67,9 +69,10 @@ def run(name: str, made: Seeds, seconds: float, start: int = 0) -> Result:
 
 @dataclass(frozen=True)
 class Seeds:
-    """What is damaged: made when first asked for, and kept in `folder`."""
+    """What is damaged: made when first asked for, and kept in `folder`. What runs is ended by `ending`."""
 
     folder: Path
+    ending: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def sharded(self) -> Path:
@@ -93,6 +96,18 @@ class Seeds:
         outcome = trial(lambda _: bundles.answer(self.bundle))
         assert outcome.kind == ANSWERED, outcome
         return [int(token) for token in outcome.detail.strip("[]").split(",")]
+
+    @cached_property
+    def target(self) -> server.Target:
+        """A server of the whole bundle, which lives as long as this."""
+        bundle = self.bundle  # made here: a fork cannot, behind the threads of torch
+        outcome = trial(lambda _: server.answer(bundle))
+        assert outcome.kind == ANSWERED, outcome
+        home = Path(tempfile.mkdtemp(prefix="server-", dir=self.folder))
+        running, target = server.serve(bundle, home, outcome.detail)
+        self.ending.callback(running.process.wait)
+        self.ending.callback(running.process.kill)
+        return target
 
 
 def _sharded(made: Seeds) -> tuple[st.SearchStrategy, Try]:
@@ -129,6 +144,11 @@ def _options(made: Seeds) -> tuple[st.SearchStrategy, Try]:
     return options.REQUESTS, lambda value, scratch: options.run(whole, answer, value, scratch)
 
 
+def _http(made: Seeds) -> tuple[st.SearchStrategy, Try]:
+    target = made.target
+    return server.attacks(target), lambda value, scratch: server.run(target, value, scratch)
+
+
 TARGETS: dict[str, Callable[[Seeds], tuple[st.SearchStrategy, Try]]] = {
     "checkpoints": _sharded,
     "pytorch_model.bin": _binary,
@@ -137,6 +157,7 @@ TARGETS: dict[str, Callable[[Seeds], tuple[st.SearchStrategy, Try]]] = {
     "prompts": _prompts,
     "images": _images,
     "options": _options,
+    "http": _http,
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import PIL.Image
@@ -71,11 +73,19 @@ def damages() -> st.SearchStrategy[bytes]:
 
 
 def run(data: bytes, scratch: Path) -> str:
-    """Read it from memory and from a file; Wrong when both differ, or from Pillow."""
+    """Read it however people have it; Wrong when two ways differ, or from Pillow."""
     found = np.asarray(load_image(data))
     (scratch / "image").write_bytes(data)
-    if not np.array_equal(np.asarray(load_image(scratch / "image")), found):
-        raise Wrong("the file is read otherwise than its bytes")
+    text = base64.b64encode(data).decode()
+    for name, source in {
+        "file": scratch / "image",
+        "file object": io.BytesIO(data),
+        "data: URL": f"data:image/png;base64,{text}",
+        "percent-encoded URL": f"data:,{quote_from_bytes(data)}",
+        "base64 text": text.rstrip("="),
+    }.items():
+        if not np.array_equal(np.asarray(load_image(source)), found):
+            raise Wrong(f"the {name} is read otherwise than its bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with PIL.Image.open(io.BytesIO(data)) as image:

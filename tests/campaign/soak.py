@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from hypothesis import given, seed, settings
 
 from engines.errors import FlexError
 from engines.memory import release_freed
 from runtime import Engine
+from tests.campaign import server
+from tests.campaign.campaign import CHOSEN
+from tests.campaign.trial import Wrong
 from tests.paths import ROOT
 
 PICTURE = ROOT / "examples" / "poster.png"
 PROMPT = "what numbers are in the red star and the cyan circle?"
 ANSWER = "69 and 65"  # of the default model
 REQUESTS, OPENS, THREADS = 2000, 100, 4
+ATTACKS, LEFT = 1000, 50
 WARM_UP = 10  # share of the requests before memory is first looked at
 
 
@@ -34,12 +42,15 @@ class Use:
     threads: int
 
     @classmethod
-    def now(cls) -> Use:
-        gc.collect()
-        release_freed()
-        status = Path("/proc/self/status").read_text().split()
+    def now(cls, process: int | None = None) -> Use:
+        """Of another process, or of this one after what is not needed is freed."""
+        if process is None:
+            gc.collect()
+            release_freed()
+        folder = f"/proc/{process or 'self'}"
+        status = Path(folder, "status").read_text().split()
         rss = int(status[status.index("VmRSS:") + 1]) * 1024
-        return cls(rss, _entries("/proc/self/fd"), _entries("/proc/self/task"))
+        return cls(rss, _entries(f"{folder}/fd"), _entries(f"{folder}/task"))
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,14 @@ class Figures:
 HEAD = "| use | times | took | wrong | memory | descriptors | threads |\n|---|---:|---:|---:|---:|---:|---:|"
 
 
-def _measured(name: str, count: int, once) -> Figures:
-    """once(index) -> whether the answer was right, so many times."""
+def _measured(name: str, count: int, once, process: int | None = None) -> Figures:
+    """once(index) -> whether the answer was right, so many times; what is held is held by `process`."""
     started, wrong, before = time.monotonic(), 0, None
     for index in range(count):
         if index == count // WARM_UP:
-            before = Use.now()
+            before = Use.now(process)
         wrong += not once(index)
-    after = Use.now()
+    after = Use.now(process)
     assert before is not None
     return Figures(
         name,
@@ -131,6 +142,38 @@ def threads(bundle: Path, count: int = REQUESTS // 10) -> Figures:
         return right == [True] * THREADS
 
     return _measured(f"{THREADS} threads at once", count, once)
+
+
+def served(target: server.Target, requests: int = ATTACKS, left: int = LEFT) -> list[Figures]:
+    """Hostile requests to a server one after the other, and answers that are left in the middle, four at a time."""
+    attacks: list[server.Attack] = []
+    chosen = settings(CHOSEN, max_examples=requests)
+    seed(0)(chosen(given(server.attacks(target))(lambda attack: attacks.append(attack))))()
+    scratch, told = Path(), set[str]()
+
+    def once(index: int) -> bool:
+        return stood(attacks[index % len(attacks)])
+
+    def stood(attack: server.Attack) -> bool:
+        try:
+            server.run(target, attack, scratch)
+        except server.Refused:
+            return True
+        except Wrong as wrong:
+            if str(wrong) not in told:
+                print(f"WRONG: {wrong}\n  {attack!r:.600}", file=sys.stderr)
+            told.add(str(wrong))
+            return False
+        return True
+
+    def leave(index: int) -> bool:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return all(pool.map(stood, [server.disconnect(target)] * THREADS))
+
+    return [
+        _measured("malformed requests to a server", requests, once, target.pid),
+        _measured(f"{THREADS} answers at once, left in the middle", left, leave, target.pid),
+    ]
 
 
 def forked(bundle: Path, seconds: float = 30.0) -> str:

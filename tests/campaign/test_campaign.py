@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import pytest
 
-from tests.campaign import checkpoints, soak
+from tests.campaign import checkpoints, server, soak
 from tests.campaign.campaign import TARGETS, Seeds, run
 from tests.campaign.trial import Unjudged, Wrong, trial
 from tests.conftest import once
@@ -16,8 +19,10 @@ SECONDS = 10.0  # of each target
 
 
 @pytest.fixture(scope="module")
-def made(shared) -> Seeds:
-    return Seeds(once(shared / "campaign", lambda folder: folder.mkdir()))
+def made(shared) -> Iterator[Seeds]:
+    seeds = Seeds(once(shared / "campaign", lambda folder: folder.mkdir()))
+    with seeds.ending:
+        yield seeds
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -68,6 +73,42 @@ def test_an_engine_that_is_used_for_long(default_bundle):
     for figures in (soak.requests(bundle, 80), soak.opens(bundle, 10), soak.threads(bundle, 10)):
         assert figures.wrong == 0 and figures.descriptors <= 0 and figures.threads <= 0, figures
         assert figures.rss < 8e6, figures
+
+
+def test_a_server_that_is_attacked(made):
+    """A share of what `--soak` does to it."""
+    for figures in soak.served(made.target, requests=60, left=5):
+        assert figures.wrong == 0 and figures.descriptors <= 2 and figures.threads <= 4, figures
+        assert figures.rss < 40e6, figures
+    _, metrics = server.ask(made.target.address, server.request("/metrics", method="GET"))
+    stopped = re.search(rb'flex_answers_total\{end="cancelled"\} (\d+)', metrics)
+    assert stopped and int(stopped[1]) > 5, "answers were left behind their end, not in the middle"
+
+
+@pytest.mark.parametrize(
+    ("then", "http", "status", "body", "right"),
+    [
+        ("read", True, 400, b'{"error": {"message": "m", "type": "t", "param": null, "code": "c", "fix": null}}', True),
+        ("read", True, 400, b"Bad request", False),
+        ("read", False, 400, b"Bad request", True),
+        ("read", True, 400, b'{"error": {"message": "m", "type": "t", "param": null, "code": "c"}}', False),
+        ("read", False, 500, b"", False),
+        ("read", True, 0, b"", False),
+        ("end", False, 0, b"", True),
+        ("read", True, 302, b"", False),
+        ("read", True, 200, b"{}", False),
+        ("read", True, 200, b'data: {"choices": []}\n\ndata: [DONE]\n\n', True),
+        ("read", True, 200, b'data: {"choices": []}\n\n', False),
+        ("read", True, 404, server.SECRET.encode(), False),
+    ],
+)
+def test_a_wrong_response_is_one(then, http, status, body, right):
+    attack = server.Attack("test", b"", then, http, judge=server._answered)
+    if right:
+        server.judged(attack, status, body)
+    else:
+        with pytest.raises(Wrong):
+            server.judged(attack, status, body)
 
 
 def test_an_engine_that_was_forked(default_bundle):

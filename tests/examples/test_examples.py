@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
 
+from runtime import Engine
 from tests.paths import ROOT
+from tests.runtime.serve.command import serving
 
 EXAMPLES = ROOT / "examples"
+QUESTION = "what numbers are in the red star and the cyan circle?"
 
 
 @pytest.fixture
@@ -37,9 +44,10 @@ def test_ask_says_what_is_wrong(run):
     assert "expected:" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("script", sorted({path.name for path in EXAMPLES.glob("*.py")} - {"openai_client.py"}))
 def test_a_missing_bundle_is_told(script):
-    line = [sys.executable, EXAMPLES / script, "examples", "read the number.", "--bundle", "nowhere"]
+    asked = [] if script == "app.py" else ["examples", "read the number."]
+    line = [sys.executable, EXAMPLES / script, *asked, "--bundle", "nowhere"]
     result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.returncode == 1 and "no bundle folder nowhere" in result.stderr and "Traceback" not in result.stderr
 
@@ -74,6 +82,58 @@ def test_camera(default_bundle, tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.fixture(scope="module")
+def server(default_bundle, tmp_path_factory):
+    with serving(default_bundle("fp16"), log=tmp_path_factory.mktemp("server") / "log") as running:
+        yield running.url
+
+
+def test_openai_client(server, default_bundle):
+    line = [sys.executable, EXAMPLES / "openai_client.py", "--url", f"{server}/v1"]
+    result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    answer, pages = result.stdout.splitlines()
+    assert answer == "69 and 65" and result.returncode == 0, result.stderr
+    answered = Engine(default_bundle("fp16")).generate(EXAMPLES / "poster.png", QUESTION)
+    read = ["/".join(map(str, token)) for token in answered.stats.pages_read]
+    assert pages == f"pages that the layers read for each token: {', '.join(read)}"
+
+
+def test_openai_client_says_what_is_wrong(server):
+    for arguments, text in ((["nowhere.png"], "nowhere.png"), (["--url", "http://127.0.0.1:9/v1"], "Connection error")):
+        line = [sys.executable, EXAMPLES / "openai_client.py", "--url", f"{server}/v1", *arguments]
+        result = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert result.returncode == 1 and text in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_curl(server):
+    line, environment = ["sh", str(EXAMPLES / "curl.sh")], os.environ | {"FLEX_URL": server}
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert json.loads(result.stdout)["choices"][0]["message"]["content"] == "69 and 65", result.stderr
+
+
+def test_app(default_bundle):
+    """A route of its own, the API below another, and no answer but a message for what is no picture."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, EXAMPLES / "app.py", "--bundle", default_bundle("fp16"), "--port", port]
+    poster, url = (EXAMPLES / "poster.png").read_bytes(), f"http://127.0.0.1:{port}"
+    with subprocess.Popen([*map(str, line)], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            while "running on" not in process.stderr.readline():
+                assert process.poll() is None
+            for shape, answer in (("red star", "69\n"), ("cyan circle", "65\n")):
+                assert httpx.post(f"{url}/number", params={"shape": shape}, content=poster).text == answer
+            refused = httpx.post(f"{url}/number", content=b"no picture")
+            assert refused.status_code == 400 and "not an image" in refused.text
+            assert httpx.get(f"{url}/vlm/v1/models").json()["data"][0]["id"]
+            process.terminate()
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.*") if path.suffix in (".py", ".sh")))
 def test_they_stay_short(script):
     assert len((EXAMPLES / script).read_text().splitlines()) < 40

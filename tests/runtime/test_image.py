@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
 import gc
 import io
 import os
 import random
 import struct
+import tempfile
+import textwrap
 import time
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from runtime import ImageError, OptionError
-from runtime.image import MAX_SIDE, load_image
+from runtime.image import _LONGEST_TEXT, MAX_BYTES, MAX_SIDE, load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -327,7 +333,12 @@ def test_bad_paths(tmp_path):
     with pytest.raises(ImageError, match="does not exist"):
         load_image("null\0byte")
     with pytest.raises(ImageError, match="cannot be read: File name too long"):
-        load_image("a" * 5000)  # a base64 string, for instance
+        load_image("a." * 2500)
+    with pytest.raises(ImageError, match="no file and was read as base64, is not an image"):
+        load_image("a" * 5000)
+    with pytest.raises(ImageError, match="does not exist") as caught:
+        load_image("https://example.com/photo.jpg")
+    assert "download it first" in caught.value.fix
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="is a pipe"):
         load_image(tmp_path / "pipe")
@@ -347,3 +358,191 @@ def test_a_lack_of_memory_is_not_blamed_on_the_image(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", convert)
     with pytest.raises(MemoryError):
         load_image(PNG)
+
+
+class Upload:
+    """What web frameworks hand over: no file, but read like one."""
+
+    def __init__(self, data: bytes, step: int) -> None:
+        self.data, self.step = io.BytesIO(data), step
+
+    def read(self, size: int) -> bytes:
+        return self.data.read(min(size, self.step))
+
+
+def test_file_objects(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(PNG)
+    with open(path, "rb") as opened, open(path, "rb", buffering=0) as raw, tempfile.NamedTemporaryFile() as temporary:
+        temporary.write(PNG)
+        temporary.seek(0)
+        for file in (opened, raw, io.BytesIO(PNG), Upload(PNG, 7), temporary):
+            assert np.array_equal(np.asarray(load_image(file)), RGB)
+        assert not opened.closed and not opened.read()  # read to its end, and still the caller's
+        behind = io.BytesIO(b"head" + PNG)
+        behind.seek(4)
+        assert np.array_equal(np.asarray(load_image(behind)), RGB)
+    reading, writing = os.pipe()
+    os.write(writing, PNG)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert np.array_equal(np.asarray(load_image(pipe)), RGB)
+
+
+class Later:
+    async def read(self, size: int) -> bytes:
+        return PNG
+
+
+class Endless:
+    given = 0
+
+    def read(self, size: int) -> bytes:
+        self.given += 1 << 24
+        return bytes(1 << 24)
+
+
+def at_end() -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "PNG")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("make", "found", "fix"),
+    [
+        (lambda path: path.open(), "TextIOWrapper comes as text", 'open(path, "rb")'),
+        (lambda path: io.StringIO("text"), "comes as text", 'open(path, "rb")'),
+        (lambda path: path.open("ab"), "cannot be read", 'open(path, "rb")'),
+        (lambda path: Later(), "has to be awaited", "await file.read()"),
+        (lambda path: at_end(), "gave no bytes", "file.seek(0)"),
+        (lambda path: io.BytesIO(b"hello"), "is not an image", "PNG"),
+        (lambda path: type("Odd", (), {"read": lambda self, size: 7})(), "Odd comes as int", 'open(path, "rb")'),
+        (lambda path: type("Odd", (), {"read": lambda self: b""})(), "cannot be read", 'open(path, "rb")'),
+    ],
+)
+def test_file_objects_that_are_none(make, found, fix, tmp_path):
+    (tmp_path / "image.png").write_bytes(PNG)
+    file = make(tmp_path / "image.png")
+    with warnings.catch_warnings(), pytest.raises(ImageError) as caught:
+        warnings.simplefilter("error")  # a coroutine that nobody awaited is one
+        load_image(file)
+    assert found in caught.value.found and fix in caught.value.fix and caught.value.expected
+    if hasattr(file, "close"):
+        file.close()
+
+
+def test_the_fixes_of_file_objects_work(tmp_path):
+    (tmp_path / "image.png").write_bytes(PNG)
+    with open(tmp_path / "image.png", "rb") as file:
+        assert load_image(file).size == (30, 20)
+    written = at_end()
+    written.seek(0)
+    assert load_image(written).size == (30, 20)
+
+    async def ask() -> Image.Image:
+        return load_image(await Later().read(-1))
+
+    assert asyncio.run(ask()).size == (30, 20)
+
+
+def test_a_file_without_end_is_read_to_a_limit():
+    endless = Endless()
+    with pytest.raises(ImageError, match="more than 260 MB") as caught:
+        load_image(endless)
+    assert endless.given <= MAX_BYTES + (2 << 24) and "PNG or JPEG" in caught.value.fix
+
+
+BASE64 = base64.b64encode(PNG).decode()
+URL_SAFE = base64.urlsafe_b64encode(PNG).decode()
+
+
+def test_images_as_text():
+    """base64 and data: URLs, of every way to write them."""
+    assert {"+", "/"} & set(BASE64) and {"-", "_"} & set(URL_SAFE)
+    for text in (
+        *(BASE64, URL_SAFE, BASE64.rstrip("="), f"  {BASE64}\n", "\r\n".join(textwrap.wrap(BASE64, 76))),
+        *(f"data:image/png;base64,{BASE64}", f"data:;base64,{URL_SAFE}", f"DATA:IMAGE/PNG;BASE64,{BASE64}"),
+        f"data:image/png;name=a.png;charset=utf-8;base64,{BASE64.rstrip('=')}",
+        f"data:text/html;base64,{BASE64}",  # what it is, is decided by what it holds
+        f"data:image/png;base64,{BASE64.replace('+', '%2B').replace('/', '%2f').replace('=', '%3D')}",
+        f"data:,{quote_from_bytes(PNG)}",
+        f"data:image/png,{quote_from_bytes(PNG, safe='')}",
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in PNG),
+    ):
+        assert np.array_equal(np.asarray(load_image(text)), RGB), text[:60]
+    for length in range(len(PNG), len(PNG) + 3):  # every length of the last group
+        padded = base64.b64encode(PNG.ljust(length, b"\0")).decode()
+        for text in (padded, padded.rstrip("=")):
+            assert load_image(text).size == (30, 20)
+    large = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 300, 3), dtype=np.uint8)))
+    for lines in (base64.encodebytes(large).decode(), "data:;base64," + quote_from_bytes(base64.encodebytes(large))):
+        assert load_image(lines).size == (300, 300)  # more than one piece, cut anywhere
+    assert load_image("data:," + "".join(f"%{byte:02x}" for byte in large)).size == (300, 300)
+
+
+def test_an_existing_file_wins_over_base64(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "iVBORw0KGgoAAAANSUhEUgAAAB4AAAAUCAIAAAA"
+    (tmp_path / name).write_bytes(PNG)
+    assert load_image(name).size == (30, 20)
+    (tmp_path / "data:,").write_bytes(PNG)  # a URL is never a file, whatever the current folder holds
+    with pytest.raises(ImageError, match="data: URL"):
+        load_image("data:,")
+    assert load_image("./data:,").size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("data:image/png;base64", "has no comma"),
+        ("data:" + "a" * 2000 + ",", "has no comma"),
+        ("data:image/png;base64,!!!!", "not in base64"),
+        (f"data:image/png;base64,{BASE64[:41]}", "not in base64"),  # one more than four times ten
+        (f"data:image/png;base64,{BASE64}====", "not in base64"),
+        (f"data:image/png;base64,{BASE64[:8]}={BASE64[8:]}", "not in base64"),
+        (f"data:image/png;base64,{BASE64}\u00e9", "not in base64"),
+        (f"data:image/png;base64,{BASE64}\ud800", "not in base64"),
+        (f"data:image/png;base64,{BASE64[:60]}", "cannot be decoded"),
+        ("data:image/png;base64,", "not an image"),
+        ("data:image/png;base64,====", "not in base64"),
+        ("data:image/png,%zz%", "not an image"),
+        ("data:text/html,<script>alert(1)</script>", "not an image"),
+        ("data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (f"data:image/x-eps;base64,{base64.b64encode(encoded(Image.fromarray(RGB), 'EPS')).decode()}", "not an image"),
+        (BASE64[:60], "read as base64, cannot be decoded"),
+        (base64.b64encode(b"hello " * 20).decode(), "read as base64, is not an image"),
+        ("aGVsbG8=", "does not exist"),  # too short for any image
+        ("photos/of/a/place/that/is/not/there/at/all.png", "does not exist"),
+        ("x\ud800" * 40, "does not exist"),
+        ("?" * 40_000, "as text of 40000 characters"),
+    ],
+)
+def test_text_that_is_no_image(text, found):
+    with pytest.raises(ImageError, match=found) as caught:
+        load_image(text)
+    assert caught.value.expected and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("head", ["", "data:image/png;base64,", "data:,"])
+@pytest.mark.parametrize("fill", ["A", "=", "%", "%41", "%4", " ", "/", "\u00e9"])
+def test_long_hostile_text_costs_little(head, fill):
+    """Ten million characters: refused at once, within a few times their own memory."""
+    text = head + fill * (10_000_000 // len(fill))
+    tracemalloc.start()
+    begun = time.perf_counter()
+    with pytest.raises(ImageError):
+        load_image(text)
+    took, (_, peak) = time.perf_counter() - begun, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 5 and peak < 5 * len(text), (took, peak)
+
+
+def test_text_past_the_limit_is_not_read(monkeypatch):
+    assert _LONGEST_TEXT < 400_000_000
+    monkeypatch.setattr("runtime.image._LONGEST_TEXT", 100_000)
+    monkeypatch.setattr("runtime.image._pieces", lambda *_, **__: pytest.fail("read"))
+    for text in ("A" * 100_001, "data:;base64," + "A" * 100_000):
+        with pytest.raises(ImageError, match="characters") as caught:
+            load_image(text)
+        assert "260 MB" in caught.value.expected and "PNG or JPEG" in caught.value.fix

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,3 +214,89 @@ def test_panels_light_the_pages_that_were_read():
     }
     assert area["s"] == pytest.approx(107 * 107, rel=0.05)  # a third of the panel's 320 pixels squared
     assert area["w"] == pytest.approx(107 * 107, rel=0.05)
+
+
+def piped(data: bytes, *arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    return subprocess.run(line, input=data, capture_output=True, cwd=ROOT, timeout=120)
+
+
+def test_images_from_everywhere(random_model, photo, tmp_path):
+    """A path, standard input, a data: URL, base64: the same answer, printed alone; options before the question."""
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    data = photo.read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    expected = Engine(bundle).generate(photo, QUESTION, max_new_tokens=5).text.encode() + b"\n"
+    for source, given in ((photo, b""), ("-", data), (url, b""), (url.partition(",")[2], b"")):
+        result = piped(given, bundle, source, "--max-new-tokens", 5, QUESTION)
+        assert (result.returncode, result.stdout) == (0, expected), result.stderr
+    odd = tmp_path / "photo[1].png"  # a file of this name is no pattern
+    odd.write_bytes(data)
+    result = piped(b"", bundle, odd, QUESTION, "--max-new-tokens", 5)
+    assert (result.returncode, result.stdout) == (0, expected), result.stderr
+    for given in (b"", b"hello"):
+        result = piped(given, bundle, "-", QUESTION)
+        assert result.returncode == 1 and b"error: standard input: " in result.stderr
+
+
+def test_several_images_and_questions(random_model, tmp_path):
+    """A line for each; what cannot be read is told, and the others go on. Hidden files and folders are none of it."""
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    engine, questions = Engine(bundle), (QUESTION, "and\twhere?")
+    (tmp_path / "deep" / "er.png").mkdir(parents=True)
+    names = ("a.png", "b.png", "deep/c.png", ".hidden.png")
+    for index, name in enumerate(names):
+        Image.fromarray(PHOTO).rotate(90 * index).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    result = command(bundle, tmp_path / "**" / "*.png", *questions, "--max-new-tokens", 5)
+    rows = [line.split("\t") for line in result.stdout.decode().split("\n")[:-1]]
+    assert [row[:2] for row in rows] == [
+        [str(tmp_path / name), text.replace("\t", "\\t")] for name in names[:3] for text in questions
+    ]
+    for name, text, answer in rows:
+        expected = engine.generate(name, text.replace("\\t", "\t"), max_new_tokens=5).text
+        unescaped = re.sub(r"\\(.)", lambda found: {"t": "\t", "n": "\n", "r": "\r"}.get(found[1], found[1]), answer)
+        assert unescaped == expected
+    assert result.returncode == 1 and result.stderr.count(b"error:") == 1, result.stderr
+    assert b"broken.png is not an image" in result.stderr and b"6 answers" in result.stderr
+    (tmp_path / "broken.png").unlink()
+    one = command(bundle, tmp_path / "a*.png", QUESTION, "--max-new-tokens", 5)  # a pattern has the form of a pattern
+    assert one.returncode == 0 and one.stdout.startswith(f"{tmp_path / 'a.png'}\t{QUESTION}\t".encode())
+    two = command(bundle, "none", *questions, "--max-new-tokens", 5)
+    assert two.returncode == 0 and [line.split(b"\t")[0] for line in two.stdout.split(b"\n")[:-1]] == [b"none", b"none"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere/*.png", QUESTION], b"no file matches nowhere/*.png"),
+        (["PHOTO", QUESTION, "again?", "--show", "x.png"], b"--show with several answers"),
+        (["PATTERN", QUESTION, "--show", "x.png"], b"--show with several answers"),
+        (["PHOTO", "--show", "x.png"], b"type /show after an answer"),
+        (["PATTERN"], b"2 images and no QUESTION"),
+        (["-"], b"save it to a file"),
+        (["https://example.com/photo.jpg", QUESTION], b"download it first"),
+        (["PHOTO", QUESTION, "again?", "--top-k", "5"], b"temperature"),
+        (["PHOTO", QUESTION, "--show", "x" * 5000 + ".png"], b"cannot be written"),
+    ],
+)
+def test_what_does_not_go_together(random_model, photo, arguments, text):
+    _, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    (photo.parent / "photo2.png").write_bytes(photo.read_bytes())
+    names = {"PHOTO": str(photo), "PATTERN": str(photo.parent / "*.png")}
+    result = command(bundle, *(names.get(each, each) for each in arguments))
+    assert result.returncode == 1 and text in result.stderr and b"Traceback" not in result.stderr
+    assert not result.stdout and not (ROOT / "x.png").exists()
+
+
+def test_a_question_may_stand_anywhere():
+    for line in (
+        ["bundle", "image", "what?", "--seed", "1"],
+        ["bundle", "image", "--seed", "1", "what?"],
+        ["--seed", "1", "bundle", "image", "what?"],
+        ["bundle", "--seed", "1", "image", "--", "what?"],
+    ):
+        given = parse_arguments(line)
+        assert (str(given.bundle), given.image, given.question) == ("bundle", "image", ["what?"]), line
+    assert parse_arguments(["bundle", "image"]).question == []
+    assert parse_arguments(["bundle", "image", "a", "--seed", "1", "b"]).question == ["a", "b"]

@@ -21,6 +21,10 @@ export function useKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
 /** @returns {Promise<{id: string, flex: Object}>} the one model that is served */
 export async function model() {
   return (await (await request("v1/models")).json()).data[0];
@@ -31,9 +35,9 @@ export async function examples() {
   return (await request("flex/examples")).json();
 }
 
-/** @param {string} address as `examples` gives it, from the root of the app */
-export async function blob(address) {
-  return (await request(address.replace(/^\//, ""))).blob();
+/** @param {string} address as `examples` gives it: of a server behind a proxy only its last part is sure */
+export async function exampleImage(address) {
+  return (await request(`flex/examples/${address.split("/").at(-1)}`)).blob();
 }
 
 /** @returns {Promise<{seed: number, image: Blob, questions: {question: string, answer: string}[]}>} a new scene */
@@ -125,11 +129,11 @@ async function request(address, options = {}) {
 
 /** @param {{message?: string, fix?: string}} error @param {Response} response */
 function problemOf(error, response) {
-  const lines = (error.message ?? `The server says ${response.status} ${response.statusText}`).split("\n");
-  const said = (word) => lines.find((line) => line.trim().startsWith(`${word}:`))?.trim().slice(word.length + 2);
-  return new Problem(lines[0], {
-    expected: error.expected ?? said("expected"),
-    fix: error.fix ?? said("fix"),
+  const message = error.message ?? `The server says ${response.status} ${response.statusText}`.trim();
+  const [found, expected] = message.split("; expected ");
+  return new Problem(found, {
+    expected,
+    fix: error.fix ?? "",
     status: response.ok ? 0 : response.status,
     retryAfter: Number(response.headers.get("Retry-After")) || 0,
   });

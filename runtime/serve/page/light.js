@@ -1,10 +1,13 @@
 /** Light on the picture: what was read stays bright, with a warm edge; the rest dims. Cells are of the padded square. */
 
 const FINE = 14; // pixels of the soft map per cell
-const SOFT = 0.16; // share of a cell over which light fades at each edge
-const VEIL = [9, 11, 20, 0.64]; // what was not read: colour and opacity
+const SOFT = 0.36; // share of a cell over which the light of its neighbour fades
+const SPILL = 0.5; // of a neighbour's light, at the edge
+const VEIL = [9, 11, 20, 0.6]; // what was not read: colour and opacity
 const WARM = [255, 178, 36]; // the light, readable on any photo beside the veil
 const TINT = 0.1; // opacity of warm light over what was read
+const ROUND = 0.12; // radius of a lit corner, share of a cell
+const FAINT = 0.02; // a difference that nobody sees
 const EASE = 110; // milliseconds in which the light moves most of its way
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -57,6 +60,7 @@ export function drawLight(pen, box, share, veil, line) {
   pen.imageSmoothingEnabled = true;
   pen.imageSmoothingQuality = "high";
   pen.drawImage(softMap(share, grid, veil), 0, 0, side, side);
+  drawCorners(pen, grid, side / grid, veil, line);
   drawEdges(pen, share, grid, side / grid, veil, line);
   pen.restore();
 }
@@ -73,18 +77,20 @@ function softMap(share, grid, veil) {
     const at = (index + 0.5) / FINE;
     const cell = Math.floor(at);
     const inside = at - cell;
+    const other = Math.min(grid - 1, Math.max(0, inside < 0.5 ? cell - 1 : cell + 1));
     const edge = Math.min(inside, 1 - inside);
-    const other = inside < 0.5 ? cell - 1 : cell + 1;
-    const own = edge >= SOFT || other < 0 || other >= grid ? 1 : 0.5 + (0.5 * edge) / SOFT;
-    return { cell, other: own === 1 ? cell : other, own };
+    return { cell, other, spill: SPILL * Math.max(0, 1 - edge / SOFT) ** 1.6 };
   });
   for (let y = 0; y < size; y++) {
     const row = places[y];
     for (let x = 0; x < size; x++) {
       const column = places[x];
-      const upper = values[row.cell * grid + column.cell] * column.own + values[row.cell * grid + column.other] * (1 - column.own);
-      const lower = values[row.other * grid + column.cell] * column.own + values[row.other * grid + column.other] * (1 - column.own);
-      const light = upper * row.own + lower * (1 - row.own);
+      const light = Math.max(
+        values[row.cell * grid + column.cell],
+        values[row.cell * grid + column.other] * column.spill,
+        values[row.other * grid + column.cell] * row.spill,
+        (values[row.other * grid + column.other] * column.spill * row.spill) / SPILL,
+      );
       const dark = VEIL[3] * (1 - light) * veil;
       const warm = TINT * light * veil;
       const at = 4 * (y * size + x);
@@ -98,31 +104,43 @@ function softMap(share, grid, veil) {
   return canvas;
 }
 
-/** A warm line wherever a brighter cell meets a darker one, as strong as they differ. */
+/** A warm line wherever a brighter cell meets a darker one, as strong as they differ; corners that stick out are round. */
 function drawEdges(pen, share, grid, cell, veil, line) {
-  const value = (row, column) => (row < 0 || column < 0 || row >= grid || column >= grid ? 0 : brightness(share[row * grid + column]));
+  const value = (row, column) => (Math.min(row, column) < 0 || Math.max(row, column) >= grid ? 0 : brightness(share[row * grid + column]));
+  const round = ROUND * cell;
   pen.lineWidth = line;
   pen.lineCap = "round";
-  pen.shadowBlur = 7 * line;
+  pen.shadowBlur = 6 * line;
   for (let row = 0; row < grid; row++) {
     for (let column = 0; column < grid; column++) {
       const own = value(row, column);
-      const [x, y] = [column * cell, row * cell];
-      const sides = [
-        [value(row - 1, column), x, y, x + cell, y],
-        [value(row + 1, column), x, y + cell, x + cell, y + cell],
-        [value(row, column - 1), x, y, x, y + cell],
-        [value(row, column + 1), x + cell, y, x + cell, y + cell],
-      ];
-      for (const [other, x0, y0, x1, y1] of sides) {
-        if (own - other < 0.02) continue;
-        const strength = Math.min(1, own - other) * veil;
-        pen.strokeStyle = pen.shadowColor = `rgba(${WARM.join(", ")}, ${strength})`;
+      if (own < FAINT) continue;
+      // Clockwise from the top: the four sides, each from the corner before it to the corner behind it.
+      const steps = [value(row - 1, column), value(row, column + 1), value(row + 1, column), value(row, column - 1)].map((other) => own - other);
+      steps.forEach((step, side) => {
+        if (step < FAINT) return;
+        const [before, behind] = [steps[(side + 3) % 4] >= FAINT, steps[(side + 1) % 4] >= FAINT];
+        pen.save();
+        pen.translate((column + 0.5) * cell, (row + 0.5) * cell);
+        pen.rotate((side * Math.PI) / 2);
+        pen.strokeStyle = pen.shadowColor = `rgba(${WARM.join(", ")}, ${Math.min(1, step) * veil})`;
         pen.beginPath();
-        pen.moveTo(x0, y0);
-        pen.lineTo(x1, y1);
+        pen.moveTo(-cell / 2 + (before ? round : 0), -cell / 2);
+        pen.lineTo(cell / 2 - (behind ? round : 0), -cell / 2);
+        if (behind) pen.arc(cell / 2 - round, -cell / 2 + round, round, -Math.PI / 2, 0);
         pen.stroke();
-      }
+        pen.restore();
+      });
+    }
+  }
+}
+
+/** Where cells meet, so that the veil shows what could have been read. */
+function drawCorners(pen, grid, cell, veil, line) {
+  pen.fillStyle = `rgba(255, 255, 255, ${0.2 * veil})`;
+  for (let row = 1; row < grid; row++) {
+    for (let column = 1; column < grid; column++) {
+      pen.fillRect(column * cell - line / 2, row * cell - line / 2, line, line);
     }
   }
 }

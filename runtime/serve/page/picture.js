@@ -38,8 +38,8 @@ export async function openPicture(blob, name) {
   }
   const small = await reduced(image, Math.min(1, Math.sqrt(MOST_PIXELS / (width * height))));
   URL.revokeObjectURL(url);
-  const was = `${width} × ${height}, ${megabytes(blob)} MB`;
-  const is = `${small.width} × ${small.height}, ${megabytes(small.blob)} MB`;
+  const was = `${width} x ${height}, ${megabytes(blob)} MB`;
+  const is = `${small.width} x ${small.height}, ${megabytes(small.blob)} MB`;
   url = URL.createObjectURL(small.blob);
   const note = `Made smaller before it is sent (${was} to ${is}); the model sees less than either.`;
   return { url, data: await dataUrl(small.blob), width: small.width, height: small.height, name, note };

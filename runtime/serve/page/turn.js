@@ -3,6 +3,8 @@
 import { brightest, shareOf } from "./light.js";
 import { described, describedWhole, nameOf } from "./words.js";
 
+const LONG = 70; // characters, from which an answer is written smaller
+
 /**
  * @typedef {Object} Token
  * @property {string} text may be ""
@@ -12,11 +14,11 @@ import { described, describedWhole, nameOf } from "./words.js";
 export class Turn {
   /**
    * @param {string} question
-   * @param {{budget: number, expected?: string}} asked with: `expected` is the right answer, where it is known
-   * @param {{look: (turn: Turn, index: number | null) => void}} on
+   * @param {{look: (turn: Turn, index: number | null) => void}} looking told what is pointed at
+   * @param {string} [expected] the right answer, where it is known
    */
-  constructor(question, { budget, expected }, on) {
-    Object.assign(this, { question, budget, expected, on });
+  constructor(question, looking, expected) {
+    Object.assign(this, { question, looking, expected });
     /** @type {Token[]} */
     this.tokens = [];
     this.text = "";
@@ -24,6 +26,7 @@ export class Turn {
     /** @type {number[]} */
     this.layers = [];
     this.stats = null;
+    this.forgotten = false; // not sent with later questions
     this.state = "asked"; // then "answering", and "done", "stopped" or "failed"
     this.element = document.createElement("article");
     this.element.className = "turn";
@@ -32,9 +35,11 @@ export class Turn {
     this.answer.setAttribute("role", "listbox");
     this.answer.setAttribute("aria-orientation", "horizontal");
     this.answer.setAttribute("aria-label", `Answer to “${question}”, token by token`);
-    this.remark = part("p", "remark", "Looking …");
+    this.answer.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.leave());
+    this.remark = part("p", "remark waits", "Looking …");
+    this.figures = part("p", "figures");
     this.tools = part("div", "row tools");
-    this.element.append(this.answer, this.remark, this.tools);
+    this.element.append(this.answer, this.remark, this.figures, this.tools);
   }
 
   /** What the first chunk says of the cells to come. @param {{grid: number, layers: number[]}} head */
@@ -45,7 +50,9 @@ export class Turn {
   /** @param {Token} token as the server sent it; without cells: text that was held back */
   add({ text, cells }) {
     this.text += text;
+    this.element.classList.toggle("long", this.text.length > LONG);
     this.remark.textContent = "";
+    this.remark.classList.remove("waits");
     const [, before, inside, after] = /^(\s*)([^]*?)(\s*)$/.exec(text);
     this.answer.append(before);
     if (!cells) {
@@ -57,16 +64,24 @@ export class Turn {
     option.setAttribute("role", "option");
     option.tabIndex = index ? -1 : 0;
     option.dataset.index = String(index);
-    option.addEventListener("focus", () => this.on.look(this, index));
-    option.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && this.on.look(this, index));
+    option.addEventListener("focus", () => this.looking.look(this, index));
+    option.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && this.looking.look(this, index));
     option.addEventListener("click", () => option.focus());
     this.answer.append(option, after);
+  }
+
+  /** The mouse has left: back to the token that has the focus, or to the whole answer. */
+  leave() {
+    if (this.state === "answering") return;
+    const focused = this.options().indexOf(/** @type {HTMLElement} */ (document.activeElement));
+    this.looking.look(this, focused < 0 ? null : focused);
   }
 
   /** @param {"done" | "stopped" | "failed"} state @param {string} remark */
   end(state, remark) {
     this.state = state;
     this.remark.textContent = remark;
+    this.remark.classList.remove("waits");
     const last = this.options().at(-1);
     if (last?.classList.contains("mark") && state === "done") last.textContent = "end";
   }
@@ -96,8 +111,7 @@ export class Turn {
 
   /** @param {number} index */
   name(index) {
-    const name = nameOf(this.tokens[index].text, index === this.tokens.length - 1);
-    return this.tokens[index].text.trim() ? `“${name}”` : `The token without text (${name})`;
+    return nameOf(this.tokens[index].text, index === this.tokens.length - 1);
   }
 
   /** Mark the token that is looked at, or none. @param {number | null} index @param {Set<number>} on */

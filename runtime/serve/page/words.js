@@ -19,13 +19,14 @@ function place(share) {
   const area = (Math.max(...rows) - Math.min(...rows) + 1) * (Math.max(...columns) - Math.min(...columns) + 1);
   const all = cells.length === [...share].filter(Boolean).length;
   if (area <= 2 * cells.length) return `${all ? "" : "mostly "}${span(rows, "row")}, ${span(columns, "column")}`;
-  const top = cells.slice().sort((a, b) => share[b] - share[a]).slice(0, 3);
-  return `in ${cells.length} places, as ${top.map((cell) => `row ${Math.floor(cell / grid) + 1} column ${(cell % grid) + 1}`).join("; ")}`;
+  const top = share.indexOf(most);
+  return `scattered, brightest in row ${Math.floor(top / grid) + 1}, column ${(top % grid) + 1}`;
 }
 
-/** @param {string} text of a token @param {boolean} last */
+/** @param {string} text of a token @param {boolean} last of its answer */
 export function nameOf(text, last) {
-  return text.trim() || (last ? "end" : "no text yet");
+  if (text.trim()) return `“${text.trim()}”`;
+  return last ? "The end of the answer" : "A token without text";
 }
 
 /**
@@ -36,7 +37,7 @@ export function described(who, share, layers) {
   if (!layers) return `${who}: every layer is switched off`;
   const pages = share.reduce((sum, value) => sum + value, 0);
   if (!pages) return `${who} read no page, only the small picture`;
-  return `${who} read ${number(pages)} ${pages > 0.95 && pages < 1.05 ? "page" : "pages"} per layer, ${place(share)}`;
+  return `${who} read ${number(pages, pages < 0.95 ? 2 : 1)} ${pages > 0.95 && pages < 1.05 ? "page" : "pages"} per layer, ${place(share)}`;
 }
 
 /** Where a whole answer looked. @param {Float32Array} share @param {number} layers */
@@ -52,10 +53,15 @@ export function describedWhole(share, layers) {
  * @param {Object} stats as the server gives them @param {number} pages that there are
  */
 export function figures(stats, pages) {
-  const parts = [`first token ${number(stats.first_token_ms, 0)} ms`, `${number(stats.tokens_per_second, 0)} tokens/s`];
-  parts.push(`${number(stats.pages_read)} of ${pages} pages per layer`, `${bytes(stats.page_bytes)} of pages read`);
+  const parts = [`first token ${time(stats.first_token_ms)}`, `${number(stats.tokens_per_second, 0)} tokens/s`];
+  parts.push(`${number(stats.pages_read)} of ${pages} pages per layer`, `${bytes(stats.page_bytes)} read`);
   if (stats.view_cached) parts.push("image already known");
   return parts.join(" · ");
+}
+
+/** @param {number} milliseconds */
+function time(milliseconds) {
+  return milliseconds < 1000 ? `${number(milliseconds, 0)} ms` : `${number(milliseconds / 1000)} s`;
 }
 
 /** @param {number} count */

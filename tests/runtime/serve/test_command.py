@@ -68,6 +68,17 @@ def test_sigterm_does_not_wait_for_ever(chat_bundle, tmp_path):
         assert b"data: [DONE]" not in (rest := response.read()) and b'"code":"ending"' in rest
 
 
+def test_a_second_signal_ends_it_at_once(chat_bundle, tmp_path):
+    with serving(chat_bundle, "--grace", 60, log=tmp_path / "log") as server:
+        response = ask(server.url, LONG)
+        assert response.readline()
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        ended = server.process.wait(10)
+        assert ended == -signal.SIGTERM or (ended == 0 and response.read().endswith(b"[DONE]\n\n")), "it was quicker"
+
+
 def test_ctrl_c(chat_bundle, tmp_path):
     """As of any command; and it prints one line, the address to open."""
     with serving(chat_bundle, log=tmp_path / "log") as server:

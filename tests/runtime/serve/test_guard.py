@@ -103,6 +103,14 @@ def test_a_foreign_page_is_not_let_in(made):
         assert not [name for name in reply.headers if name.startswith("access-control")]
 
 
+def test_what_a_browser_says_of_a_foreign_page(made):
+    """A picture or a script of such a page costs nothing here; a link to ours may be followed."""
+    app, site = made(), {"sec-fetch-site": "cross-site"}
+    assert get(app, "/flex/scene?seed=1", **site, **{"sec-fetch-mode": "no-cors"}).error["code"] == "cross_site"
+    assert get(app, "/", **site, **{"sec-fetch-mode": "navigate"}).status == 200
+    assert get(app, "/v1/models", **{"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}).status == 200
+
+
 def test_what_browsers_are_told(made):
     app = made()
     for reply in (

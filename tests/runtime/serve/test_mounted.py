@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from runtime import Engine
+from runtime import Engine, TokenizerError
 from runtime.serve import Settings, app
+from tests.geometries import tiny
 from tests.runtime.questions import PHOTO
 from tests.runtime.serve.asgi import JSON, data_url, get, png, post, send_request, user
 
@@ -59,3 +61,8 @@ def test_a_closed_engine_is_not_ready(chat_bundle):
     reply = post(served, ASKED)
     assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
     served.state.service.worker.drain(1.0)
+
+
+def test_a_bundle_without_a_tokenizer(random_model):
+    with Engine(random_model("tiny", tiny())[1]) as engine, pytest.raises(TokenizerError, match="no tokenizer"):
+        app(engine)
