@@ -43,8 +43,12 @@ def main() -> None:
         f"{1000 * np.median(service.hit):.0f} ms for a known one (medians of {len(service.miss)}, {len(service.hit)})\n"
     )
     with tempfile.TemporaryDirectory() as folder:
-        measured = rates(given.bundle.resolve(), given.seconds, Path(folder))
+        measured, memory = rates(given.bundle.resolve(), given.seconds, Path(folder))
     _print_measured(measured)
+    print(
+        f"memory: a replica {memory.replica / 1e6:.0f} MB, the front {memory.front / 1e6:.0f} MB, all of Ray with two "
+        f"replicas {memory.all / 1e9:.2f} GB\n"
+    )
     lines = _simulated("the default model", service, WITHIN)
     _simulated("7B's shape on an H100, its times computed from its figures", LARGE, LARGE_WITHIN)
     _print_bounds(service)

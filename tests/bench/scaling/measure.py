@@ -19,7 +19,7 @@ from runtime import Engine
 from tests.bench.scaling.simulate import Service
 from tests.runtime.serve.asgi import COMPLETIONS, JSON, data_url, user
 from tests.runtime.serve.command import serving
-from tests.runtime.serve.many.cluster import running
+from tests.runtime.serve.many.cluster import processes_of, running
 from tests.runtime.serve.many.pictures import ANSWER, QUESTION, picture
 
 IMAGES, QUESTIONS = 40, 4  # QUESTIONS of each image
@@ -54,7 +54,17 @@ def service_times(bundle: Path) -> Service:
     return Service(np.array(miss), np.array(hit))
 
 
-def rates(bundle: Path, seconds: float, folder: Path) -> list[Rate]:
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a replica and of the front after their questions, and of all that Ray runs, these included; what
+    processes share counts once."""
+
+    replica: int
+    front: int
+    all: int
+
+
+def rates(bundle: Path, seconds: float, folder: Path) -> tuple[list[Rate], Memory]:
     """One server; then Ray Serve with one replica, with two, and with two that get their questions by Ray's router."""
     with serving(bundle, "--threads", 1, log=folder / "log") as server:
         found = [asyncio.run(_closed_loop("one server, no Ray", server.url, seconds))]
@@ -76,7 +86,18 @@ def rates(bundle: Path, seconds: float, folder: Path) -> list[Rate]:
             }
             with _deployed(cluster, content, int(arguments["replicas"])):
                 found.append(asyncio.run(_closed_loop(name, cluster.url, seconds)))
-    return found
+        memory = Memory(
+            max(map(_bytes, cluster.replicas().values())),
+            max(map(_bytes, cluster.replicas(deployment="Front").values())),
+            sum(map(_bytes, processes_of(cluster.leader))),
+        )
+    return found, memory
+
+
+def _bytes(pid: int) -> int:
+    """The proportional set size of a process."""
+    rolled = Path(f"/proc/{pid}/smaps_rollup").read_text().split()
+    return 1024 * int(rolled[rolled.index("Pss:") + 1])
 
 
 @contextmanager

@@ -26,12 +26,14 @@ _BIN = Path(sys.executable).parent
 
 @dataclass
 class Cluster:
-    """A running cluster. url: of what it serves, without a slash. environment: of its commands."""
+    """A running cluster. url: of what it serves, without a slash. environment: of its commands. leader: process id of
+    the session of all its processes."""
 
     port: int
     dashboard: int
     gcs: int
     environment: dict[str, str]
+    leader: int
 
     @property
     def url(self) -> str:
@@ -76,12 +78,14 @@ class Cluster:
 
 
 @contextmanager
-def running() -> Iterator[Cluster]:
-    """A cluster of two cores for a block. Nothing of it is written outside a folder of its own."""
+def running(**variables: str) -> Iterator[Cluster]:
+    """A cluster of two cores for a block. Nothing of it is written outside a folder of its own. variables: of its
+    environment."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets below it: their paths must be short
     port, dashboard, gcs, agent = _free_ports(4)
     environment = {
         **os.environ,
+        **variables,
         "HOME": str(folder),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "PYTHONPATH": str(ROOT),
@@ -104,7 +108,7 @@ def running() -> Iterator[Cluster]:
         cwd=ROOT, env={**environment, "RAY_ADDRESS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    cluster = Cluster(port, dashboard, gcs, environment)
+    cluster = Cluster(port, dashboard, gcs, environment, process.pid)
     try:
         deadline = time.monotonic() + START
         while not _answers(cluster):
@@ -112,7 +116,7 @@ def running() -> Iterator[Cluster]:
             time.sleep(0.2)
         yield cluster
     finally:
-        while left := _of_session(process.pid):
+        while left := processes_of(process.pid):
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -122,8 +126,8 @@ def running() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _of_session(leader: int) -> list[int]:
-    """The processes of a session that live."""
+def processes_of(leader: int) -> list[int]:
+    """The living processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -11,7 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -27,6 +28,7 @@ from tests.runtime.serve.many.cluster import Cluster, running
 from tests.runtime.serve.many.pictures import ANSWER, QUESTION, picture
 
 AT_ONCE = 100
+KEY = "a-key-of-24-characters-x"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def config(bundle) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def cluster(config, tmp_path_factory) -> Iterator[Cluster]:
-    with running() as started:
+    with running(FLEX_API_KEY=KEY) as started:
         file = tmp_path_factory.mktemp("config") / "serve.yaml"
         file.write_text(yaml.safe_dump(config(started)))
         started.command("serve", "deploy", file)
@@ -65,7 +67,7 @@ def asked(cluster: Cluster, job: Callable[[Callable[..., Awaitable[Any]]], Await
 
     async def run() -> Any:
         async with openai.AsyncOpenAI(
-            base_url=f"{cluster.url}{prefix}/v1", api_key="none is asked for", max_retries=0, timeout=60
+            base_url=f"{cluster.url}{prefix}/v1", api_key=KEY, max_retries=0, timeout=60
         ) as client:
             (model,) = [each.id async for each in await client.models.list()]
             return await job(
@@ -110,6 +112,9 @@ def test_a_stream_comes_token_by_token(cluster):
 def test_other_paths_and_errors_are_those_of_one_machine(cluster):
     assert json.load(urlopen(f"{cluster.url}/health/ready"))["status"] == "ready"
     assert b"<html" in urlopen(f"{cluster.url}/").read()
+    with pytest.raises(HTTPError) as refused:
+        urlopen(f"{cluster.url}/v1/models")
+    assert refused.value.code == 401 and KEY not in json.dumps(cluster.rest("/api/serve/applications/"))
 
     async def job(create: Callable[..., Awaitable[Any]]) -> None:
         with pytest.raises(openai.UnprocessableEntityError) as caught:  # a replica says so
@@ -254,7 +259,8 @@ def test_another_bundle_without_a_failed_request(cluster, config, bundle, tmp_pa
         return await _until(create, replaced, parallel=4)
 
     assert asked(cluster, job) > 10
-    (model,) = json.load(urlopen(f"{cluster.url}/v1/models"))["data"]
+    known = Request(f"{cluster.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    (model,) = json.load(urlopen(known))["data"]
     assert model["flex"]["page_budget"] == 40
     assert [each.name for each in (tmp_path / "cache").iterdir() if each.is_dir()] == [digest.replace(":", "-")]
 
