@@ -122,7 +122,7 @@ def _application(cluster: Cluster, settings: Settings, opening: dict[str, Any]) 
                 max_replicas=cluster.max_replicas,
                 target_ongoing_requests=cluster.busy,
                 upscale_delay_s=5.0,  # Ray's 30 s are for replicas that take minutes to start
-                look_back_period_s=10.0,
+                look_back_period_s=15.0,
             )
         }
     routed = (

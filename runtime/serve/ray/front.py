@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from time import perf_counter
 
 from ray.exceptions import RayActorError
@@ -88,13 +88,14 @@ class Relay:
 
     async def completion(self, request: Request) -> Response:
         """A question, to the replica of its image. ApiError for what no replica need be asked."""
-        async with self._bodies.read(request) as body:
+        async with AsyncExitStack() as held:
+            body = await held.enter_async_context(self._bodies.read(request))
             image = await run_in_threadpool(image_key, body, self._settings)
-            return _Passed(self, image, body)
+            return _Passed(self, image, body, held.pop_all())
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Everything else, none of which has a body, to any replica."""
-        await _Passed(self, "", b"")(scope, receive, send)
+        await _Passed(self, "", b"", AsyncExitStack())(scope, receive, send)
 
     async def messages(self, image: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """What a replica's app sends, from the first piece of its body on: until then, a second replica is asked when
@@ -142,13 +143,14 @@ class Relay:
 class _Passed(Response):
     """A replica's answer on its way to the client."""
 
-    def __init__(self, relay: Relay, image: str, body: bytes) -> None:
-        self._relay, self._image, self._body = relay, image, body
+    def __init__(self, relay: Relay, image: str, body: bytes, held: AsyncExitStack) -> None:
+        """held: ended with the response, as long as which a second replica may need the body."""
+        self._relay, self._image, self._body, self._held = relay, image, body, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_stream = False
         try:
-            async with aclosing(self._relay.messages(self._image, scope, self._body)) as messages:
+            async with self._held, aclosing(self._relay.messages(self._image, scope, self._body)) as messages:
                 async for message in messages:
                     is_stream = is_stream or _is_stream(message)
                     await send(message)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-REMEMBERED = 100_000  # images: some 20 MB, far more than all replicas keep
 
 _Replica = TypeVar("_Replica")
 
@@ -23,6 +22,8 @@ class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
 
     Without FIFOMixin of Ray: it would give the replica that was chosen for one request to another.
     """
+
+    REMEMBERED = 100_000  # images: some 20 MB, and more than all replicas keep
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As Ray calls it."""
@@ -53,7 +54,7 @@ class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
         if key := pending_request.args[0]:
             self._last[key] = replica_id
             self._last.move_to_end(key)
-            if len(self._last) > REMEMBERED:
+            if len(self._last) > self.REMEMBERED:
                 self._last.popitem(last=False)
 
 

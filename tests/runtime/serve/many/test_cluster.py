@@ -175,7 +175,7 @@ def test_a_killed_replica(cluster):
     whole = asked(cluster, reference)
     assert len(whole) > 300
 
-    async def job(create: Callable[..., Awaitable[Any]]) -> tuple[str, bool]:
+    async def job(create: Callable[..., Awaitable[Any]]) -> tuple[str, bool, float]:
         stream, text, killed = await create(image, **long), "", False
         waiting = [asyncio.create_task(_right(create, image, bool(number % 2))) for number in range(4)]
         waiting += [asyncio.create_task(_right(create, each, bool(number % 2))) for number, each in enumerate(others)]
@@ -185,20 +185,20 @@ def test_a_killed_replica(cluster):
                 text += chunk.choices[0].delta.content or ""
                 if not killed and len(text) > 30:
                     os.kill(victim, signal.SIGKILL)
-                    killed = True
+                    killed, when = True, time.monotonic()
         except openai.APIError as error:
             assert error.code == "replica_lost"
             failed = True
         assert await asyncio.gather(*waiting) == [ANSWER] * len(waiting)
-        return text, failed
+        return text, failed, when
 
     victim = next(iter(cluster.replicas().values()))
     for _ in range(4):  # the other one may have the image; and on a busy machine the answer may have left before
         before = set(cluster.replicas().values())
-        text, failed = asked(cluster, job)
+        text, failed, when = asked(cluster, job)
         assert whole.startswith(text) and failed == (text != whole)
-        took = cluster.until(lambda old=before: len(now := set(cluster.replicas().values())) == 2 and now != old, 30)
-        print(f"replaced after {took:.1f} s")
+        cluster.until(lambda old=before: len(now := set(cluster.replicas().values())) == 2 and now != old, 30)
+        print(f"replaced {time.monotonic() - when:.1f} s after it was killed")
         if failed:
             break
         (victim,) = before - {victim}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -132,7 +133,25 @@ def test_what_no_replica_would_answer_reaches_none():
     assert not replicas.asked
 
 
-def test_the_rest_goes_to_any(made):
+def test_bodies_count_as_long_as_they_are_kept():
+    """Also while their requests wait for a replica."""
+    size = len(json.dumps(ASKED))
+    replicas = Replicas(WHOLE, [*STREAM[:2], None], WHOLE)
+    app = front(Settings(body_bytes=1024 + size, all_bodies_bytes=1024 + size * 3 // 2), replicas)
+
+    async def use() -> None:
+        assert (await post_request(app, ASKED)).status == 200
+        asking = asyncio.create_task(post_request(app, ASKED))
+        await asyncio.sleep(0.1)
+        assert (await post_request(app, {**ASKED, "user": "x" * 1000})).error["code"] == "busy"
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert (await post_request(app, ASKED)).status == 200
+
+    asyncio.run(use())
+
+
+def test_the_rest_goes_to_any():
     replicas = Replicas(WHOLE)
     assert get(front(Settings(), replicas), "/v1/models").json == {"a": 1}
     assert replicas.asked == [("", "/v1/models", b"")]

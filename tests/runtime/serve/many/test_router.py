@@ -68,7 +68,7 @@ def test_who_had_it_last_is_asked_first(router):
 
 
 def test_what_is_remembered_is_bounded(router, monkeypatch):
-    monkeypatch.setattr("runtime.serve.ray.router.REMEMBERED", 2)
+    monkeypatch.setattr(ImageRouter, "REMEMBERED", 2)
     for key in [*KEYS[:2], KEYS[0], KEYS[2], ""]:
         router.on_request_routed(SimpleNamespace(args=[key]), REPLICAS[0].replica_id, None)
     assert list(router._last) == [KEYS[0], KEYS[2]]
