@@ -31,7 +31,8 @@ class Cluster:
     bundle: path of its folder, the same on every machine; or a URL that fsspec reads, such as s3://bucket/name. digest:
     of the bundle, "sha256:..."; a URL needs it. cache: folder on every machine for bundles from URLs, None = under the
     user's cache folder. replicas: engines; max_replicas: so many when there is work for them, None = no more. ongoing:
-    requests that one replica holds at most, one of which it answers; the next goes to another. busy: requests of one
+    requests that one replica holds at most, one of which it answers. spill: by so many more than another replica holds,
+    one has too many for a question about an image that it has encoded. busy: requests of one
     replica, on average, above which there are more replicas and below which fewer. cpus, gpus: of a replica; cpus are
     also its threads unless `threads` says otherwise. fronts: processes that hash images and pass requests on. affinity:
     questions about one image go to one replica; False = to whichever is less busy. api_key_file: file with the API key,
@@ -44,7 +45,8 @@ class Cluster:
     cache: Path | None = None
     replicas: int = 1
     max_replicas: int | None = None
-    ongoing: int = 4
+    ongoing: int = 16
+    spill: int = 8
     busy: float = 2.0
     cpus: float = 1.0
     gpus: float = 0.0
@@ -54,7 +56,7 @@ class Cluster:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "ongoing", "fronts"):
+        for name in ("replicas", "ongoing", "spill", "fronts"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)}", expected="at least 1")
         for name, least in (("busy", 0.01), ("cpus", 0.01), ("gpus", 0.0)):
@@ -126,7 +128,13 @@ def _application(cluster: Cluster, settings: Settings, opening: dict[str, Any]) 
             )
         }
     routed = (
-        {"request_router_config": RequestRouterConfig(request_router_class=ImageRouter)} if cluster.affinity else {}
+        {
+            "request_router_config": RequestRouterConfig(
+                request_router_class=ImageRouter, request_router_kwargs={"spill": cluster.spill}
+            )
+        }
+        if cluster.affinity
+        else {}
     )
     replicas = serve.deployment(
         Replica,

@@ -10,15 +10,18 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-
 _Replica = TypeVar("_Replica")
 
 
 class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
-    """An image's questions go to the replica that had the last of them, unless it is full. A new image goes to the less
-    busy of two, which its hash says (rendezvous hashing): several routers, which do not talk to each other, look for it
-    at the same two, and a replica that comes or goes moves few images but its own. After these, to the others in the
-    order of the hash. A question without an image goes to the less busy of any two.
+    """An image's questions go to the replica that had the last of them. A new image goes to the less busy of two, which
+    its hash says (rendezvous hashing): several routers, which do not talk to each other, look for it at the same two,
+    and a replica that comes or goes moves few images but its own. A known image, too, goes to the less busy one when
+    its own replica holds `spill` requests more. What these have no room for, the others take in the order of the hash.
+    A question without an image goes to the less busy of any two.
+
+    So an image that many ask about at once is spread, but a fleet that is busy everywhere does not begin to encode
+    images again, which would make it busier still.
 
     Without FIFOMixin of Ray: it would give the replica that was chosen for one request to another.
     """
@@ -28,7 +31,12 @@ class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As Ray calls it."""
         super().__init__(*args, **kwargs)
+        self._spill = 0
         self._last = OrderedDict[str, ReplicaID]()  # by image, the latest at its end
+
+    def initialize_state(self, *, spill: int) -> None:
+        """Ray hands over what the deployment's `request_router_kwargs` say."""
+        self._spill = spill
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -41,13 +49,16 @@ class ImageRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are Any
         key = pending_request.args[0]
         if not key:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas))), candidate_replicas]
-        last = self._last.get(key)
         order = ranked(key, candidate_replicas, [str(each.replica_id.unique_id) for each in candidate_replicas])
-        return [
-            [each for each in order if each.replica_id == last],
-            order[:2],
-            *([each] for each in order[2:]),
-        ]
+        last = self._last.get(key)
+        own = [each for each in order if each.replica_id == last]
+        if own and self._held(own[0]) - min(map(self._held, order[:2])) >= self._spill:
+            own = []
+        return [own, order[:2], *([each] for each in order[2:])]
+
+    def _held(self, replica: RunningReplica) -> int:
+        """Requests that a replica holds, as far as this router knows."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Ray says who took a request."""

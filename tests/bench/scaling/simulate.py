@@ -10,9 +10,11 @@ no replica has room for waits, in order.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 
@@ -34,16 +36,18 @@ class Load:
     rate: float
     questions: int = 4
     thought: float = 10.0
-    seconds: float = 150.0
+    seconds: float = 100.0
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Who answers. ongoing: requests that one replica holds at most. images: that it keeps."""
+    """Who answers. ongoing: requests that one replica holds at most. spill: by so many more than the less busy of an image's two
+    its own has too many for it. images: that it keeps."""
 
     replicas: int
     affinity: bool
-    ongoing: int = 4
+    ongoing: int = 16
+    spill: int = 8
     images: int = 1000
 
 
@@ -70,18 +74,21 @@ class _Replica:
 class _Session:
     image: int
     left: int
-    order: np.ndarray | None = None
-    home: _Replica | None = None
+    order: list[int] | None = None
+    last: _Replica | None = None
 
 
 def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outcome:
     """One run."""
-    random = np.random.default_rng(seed)
+    random = Random(seed)
     replicas = [_Replica() for _ in range(fleet.replicas)]
     waiting: deque[tuple[float, _Session]] = deque()
-    arrivals = np.cumsum(random.exponential(load.questions / load.rate, int(1.2 * load.rate * load.seconds) + 20))
+    starts = np.random.default_rng(seed).exponential(
+        load.questions / load.rate, int(1.2 * load.rate * load.seconds) + 20
+    )
+    miss, hit_times = service.miss.tolist(), service.hit.tolist()
     events: list[tuple[float, int, _Replica | None, _Session]] = [
-        (float(time), number, None, _Session(number, load.questions)) for number, time in enumerate(arrivals)
+        (float(time), number, None, _Session(number, load.questions)) for number, time in enumerate(np.cumsum(starts))
     ]
     count, begin, found, hits, worked = len(events), WARM_UP * load.seconds, list[float](), 0, 0.0
     choose = _by_image if fleet.affinity else _by_load
@@ -90,7 +97,7 @@ def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outco
         nonlocal count, hits, worked
         asked, session = replica.holds[0]
         hit = session.image in replica.kept
-        took = float(random.choice(service.hit if hit else service.miss))
+        took = random.choice(hit_times if hit else miss)
         replica.kept[session.image] = None
         replica.kept.move_to_end(session.image)
         if len(replica.kept) > fleet.images:
@@ -109,7 +116,7 @@ def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outco
     while events and events[0][0] < load.seconds:
         now, _, replica, session = heapq.heappop(events)
         if replica is None:  # a question
-            chosen = None if waiting else choose(session, replicas, fleet.ongoing, random)
+            chosen = None if waiting else choose(session, replicas, fleet, random)
             if chosen is None:
                 waiting.append((now, session))
             else:
@@ -120,7 +127,7 @@ def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outco
             found.append(now - asked)
         session.left -= 1
         if session.left:
-            heapq.heappush(events, (now + float(random.exponential(load.thought)), count, None, session))
+            heapq.heappush(events, (now + random.expovariate(1 / load.thought), count, None, session))
             count += 1
         if replica.holds:
             start(replica, now)
@@ -133,36 +140,34 @@ def simulate(load: Load, service: Service, fleet: Fleet, seed: int = 0) -> Outco
     return Outcome(np.sort([*found, *still]), hits / max(1, len(found)), worked / window)
 
 
-_Choose = Callable[[_Session, list[_Replica], int, np.random.Generator], _Replica | None]
+_Choose = Callable[[_Session, list[_Replica], Fleet, Random], _Replica | None]
 
 
-def _by_image(
-    session: _Session, replicas: list[_Replica], ongoing: int, random: np.random.Generator
-) -> _Replica | None:
+def _by_image(session: _Session, replicas: list[_Replica], fleet: Fleet, random: Random) -> _Replica | None:
     if session.order is None:  # a hash of the image is as good as chance, but always the same
-        session.order = random.permutation(len(replicas))
+        session.order = random.sample(range(len(replicas)), len(replicas))
     first = [replicas[index] for index in session.order[:2]]
-    ranks = [[session.home] if session.home else [], first, *([replicas[index]] for index in session.order[2:])]
-    for rank in ranks:
-        free = [each for each in rank if len(each.holds) < ongoing]
-        if free:
-            session.home = min(free, key=lambda each: len(each.holds))
-            return session.home
-    return None
+    less_busy = min(first, key=lambda each: len(each.holds))
+    own = session.last or less_busy
+    if len(own.holds) - len(less_busy.holds) >= fleet.spill:
+        own = less_busy
+    ranks = itertools.chain([own, less_busy], first, (replicas[index] for index in session.order[2:]))
+    found = next((each for each in ranks if len(each.holds) < fleet.ongoing), None)
+    session.last = found or session.last
+    return found
 
 
-def _by_load(session: _Session, replicas: list[_Replica], ongoing: int, random: np.random.Generator) -> _Replica | None:
+def _by_load(session: _Session, replicas: list[_Replica], fleet: Fleet, random: Random) -> _Replica | None:
     if len(replicas) > 1:
-        first, second = random.choice(len(replicas), 2, replace=False)
-        better = min(replicas[first], replicas[second], key=lambda each: len(each.holds))
-        if len(better.holds) < ongoing:
+        better = min(random.sample(replicas, 2), key=lambda each: len(each.holds))
+        if len(better.holds) < fleet.ongoing:
             return better
-    free = [each for each in replicas if len(each.holds) < ongoing]
-    return free[int(random.integers(len(free)))] if free else None
+    free = [each for each in replicas if len(each.holds) < fleet.ongoing]
+    return random.choice(free) if free else None
 
 
 def capacity(service: Service, fleet: Fleet, within: float, load: Load | None = None) -> tuple[float, Outcome]:
-    """Questions a second of which 95 % are answered within so many seconds, to 2 %; and the run at that rate. `load`:
+    """Questions a second of which 95 % are answered within so many seconds, to 4 %; and the run at that rate. `load`:
     everything but the rate."""
     load = load or Load(0.0)
 
@@ -171,7 +176,7 @@ def capacity(service: Service, fleet: Fleet, within: float, load: Load | None = 
 
     low, high = 0.0, 1.1 * fleet.replicas / float(service.hit.mean())
     best = run(high / 100)
-    while high - low > 0.02 * high:
+    while high - low > 0.04 * high:
         middle = (low + high) / 2
         outcome = run(middle)
         if len(outcome.seconds) and outcome.percentile(95) <= within:

@@ -38,14 +38,14 @@ def test_defaults():
 
 def test_texts_of_a_command_line_and_values_of_a_config_file():
     for arguments in (
-        {"REPLICAS": "2", "CPUS": "1.5", "GPUS": "0.5", "QUEUE": "7", "GRACE": "3", "HOSTS": "a,b", "CACHE": "/c"},
-        {"replicas": 2, "cpus": 1.5, "gpus": 0.5, "queue": 7, "grace": 3.0, "hosts": ["a", "b"], "cache": "/c"},
+        {"REPLICAS": "2", "CPUS": "1.5", "GPUS": "0.5", "QUEUE": "20", "GRACE": "3", "HOSTS": "a,b", "CACHE": "/c"},
+        {"replicas": 2, "cpus": 1.5, "gpus": 0.5, "queue": 20, "grace": 3.0, "hosts": ["a", "b"], "cache": "/c"},
     ):
         front, replicas, (_, _, cache, settings, opening) = made(**arguments)
         assert replicas.num_replicas == 2 and replicas.ray_actor_options == {"num_cpus": 1.5, "num_gpus": 0.5}
         assert replicas._deployment_config.graceful_shutdown_timeout_s == 3
-        assert replicas._deployment_config.max_queued_requests == 14, "as many as two would hold alone"
-        assert (settings.queue, settings.hosts, cache) == (7, ("a", "b"), Path("/c")) and opening["threads"] == 2
+        assert replicas._deployment_config.max_queued_requests == 40, "as many as two would hold alone"
+        assert (settings.queue, settings.hosts, cache) == (20, ("a", "b"), Path("/c")) and opening["threads"] == 2
         assert front.init_args[0] == settings, "both check the same"
 
 

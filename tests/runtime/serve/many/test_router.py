@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,12 @@ def test_the_order_of_the_replicas_does_not_matter():
     assert all(ranked(key, NAMES, NAMES) == ranked(key, NAMES[::-1], NAMES[::-1]) for key in KEYS[:100])
 
 
-REPLICAS = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in NAMES]
+@dataclass(frozen=True)
+class Id:
+    unique_id: str
+
+
+REPLICAS = [SimpleNamespace(replica_id=Id(name)) for name in NAMES]
 
 
 @pytest.fixture
@@ -41,6 +47,8 @@ def router() -> ImageRouter:
     """Without what Ray puts into it: its choice depends on nothing of that."""
     made = object.__new__(ImageRouter)
     made._last = OrderedDict()
+    made._replica_queue_len_cache = {}  # as Ray's, of which only `get` is called
+    made.initialize_state(spill=8)
     return made
 
 
@@ -63,8 +71,19 @@ def test_who_had_it_last_is_asked_first(router):
     pending = SimpleNamespace(args=[KEYS[0]])
     router.on_request_routed(pending, REPLICAS[5].replica_id, None)
     assert chosen(router, KEYS[0])[0] == [NAMES[5]] and chosen(router, KEYS[1])[0] == []
-    router.on_request_routed(pending, SimpleNamespace(unique_id="gone"), None)
+    router.on_request_routed(pending, Id("gone"), None)
     assert chosen(router, KEYS[0])[0] == []
+
+
+def test_an_image_that_many_ask_about_is_spread(router):
+    """But only where another of its two is less busy: one that is busy everywhere stays."""
+    (first, second), held = ranked(KEYS[0], NAMES, NAMES)[:2], router._replica_queue_len_cache
+    by_name = {each.replica_id.unique_id: each.replica_id for each in REPLICAS}
+    router.on_request_routed(SimpleNamespace(args=[KEYS[0]]), by_name[first], None)
+    for own, other, stays in ((7, 0, True), (8, 0, False), (15, 8, True), (15, 7, False)):
+        held.update({by_name[first]: own, by_name[second]: other})
+        assert chosen(router, KEYS[0])[0] == [first] * stays
+        assert chosen(router, KEYS[0])[1] == [first, second]
 
 
 def test_what_is_remembered_is_bounded(router, monkeypatch):
