@@ -41,8 +41,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Who answers. ongoing: requests that one replica holds at most. spill: by so many more than the less busy of an image's two
-    its own has too many for it. images: that it keeps."""
+    """Who answers. ongoing: requests that one replica holds at most. spill: by so many more than the less busy of
+    an image's two its own has too many for it. images: that it keeps."""
 
     replicas: int
     affinity: bool
