@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -48,9 +50,10 @@ class _Seat:
 
 @dataclass
 class _Row:
-    """What a row of the slots holds. ids: prefilled, [n] int64. seat: whose it is at the moment."""
+    """What a row of the slots holds. image: which, without keeping it. ids: prefilled, [n] int64. seat: whose it is at
+    the moment."""
 
-    image: Image[Any] | None = None
+    image: Callable[[], Image[Any] | None] = lambda: None
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     seat: _Seat | None = None
 
@@ -70,7 +73,7 @@ class Batch:
 
     def __init__(self, model: Model[Any], slots: int, chunk: int) -> None:
         """`slots`: requests at a time. `chunk`: tokens prefilled between two steps, at most. Raises BackendError."""
-        self._slots, self._chunk = model.slots(slots), chunk
+        self._model, self._slots, self._chunk = model, model.slots(slots), chunk
         self._rows, self._seats = [_Row() for _ in range(slots)], list[_Seat]()  # those that have a row, by arrival
         self._waiting: deque[_Seat] = deque()
         self.steps = 0
@@ -153,7 +156,7 @@ class Batch:
     def _held(self, seat: _Seat, index: int) -> int:
         """How many of a request's ids a row holds, whoever has it; -1 with another image."""
         row = self._rows[index]
-        if seat.image is not None and seat.image is not row.image:
+        if seat.image is not None and seat.image is not row.image():
             return -1
         ids = row.ids if row.seat is None or row.seat is seat else row.seat.request.ids[: row.seat.known]
         return seat.request.known(ids)
@@ -171,7 +174,9 @@ class Batch:
             known = held[source]
         elif held[target] < 0 and seat.image is not None:
             self._slots.load(target, seat.image)
-        row.image, row.ids = row.image if seat.image is None else seat.image, seat.request.ids[:known]
+        row.ids = seat.request.ids[:known]
+        if seat.image is not None:
+            row.image = weakref.ref(seat.image)
         seat.known = seat.reused = known
         seat.settled = True
 
@@ -211,9 +216,7 @@ class Batch:
         rows, longest = max(row for row in pieces if row is not None) + 1, max(map(len, pieces.values()))
         room = self._slots.first(rows).capacity - longest
         lengths = [self._length(row) for row in self._rows]
-        with ExitStack() as clocks:
-            for seat in seats:
-                clocks.enter_context(seat.draft.clock.stage("prefill"))
+        with self._timed("prefill", seats):
             if 2 * len(seats) > rows and max(lengths) <= room:
                 self._slots.length[:] = lengths
                 ids, valid = np.zeros((rows, longest), np.int64), np.zeros(rows, np.int64)
@@ -245,13 +248,22 @@ class Batch:
         tokens, budgets = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
         for index, seat in by_row.items():
             tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
-        with ExitStack() as clocks:
-            for seat in seats:
-                clocks.enter_context(seat.draft.clock.stage("decode"))
+        with self._timed("decode", seats):
             step = self._slots.first(rows).run(tokens, budgets)
         self.steps += 1
         for index, seat in by_row.items():
             self._guarded([seat], partial(self._take, seat, _of_row(step, index)))
+
+    @contextmanager
+    def _timed(self, stage: str, seats: list[_Seat]) -> Iterator[None]:
+        """Count the time of a block for each of these: what they share takes all of it."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            device_ms = self._model.device_ms()
+            for seat in seats:
+                seat.draft.clock.add(stage, 1000 * (perf_counter() - started), device_ms)
 
     def _take(self, seat: _Seat, step: Step) -> None:
         """What a step says to one of its rows."""

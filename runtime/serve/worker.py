@@ -189,6 +189,7 @@ class Worker:
             for token in stream.steps():
                 if not first:
                     first = perf_counter() - job.arrived
+                self._metrics.answer_tokens.inc(token.id is not None)
                 job.tell(token)
                 if job.cancelled:
                     return None
@@ -214,7 +215,6 @@ class Worker:
         count.tokens_per_second.observe(stats.tokens_per_second)
         count.prompt_tokens.inc(stats.prompt_tokens)
         count.reused_tokens.inc(stats.reused_tokens)
-        count.answer_tokens.inc(len(stats.decode_ms))
         count.pages_read.inc(pages)
         count.page_bytes.inc(pages * self.page_bytes)
 
