@@ -10,13 +10,13 @@ from tests.bench import throughput
 
 
 def test_rows_and_answers(monkeypatch, capsys):
-    arguments = ["--shape", "small", "--precisions", "fp32", "--slots", "1", "2", "--requests", "4", "--tokens", "8"]
+    arguments = ["--shape", "small", "--precisions", "fp32", "--slots", "1", "2", "--requests", "3", "--tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments, "--threads", "1"])
     throughput.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(";")[0] for line in lines if "answers as" in line] == [
-        "fp32, 1: 4 of 4 answers as one at a time",
-        "fp32, 2: 4 of 4 answers as one at a time",
+        "fp32, 1: 3 of 3 answers as one at a time",
+        "fp32, 2: 3 of 3 answers as one at a time",
     ]
     rows = [line.split(" | ") for line in lines if line.startswith("| fp32")]
     assert [row[1] for row in rows] == ["1", "2"] and rows[0][3] == "1.00x"
