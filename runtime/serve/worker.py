@@ -18,7 +18,7 @@ from engines.sizing.needs import Configuration, store_bytes
 from runtime.answer import Answer, Token
 from runtime.engine import Engine
 from runtime.request import read_request
-from runtime.serve.errors import RETRY_AFTER, ApiError, told, unavailable
+from runtime.serve.errors import RETRY_AFTER, ApiError, no_engine, told, unavailable
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.views import Views
@@ -97,12 +97,13 @@ class Worker:
         to: no question will be answered."""
         if not self.accepting:
             raise unavailable()
+        self._require_usable()
+
+    def _require_usable(self) -> None:
         try:
             self._engine.require_usable()
         except OptionError:  # it is closed, which is nothing that a request could have done better
-            raise ApiError(
-                503, "the engine is closed", code="engine_unavailable", fix="start the server again"
-            ) from None
+            raise no_engine("the engine is closed", "start the server again") from None
 
     def submit(self, job: Job) -> None:
         """Queue a question. ApiError: 429 when too many wait; and errors of `require_ready`."""
@@ -164,6 +165,7 @@ class Worker:
         """Answer a question; returns what is to be told last."""
         self._metrics.waited.observe(perf_counter() - job.arrived)
         try:
+            self._require_usable()  # it may have been closed while the question waited
             with self._views.borrow(job.image) as (view, cached):
                 job.image = None  # who reads slowly does not hold on to it
                 job.tell(Started(view.size, cached))

@@ -2,6 +2,7 @@
 
 import { complete } from "./api.js";
 import { drawCard } from "./card.js";
+import { inBrowser } from "./kept.js";
 import { focusIsOnToken } from "./looking.js";
 import { hideProblem, showProblem } from "./problems.js";
 import { Turn, part } from "./turn.js";
@@ -47,8 +48,8 @@ export class Conversation {
       this.ask(by("question").value);
     });
     by("stop").addEventListener("click", () => this.stop());
-    by("follow").addEventListener("change", () => localStorage.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
-    by("follow").checked = Boolean(localStorage.getItem(FOLLOW));
+    by("follow").addEventListener("change", () => inBrowser.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
+    by("follow").checked = Boolean(inBrowser.getItem(FOLLOW));
   }
 
   /** Earlier turns that the next question can be sent with: whole ones. @returns {Turn[]} */

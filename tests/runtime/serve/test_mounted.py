@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 
 import pytest
@@ -61,7 +62,25 @@ def test_a_closed_engine_is_not_ready(chat_bundle):
     assert get(served, "/health/ready").status == 503 and get(served, "/v1/models").status == 200
     reply = post(served, ASKED)
     assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
-    served.state.service.worker.drain(1.0)
+    worker = served.state.service.worker
+    worker.require_ready = lambda: None  # closed while the question waited: not the question's fault either
+    reply = post(served, ASKED)
+    assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
+    worker.drain(1.0)
+
+
+def test_what_is_wrong_with_the_bundle_is_for_who_runs_the_server(chat_bundle, tmp_path, caplog):
+    """It names paths of the machine, and /health/ready asks nobody for a key."""
+    bundle = shutil.copytree(chat_bundle, tmp_path / "serve-fp32")
+    with Engine(bundle) as engine:
+        served = app(engine)
+        for file in bundle.glob("*.weights"):
+            os.utime(file, ns=(1, 1))
+        for reply in (get(served, "/health/ready"), post(served, ASKED)):
+            assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
+            assert str(tmp_path) not in reply.body.decode()
+        served.state.service.worker.drain(1.0)
+    assert str(tmp_path) in caplog.text and "was written to" in caplog.text
 
 
 def test_a_bundle_without_a_tokenizer(chat_bundle, tmp_path):
