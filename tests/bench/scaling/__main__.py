@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ BOUNDS = ((4, 99), (16, 2), (16, 4), (16, 8), (16, 99))  # ongoing, spill; 99: n
 # the image 16; 16 answer tokens of 16.5 ms.
 LARGE = Service(np.array([0.075 + 0.029 + 0.189 + 16 * 0.0165]), np.array([0.016 + 16 * 0.0165]))
 LARGE_WITHIN = 3.0
+LARGE_IMAGES = int((80 - 28.9) / 1.95)  # of 80 GB, beside what is in use; pages of 23 layers, float16
 DAY = 1_000_000  # images
 PEAK = 3.0  # times the day's average
 
@@ -50,8 +52,8 @@ def main() -> None:
         f"memory: a replica {memory.replica / 1e6:.0f} MB, the front {memory.front / 1e6:.0f} MB, all of Ray with two "
         f"replicas {memory.all / 1e9:.2f} GB\n"
     )
-    lines = _simulated("the default model", service, WITHIN)
-    _simulated("7B's shape on an H100, its times computed from its figures", LARGE, LARGE_WITHIN)
+    lines = _simulated("the default model", service, WITHIN, Fleet.images)
+    _simulated("7B's shape on an H100, its times computed from its figures", LARGE, LARGE_WITHIN, LARGE_IMAGES)
     _print_bounds(service)
     _print_day(service)
     plot(lines, [(1, measured[1].rate), (2, measured[2].rate)], WITHIN, given.out)
@@ -68,13 +70,13 @@ def _print_measured(measured: list[Rate]) -> None:
     print()
 
 
-def _simulated(name: str, service: Service, within: float) -> list[Line]:
+def _simulated(name: str, service: Service, within: float, images: int) -> list[Line]:
     print(f"simulated, {name}: questions/s of which 95 % are answered within {within:g} s\n")
     print("| replicas | by image | image known | by load alone | image known | gain |\n|---:|---:|---:|---:|---:|---:|")
     found: dict[bool, list[tuple[int, float, Outcome]]] = {True: [], False: []}
     for replicas in REPLICAS:
         for affinity in (True, False):
-            found[affinity].append((replicas, *capacity(service, Fleet(replicas, affinity), within)))
+            found[affinity].append((replicas, *capacity(service, Fleet(replicas, affinity, images=images), within)))
         (_, image, known), (_, alone, guessed) = found[True][-1], found[False][-1]
         print(
             f"| {replicas} | {image:.0f} | {known.hits:.0%} | {alone:.0f} | {guessed.hits:.0%} | "
@@ -112,19 +114,24 @@ def _print_bounds(service: Service) -> None:
 def _print_day(service: Service) -> None:
     print(f"simulated, {DAY:,} images a day, {PEAK:g} times the average at the peak: replicas that are enough\n")
     print("| | questions of an image | questions/s at the peak | by image | by load alone |\n|---|---:|---:|---:|---:|")
-    for name, times, within in (("the default model", service, WITHIN), ("7B's shape, H100", LARGE, LARGE_WITHIN)):
+    for name, times, within, images in (
+        ("the default model", service, WITHIN, Fleet.images),
+        ("7B's shape, H100", LARGE, LARGE_WITHIN, LARGE_IMAGES),
+    ):
         for questions in (1, 4):
             rate = PEAK * DAY * questions / 86_400
-            image, alone = (_enough(rate, questions, times, affinity, within) for affinity in (True, False))
+            image, alone = (
+                _enough(rate, questions, times, Fleet(1, affinity, images=images), within) for affinity in (True, False)
+            )
             print(f"| {name}, 95 % within {within:g} s | {questions} | {rate:.0f} | {image} | {alone} |", flush=True)
     print()
 
 
-def _enough(rate: float, questions: int, service: Service, affinity: bool, within: float) -> int:
+def _enough(rate: float, questions: int, service: Service, fleet: Fleet, within: float) -> int:
     """The fewest replicas, by halving; more always are enough, too."""
 
     def enough(replicas: int) -> bool:
-        outcome = simulate(Load(rate, questions), service, Fleet(replicas, affinity))
+        outcome = simulate(Load(rate, questions), service, replace(fleet, replicas=replicas))
         return outcome.percentile(95) <= within
 
     low, high = 0, 1
