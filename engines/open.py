@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 from engines.backend import Model, Opening
@@ -23,9 +24,18 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
 
 
+def add_slot_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `Opening` for commands that have several requests at a time."""
+    add = parser.add_argument
+    add("--slots", type=int, default=Opening.slots, help="requests that share decode steps; 1 = one after the other")
+    chunk = "tokens of a prompt between two steps that others wait for, with several slots"
+    add("--prefill-chunk", type=int, default=Opening.prefill_chunk, help=chunk)
+
+
 def opening_options(given: argparse.Namespace) -> dict[str, Any]:
     """What those options say, as keyword arguments of `runtime.Engine`."""
-    return {name: getattr(given, name) for name in ("backend", "device", "threads", "verify", "expect")}
+    names = [*(each.name for each in fields(Opening)), "verify", "expect"]
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
 
 
 def chosen(bundle: Bundle, opening: Opening) -> tuple[str, str]:

@@ -17,11 +17,11 @@ import PIL.Image
 from engines.errors import ImageError, OptionError
 from engines.open import add_opening_options, opening_options
 from plugins import command
-from runtime import terminal
 from runtime.engine import Engine
 from runtime.image import EXIF, load_image
 from runtime.request import Options
-from runtime.show import draw_selection, require_writable, write_picture
+from runtime.terminal import conversation
+from runtime.terminal.show import draw_selection, require_writable, write_picture
 
 OUTPUT = """One question about one image: the answer alone. Several questions, or a pattern: a line for each answer,
 IMAGE, tab, QUESTION, tab, ANSWER, in which \\t, \\n and \\\\ stand for a tab, a line's end and a backslash. An image
@@ -167,10 +167,10 @@ def _converse(given: argparse.Namespace, sources: list[str]) -> int:
         raise OptionError("an image from standard input and no QUESTION", fix="save it to a file, or add a QUESTION")
     if given.show is not None:
         raise OptionError("--show without a QUESTION", fix="leave it out, and type /show after an answer")
-    lines = terminal.open_lines()  # first: what is missing is told before the bundle is opened
+    lines = conversation.open_lines()  # first: what is missing is told before the bundle is opened
     image = _load(sources[0], given.exif)
     with _open(given) as engine:
-        talk = terminal.Conversation(engine, image, sources[0], exif=given.exif, options=_options(given))
+        talk = conversation.Conversation(engine, image, sources[0], exif=given.exif, options=_options(given))
         return talk.run(lines)
 
 

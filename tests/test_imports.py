@@ -38,7 +38,9 @@ HOMES = {
     "starlette": ("runtime/serve/*",),
     "uvicorn": ("runtime/serve/__main__.py",),
     "prometheus_client": ("runtime/serve/metrics.py",),
-    "prompt_toolkit": ("runtime/terminal.py",),
+    "prompt_toolkit": ("runtime/terminal/*",),
+    "ray": ("runtime/serve/ray/*",),
+    "fsspec": ("runtime/serve/ray/bundles.py",),
 }
 BACKENDS = ("cuda", "onnxruntime", "tensorrt", "tensorrt_rtx")
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece", "rich")

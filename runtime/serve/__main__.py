@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import sys
@@ -20,15 +19,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engines.checks import require_integer
 from engines.errors import OptionError
-from engines.open import add_opening_options, opening_options
+from engines.open import add_opening_options, add_slot_options, opening_options
 from plugins import command
-from plugins.files import read_file
 from runtime.engine import Engine
 from runtime.serve.application import app
-from runtime.serve.settings import Settings
+from runtime.serve.settings import KEY_VARIABLE, Settings, read_api_key
 from runtime.serve.worker import Worker
 
-KEY_VARIABLE = "FLEX_API_KEY"
 HOST, PORT = "127.0.0.1", 8000
 _LOG_LEVELS = ("error", "warning", "info")
 
@@ -52,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             option = f"--{each.name.replace('_', '-')}"
             add(option, type=type(each.default), default=each.default, help=each.metadata["help"])
     add_opening_options(parser)
+    add_slot_options(parser)
     add("--log-level", choices=_LOG_LEVELS, default="warning", help="info: a line for each request, of its path alone")
     return parser.parse_args(arguments)
 
@@ -60,18 +58,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
     """The settings that a command line asks for, with the key from its file or the environment. OptionError."""
     chosen = {each.name: getattr(given, each.name) for each in fields(Settings) if hasattr(given, each.name)}
     chosen["hosts"] = tuple(given.hosts) if given.hosts else None
-    return Settings(**{**chosen, "api_key": _api_key(given.api_key_file)})
-
-
-def _api_key(path: Path | None) -> str | None:
-    """Never from the command line, which every user of the machine can read."""
-    found = os.environ.get(KEY_VARIABLE)
-    if path is None:
-        return found or None
-    if found:
-        raise OptionError(f"--api-key-file and {KEY_VARIABLE}", expected="one of them", fix=f"unset {KEY_VARIABLE}")
-    key = read_file(path, OptionError, limit=4096, fix=f"openssl rand -hex 24 > {path}").decode("ascii", "replace")
-    return key.strip()
+    return Settings(**{**chosen, "api_key": read_api_key(given.api_key_file)})
 
 
 def listen_at(host: str, port: int, settings: Settings) -> socket.socket:

@@ -25,6 +25,7 @@ from runtime.serve.metrics import CONTENT_TYPE, Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.worker import Worker
 
+COMPLETIONS = "/v1/chat/completions"
 DEFAULT_MODEL = "default"  # its folder's name, which a bundle keeps: checkpoints/default
 
 
@@ -113,7 +114,7 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
 
     made = Starlette(
         routes=[
-            Route("/v1/chat/completions", keyed(service.completions.__call__, settings), methods=["POST"]),
+            Route(COMPLETIONS, keyed(service.completions.__call__, settings), methods=["POST"]),
             Route("/v1/models", keyed(service.models, settings)),
             Route("/v1/models/{name:path}", keyed(service.one_model, settings)),
             Route("/metrics", keyed(service.measured, settings)),

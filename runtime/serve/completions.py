@@ -197,7 +197,7 @@ class _Reply:
         flex = {"stats": self._stats(finished)} if self.asked.flex else None
         last = self._chunk({}, finish_reason=finished.answer.finish_reason, flex=flex)
         if self.asked.include_usage:
-            last += _event({**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(finished)})
+            last += as_event({**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(finished)})
         return last + b"data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class _Reply:
             content["usage"] = None
         if flex is not None:
             content["flex"] = flex
-        return _event(content)
+        return as_event(content)
 
     def _map(self) -> dict[str, Any]:
         """What the cells of the tokens mean."""
@@ -266,7 +266,7 @@ class _EventStream(Response):
                         await write(data)
             except ApiError as error:
                 if error is not _GONE.error:
-                    await write(_event(error.content()), more=False)
+                    await write(as_event(error.content()), more=False)
                 return
             await write(b"", more=False)
 
@@ -276,7 +276,8 @@ class _EventStream(Response):
         return self._reply.end(event) if isinstance(event, Finished) else b""
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def as_event(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 

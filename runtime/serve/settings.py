@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from engines.checks import require_integer, shown
 from engines.errors import OptionError
+from plugins.files import read_file
 from runtime.image import MAX_PIXELS
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
 ANY_HOST = "*"
+KEY_VARIABLE = "FLEX_API_KEY"  # of the environment
 SHORTEST_KEY = 16  # characters; a shorter one can be guessed
 _KEY = re.compile(r"[\x21-\x7e]+")  # what a header can hold, without spaces
 
@@ -100,6 +103,18 @@ class Settings:
         if self.hosts is not None:
             return tuple(host.lower() for host in self.hosts)
         return LOOPBACK if self.api_key is None and not self.no_auth else (ANY_HOST,)
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """The API key in the file at `path`, or in the environment; None where neither has one. Never from the command
+    line, which every user of the machine can read. OptionError, also when both have one."""
+    found = os.environ.get(KEY_VARIABLE)
+    if path is None:
+        return found or None
+    if found:
+        raise OptionError(f"--api-key-file and {KEY_VARIABLE}", expected="one of them", fix=f"unset {KEY_VARIABLE}")
+    key = read_file(path, OptionError, limit=4096, fix=f"openssl rand -hex 24 > {path}").decode("ascii", "replace")
+    return key.strip()
 
 
 def _require_seconds(name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The one thread that asks the engine, and the queue before it."""
+"""The threads that ask the engine, one for each of its slots, and the queue before them."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Job:
 
 
 class Worker:
-    """Asks one engine, one question at a time, in the order they came.
+    """Asks one engine, as many questions at a time as it has slots, in the order they came.
 
-    One thread: an answer is soonest there when it has the machine to itself, and TensorRT runs one request at a time
-    anyway. A request that is cancelled leaves the queue at once, or the engine within one step.
+    Without slots one: an answer is soonest there when it has the machine to itself. A request that is cancelled leaves
+    the queue at once, or the engine within one step.
 
     page_bytes: of one page of one layer. accepting: whether questions are taken.
     """
@@ -84,9 +84,11 @@ class Worker:
         self._engine, self._settings, self._metrics = engine, settings, metrics
         self.page_bytes = _page_bytes(engine)
         self._views = Views(engine, metrics, limit=settings.view_bytes, pixels=settings.pixels)
-        self._thread = ThreadPoolExecutor(1, "flexattention-serve")  # starts with the first job; the exit waits for it
+        metrics.steps.set_function(lambda: engine.steps)
+        # Threads start with the first jobs; the exit waits for them.
+        self._threads = ThreadPoolExecutor(engine.slots, "flexattention-serve")
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._changed = threading.Condition()
         self.accepting, self._ended = True, False
 
@@ -114,7 +116,7 @@ class Worker:
                 )  # fmt: skip
             self._waiting.append(job)
             self._metrics.queue.set(len(self._waiting))
-            self._thread.submit(self._run_next)
+            self._threads.submit(self._run_next)
 
     def cancel(self, job: Job) -> None:
         """Nobody wants the answer any more. Allowed at any time, in any thread."""
@@ -131,31 +133,32 @@ class Worker:
         Returns when nothing runs; may be called again, with fewer seconds, while another thread is in here."""
         with self._changed:
             self.accepting = False
-            self._changed.wait_for(lambda: not self._waiting and self._running is None, seconds)
-            left = [*self._waiting, *([] if self._running is None else [self._running])]
+            self._changed.wait_for(lambda: not self._waiting and not self._running, seconds)
+            left = [*self._waiting, *self._running]
         for job in left:
             self.cancel(job)
             job.tell(Failed(unavailable()))
         with self._changed:
-            if not self._ended:
-                self._thread.submit(self._views.close)
-            self._ended = True
-        self._thread.shutdown(wait=True)
+            ended, self._ended = self._ended, True
+        self._threads.shutdown(wait=True)
+        if not ended:
+            self._views.close()
 
     def _run_next(self) -> None:
         """The oldest job, if it was not cancelled meanwhile."""
         with self._changed:
             if not self._waiting:
                 return
-            self._running = job = self._waiting.popleft()
+            job = self._waiting.popleft()
+            self._running.append(job)
             self._metrics.queue.set(len(self._waiting))
-        self._metrics.running.set(1)
+            self._metrics.running.set(len(self._running))
         try:
             job.tell(self._end_of(job))
         finally:
-            self._metrics.running.set(0)
             with self._changed:
-                self._running = None
+                self._running.remove(job)
+                self._metrics.running.set(len(self._running))
                 self._changed.notify_all()
 
     def _end_of(self, job: Job) -> Event:
@@ -188,6 +191,7 @@ class Worker:
             for token in stream.steps():
                 if not first:
                     first = perf_counter() - job.arrived
+                self._metrics.answer_tokens.inc(token.id is not None)
                 job.tell(token)
                 if job.cancelled:
                     return None
@@ -213,7 +217,6 @@ class Worker:
         count.tokens_per_second.observe(stats.tokens_per_second)
         count.prompt_tokens.inc(stats.prompt_tokens)
         count.reused_tokens.inc(stats.reused_tokens)
-        count.answer_tokens.inc(len(stats.decode_ms))
         count.pages_read.inc(pages)
         count.page_bytes.inc(pages * self.page_bytes)
 

@@ -42,8 +42,8 @@ def test_below_a_prefix_with_its_own_end(engine):
         assert refused.status == 503
 
     asyncio.run(use())
-    assert not inner.state.service.worker._thread._threads or all(
-        not thread.is_alive() for thread in inner.state.service.worker._thread._threads
+    assert not inner.state.service.worker._threads._threads or all(
+        not thread.is_alive() for thread in inner.state.service.worker._threads._threads
     )
 
 

@@ -87,7 +87,7 @@ def test_a_client_that_leaves_stops_the_engine_within_a_step(made, steps, stream
         reply = await asyncio.wait_for(asked, 10)
         steps.let_go()
         worker = app.state.service.worker
-        await until(lambda: worker._running is None)
+        await until(lambda: not worker._running)
         return reply
 
     reply = asyncio.run(leaving())
@@ -109,7 +109,7 @@ def test_a_stream_that_nobody_reads_on_stops_too(made, steps):
         with pytest.raises(asyncio.CancelledError):
             await asked
         steps.let_go()
-        await until(lambda: app.state.service.worker._running is None)
+        await until(lambda: not app.state.service.worker._running)
 
     asyncio.run(cancelled())
     assert steps.count <= 4
@@ -125,7 +125,7 @@ def test_a_slow_reader_holds_up_nobody(made):
             await go_on.wait()
 
         first = asyncio.create_task(post_request(app, question(stream=True, max_tokens=50), sent=wait))
-        await until(lambda: app.state.service.worker._running is not None or first.done())
+        await until(lambda: app.state.service.worker._running or first.done())
         second = await asyncio.wait_for(post_request(app, question()), 30)
         assert not first.done()
         go_on.set()
@@ -147,7 +147,7 @@ def test_a_full_queue(made, steps):
     async def crowd() -> tuple[list[Reply], list[Reply]]:
         steps.hold(0)
         running = [asyncio.create_task(asked(0))]
-        await until(lambda: app.state.service.worker._running is not None)
+        await until(lambda: app.state.service.worker._running)
         for name in (1, 2):
             running.append(asyncio.create_task(asked(name)))
             await until(lambda: len(app.state.service.worker._waiting) == len(running) - 1)
@@ -171,7 +171,7 @@ def test_who_leaves_the_queue_makes_room(made, steps):
     async def crowd() -> Reply:
         steps.hold(0)
         first = asyncio.create_task(post_request(app, question()))
-        await until(lambda: app.state.service.worker._running is not None)
+        await until(lambda: app.state.service.worker._running)
         leave = asyncio.Event()
         second = asyncio.create_task(post_request(app, question(), leave=leave))
         await until(lambda: app.state.service.worker._waiting)
@@ -200,7 +200,7 @@ def test_a_timeout_counts_from_the_arrival(made, steps, stream):
         replies = await asyncio.gather(*asked)
         assert 0.35 < time.monotonic() - begun < 5
         steps.let_go()
-        await until(lambda: app.state.service.worker._running is None)
+        await until(lambda: not app.state.service.worker._running)
         return replies
 
     first, second = asyncio.run(late())

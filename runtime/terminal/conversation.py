@@ -26,7 +26,7 @@ from runtime.chat import Chat
 from runtime.decode import Stream
 from runtime.engine import Engine
 from runtime.image import load_image
-from runtime.show import draw_selection, require_writable, write_picture
+from runtime.terminal.show import draw_selection, require_writable, write_picture
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
