@@ -50,11 +50,12 @@ class _Seat:
 
 @dataclass
 class _Row:
-    """What a row of the slots holds. image: which, without keeping it. ids: prefilled, [n] int64. seat: whose it is at
-    the moment."""
+    """What a row of the slots holds. image: which, without keeping it. ids: prefilled, [n] int64, in `runs`. seat:
+    whose it is at the moment."""
 
     image: Callable[[], Image[Any] | None] = lambda: None
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    runs: tuple[int, ...] = ()
     seat: _Seat | None = None
 
 
@@ -117,7 +118,7 @@ class Batch:
             row = self._rows[seat.row]
             row.seat = None
             if seat.settled:  # else the row holds what it held before
-                row.ids = seat.request.ids[: seat.known]
+                row.ids, row.runs = seat.request.ids[: seat.known], seat.request.runs
             self._seats.remove(seat)
             seat.row = None
 
@@ -158,8 +159,9 @@ class Batch:
         row = self._rows[index]
         if seat.image is not None and seat.image is not row.image():
             return -1
-        ids = row.ids if row.seat is None or row.seat is seat else row.seat.request.ids[: row.seat.known]
-        return seat.request.known(ids)
+        if row.seat is None or row.seat is seat:
+            return seat.request.known(row.ids, row.runs)
+        return seat.request.known(row.seat.request.ids[: row.seat.known], row.seat.request.runs)
 
     def _settle(self, seat: _Seat) -> None:
         """Give a request's row its image, and what another row has already prefilled for it."""
@@ -174,7 +176,7 @@ class Batch:
             known = held[source]
         elif held[target] < 0 and seat.image is not None:
             self._slots.load(target, seat.image)
-        row.ids = seat.request.ids[:known]
+        row.ids, row.runs = seat.request.ids[:known], seat.request.runs
         if seat.image is not None:
             row.image = weakref.ref(seat.image)
         seat.known = seat.reused = known
@@ -198,7 +200,8 @@ class Batch:
 
     def _is_due(self, seat: _Seat, ahead: list[_Seat]) -> bool:
         """Whether nobody ahead is about to prefill more of a request than there is now: a copy is sooner there."""
-        coming = [seat.request.known(each.request.ids[:-1]) for each in ahead if each.image is seat.image]
+        others = [each.request for each in ahead if each.image is seat.image]
+        coming = [seat.request.known(other.ids[:-1], other.runs) for other in others]
         held = max(self._held(seat, row) for row in range(len(self._rows)))
         return max(coming, default=0) <= max(0, held)
 

@@ -20,12 +20,10 @@ from runtime.request import Request
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A decoder that holds a prompt. ids: what it was prefilled with, [n] int64, the image's first token at position
-    `begin`. reused: how many of these it held before this prompt."""
+    """A decoder that holds the prompt of `request`, prefilled. reused: how many of its ids it held before."""
 
     decoder: Decoder
-    ids: np.ndarray
-    begin: int
+    request: Request
     reused: int
 
 

@@ -109,12 +109,12 @@ class Request:
     ends: frozenset[int]
     options: Options
 
-    def known(self, held: np.ndarray) -> int:
-        """How many of the ids a cache need not be fed that holds `held`, prefilled: whole runs of both."""
+    def known(self, held: np.ndarray, runs: tuple[int, ...]) -> int:
+        """How many of the ids a cache need not be fed that holds `held`, prefilled in `runs`: whole runs of both."""
         shared = min(len(held), len(self.ids))
         differ = np.flatnonzero(held[:shared] != self.ids[:shared])
         same = int(differ[0]) if differ.size else shared
-        return max((end for end in self.runs if end <= same), default=0)
+        return max((end for end in self.runs if end <= same and end in runs), default=0)
 
     @property
     def room(self) -> int:

@@ -126,8 +126,8 @@ class ImageView(InOneProcess):
             image = self._image_at(model, request.begin, clock)
             idle, self._idle = self._idle, None  # who asks meanwhile gets another decoder
         decoder, reused = None, 0
-        if idle is not None and idle.begin == request.begin:  # of this image at this position
-            decoder, reused = idle.decoder, request.known(idle.ids)
+        if idle is not None and idle.request.begin == request.begin:  # of this image at this position
+            decoder, reused = idle.decoder, request.known(idle.request.ids[:-1], idle.request.runs)
         idle = None  # its memory may be needed
         with clock.stage("prefill"):
             if decoder is None:
@@ -137,7 +137,7 @@ class ImageView(InOneProcess):
                 if decoder.capacity < request.room:
                     decoder = decoder.enlarged(request.room)
             prefill(decoder, request, reused)
-        cache = Cache(decoder, request.ids[:-1], request.begin, reused)
+        cache = Cache(decoder, request, reused)
         try:
             yield cache
         finally:

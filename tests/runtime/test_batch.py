@@ -12,10 +12,8 @@ import pytest
 
 from engines.errors import BackendError, FlexError
 from runtime import Answer, Engine, ImageError, OptionError
-from tests.geometries import tiny
-from tests.runtime.questions import OTHER, PHOTO
+from tests.runtime.questions import OTHER, PHOTO, TALKATIVE
 
-GEOMETRY = tiny(vocab=300, context=400)
 SLOTS = 3
 THIRD = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 IMAGES = {"photo": PHOTO, "other": OTHER, "third": THIRD, "none": None}
@@ -41,7 +39,7 @@ CHOICES = [  # of options
 
 @pytest.fixture(scope="module")
 def bundle(random_model):
-    return random_model("chat", GEOMETRY, tokenizer=True)[1]
+    return random_model("chat", TALKATIVE, tokenizer=True)[1]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_a_long_prompt_stops_nobody_for_longer_than_a_chunk(engine):
     before = len(seat.draft.tokens)
     next(joining)  # makes as many steps as there are chunks
     tokens = len(seat.draft.tokens) - before
-    assert tokens >= (200 + GEOMETRY.image_tokens) // 48, "one step between two chunks"
+    assert tokens >= (200 + TALKATIVE.image_tokens) // 48, "one step between two chunks"
 
 
 def test_a_second_question_copies_what_a_row_holds(engine):
@@ -142,7 +140,7 @@ def test_a_second_question_copies_what_a_row_holds(engine):
     first = view.stream("what number is in the red square?", max_new_tokens=30, stop_at_eos=False)
     next(first.steps())
     second = view.ask("and where?", max_new_tokens=3, stop_at_eos=False)
-    assert second.stats.reused_tokens >= GEOMETRY.image_tokens
+    assert second.stats.reused_tokens >= TALKATIVE.image_tokens
     assert second.stats.vision_ms == 0
     first.close()
 

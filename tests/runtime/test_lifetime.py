@@ -96,14 +96,14 @@ def test_a_stream_has_one_reader(engine, monkeypatch):
     stream = engine.stream(PHOTO, QUESTION, **OPTIONS)
     inside, seen = threading.Event(), []
     go_on = threading.Event()
-    original = stream._draft.add
+    original = stream._draft.take
 
-    def slow(token, step):
+    def slow(step):
         inside.set()
         go_on.wait(30)
-        return original(token, step)
+        return original(step)
 
-    monkeypatch.setattr(stream._draft, "add", slow)
+    monkeypatch.setattr(stream._draft, "take", slow)
     reader = threading.Thread(target=lambda: seen.extend(stream))
     reader.start()
     assert inside.wait(30)
@@ -117,13 +117,13 @@ def test_a_stream_has_one_reader(engine, monkeypatch):
     within = engine.stream(PHOTO, QUESTION, **OPTIONS)
     errors = []
 
-    def recursive(token, step):
+    def recursive(step):
         with pytest.raises(OptionError) as caught:
             next(within)
         errors.append(caught.value)
-        return type(within._draft).add(within._draft, token, step)
+        return type(within._draft).take(within._draft, step)
 
-    monkeypatch.setattr(within._draft, "add", recursive)
+    monkeypatch.setattr(within._draft, "take", recursive)
     assert same(within.answer(), expected) and len(errors) == 6
 
 
