@@ -14,8 +14,11 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from engines.bundle.geometry import Geometry
+from engines.checks import require_integer, shown
+from engines.errors import BackendError
 
 Array = TypeVar("Array")
+MAX_SLOTS, MAX_CHUNK = 256, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,21 @@ class Opening:
 
     backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
-    core this process may use.
+    core this process may use. slots: requests that share decode steps; 1 = each has steps of its own. prefill_chunk:
+    tokens of a prompt between two steps that others wait for, with several slots.
     """
 
     backend: str | None = None
     device: str | None = None
     threads: int | None = None
+    slots: int = 1
+    prefill_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name, most in (("slots", MAX_SLOTS), ("prefill_chunk", MAX_CHUNK)):
+            value = getattr(self, name)
+            checked = require_integer(value, f"{name}={shown(value)}", 1, most, error=BackendError)
+            object.__setattr__(self, name, checked)
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,34 @@ class Decoder(Protocol):
         """
 
 
+class Slots(Protocol[Array]):
+    """Rows of one decoder, side by side: each has room for the whole context and for the pages of one image. They are
+    filled one by one and step together, the first so many of them.
+
+    length: [slots] int64, tokens of each row that are valid; the decoders below share it. A row that steps along with
+    nothing to say, with a budget of 0, loses only what lies behind its length, once that is put back.
+    """
+
+    length: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows' caches and pages, whether used or not."""
+
+    def load(self, row: int, image: Image[Array]) -> None:
+        """Copy an image, of one row, into a row, whose cache it empties. Raises BackendError."""
+
+    def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
+        """Copy the first so many tokens of a row's cache into another row, which then has these alone; with `image`,
+        the image, too. Raises BackendError."""
+
+    def row(self, row: int) -> Decoder:
+        """A row alone: a decoder of a batch of one."""
+
+    def first(self, rows: int) -> Decoder:
+        """The first so many rows together."""
+
+
 class Model(Protocol[Array]):
     """The three parts of a bundle, opened. Nothing of one request is kept for the next."""
 
@@ -127,6 +167,9 @@ class Model(Protocol[Array]):
     def decoder(self, image: Image[Array], capacity: int) -> Decoder:
         """A decoder with an empty cache of at least `capacity` tokens, one row per image. Raises BackendError when the
         backend has no cache that large, or memory for none."""
+
+    def slots(self, count: int) -> Slots[Array]:
+        """So many rows that requests take turns in. Raises BackendError when the backend has none, or no memory."""
 
     def require_unchanged(self) -> None:
         """BundleError when a file that the model reads as it runs was written to since it was opened: asked before each

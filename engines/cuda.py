@@ -51,6 +51,14 @@ class Cuda:
         """Use this GPU in the calling thread; called before work that may come from another thread."""
         self.call("cuCtxSetCurrent", self._context)
 
+    def freed_with(self, owner: object, function: str, handle: Any) -> None:
+        """Give `handle` to a driver function when `owner` goes, in whatever thread that is."""
+        weakref.finalize(owner, self._free, function, handle)
+
+    def _free(self, function: str, handle: Any) -> None:
+        self.api.cuCtxSetCurrent(self._context)  # without one, the driver frees nothing
+        getattr(self.api, function)(handle)
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device's memory."""
         free, total = self.call("cuMemGetInfo")
@@ -169,7 +177,7 @@ class Buffer:
 
     def __init__(self, cuda: Cuda, address: int, size: int) -> None:
         self.address, self.size, self._cuda = address, size, cuda
-        weakref.finalize(self, cuda.api.cuMemFree, address)
+        cuda.freed_with(self, "cuMemFree", address)
 
     def fill(self, byte: int, stream: Stream, offset: int = 0, size: int | None = None) -> None:
         """Set every byte, or `size` bytes from `offset` on, in the order of the stream."""
@@ -205,7 +213,7 @@ class Shared:
 
     def __init__(self, cuda: Cuda, host: int, size: int) -> None:
         self.size, self._cuda, self._pointer = size, cuda, host
-        weakref.finalize(self, cuda.api.cuMemFreeHost, host)
+        cuda.freed_with(self, "cuMemFreeHost", host)
         self.host = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
         self.host[:] = 0
         self._buffer = None if cuda.integrated else cuda.buffer(size, "input and output of a step")
@@ -240,7 +248,7 @@ class Stream:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self.handle = cuda.call("cuStreamCreate", int(cuda.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        weakref.finalize(self, cuda.api.cuStreamDestroy, self.handle)
+        cuda.freed_with(self, "cuStreamDestroy", self.handle)
 
     def __int__(self) -> int:
         return int(self.handle)
@@ -256,7 +264,7 @@ class Event:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._handle = cuda.call("cuEventCreate", int(cuda.api.CUevent_flags.CU_EVENT_DEFAULT))
-        weakref.finalize(self, cuda.api.cuEventDestroy, self._handle)
+        cuda.freed_with(self, "cuEventDestroy", self._handle)
 
     def record(self, stream: Stream) -> None:
         """Move to the current end of the stream."""
@@ -276,7 +284,7 @@ class Graph:
 
     def __init__(self, cuda: Cuda, handle: Any) -> None:
         self._cuda, self._handle = cuda, handle
-        weakref.finalize(self, cuda.api.cuGraphExecDestroy, handle)
+        cuda.freed_with(self, "cuGraphExecDestroy", handle)
 
     def launch(self, stream: Stream) -> None:
         """Do the recorded work in the order of the stream; does not wait."""

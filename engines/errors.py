@@ -62,9 +62,9 @@ class PromptError(FlexError):
 
 class ContextError(PromptError):
     """Prompt and answer do not fit into the bundle's context together. `turns`: so many of a conversation's earlier
-    turns would, the last ones; 0 where the question itself is too long."""
+    turns would, the last ones; None where it has none, or the question itself is too long."""
 
-    turns: int = 0
+    turns: int | None = None
 
 
 class OptionError(FlexError):

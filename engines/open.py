@@ -1,7 +1,9 @@
-"""Which backend opens a bundle, and where: the only place that chooses."""
+"""Which backend opens a bundle, and where: the only place that chooses, and what command lines say of it."""
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import fields
 from typing import Any
 
 from engines.backend import Model, Opening
@@ -12,25 +14,57 @@ from engines.errors import BackendError
 DEVICES = ("cpu", "cuda")
 
 
-def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
-    """The three parts of a bundle, ready to run; what their tensors are is the backend's own affair.
+def add_opening_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that opens a bundle to ask it: of `Opening`, and how the bundle is checked."""
+    add = parser.add_argument
+    add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
+    add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
+    add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
+    add("--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of each file")
+    add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
 
-    Raises BackendError, and BundleError when it was not built for this. Only what the backend needs is imported.
-    """
+
+def add_slot_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `Opening` for commands that have several requests at a time."""
+    add = parser.add_argument
+    add("--slots", type=int, default=Opening.slots, help="requests that share decode steps; 1 = one after the other")
+    chunk = "tokens of a prompt between two steps that others wait for, with several slots"
+    add("--prefill-chunk", type=int, default=Opening.prefill_chunk, help=chunk)
+
+
+def opening_options(given: argparse.Namespace) -> dict[str, Any]:
+    """What those options say, as keyword arguments of `runtime.Engine`."""
+    names = [*(each.name for each in fields(Opening)), "verify", "expect"]
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
+
+
+def chosen(bundle: Bundle, opening: Opening) -> tuple[str, str]:
+    """(backend, device) that a bundle is opened with, what `opening` leaves open decided. Raises BackendError for a
+    backend that there is not, and for a device that it does not know."""
     backend = bundle.manifest.backend if opening.backend is None else opening.backend
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", expected=f"one of {list(BACKENDS)}")
     if backend == ONNXRUNTIME:
-        from engines.ort import OrtModel
-
-        device = "cpu" if opening.device is None else opening.device
-        return OrtModel(bundle, device=device, threads=opening.threads)
+        return backend, "cpu" if opening.device is None else opening.device
     if opening.device not in (None, "cuda"):  # TensorRT, in both its kinds
         raise BackendError(
             f"device {opening.device!r} with the backend {backend}",
             expected="'cuda'",
             fix="leave the device out, or open the bundle with backend='onnxruntime'",
         )
+    return backend, "cuda"
+
+
+def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
+    """The three parts of a bundle, ready to run; what their tensors are is the backend's own affair.
+
+    Raises BackendError, and BundleError when it was not built for this. Only what the backend needs is imported.
+    """
+    backend, device = chosen(bundle, opening)
+    if backend == ONNXRUNTIME:
+        from engines.ort import OrtModel
+
+        return OrtModel(bundle, device=device, threads=opening.threads)
     if opening.threads is not None:
         raise BackendError(
             f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"

@@ -14,6 +14,7 @@ import numpy as np
 
 from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
+from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.mapped import MappedFiles
 from engines.bundle.rebuild import rebuild
@@ -148,6 +149,16 @@ class OrtModel:
         """See Model.decoder."""
         return OrtDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
 
+    def slots(self, count: int) -> OrtSlots:
+        """See Model.slots; on the CPU."""
+        if self.device != "cpu":
+            raise BackendError(
+                f"{count} slots on ONNX Runtime's {self._provider}",
+                expected="one slot: rows are copied in the host's memory",
+                fix="leave slots out, or pass device='cpu'",
+            )
+        return OrtSlots(self, self._sessions["decoder"], count)
+
     def rounded(self, capacity: int) -> int:
         """The capacity a cache really gets: a multiple of ROUND with room for the image tokens, which the map reads."""
         return -(-max(capacity, self.geometry.image_tokens) // ROUND) * ROUND
@@ -186,11 +197,19 @@ class OrtDecoder:
     """engines.backend.Decoder on ONNX Runtime: the cache is bound in place, so that a run writes where it reads."""
 
     def __init__(
-        self, model: OrtModel, session: ort.InferenceSession, image: Image[ort.OrtValue], capacity: int
+        self,
+        model: OrtModel,
+        session: ort.InferenceSession,
+        image: Image[ort.OrtValue],
+        capacity: int,
+        *,
+        cache: dict[str, ort.OrtValue] | None = None,
+        length: np.ndarray | None = None,
     ) -> None:
-        """`session`: of the decoder part. `capacity`: tokens of each row, exactly."""
+        """`session`: of the decoder part. `capacity`: tokens of each row, exactly. `cache`, `length`: whose to
+        work in; None for its own, empty."""
         self.capacity = capacity
-        self.length = np.zeros(len(image.begin), np.int64)
+        self.length = np.zeros(len(image.begin), np.int64) if length is None else length
         self._model, self._session, self._image = model, session, image
         g, batch = model.geometry, len(image.begin)
         self._inputs = {
@@ -199,8 +218,8 @@ class OrtDecoder:
             "margins": model._value(image.margins),
         }
         self._inputs |= image.pages
-        shape, halves = (batch, g.kv_heads, capacity, g.head_dim), ("key", "value")
-        self._cache = {f"{half}.{layer}": model.zeros(shape) for half in halves for layer in range(g.layers)}
+        shape = batch, g.kv_heads, capacity, g.head_dim
+        self._cache = {name: model.zeros(shape) for name in _cache_names(g)} if cache is None else cache
         selecting = len(g.selecting_layers)
         self._outputs = {
             "logits": model._value(np.empty((batch, g.vocab), np.float32)),
@@ -240,7 +259,7 @@ class OrtDecoder:
         except Exception as error:
             raise _failed("decoder", error) from error
         binding.synchronize_outputs()
-        self.length = self.length + (steps if lengths is None else lengths)
+        self.length += steps if lengths is None else lengths
         if "projected" in self._inputs:
             self._inputs["projected"].update_inplace(self._outputs["present_projected"].numpy())
         logits, *others = (self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count"))
@@ -253,7 +272,7 @@ class OrtDecoder:
             cache = np.zeros(other._cache[name].shape(), self._model._model_dtype)
             cache[:, :, :used] = value.numpy()[:, :, :used]
             other._cache[name].update_inplace(cache)
-        other.length = self.length
+        other.length[:] = self.length
         return other
 
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
@@ -267,6 +286,73 @@ class OrtDecoder:
         for name, source in self._model._in_place.items():  # one buffer on both sides: the graph then writes in place
             binding.bind_ortvalue_output(name, named[source])
         return binding
+
+
+class OrtSlots:
+    """engines.backend.Slots on ONNX Runtime's CPU: every array has a row per slot, and decoders are bound to slices.
+
+    The system gives an array its memory as it is written to: slots that are not used take none.
+    """
+
+    def __init__(self, model: OrtModel, session: ort.InferenceSession, count: int) -> None:
+        """`session`: of the decoder part. `count`: rows."""
+        g, self._model, self._session = model.geometry, model, session
+        self._capacity = model.rounded(g.context)
+        self.length = np.zeros(count, np.int64)
+        self._begin, self._margins = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
+        self._features: np.ndarray = np.zeros((count, g.image_tokens, g.hidden), model._model_dtype)
+        self._pages = {spec.name: np.zeros(spec.of_batch(count), spec.dtype) for spec in model._page_specs}
+        shape = count, g.kv_heads, self._capacity, g.head_dim
+        self._cache: dict[str, np.ndarray] = {name: np.zeros(shape, model._model_dtype) for name in _cache_names(g)}
+        self._rows = [self._decoder(slice(row, row + 1)) for row in range(count)]
+        self._first = [self._decoder(slice(0, rows + 1)) for rows in range(count)]
+
+    @property
+    def nbytes(self) -> int:
+        """See Slots.nbytes."""
+        return sum(array.nbytes for array in (self._features, *self._pages.values(), *self._cache.values()))
+
+    def load(self, row: int, image: Image[ort.OrtValue]) -> None:
+        """See Slots.load. What an earlier request left in the cache stays, finite, and is never read."""
+        self.length[row] = 0
+        self._begin[row], self._margins[row] = image.begin[0], image.margins[0]
+        self._features[row] = image.features.numpy()[0]
+        for name, store in self._pages.items():
+            store[row] = image.pages[name].numpy()[0]
+
+    def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
+        """See Slots.copy."""
+        for array in self._cache.values():
+            array[target, :, :tokens] = array[source, :, :tokens]
+        if image:
+            stores: list[np.ndarray] = [self._begin, self._margins, self._features, *self._pages.values()]
+            for store in stores:
+                store[target] = store[source]
+        self.length[target] = tokens
+
+    def row(self, row: int) -> OrtDecoder:
+        """See Slots.row."""
+        return self._rows[row]
+
+    def first(self, rows: int) -> OrtDecoder:
+        """See Slots.first."""
+        return self._first[rows - 1]
+
+    def _decoder(self, rows: slice) -> OrtDecoder:
+        """A decoder bound to these rows' memory; slices of the first axis are views, and whole."""
+        value = self._model._value
+        image = Image(
+            value(self._features[rows]),
+            {name: value(store[rows]) for name, store in self._pages.items()},
+            self._begin[rows],
+            self._margins[rows],
+        )
+        cache = {name: value(array[rows]) for name, array in self._cache.items()}
+        return OrtDecoder(self._model, self._session, image, self._capacity, cache=cache, length=self.length[rows])
+
+
+def _cache_names(g: Geometry) -> list[str]:
+    return [f"{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
 
 
 def installed() -> tuple[str, list[str]]:

@@ -115,7 +115,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
     recipe = read_recipe(request.options)
-    assessment = assess(recipe.configuration(request.batch), room_for(recipe.backend, recipe.engines))
+    assessment = assess(recipe.configuration(request.batch, request.slots), room_for(recipe.backend, recipe.engines))
     console = console or Console(quiet=True)
     report(assessment, recipe.model.resolve().name, console)
     settings_outline(console, recipe.config)

@@ -48,6 +48,8 @@ def report(a: Assessment, model: str, console: Console) -> None:
         table.add_row("builder", size(a.builder), f"{place}, part by part, mapped weights apart")
     console.print(table)
     _say(console, f"decode: {_speed(a)}")
+    if c.slots > 1 and c.backend != ONNXRUNTIME:
+        _say(console, f"slots: the engines must be built with --batch {max(c.batch, c.slots)}, a row for each slot")
     if a.fits:
         _say(console, f"[green]fits[/]: {verdict(a)}")
     elif a.runs:
@@ -74,10 +76,11 @@ def _speed(a: Assessment) -> str:
     if a.speed is None:
         return "no prediction, the bandwidth of this memory is not known"
     c, (slow, fast) = a.configuration, a.speed
+    together = f" of all {c.rows} rows together" if c.rows > 1 else ""
     short = min(c.geometry.context, c.geometry.image_tokens + 64)
     return (
-        f"{slow:.1f} ({c.geometry.context} tokens, {c.pages_read} pages) .. "
-        f"{fast:.1f} ({short} tokens, no page) tokens/s at most: bytes read at {a.room.bandwidth} GB/s, not measured"
+        f"{slow:.1f} ({c.geometry.context} tokens, {c.pages_read} pages) .. {fast:.1f} ({short} tokens, no page) "
+        f"tokens/s{together} at most: bytes read at {a.room.bandwidth} GB/s, not measured"
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
 from engines.checks import is_integer, require_integer
@@ -93,10 +94,12 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class SizingRequest:
-    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit."""
+    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots:
+    requests that share decode steps when the bundle runs."""
 
     options: BuildOptions = field(default_factory=BuildOptions)
     batch: int = 1
+    slots: int = Opening.slots
 
 
 def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | SizingRequest:
@@ -150,6 +153,13 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
     text = "print what a build and a request need, and whether the board in --target (else this machine) has it"
     add("--plan", action="store_true", help=f"{text}; config.json is enough; exit status 1 when it does not fit")
+    text = "with --plan: requests that share decode steps (an option of the runtime), each about an image of its own; "
+    add(
+        "--slots",
+        type=int,
+        default=SizingRequest.slots,
+        help=text + "TensorRT engines for N slots are built by --batch N",
+    )
     add(
         "--check",
         choices=CHECKS,
@@ -158,7 +168,13 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     add_arguments(parser.add_argument_group("TensorRT engines"))
     given = vars(parser.parse_args(arguments))
-    sizing, batch = given.pop("plan"), given["batch"]
+    sizing, batch, slots = given.pop("plan"), given["batch"], given.pop("slots")
+    if slots != SizingRequest.slots and not sizing:
+        raise OptionError(
+            f"--slots {slots} without --plan",
+            expected="--slots where memory is asked about: slots are opened when a bundle runs",
+            fix=f"leave it out; engines of TensorRT have {slots} slots when they are built with --batch {slots}",
+        )
     named = given["target"]
     if named is not None:
         parse_targets(named)  # an unknown name is told first
@@ -169,7 +185,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         given["batch"] = EngineOptions.batch  # of a build there it would be an error
     engines = options_of(given, backend)
     options = BuildOptions(**given, engines=engines)
-    return SizingRequest(options, batch) if sizing else options
+    return SizingRequest(options, batch, slots) if sizing else options
 
 
 def _sizes(precision: Precision) -> str:

@@ -54,8 +54,9 @@ class Recipe:
             return self
         return replace(self, scheme=replace(self.scheme, floats=floats_of(checkpoint, self.config)))
 
-    def configuration(self, batch: int | None = None) -> Configuration:
-        """What sizing asks about; `batch`: rows of a request, those of the engines when not given."""
+    def configuration(self, batch: int | None = None, slots: int = Configuration.slots) -> Configuration:
+        """What sizing asks about; `batch`: rows of a request, those of the engines when not given; `slots`: requests
+        that share decode steps."""
         engines, scheme = self.engines, self.scheme
         rows = engines.batch if engines else 1
         return Configuration(
@@ -64,6 +65,7 @@ class Recipe:
             block=scheme.block if scheme else None,
             head=scheme.head if scheme else False,
             batch=rows if batch is None else batch,
+            slots=slots,
             page_budget=self.page_budget,
             backend=self.backend,
             plugins=engines.plugins if engines else True,

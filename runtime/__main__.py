@@ -14,16 +14,14 @@ from typing import Any
 
 import PIL.Image
 
-from engines.backend import Opening
-from engines.bundle.kinds import BACKENDS
 from engines.errors import ImageError, OptionError
-from engines.open import DEVICES
+from engines.open import add_opening_options, opening_options
 from plugins import command
-from runtime import terminal
 from runtime.engine import Engine
 from runtime.image import EXIF, load_image
 from runtime.request import Options
-from runtime.show import draw_selection, require_writable, write_picture
+from runtime.terminal import conversation
+from runtime.terminal.show import draw_selection, require_writable, write_picture
 
 OUTPUT = """One question about one image: the answer alone. Several questions, or a pattern: a line for each answer,
 IMAGE, tab, QUESTION, tab, ANSWER, in which \\t, \\n and \\\\ stand for a tab, a line's end and a backslash. An image
@@ -60,13 +58,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="read </s>, <image> and the like in the question as control tokens, as the official code does",
     )
     add("--page-budget", type=int, default=default.page_budget, help="pages each layer reads at most; None = bundle's")
-    add("--no-exif", dest="exif", action="store_false", default=EXIF, help="leave a photo as stored, not upright")
+    add("--exif", action=argparse.BooleanOptionalAction, default=EXIF, help="turn a photo upright; no: as it is stored")
     add("--show", type=Path, metavar="PNG", help="write the image with the pages each answer token looked at")
-    add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
-    add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
-    add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
-    add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
-    add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
+    add_opening_options(parser)
     return parser.parse_intermixed_args(arguments)  # a question may stand behind options
 
 
@@ -107,8 +101,7 @@ def _load(source: str, exif: bool) -> PIL.Image.Image | None:
 
 
 def _open(given: argparse.Namespace) -> Engine:
-    opening = {field.name: getattr(given, field.name) for field in fields(Opening)}
-    return Engine(given.bundle, verify=given.verify, expect=given.expect, **opening)
+    return Engine(given.bundle, **opening_options(given))
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
@@ -174,10 +167,10 @@ def _converse(given: argparse.Namespace, sources: list[str]) -> int:
         raise OptionError("an image from standard input and no QUESTION", fix="save it to a file, or add a QUESTION")
     if given.show is not None:
         raise OptionError("--show without a QUESTION", fix="leave it out, and type /show after an answer")
-    lines = terminal.open_lines()  # first: what is missing is told before the bundle is opened
+    lines = conversation.open_lines()  # first: what is missing is told before the bundle is opened
     image = _load(sources[0], given.exif)
     with _open(given) as engine:
-        talk = terminal.Conversation(engine, image, sources[0], exif=given.exif, options=_options(given))
+        talk = conversation.Conversation(engine, image, sources[0], exif=given.exif, options=_options(given))
         return talk.run(lines)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from engines.backend import Step, chosen_pages
 from engines.bundle.geometry import Geometry
 from runtime.request import Request
+from runtime.sampling import Sampler
 from runtime.stats import Clock, Stats
 from runtime.text.stream import TextStream
 
@@ -62,14 +63,15 @@ class Answer:
 class Draft:
     """An answer in the making: the state of one request between two decode steps, whoever runs them.
 
-    text: takes the tokens and gives the text they settle. clock: of this answer alone. geometry: of the model. answer:
-    the whole, once `finish` was called.
+    text: takes the tokens and gives the text they settle. clock: of this answer alone. geometry: of the model. sampler:
+    chooses the tokens. answer: the whole, once `finish` was called.
     """
 
     request: Request
     text: TextStream
     clock: Clock
     geometry: Geometry
+    sampler: Sampler
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)  # one per token until `finish`; without a trace, only page counts
     answer: Answer | None = None
@@ -84,11 +86,25 @@ class Draft:
         """Whether the answer has come to its end, rather than to its longest."""
         return self.text.stopped or (bool(self.tokens) and self.tokens[-1] in self.request.ends)
 
-    def add(self, token: int, step: Step) -> Token:
-        """Take the token that was chosen after `step`."""
+    @property
+    def latest(self) -> int:
+        """The token that the next step takes. The prompt's last one is the first: it alone, and every answer token
+        after it, reads pages."""
+        return self.tokens[-1] if self.tokens else int(self.request.ids[-1])
+
+    def take(self, step: Step) -> Token:
+        """Choose a token after a step of one row, and take it. Raises BackendError when a logit is not finite: in the
+        first step and the last, and where somebody looks; what goes wrong in a step goes wrong in all after it."""
+        options = self.request.options
+        token = int(step.token[0])  # chosen on the device, where the logits stay
+        looks = options.trace or options.temperature > 0  # somebody needs the logits of every step
+        if looks or not self.tokens or not 0 <= token < self.geometry.vocab:
+            token = self.sampler.pick(step.logits[0])  # raises where there is nothing to choose from
         self.tokens.append(token)
         self.steps.append(step if self.request.options.trace else replace(step, fetch=_gone, pages=_NOTHING))
         text = "" if token in self.request.ends else self.text.push(token)
+        if self.done:
+            self.sampler.check(step.logits[0])
         return Token(token, text, step.pages[0], step.page_count[0])
 
     def rest(self) -> Iterator[Token]:

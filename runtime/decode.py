@@ -16,7 +16,6 @@ from engines.backend import Decoder
 from engines.errors import BackendError, OptionError
 from runtime.answer import Answer, Draft, Token
 from runtime.request import Request
-from runtime.sampling import Sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +45,12 @@ def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Generator[Token
     `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
     raises, and BackendError when the device fails or a logit is not finite.
     """
-    request, options = draft.request, draft.request.options
-    sampler, vocab = Sampler(options.sampling()), draft.geometry.vocab
-    looks = options.trace or options.temperature > 0  # somebody needs the logits of every step
-    # The last prompt token is the first decoding step: it alone, and every answer token after it, reads pages.
-    token = int(request.ids[-1])
     with lent as cache:
         while not draft.done:
             with draft.clock.stage("decode"):
-                step = cache.decoder.run(np.array([[token]], np.int64), request.page_budget)
-                token = int(step.token[0])  # chosen on the device, where the logits stay
-                if looks or not draft.tokens or not 0 <= token < vocab:
-                    token = sampler.pick(step.logits[0])  # raises where there is nothing to choose from
-            yield draft.add(token, step)
-        sampler.check(step.logits[0])  # what goes wrong in a step goes wrong in all after it
+                step = cache.decoder.run(np.array([[draft.latest]], np.int64), draft.request.page_budget)
+                token = draft.take(step)
+            yield token
     yield from draft.rest()
     draft.finish(cache.reused)
 
@@ -97,11 +88,11 @@ class Stream(InOneProcess):
     dropped half-way gives its cache back.
     """
 
-    def __init__(self, lent: AbstractContextManager[Cache], draft: Draft) -> None:
-        """Arguments of `decode`."""
+    def __init__(self, draft: Draft, tokens: Generator[Token]) -> None:
+        """`tokens`: makes the tokens of `draft`, and finishes it."""
         super().__init__()
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
-        self._draft, self._tokens = draft, decode(lent, draft)
+        self._draft, self._tokens = draft, tokens
         self._reading = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:

@@ -6,18 +6,20 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
 from engines.errors import BundleError, OptionError
 from engines.memory import release_freed
-from engines.open import open_model
+from engines.open import chosen, open_model
 from runtime.answer import Answer
+from runtime.batch import Batch
 from runtime.chat import Chat
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
+from runtime.many import generate_many
 from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
 from runtime.view import ImageView
@@ -38,11 +40,16 @@ if hasattr(os, "register_at_fork"):
 class Engine(InOneProcess):
     """An opened bundle, until it is closed: `with Engine(path) as engine: ...`, or `engine.close()`.
 
-    No request leaves anything behind for the next. With ONNX Runtime several threads may ask at the same time, each
-    reading the answer it asked for; with TensorRT one request runs at a time. An engine belongs to its process: it
-    cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in each process.
+    With several slots, requests that run at the same time share decode steps: see runtime.batch.Batch.
 
-    manifest, geometry: of the bundle. prompter: its text side. model: its three parts, opened; gone once it is closed.
+    No request leaves anything behind for the next. With ONNX Runtime, and with slots, several threads may ask at the
+    same time, each reading the answer it asked for; with TensorRT and one slot one request runs at a time. An engine
+    belongs to its process: it cannot be pickled or copied, and a fork cannot ask it (BackendError). Open the bundle in
+    each process.
+
+    slots: requests at a time. manifest, geometry: of the bundle. digest: "sha256:...", one for all of it. backend: one
+    of engines.bundle.kinds.BACKENDS; device: "cpu" or "cuda"; what runs it. prompter: its text side. model: its three
+    parts, opened; gone once it is closed.
     """
 
     def __init__(
@@ -52,18 +59,25 @@ class Engine(InOneProcess):
         backend: str | None = Opening.backend,
         device: str | None = Opening.device,
         threads: int | None = Opening.threads,
+        slots: int = Opening.slots,
+        prefill_chunk: int = Opening.prefill_chunk,
         verify: bool = True,
         expect: str | None = None,
     ) -> None:
-        """Open a bundle folder. `backend`, `device`, `threads`: see Opening. `verify`: check the SHA-256 of every file,
-        which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have, "sha256:...", as
-        `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError, TokenizerError."""
+        """Open a bundle folder. `backend`, `device`, `threads`, `slots`, `prefill_chunk`: see Opening. `verify`: check
+        the SHA-256 of every file, which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have,
+        "sha256:...", as `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError,
+        TokenizerError."""
         super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
         opened = Bundle(bundle, verify=verify, expect=expect)
         self.manifest = opened.manifest
         self.geometry = opened.manifest.geometry
+        self.digest = opened.digest
+        opening = Opening(backend, device, threads, slots, prefill_chunk)
+        self.backend, self.device = chosen(opened, opening)
+        self.slots = opening.slots
         prompt = opened.manifest.prompt
         self.prompter = Prompter(
             opened.file(prompt.tokenizer) if prompt.tokenizer else None,
@@ -76,7 +90,8 @@ class Engine(InOneProcess):
             ends=prompt.eos_token_ids,
         )
         self._views, self._changing = weakref.WeakSet[ImageView](), threading.Lock()
-        self.model: Model[Any] = open_model(opened, Opening(backend, device, threads))
+        self.model: Model[Any] = open_model(opened, opening)
+        self._batch = Batch(self.model, opening.slots, opening.prefill_chunk) if opening.slots > 1 else None
         _models.add(self.model)
 
     def __enter__(self) -> Engine:
@@ -90,6 +105,7 @@ class Engine(InOneProcess):
         on, and keeps what it needs until it is read or dropped. Closing twice is allowed."""
         with self._changing:
             vars(self).pop("model", None)
+            self._batch = None
             views = list(self._views)
         for view in views:
             view.close()
@@ -104,7 +120,8 @@ class Engine(InOneProcess):
         exif: bool = EXIF,
         **options: Any,
     ) -> Answer:
-        """Answer `prompt` about `image` (path, bytes, PIL image, uint8 array [H, W, 3], or None for text alone).
+        """Answer `prompt` about `image`: path, encoded bytes, binary file, PIL image, uint8 array [H, W, 3], a "data:"
+        URL or base64 text, as runtime.image.load_image takes them; None for text alone.
 
         `prompt`: a question, or a conversation that ends with one: messages {"role": ..., "content": text}, of "user"
         and "assistant" in turn, a "system" message before them where the bundle's template has a place for it.
@@ -133,20 +150,49 @@ class Engine(InOneProcess):
         errors of `image`, and PromptError."""
         return self.image(image, exif=exif).chat(messages)
 
+    def generate_many(
+        self,
+        requests: Iterable[tuple[ImageSource | None, Prompt]],
+        *,
+        progress: Callable[[float], None] | None = None,
+        exif: bool = EXIF,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer many prompts, each about its image, `slots` at a time; the answers in their order.
+
+        requests: what `generate` takes, in pairs. Questions about one image should follow each other, as the same
+        object: it is encoded once for them. progress: is told the part that is done, 0 .. 1, where `requests` has a
+        length. Raises what `generate` does, with the number of the request; those that run are dropped.
+        """
+        return generate_many(self.image, self.slots, requests, progress, exif, options)
+
     def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.
 
         Vision and page projection run once, and the cache keeps the prompt up to and including the image. `exif`: see
         `generate`. ImageError for an image that cannot be read, OptionError when the engine is closed.
         """
-        self._require_own_process()
-        model = vars(self).get("model")
-        if model is None:
-            raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
-        view = ImageView(model, self.prompter, self.manifest, image, exif=exif)
+        view = ImageView(self._opened(), self.prompter, self.manifest, image, exif=exif, batch=self._batch)
         with self._changing:
             self._views.add(view)
             closed = "model" not in vars(self)  # by another thread, which has not seen this view
         if closed:
             view.close()
         return view
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that its slots have made so far, each for all rows that were taken; 0 with one slot."""
+        return 0 if self._batch is None else self._batch.steps
+
+    def require_usable(self) -> None:
+        """Raises what any question would get now: OptionError when the engine is closed, BackendError in a fork,
+        BundleError when the bundle was written to since it was opened."""
+        self._opened().require_unchanged()
+
+    def _opened(self) -> Model[Any]:
+        self._require_own_process()
+        model: Model[Any] | None = vars(self).get("model")
+        if model is None:
+            raise OptionError("this engine is closed", fix="open the bundle again: Engine(path)")
+        return model

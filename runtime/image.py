@@ -119,7 +119,7 @@ def _from_path(source: str | os.PathLike[str], exif: bool) -> PIL.Image.Image:
 def _from_text(text: str, exif: bool) -> PIL.Image.Image:
     """Of a data: URL, which never names a file; of an existing path; of base64. ImageError for any other text."""
     if text[:5].lower() == "data:":
-        return _decode(io.BytesIO(_data_of_url(text)), "the data: URL", exif)
+        return _decode(io.BytesIO(data_of_url(text)), "the data: URL", exif)
     if len(text) <= _LONGEST_PATH and (len(text) < _SHORTEST_BASE64 or _is_there(text)):
         return _from_path(text, exif)
     if len(text) > _LONGEST_TEXT:
@@ -140,7 +140,7 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _data_of_url(url: str) -> bytes:
+def data_of_url(url: str) -> bytes:
     """The bytes that a "data:[type][;base64],..." URL (RFC 2397) holds. ImageError for one that is broken."""
     if len(url) > _LONGEST_TEXT:
         raise _too_long(f"a data: URL of {len(url)} characters")

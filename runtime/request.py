@@ -145,7 +145,8 @@ def read_request(
         if prompt is None:
             raise PromptError("no prompt", expected="one of them")
         asked = Conversation.read(prompt)
-        _check_length(asked, prompter, geometry.context)
+        if not _may_fit(asked, prompter, geometry.context):  # before it is made tokens, which takes memory
+            raise _too_many_characters(asked, options, prompter, has_image, geometry.context)
         input_ids, turns = prompter.encode_turns(asked, has_image, special_tokens=options.special_tokens)
     elif prompt is not None:
         raise PromptError("both prompt and input_ids", expected="one of them")
@@ -175,38 +176,63 @@ def _too_long(
     """What to say of a request that has no room for its answer."""
     prompt, answer = len(request.ids), request.options.max_new_tokens
     left, turns = context - prompt + 1, len(asked.history.turns) if asked else 0
-
-    def fits(kept: int) -> bool:
-        assert asked is not None
-        shorter = replace(asked, history=asked.history.last(kept))
-        ids, _ = prompter.encode_turns(shorter, has_image, special_tokens=request.options.special_tokens)
-        return len(prompter.expand(ids, has_image)[0]) + answer - 1 <= context
-
-    fit, more = -1, turns  # so many turns fit, or not even none; so many do not
-    while more - fit > 1:
-        middle = (fit + more) // 2
-        fit, more = (middle, more) if fits(middle) else (fit, middle)
-    fixes = [f"chat.keep({fit}), which forgets all but the last {fit} turns"] if fit >= 0 else []
-    fixes += [f"max_new_tokens={left}"] if left > 0 else []
+    kept = _turns_that_fit(asked, request.options, prompter, has_image, context) if asked else None
     what = f"a conversation of {turns + 1} questions in" if turns else "a prompt of"
-    error = ContextError(
+    return _context_error(
         f"{what} {prompt} tokens (image included) and up to {answer} answer tokens",
-        expected=f"at most {context} tokens together" + (f": with {fit} earlier turns it fits" if fit >= 0 else ""),
-        fix=", or ".join(fixes) or SHORTEN,
+        f"at most {context} tokens together",
+        kept,
+        [f"max_new_tokens={left}"] if left > 0 else [],
     )
-    error.turns = max(fit, 0)
+
+
+def _may_fit(asked: Conversation, prompter: Prompter, context: int) -> bool:
+    """Whether that many characters can be as few tokens as the context has; True where no token has any."""
+    return not prompter.longest or asked.characters <= context * prompter.longest
+
+
+def _too_many_characters(
+    asked: Conversation, options: Options, prompter: Prompter, has_image: bool, context: int
+) -> ContextError:
+    """What to say of text that cannot fit, however it is cut into tokens."""
+    return _context_error(
+        f"a prompt of {asked.characters} characters",
+        f"at most {context * prompter.longest}: {context} tokens of at most {prompter.longest} characters",
+        _turns_that_fit(asked, options, prompter, has_image, context),
+        [],
+    )
+
+
+def _context_error(found: str, expected: str, kept: int | None, others: list[str]) -> ContextError:
+    """`kept`: of _turns_that_fit. `others`: fixes beside forgetting the turns before."""
+    forget = [] if kept is None else [f"chat.keep({kept}), which forgets all but the last {kept} turns"]
+    error = ContextError(
+        found,
+        expected=expected + ("" if kept is None else f": with {kept} earlier turns it fits"),
+        fix=", or ".join(forget + others) or SHORTEN,
+    )
+    error.turns = kept
     return error
 
 
-def _check_length(asked: Conversation, prompter: Prompter, context: int) -> None:
-    """ContextError for text that cannot fit into `context` tokens, before it is made any: tokenising takes memory."""
-    most, characters = context * prompter.longest, asked.characters
-    if prompter.longest and characters > most:
-        raise ContextError(
-            f"a prompt of {characters} characters",
-            expected=f"at most {most}: {context} tokens of at most {prompter.longest} characters",
-            fix=SHORTEN,
-        )
+def _turns_that_fit(
+    asked: Conversation, options: Options, prompter: Prompter, has_image: bool, context: int
+) -> int | None:
+    """How many turns of the history fit with the question and its answer, the last ones, given that not all do; None
+    when the question alone does not."""
+
+    def fits(kept: int) -> bool:
+        shorter = replace(asked, history=asked.history.last(kept))
+        if not _may_fit(shorter, prompter, context):
+            return False
+        ids, _ = prompter.encode_turns(shorter, has_image, special_tokens=options.special_tokens)
+        return len(prompter.expand(ids, has_image)[0]) + options.max_new_tokens - 1 <= context
+
+    fit, more = -1, len(asked.history.turns)  # so many turns fit, or not even none; so many do not
+    while more - fit > 1:
+        middle = (fit + more) // 2
+        fit, more = (middle, more) if fits(middle) else (fit, middle)
+    return fit if fit >= 0 else None
 
 
 def _check_count(input_ids: Sequence[int], context: int) -> None:

@@ -68,8 +68,13 @@ class Clock:
         try:
             yield
         finally:  # also when it fails: the device's time must not be counted to the next stage
-            self._device[name].append(self._ask_device())
-            self._host[name].append(1000 * (perf_counter() - started))
+            device_ms = self._ask_device()
+            self.add(name, 1000 * (perf_counter() - started), device_ms)
+
+    def add(self, name: str, host_ms: float, device_ms: float) -> None:
+        """Count time that was taken elsewhere, of a run that several answers share."""
+        self._host[name].append(host_ms)
+        self._device[name].append(device_ms)
 
     def stats(self, *, prompt_tokens: int, reused_tokens: int, pages_read: np.ndarray) -> Stats:
         """The sums, with what else Stats tells: see there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.pages import margins
 from engines.errors import OptionError
 from runtime.answer import Answer, Draft
+from runtime.batch import Batch
 from runtime.chat import Chat
-from runtime.decode import Cache, InOneProcess, Stream, prefill
+from runtime.decode import Cache, InOneProcess, Stream, decode, prefill
 from runtime.image import EXIF, ImageSource, load_image
 from runtime.preprocess import preprocess
 from runtime.request import Request, read_request
+from runtime.sampling import Sampler
 from runtime.stats import Clock
 from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
@@ -38,13 +41,14 @@ class ImageView(InOneProcess):
         image: ImageSource | None,
         *,
         exif: bool = EXIF,
+        batch: Batch | None = None,
     ) -> None:
-        """`model`, `prompter`, `manifest`: of one engine, which `Engine.image` fills in. `image`, `exif`: see
+        """`model`, `prompter`, `manifest`, `batch`: of one engine, which `Engine.image` fills in. `image`, `exif`: see
         runtime.image.load_image; no image for text alone. Raises ImageError; computes nothing yet.
 
         size: width and height of the image in pixels, as it was turned; None without one."""
         super().__init__()
-        self._prompter, self._manifest = prompter, manifest
+        self._prompter, self._manifest, self._batch = prompter, manifest, batch
         self._model: Model[Any] | None = model
         self._image = None if image is None else load_image(image, exif=exif)
         self._has_image = self._image is not None
@@ -94,7 +98,10 @@ class ImageView(InOneProcess):
             prompt, input_ids, options, has_image=self._has_image, prompter=self._prompter, manifest=self._manifest
         )
         text, clock = self._prompter.text_stream(request.options.stop), Clock(model.device_ms)
-        return Stream(self._prefilled(request, clock), Draft(request, text, clock, model.geometry))
+        draft = Draft(request, text, clock, model.geometry, Sampler(request.options.sampling()))
+        if self._batch is None:
+            return Stream(draft, decode(self._prefilled(request, clock), draft))
+        return Stream(draft, self._batch.decode(draft, partial(self._image_of, request, clock)))
 
     def _opened(self) -> Model[Any]:
         """The model; OptionError when the view is closed, BackendError in a fork, BundleError when the bundle was
@@ -137,6 +144,11 @@ class ImageView(InOneProcess):
             with self._sharing:
                 if self._model is not None:  # not closed meanwhile
                     self._idle = cache
+
+    def _image_of(self, request: Request, clock: Clock) -> Image[Any] | None:
+        """What a batch is given of the image; None without one."""
+        with self._sharing:
+            return self._image_at(self._opened(), request.begin, clock) if self._has_image else None
 
     def _image_at(self, model: Model[Any], begin: int, clock: Clock) -> Image[Any]:
         """The encoded image with its first token at position `begin`; what is already there is not computed again.

@@ -38,7 +38,7 @@ HOMES = {
     "starlette": ("runtime/serve/*",),
     "uvicorn": ("runtime/serve/__main__.py",),
     "prometheus_client": ("runtime/serve/metrics.py",),
-    "prompt_toolkit": ("runtime/terminal.py",),
+    "prompt_toolkit": ("runtime/terminal/*",),
     "ray": ("runtime/serve/ray/*",),
     "fsspec": ("runtime/serve/ray/bundles.py",),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -205,6 +205,7 @@ def changes(old: Configuration, new: Configuration) -> str:
     """The command-line options that make `new` of `old`."""
     options = [f"--context {new.geometry.context}"] if new.geometry.context != old.geometry.context else []
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
+    options += [f"--slots {new.slots}"] if new.slots != old.slots else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
     options += [f"--block-size {block_name(new.block)}"] if new.block not in (None, old.block) else []
@@ -234,7 +235,8 @@ def _assess(c: Configuration, room: Room) -> Assessment:
 
 def _nearest(found: Assessment) -> Assessment | None:
     """What fits with the fewest knobs changed; of equally many, first those that change a smaller context, then the
-    batch, then int8 pages, then the precision, int8 before int4. Each knob is changed as little as fits.
+    slots, or the batch where there are none, then int8 pages, then the precision, int8 before int4. Each knob is
+    changed as little as fits.
 
     The page budget and lazy projection are not among them: they save reading and computing, not memory.
     """
@@ -248,15 +250,21 @@ def _nearest(found: Assessment) -> Assessment | None:
     )
     goals: list[Callable[[Assessment], bool]] = [lambda a: a.fits, lambda a: a.runs]
     for wanted in goals[:1] if found.runs else goals:  # with the builder if that is possible
-        for context, batch, int8_pages, precision in order:
+        for context, rows, int8_pages, precision in order:
             geometry = replace(c.geometry, int8_pages=kept or int8_pages)
-            for rows in range(c.batch - 1, 0, -1) if batch else (c.batch,):
+            for fewer in _fewer_rows(c) if rows else (c,):
                 block = c.block if c.block in precision.block_sizes else None
-                other = replace(c, precision=precision, batch=rows, block=block, geometry=geometry)
+                other = replace(fewer, precision=precision, block=block, geometry=geometry)
                 shorter = _largest_context(other, room, wanted) if context else other
                 if shorter is not None and wanted(fitting := _assess(shorter, room)):
                     return fitting
     return None
+
+
+def _fewer_rows(c: Configuration) -> Iterator[Configuration]:
+    """`c` with fewer slots, where it has some, else with a smaller batch; the largest first."""
+    for rows in range(c.rows - 1, 0, -1):
+        yield replace(c, slots=rows, batch=min(c.batch, rows)) if c.slots > 1 else replace(c, batch=rows)
 
 
 def _largest_context(c: Configuration, room: Room, wanted: Callable[[Assessment], bool]) -> Configuration | None:

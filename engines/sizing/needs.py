@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
+from engines.backend import MAX_SLOTS, Opening
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.pages import page_size
@@ -45,8 +46,9 @@ class Configuration:
     """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
 
     block: one of the precision's block sizes, None = its default; head: lm_head is quantised, too; floats: weights of
-    linear layers that are not. batch: rows of a request. page_budget: None = every page. fixed: the checkpoint comes
-    quantised, in no other precision.
+    linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots: requests that
+    share decode steps, a row each; more than one take engines of that batch. page_budget: None = every page. fixed: the
+    checkpoint comes quantised, in no other precision.
     """
 
     geometry: Geometry
@@ -54,6 +56,7 @@ class Configuration:
     block: int | None = None
     head: bool = False
     batch: int = 1
+    slots: int = Opening.slots
     page_budget: int | None = None
     backend: str = TENSORRT
     plugins: bool = True
@@ -70,6 +73,14 @@ class Configuration:
             )
         g, keep = self.geometry, partial(object.__setattr__, self)
         keep("batch", require_integer(self.batch, f"batch {self.batch!r}", 1, MAX_BATCH))
+        most = MAX_SLOTS if self.backend == ONNXRUNTIME else MAX_BATCH
+        keep("slots", require_integer(self.slots, f"slots {self.slots!r}", 1, most))
+        if 1 < self.batch < self.slots:
+            raise OptionError(
+                f"--batch {self.batch} with --slots {self.slots}",
+                expected="a row for each slot",
+                fix=f"--batch {self.slots}, or leave --batch out",
+            )
         budget = require_integer(self.page_budget, f"page budget {self.page_budget!r}", 0, g.pages, none="every page")
         keep("page_budget", budget)
         keep("geometry", replace(g, context=require_integer(g.context, f"context {g.context!r}", g.image_tokens + 1)))
@@ -78,6 +89,16 @@ class Configuration:
     def pages_read(self) -> int:
         """Pages a layer may read at most."""
         return self.geometry.pages if self.page_budget is None else self.page_budget
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return self.slots if self.slots > 1 else self.batch
+
+    @property
+    def views(self) -> int:
+        """Images that are kept beside the rows of slots, which have copies: each request may be about its own."""
+        return self.slots if self.slots > 1 else 0
 
     @property
     def item(self) -> int:
@@ -110,14 +131,14 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
 def cache_bytes(c: Configuration) -> int:
     """Bytes of the key/value cache at the full context."""
     g = c.geometry
-    return c.batch * g.layers * g.context * _token_bytes(c)
+    return c.rows * g.layers * g.context * _token_bytes(c)
 
 
 def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
-    not, since any may be selected (TrtModel._pages, OrtModel.project)."""
+    not, since any may be selected (TrtModel.project, OrtModel.project)."""
     g = c.geometry
-    return c.batch * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
+    return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
 
 
 def builder_bytes(weights: int) -> int:
@@ -126,15 +147,17 @@ def builder_bytes(weights: int) -> int:
 
 
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
-    """What a request at the full context takes; on a card (not `integrated`) of the card's own memory."""
-    g, item, rows = c.geometry, c.item, c.batch
+    """What a request at the full context takes, or as many as there are slots, each about an image of its own; on a
+    card (not `integrated`) of the card's own memory."""
+    g, item, rows, views = c.geometry, c.item, c.rows, c.views
     weights = weight_bytes(c)
     ort = c.backend == ONNXRUNTIME
     held = _held(c) if ort else sum(weights.values())
-    seen = g.image_tokens + g.hires_side**2
-    image = seen * g.hidden * item + (1 + g.zoom**2) * 3 * g.lowres**2 * 4 + g.vocab * 4
+    taken = g.image_tokens * g.hidden * item  # what a decoder takes of an image, beside the pages
     if g.lazy_pages:
-        image += g.pages * page_size(g) * (g.hidden * item + g.head_dim * 4)
+        taken += g.pages * page_size(g) * (g.hidden * item + g.head_dim * 4)
+    hires, pixels = g.hires_side**2 * g.hidden * item, (1 + g.zoom**2) * 3 * g.lowres**2 * 4
+    image = (rows + views) * taken + rows * (hires + pixels + g.vocab * 4)
     scratch = _activations(c)
     work = sum(scratch.values()) if ort else max(scratch.values()) + SCRATCH
     if ort:
@@ -144,11 +167,12 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
     kept = ", int8 and scales" if g.int8_pages else ""
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
+    whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need("weights", held, _list(weights) + (", and copies" if ort else "")),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers"),
-        Need("hi-res pages", store_bytes(c), f"{rows} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
-        Need("image, logits", rows * image, f"{rows} x pixels, features{lazy}, logits"),
+        Need("hi-res pages", store_bytes(c), f"{whose} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
+        Need("image, logits", image, f"{whose} x pixels, features{lazy}, logits"),
         Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
         runtime,
     )
@@ -160,11 +184,11 @@ def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
     g, item = c.geometry, c.precision.itemsize
     decoder = weight_bytes(c)["decoder"]
     if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
-        decoder -= (g.vocab - c.batch) * g.hidden * item
+        decoder -= (g.vocab - c.rows) * g.hidden * item
     if g.lazy_pages:  # read when a page is new, not in every step
         decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
     read = g.layers * tokens * _token_bytes(c) + len(g.reading_layers) * pages * page_size(g) * _page_token_bytes(c)
-    return decoder + c.batch * read
+    return decoder + c.rows * read
 
 
 def speed(c: Configuration, bandwidth: int) -> tuple[float, float]:
@@ -172,7 +196,7 @@ def speed(c: Configuration, bandwidth: int) -> tuple[float, float]:
     page read, and just after a short prompt with none. `bandwidth`: GB/s."""
     g = c.geometry
     slow, fast = step_bytes(c, g.context, c.pages_read), step_bytes(c, min(g.context, g.image_tokens + 64), 0)
-    return c.batch * bandwidth * 1e9 / slow, c.batch * bandwidth * 1e9 / fast
+    return c.rows * bandwidth * 1e9 / slow, c.rows * bandwidth * 1e9 / fast
 
 
 def size(count: float) -> str:
@@ -207,10 +231,13 @@ def _held(c: Configuration) -> int:
 
 def _activations(c: Configuration) -> dict[str, int]:
     """Bytes of work space of each part at its largest: every hi-res tile at once, every page, a prefill of the full
-    context."""
-    g, rows, v, ort = c.geometry, c.batch, c.geometry.vision, c.backend == ONNXRUNTIME
+    context. Engines reserve it for all rows they are built for. On ONNX Runtime requests of several slots are encoded
+    side by side, each by its own thread; what is prefilled together is no more than one full context."""
+    g, v, ort = c.geometry, c.geometry.vision, c.backend == ONNXRUNTIME
+    images = max(c.batch, c.slots)
+    rows = c.batch if ort else images
     item = 4 if ort else c.item  # its CPU computes float16 in float32
-    tiles, tokens, hires = rows * g.zoom**2, g.image_tokens + 1, rows * g.hires_side**2
+    tiles, tokens, hires = images * g.zoom**2, g.image_tokens + 1, images * g.hires_side**2
     vision = tiles * tokens * (4 * v.hidden + 2 * v.intermediate) * item
     floats = 4 if g.int8_pages else 3  # of each key or value, in float32: int8 ones are rounded from them
     pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)

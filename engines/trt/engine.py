@@ -91,6 +91,11 @@ class DeviceArray:
         """Bytes it takes."""
         return nbytes(self.shape, self.dtype)
 
+    def rows(self, begin: int, end: int) -> DeviceArray:
+        """Its rows, of the first axis, from `begin` to `end`, where they lie; at any address."""
+        row = self.nbytes // self.shape[0]
+        return DeviceArray(self.memory, self.address + begin * row, (end - begin, *self.shape[1:]), self.dtype)
+
     def clear(self, stream: Stream) -> None:
         """Zero it, in the order of the stream."""
         self.memory.fill(0, stream, self.address - self.memory.address, self.nbytes)
@@ -126,6 +131,12 @@ def allocate(
         arrays[name] = DeviceArray(memory, memory.address + offset, tuple(shape), dtype)
         offset += size
     return arrays
+
+
+def clear(arrays: Iterable[DeviceArray], stream: Stream) -> None:
+    """Zero all the memory that arrays lie in, in the order of the stream."""
+    for memory in {array.memory for array in arrays}:
+        memory.fill(0, stream)
 
 
 class PartEngine:

@@ -30,8 +30,8 @@ class EngineOptions:
 
     plugins: the decoder runs this project's kernels; without, TensorRT's own. targets: SMs (86 is 8.6) to build for;
     None: RTX 30, 40 and 50, or with `tensorrt` the GPU of this machine, the only one it can build for. workspace: MiB
-    of scratch memory an engine may use, None = TensorRT's limit. batch: rows of a request. boards: of engines.targets,
-    which the engines must fit.
+    of scratch memory an engine may use, None = TensorRT's limit. batch: rows of a step at most, one for each slot at
+    run time. boards: of engines.targets, which the engines must fit.
     """
 
     backend: str
@@ -136,7 +136,12 @@ def add_arguments(parser: Any) -> None:
     add("--target", metavar="NAMES", help=text)
     add("--workspace", type=int, metavar="MIB", help="scratch memory an engine may use; TensorRT's limit if not given")
     add("--optimization-level", type=int, default=default.optimization_level, help="0 (fast build) .. 5 (fast engine)")
-    add("--batch", type=int, default=default.batch, help="rows of a request, at most")
+    add(
+        "--batch",
+        type=int,
+        default=default.batch,
+        help="rows of a decode step, at most: what slots need at run time, one each",
+    )
     add("--timing-cache", action=BooleanOptionalAction, default=default.timing_cache, help="reuse kernel timings")
     add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")
 

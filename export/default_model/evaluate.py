@@ -20,6 +20,7 @@ from rich.progress import track
 
 from engines.backend import Image
 from engines.bundle.pages import margins
+from engines.progress import progress
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
@@ -93,6 +94,17 @@ def measure(
     """Ask every question; `page_budget`: pages per layer, None = the bundle's. `before`: so many others of its scene
     come before it in a conversation, with the model's own answers."""
     tally, tokenizer = Tally(), build_tokenizer()
+    if not before:
+        requests = [(scene.image, question.text) for scene, questions in asked for question in questions]
+        with progress(name) as report:
+            answers = iter(
+                engine.generate_many(requests, progress=report, page_budget=page_budget, max_new_tokens=8, trace=True)
+            )
+        for scene, questions in asked:
+            for question in questions:
+                expected = tokenizer.encode(question.answer, add_special_tokens=False).ids
+                tally.add(question, scene, next(answers), expected)
+        return tally
     for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
         with engine.image(scene.image) as view:
             for index, question in enumerate(questions):

@@ -66,6 +66,10 @@ class ReferenceModel:
         """See Model.decoder."""
         return ReferenceDecoder(self, image, max(capacity, self.geometry.image_tokens))
 
+    def slots(self, count: int) -> ReferenceSlots:
+        """See Model.slots."""
+        return ReferenceSlots(self, count)
+
     def require_unchanged(self) -> None:
         """See Model.require_unchanged: nothing of the checkpoint is read any more."""
 
@@ -83,11 +87,13 @@ class ReferenceModel:
 class ReferenceDecoder:
     """engines.backend.Decoder in PyTorch; `maps` and `hidden` show the inside of the last run."""
 
-    def __init__(self, model: ReferenceModel, image: Image[Tensor], capacity: int) -> None:
-        """`capacity`: tokens of each row, exactly."""
+    def __init__(
+        self, model: ReferenceModel, image: Image[Tensor], capacity: int, *, length: np.ndarray | None = None
+    ) -> None:
+        """`capacity`: tokens of each row, exactly. `length`: of the rows, to be counted on; None for an empty cache."""
         g, batch = model.geometry, len(image.begin)
         self.capacity = capacity
-        self.length = np.zeros(batch, np.int64)
+        self.length = np.zeros(batch, np.int64) if length is None else length
         self.maps: list[np.ndarray] = []  # selecting layers x [B, G, G]
         self.hidden: list[np.ndarray] = []  # layers + 1 x [B, hidden]
         self.image = image
@@ -99,6 +105,10 @@ class ReferenceDecoder:
     def nbytes(self) -> int:
         """See Decoder.nbytes."""
         return sum(cache.nbytes for caches in (self._key, self._value) for cache in caches)
+
+    def take(self, other: ReferenceDecoder) -> None:
+        """Hold what another of the same capacity holds in its cache, whatever that does afterwards."""
+        self._key, self._value = other._key, other._value  # a run makes new ones
 
     def enlarged(self, capacity: int) -> ReferenceDecoder:
         """See Decoder.enlarged: this decoder, with empty slots behind those it has."""
@@ -113,9 +123,7 @@ class ReferenceDecoder:
     @torch.no_grad()
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See Decoder.run; the logits stay."""
-        if int(self.length.max()) + ids.shape[1] > self.capacity:
-            left = self.capacity - self.length.max()
-            raise BackendError(f"{ids.shape[1]} more tokens", expected=f"at most {left} fit")
+        require_room(self, ids.shape[1])
         image, budgets = self.image, np.broadcast_to(np.asarray(page_budget, np.int64), self.length.shape)
         logits, token, pages, count, self._key, self._value, maps, hidden = self._module(
             torch.from_numpy(np.ascontiguousarray(ids)),
@@ -129,8 +137,84 @@ class ReferenceDecoder:
         )
         self.maps = [map.numpy() for map in maps]
         self.hidden = [state.float().numpy() for state in hidden]
-        self.length = self.length + (ids.shape[1] if lengths is None else lengths)
+        self.length += ids.shape[1] if lengths is None else lengths
         return Step(logits.numpy, token.numpy(), pages.numpy(), count.numpy())
+
+
+class ReferenceSlots:
+    """engines.backend.Slots in PyTorch: rows run one after the other, so that none can depend on another."""
+
+    def __init__(self, model: ReferenceModel, count: int) -> None:
+        """`count`: rows."""
+        self.length = np.zeros(count, np.int64)
+        empty, context = model.no_image(1), model.geometry.context
+        rows = [self.length[row : row + 1] for row in range(count)]
+        self._rows = [ReferenceDecoder(model, empty, context, length=length) for length in rows]
+
+    @property
+    def nbytes(self) -> int:
+        """See Slots.nbytes."""
+        images = [(row.image.features, *row.image.pages.values()) for row in self._rows]
+        return sum(row.nbytes for row in self._rows) + sum(each.nbytes for image in images for each in image)
+
+    def load(self, row: int, image: Image[Tensor]) -> None:
+        """See Slots.load; images do not change, so that there is nothing to copy."""
+        self._rows[row].image = image
+        self.length[row] = 0
+
+    def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
+        """See Slots.copy."""
+        self._rows[target].take(self._rows[source])
+        if image:
+            self._rows[target].image = self._rows[source].image
+        self.length[target] = tokens
+
+    def row(self, row: int) -> ReferenceDecoder:
+        """See Slots.row."""
+        return self._rows[row]
+
+    def first(self, rows: int) -> ReferenceRows:
+        """See Slots.first."""
+        return ReferenceRows(self._rows[:rows], self.length[:rows])
+
+
+class ReferenceRows:
+    """engines.backend.Decoder for rows that run one after the other."""
+
+    def __init__(self, rows: list[ReferenceDecoder], length: np.ndarray) -> None:
+        """`rows`: each of a batch of one. `length`: what they count their tokens in."""
+        self.length, self.capacity = length, rows[0].capacity
+        self._rows = rows
+
+    @property
+    def nbytes(self) -> int:
+        """See Decoder.nbytes."""
+        return sum(row.nbytes for row in self._rows)
+
+    def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
+        """See Decoder.run."""
+        batch, steps = ids.shape
+        require_room(self, steps)
+        budgets = np.broadcast_to(np.asarray(page_budget, np.int64), (batch,))
+        valid = np.full(batch, steps) if lengths is None else lengths
+        ones = [slice(row, row + 1) for row in range(batch)]
+        done = [row.run(ids[one], budgets[one], lengths=valid[one]) for row, one in zip(self._rows, ones, strict=True)]
+        token, pages, count = (
+            np.concatenate([getattr(step, name) for step in done]) for name in ("token", "pages", "page_count")
+        )
+        return Step(lambda: np.concatenate([step.logits for step in done]), token, pages, count)
+
+    def enlarged(self, capacity: int) -> ReferenceRows:
+        """See Decoder.enlarged: these rows, which have room for the whole context, or an error."""
+        require_room(self, capacity - int(self.length.max()))
+        return self
+
+
+def require_room(decoder: ReferenceDecoder | ReferenceRows, more: int) -> None:
+    """BackendError unless so many tokens fit behind those that a decoder has."""
+    if int(decoder.length.max()) + more > decoder.capacity:
+        left = decoder.capacity - decoder.length.max()
+        raise BackendError(f"{more} more tokens", expected=f"at most {left} fit")
 
 
 def load(module: nn.Module, checkpoint: Weights, dtype: torch.dtype, base: str = "") -> nn.Module:

@@ -17,11 +17,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engines.backend import Opening
-from engines.bundle.kinds import BACKENDS
 from engines.checks import require_integer
 from engines.errors import OptionError
-from engines.open import DEVICES
+from engines.open import add_opening_options, add_slot_options, opening_options
 from plugins import command
 from runtime.engine import Engine
 from runtime.serve.application import app
@@ -50,11 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             assert each.default is not MISSING
             option = f"--{each.name.replace('_', '-')}"
             add(option, type=type(each.default), default=each.default, help=each.metadata["help"])
-    add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
-    add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
-    add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
-    add("--no-verify", dest="verify", action="store_false", help="skip the SHA-256 of each file")
-    add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
+    add_opening_options(parser)
+    add_slot_options(parser)
     add("--log-level", choices=_LOG_LEVELS, default="warning", help="info: a line for each request, of its path alone")
     return parser.parse_args(arguments)
 
@@ -90,9 +85,13 @@ def listen_at(host: str, port: int, settings: Settings) -> socket.socket:
         made.bind(address)
     except (OSError, OverflowError) as error:
         made.close()
-        why = error.strerror if isinstance(error, OSError) else error
-        raise OptionError(f"--host {host} --port {port}: {why}", fix="--port 0 takes one that is free") from None
+        raise _not_here(f"--host {host} --port {port}", error) from None
     return made
+
+
+def _not_here(where: str, error: Exception) -> OptionError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return OptionError(f"{where}: {why}", fix="--port 0 takes one that is free")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -100,8 +99,8 @@ def run(given: argparse.Namespace) -> int:
     logging.basicConfig(level=given.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     settings = settings_of(given)
     with listen_at(given.host, given.port, settings) as listener:
-        opening = {each.name: getattr(given, each.name) for each in fields(Opening)}
-        with Engine(given.bundle, verify=given.verify, expect=given.expect, **opening) as engine:
+        opening = opening_options(given)
+        with Engine(given.bundle, **opening) as engine:
             served = app(engine, settings)
             config = uvicorn.Config(
                 served,
@@ -143,7 +142,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As of uvicorn, and say so."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two may have had the address while neither listened
+            raise _not_here(self._url, error) from None
         print(f"{self._url} (Ctrl-C ends it)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -45,7 +43,7 @@ class Service:
         self._begun = int(time.time())
         self.metrics = Metrics()
         self.worker = Worker(engine, settings, self.metrics)
-        self.model = Model(engine.manifest.name, _fingerprint(engine), engine.geometry)
+        self.model = Model(engine.manifest.name, f"fp_{engine.digest.removeprefix('sha256:')[:16]}", engine.geometry)
         self.scenes = page.NewScenes(default_model=engine.manifest.source.get("folder") == DEFAULT_MODEL)
         self.bodies = Bodies(settings)
         self.completions = Completions(self.model, self.worker, settings, self.bodies)
@@ -85,8 +83,8 @@ class Service:
             "context": geometry.context,
             "max_tokens": self._settings.max_tokens,
             "precision": manifest.precision,
-            "backend": self.worker.backend,
-            "device": getattr(vars(self._engine).get("model"), "device", "cuda"),  # TensorRT knows no other
+            "backend": self._engine.backend,
+            "device": self._engine.device,
             "scenes": self.scenes.available,
         }
         return {
@@ -128,15 +126,11 @@ def app(engine: Engine, settings: Settings | None = None) -> Starlette:
             Route("/", page.index),
             Mount("/page", page.PageFiles()),
         ],
-        middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
+        middleware=[
+            Middleware(Guard, settings=settings, metrics=service.metrics, ending=lambda: not service.worker.accepting)
+        ],
         exception_handlers={ApiError: on_api_error, FlexError: on_api_error, HTTPException: on_http_error},
         lifespan=lifespan,
     )
     made.state.service = service
     return made
-
-
-def _fingerprint(engine: Engine) -> str:
-    """Tells bundles apart: of the digests of their files."""
-    digests = {name: file.sha256 for name, file in engine.manifest.files.items()}
-    return f"fp_{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,11 @@ from starlette.responses import JSONResponse
 
 from engines.errors import ContextError, FlexError, ImageError, OptionError, PromptError
 
+_log = logging.getLogger(__name__)
+
 RETRY_AFTER = {"Retry-After": "1"}  # seconds; an answer of a small model takes less, and nobody knows of a large one
 _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
-# What the engine raises; everything else of its errors says that the server cannot answer now.
+# What the engine says of a request. Everything else of its errors is of the server, names its files, and is logged.
 _OF_ENGINE: dict[type[FlexError], tuple[int, str]] = {
     ContextError: (400, "context_length_exceeded"),
     PromptError: (400, "invalid_prompt"),
@@ -63,13 +66,14 @@ class ApiError(Exception):
 
 def told(error: Exception) -> ApiError:
     """What a client is told of an error. Of one that nobody raised on purpose, only that there was one: its message may
-    hold anything."""
+    hold anything. Of one of the server's bundle or device the same: it names paths of this machine."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, FlexError):
-        status, code = next(
-            (found for kind, found in _OF_ENGINE.items() if isinstance(error, kind)), (503, "engine_unavailable")
-        )
+        known = next((found for kind, found in _OF_ENGINE.items() if isinstance(error, kind)), None)
+        if known is None:
+            return no_engine("the server cannot answer now", "its log says why")
+        status, code = known
         message = error.found if error.expected is None else f"{error.found}\n  expected: {error.expected}"
         return ApiError(status, _in_words(message), code=code, fix=error.fix and _in_words(error.fix))
     if isinstance(error, MemoryError):
@@ -83,6 +87,11 @@ def _in_words(text: str) -> str:
     return text
 
 
+def no_engine(message: str, fix: str) -> ApiError:
+    """The engine cannot answer."""
+    return ApiError(503, message, code="engine_unavailable", fix=fix)
+
+
 def unavailable() -> ApiError:
     """The server is about to end."""
     return ApiError(
@@ -92,7 +101,10 @@ def unavailable() -> ApiError:
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     """Handler of `ApiError` and `FlexError`."""
-    return told(error).response()
+    answer = told(error)
+    if isinstance(error, FlexError) and answer.status >= 500:  # of the server: who runs it hears what
+        _log.error("a request failed: %s", error)
+    return answer.response()
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.serve.errors import RETRY_AFTER, ApiError, told
+from runtime.serve.errors import RETRY_AFTER, ApiError, told, unavailable
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import ANY_HOST, Settings
 
@@ -50,14 +50,15 @@ class Guard:
     """ASGI middleware: hosts, headers, content type; headers of the response; one line of the log and one count for
     each request, of its path and nothing else; an error of the API for whatever fails."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, ending: Callable[[], bool]) -> None:
+        """`ending`: whether no more questions are taken."""
+        self._app, self._settings, self._metrics, self._ending = app, settings, metrics, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = perf_counter(), 0
+        begun, status, path = perf_counter(), 0, _counted(scope)  # now: a mount below changes what the scope says
 
         async def guarded(message: Message) -> None:
             nonlocal status
@@ -74,6 +75,11 @@ class Guard:
             await self._app(scope, receive, guarded)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if not self._ending():
+                raise
+            if not status:  # a body that was still on its way when the server under us would wait no longer
+                await unavailable().response()(scope, receive, guarded)
         except Exception as error:
             if not isinstance(error, ApiError):  # its message may hold what somebody asked
                 where = "".join(traceback.format_tb(error.__traceback__))
@@ -82,7 +88,6 @@ class Guard:
                 raise _CutOff from None  # it is too late to say so
             await told(error).response()(scope, receive, guarded)
         finally:
-            path = _counted(scope)
             self._metrics.requests.labels(path, str(status or 499)).inc()
             elapsed = 1000 * (perf_counter() - begun)
             _log.info("%s %s %d %.0f ms", scope["method"][:10], path, status or 499, elapsed)

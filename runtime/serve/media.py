@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import stat
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import unquote
 
+from engines.errors import ImageError
+from runtime.image import data_of_url
 from runtime.serve.errors import ApiError
 from runtime.serve.schema import ImageUrl
 
@@ -22,7 +22,7 @@ def read_image(image: ImageUrl, media: Path | None, limit: int) -> bytes:
     scheme, colon, rest = image.url.partition(":")
     scheme = scheme.lower() if colon else ""
     if scheme == "data":
-        return _decoded(rest, image.param)
+        return _decoded(image.url, image.param)
     if scheme in ("file", "media") and media is not None:
         return _of_folder(_path_inside(scheme, rest, media, image.param), media, limit, image.param)
     if scheme in ("file", "media"):
@@ -36,15 +36,14 @@ def _refused(what: str, param: str, fix: str) -> ApiError:
     return ApiError(400, f"{param} {what}", code="invalid_image_url", param=param, fix=fix)
 
 
-def _decoded(rest: str, param: str) -> bytes:
-    """Of "image/png;base64,..."; what kind of image it is, its bytes say."""
-    kind = rest[:256].partition(",")[0]
-    if not rest[len(kind) : len(kind) + 1] or kind.rpartition(";")[2].strip().lower() != "base64":
+def _decoded(url: str, param: str) -> bytes:
+    """Of a "data:" URL; what kind of image it is, its bytes say."""
+    if not url[:256].partition(",")[0].lower().endswith(";base64"):
         raise _refused("is a data: URL without ;base64,", param, _IN_REQUEST)
     try:
-        data = base64.b64decode(rest[len(kind) + 1 :], validate=True)
-    except (binascii.Error, ValueError):  # ValueError: not ASCII
-        raise _refused("holds no base64", param, "base64.b64encode(data).decode()") from None
+        data = data_of_url(url)
+    except ImageError as error:
+        raise _refused(f"cannot be read; expected {error.expected}", param, error.fix or _IN_REQUEST) from None
     if not data:
         raise _refused("is empty", param, _IN_REQUEST)
     return data

@@ -21,7 +21,8 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.queue = Gauge("flex_queue_depth", "Requests that wait for the engine", registry=registry)
-        self.running = Gauge("flex_running", "Requests that the engine works on: 0 or 1", registry=registry)
+        self.running = Gauge("flex_running", "Requests that the engine works on", registry=registry)
+        self.steps = Gauge("flex_decode_steps", "Steps that its slots have made, each for all rows", registry=registry)
         self.waited = Histogram(
             "flex_queue_seconds", "Time from arrival until the engine began", buckets=_SECONDS, registry=registry
         )

@@ -1,4 +1,4 @@
-"""The one thread that asks the engine, and the queue before it."""
+"""The threads that ask the engine, one for each of its slots, and the queue before them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import precision_named
-from engines.errors import FlexError
-from engines.ort import OrtModel
+from engines.errors import FlexError, OptionError
 from engines.sizing.needs import Configuration, store_bytes
 from runtime.answer import Answer, Token
 from runtime.engine import Engine
 from runtime.request import read_request
-from runtime.serve.errors import RETRY_AFTER, ApiError, told, unavailable
+from runtime.serve.errors import RETRY_AFTER, ApiError, no_engine, told, unavailable
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.views import Views
@@ -74,22 +72,23 @@ class Job:
 
 
 class Worker:
-    """Asks one engine, one question at a time, in the order they came.
+    """Asks one engine, as many questions at a time as it has slots, in the order they came.
 
-    One thread: an answer is soonest there when it has the machine to itself, and TensorRT runs one request at a time
-    anyway. A request that is cancelled leaves the queue at once, or the engine within one step.
+    Without slots one: an answer is soonest there when it has the machine to itself. A request that is cancelled leaves
+    the queue at once, or the engine within one step.
 
-    backend: what runs the model. page_bytes: of one page of one layer. accepting: whether questions are taken.
+    page_bytes: of one page of one layer. accepting: whether questions are taken.
     """
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self._engine, self._settings, self._metrics = engine, settings, metrics
-        self.backend = _backend(engine)
-        self.page_bytes = _page_bytes(engine, self.backend)
+        self.page_bytes = _page_bytes(engine)
         self._views = Views(engine, metrics, limit=settings.view_bytes, pixels=settings.pixels)
-        self._thread = ThreadPoolExecutor(1, "flexattention-serve")  # starts with the first job; the exit waits for it
+        metrics.steps.set_function(lambda: engine.steps)
+        # Threads start with the first jobs; the exit waits for them.
+        self._threads = ThreadPoolExecutor(engine.slots, "flexattention-serve")
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._changed = threading.Condition()
         self.accepting, self._ended = True, False
 
@@ -98,10 +97,13 @@ class Worker:
         to: no question will be answered."""
         if not self.accepting:
             raise unavailable()
-        model = vars(self._engine).get("model")
-        if model is None:
-            raise ApiError(503, "the engine is closed", code="engine_unavailable", fix="start the server again")
-        model.require_unchanged()
+        self._require_usable()
+
+    def _require_usable(self) -> None:
+        try:
+            self._engine.require_usable()
+        except OptionError:  # it is closed, which is nothing that a request could have done better
+            raise no_engine("the engine is closed", "start the server again") from None
 
     def submit(self, job: Job) -> None:
         """Queue a question. ApiError: 429 when too many wait; and errors of `require_ready`."""
@@ -114,7 +116,7 @@ class Worker:
                 )  # fmt: skip
             self._waiting.append(job)
             self._metrics.queue.set(len(self._waiting))
-            self._thread.submit(self._run_next)
+            self._threads.submit(self._run_next)
 
     def cancel(self, job: Job) -> None:
         """Nobody wants the answer any more. Allowed at any time, in any thread."""
@@ -131,37 +133,39 @@ class Worker:
         Returns when nothing runs; may be called again, with fewer seconds, while another thread is in here."""
         with self._changed:
             self.accepting = False
-            self._changed.wait_for(lambda: not self._waiting and self._running is None, seconds)
-            left = [*self._waiting, *([] if self._running is None else [self._running])]
+            self._changed.wait_for(lambda: not self._waiting and not self._running, seconds)
+            left = [*self._waiting, *self._running]
         for job in left:
             self.cancel(job)
             job.tell(Failed(unavailable()))
         with self._changed:
-            if not self._ended:
-                self._thread.submit(self._views.close)
-            self._ended = True
-        self._thread.shutdown(wait=True)
+            ended, self._ended = self._ended, True
+        self._threads.shutdown(wait=True)
+        if not ended:
+            self._views.close()
 
     def _run_next(self) -> None:
         """The oldest job, if it was not cancelled meanwhile."""
         with self._changed:
             if not self._waiting:
                 return
-            self._running = job = self._waiting.popleft()
+            job = self._waiting.popleft()
+            self._running.append(job)
             self._metrics.queue.set(len(self._waiting))
-        self._metrics.running.set(1)
+            self._metrics.running.set(len(self._running))
         try:
             job.tell(self._end_of(job))
         finally:
-            self._metrics.running.set(0)
             with self._changed:
-                self._running = None
+                self._running.remove(job)
+                self._metrics.running.set(len(self._running))
                 self._changed.notify_all()
 
     def _end_of(self, job: Job) -> Event:
         """Answer a question; returns what is to be told last."""
         self._metrics.waited.observe(perf_counter() - job.arrived)
         try:
+            self._require_usable()  # it may have been closed while the question waited
             with self._views.borrow(job.image) as (view, cached):
                 job.image = None  # who reads slowly does not hold on to it
                 job.tell(Started(view.size, cached))
@@ -181,7 +185,7 @@ class Worker:
 
     def _answer(self, job: Job, view: ImageView) -> Finished | None:
         """Tell the tokens; None when the job was cancelled on the way."""
-        stream = view.stream(self._prompt(job), **job.options, max_new_tokens=self._room(job, view))
+        stream = view.stream(job.messages, **job.options, max_new_tokens=self._room(job, view))
         first = 0.0
         try:
             for token in stream.steps():
@@ -197,17 +201,12 @@ class Worker:
         self._count(finished)
         return finished
 
-    def _prompt(self, job: Job) -> Any:
-        """A question alone is one for any bundle; a conversation needs a template for its turns."""
-        alone = len(job.messages) == 1 and job.messages[0]["role"] == "user"
-        return job.messages[0]["content"] if alone else job.messages
-
     def _room(self, job: Job, view: ImageView) -> int:
         """Answer tokens at most: what was asked for, or the settings' number, if the context has room for them."""
         if job.max_tokens is not None:
             return job.max_tokens
         request = read_request(
-            self._prompt(job), None, {"max_new_tokens": 1},
+            job.messages, None, {"max_new_tokens": 1},
             has_image=view.size is not None, prompter=self._engine.prompter, manifest=self._engine.manifest,
         )  # fmt: skip
         return min(self._settings.max_tokens, self._engine.geometry.context - request.room + 1)
@@ -222,13 +221,8 @@ class Worker:
         count.page_bytes.inc(pages * self.page_bytes)
 
 
-def _backend(engine: Engine) -> str:
-    """One of engines.bundle.kinds.BACKENDS."""
-    return ONNXRUNTIME if isinstance(engine.model, OrtModel) else engine.manifest.backend
-
-
-def _page_bytes(engine: Engine, backend: str) -> int:
+def _page_bytes(engine: Engine) -> int:
     """Bytes of the keys and values of one page in one layer, as the backend keeps them."""
     geometry, precision = engine.geometry, precision_named(engine.manifest.precision)
     pages = geometry.pages * len(geometry.reading_layers)
-    return store_bytes(Configuration(geometry, precision, backend=backend)) // pages if pages else 0
+    return store_bytes(Configuration(geometry, precision, backend=engine.backend)) // pages if pages else 0

@@ -33,7 +33,7 @@ class History:
     @classmethod
     def read(cls, messages: object) -> History:
         """Of messages: a system's, if any, then a user's and an assistant's in turn. Raises PromptError."""
-        system, said = _read(messages)
+        system, said = _read(messages, expected=f"a list of {_MESSAGES}")
         if len(said) % 2:
             raise PromptError("a conversation whose last message is the user's", expected="an answer to each question")
         return cls(tuple(zip(said[::2], said[1::2], strict=True)), system)
@@ -63,7 +63,7 @@ class Conversation:
         """Of a `Prompt`: text is a question alone; of messages the last is the question. Raises PromptError."""
         if isinstance(prompt, str):
             return cls(prompt)
-        system, said = _read(prompt)
+        system, said = _read(prompt, expected=f"str, or {_MESSAGES}")
         if not said:
             raise PromptError("a conversation without a question", expected="a user's message at its end")
         if len(said) % 2 == 0:
@@ -82,10 +82,11 @@ class Conversation:
         )
 
 
-def _read(messages: object) -> tuple[str | None, list[str]]:
-    """The system's text, and what user and assistant said in turn, beginning with the user. Raises PromptError."""
+def _read(messages: object, *, expected: str) -> tuple[str | None, list[str]]:
+    """The system's text, and what user and assistant said in turn, beginning with the user. PromptError for anything
+    else, which says what was `expected`."""
     if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray | memoryview | str):
-        raise PromptError(f"a prompt of type {type(messages).__name__}", expected=f"str, or {_MESSAGES}")
+        raise PromptError(f"a conversation of type {type(messages).__name__}", expected=expected)
     system, said = None, list[str]()
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:

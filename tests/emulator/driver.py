@@ -1,14 +1,15 @@
 """A CUDA driver without a GPU: what engines/cuda.py calls of cuda.bindings.driver, over host memory.
 
 Stricter than hardware: work asked of a stream is done only when somebody waits for it, memory is NaN until written,
-every address is checked when it is used, and a graph may record nothing that capture forbids. Kernels run in Triton's
-interpreter.
+every address is checked when it is used, a graph may record nothing that capture forbids, and no thread may ask a
+stream for anything before what another has asked of it is done. Kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -23,13 +24,14 @@ from plugins.op import Kernel, Launch
 from tests.emulator.interpreter import run
 from tests.emulator.memory import Memory, aligned
 
-OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, INVALID_IMAGE, NOT_FOUND = 0, 1, 2, 100, 200, 500
+OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, INVALID_IMAGE, INVALID_CONTEXT, NOT_FOUND = 0, 1, 2, 100, 200, 201, 500
 UNSUPPORTED_IN_CAPTURE, CAPTURE_INVALIDATED = 900, 901
 TEXTS = {
     INVALID_VALUE: ("CUDA_ERROR_INVALID_VALUE", "invalid argument"),
     OUT_OF_MEMORY: ("CUDA_ERROR_OUT_OF_MEMORY", "out of memory"),
     NO_DEVICE: ("CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
     INVALID_IMAGE: ("CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"),
+    INVALID_CONTEXT: ("CUDA_ERROR_INVALID_CONTEXT", "invalid device context"),
     NOT_FOUND: ("CUDA_ERROR_NOT_FOUND", "named symbol not found"),
     UNSUPPORTED_IN_CAPTURE: ("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when capturing"),
     CAPTURE_INVALIDATED: ("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "capture failed due to a previous error"),
@@ -48,8 +50,12 @@ def emulated(kernel: Kernel, entry: str, sms: Iterable[int] = (86,)) -> Compiled
     return Compiled(kernel, entry, 0, 32 * kernel.warps, b"ptx:" + code, cubins, dict.fromkeys(cubins, 0))
 
 
+WITHOUT_CONTEXT = "cuInit", "cuDriver", "cuDevice", "cuCtx", "cuGetError"  # how functions begin that need none
+
+
 class _Stream:
     def __init__(self) -> None:
+        self.asker: int | None = None  # the thread that has asked for what waits, or that captures
         self.waiting: list[Callable[[], None]] = []
         self.graph: list[Callable[[], None]] | None = None  # while capturing
         self.broken = False  # something forbidden was done
@@ -79,18 +85,30 @@ class Driver:
         self._attributes = {"major": sm // 10, "minor": sm % 10, "integrated": int(integrated), "shared": 99 << 10}
         self._sm, self._total, self._version, self._devices = sm, total, version, devices
         self._objects: dict[int, object] = {}
-        self._context = False
+        self._calling, self._thread = threading.RLock(), threading.local()
 
     def __getattribute__(self, name: str) -> object:
-        if name.startswith("cu"):
-            object.__getattribute__(self, "counts")[name] += 1
-        return object.__getattribute__(self, name)
+        found = object.__getattribute__(self, name)
+        if not name.startswith("cu"):
+            return found
+        self.counts[name] += 1
+
+        def call(*arguments: object) -> tuple:
+            if not name.startswith(WITHOUT_CONTEXT) and not getattr(self._thread, "current", False):
+                return INVALID_CONTEXT, None
+            with self._calling:
+                return found(*arguments)
+
+        return call
 
     # What the emulated TensorRT uses.
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Ask a stream to do something, or record it."""
-        queue = self._objects[int(stream)]
+        queue, asker = self._objects[int(stream)], threading.get_ident()
+        if queue.waiting or queue.graph is not None:
+            assert queue.asker == asker, "a stream is asked while another thread's work waits in it"
+        queue.asker = asker
         (queue.waiting if queue.graph is None else queue.graph).append(work)
 
     def capturing(self, stream: int) -> bool:
@@ -125,8 +143,8 @@ class Driver:
         return OK, "context"
 
     def cuCtxSetCurrent(self, context: str) -> tuple:
-        self._context = context == "context"
-        return (OK if self._context else INVALID_VALUE,)
+        self._thread.current = context == "context"
+        return (OK if self._thread.current else INVALID_VALUE,)
 
     def cuGetErrorName(self, status: int) -> tuple:
         return OK, TEXTS[int(status)][0].encode()
@@ -257,7 +275,8 @@ class Driver:
     # Graphs.
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple:
-        self._objects[int(stream)].graph = []
+        queue = self._objects[int(stream)]
+        queue.graph, queue.asker = [], threading.get_ident()
         return (OK,)
 
     def cuStreamEndCapture(self, stream: int) -> tuple:
@@ -333,15 +352,16 @@ class Driver:
         return handle
 
     def _streams(self) -> list[_Stream]:
-        return [each for each in self._objects.values() if isinstance(each, _Stream)]
+        return [each for each in list(self._objects.values()) if isinstance(each, _Stream)]
 
     def _drain(self, stream: _Stream) -> None:
         while stream.waiting:
             stream.waiting.pop(0)()
 
     def _forbidden(self) -> bool:
-        """Whether a stream is being recorded; what asks this then spoils the recording."""
-        recording = [each for each in self._streams() if each.graph is not None]
+        """Whether this thread records a stream; what asks this then spoils the recording."""
+        thread = threading.get_ident()
+        recording = [each for each in self._streams() if each.graph is not None and each.asker == thread]
         for each in recording:
             each.broken = True
         return bool(recording)

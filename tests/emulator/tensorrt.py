@@ -18,12 +18,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 
+from engines import cuda
 from engines.bundle.folder import Bundle, sha256
 from engines.bundle.kinds import ONNXRUNTIME, TRACED
 from engines.bundle.manifest import MANIFEST, File, Plan
 from engines.bundle.specs import TensorSpec, in_place, plan_io
 from engines.bundle.writer import write_manifest
+from engines.trt import library
 from engines.trt.build import attributes, profiles
 from engines.trt.options import EngineOptions
 from plugins.registry import kernels_of_model
@@ -114,6 +117,13 @@ def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> S
         get_plugin_registry=lambda: registry,
         **CLASSES,
     )
+
+
+def install(driver: Driver, monkeypatch: pytest.MonkeyPatch, **change: str) -> None:
+    """Let this process find the emulated driver and TensorRT, for as long as `monkeypatch` lasts. `change`: of
+    `module`."""
+    monkeypatch.setattr(cuda, "_import", lambda: driver)
+    monkeypatch.setattr(library, "load", lambda backend: module(driver, backend.replace("-", "_"), **change))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -185,3 +186,29 @@ def test_no_gpu_and_an_old_driver():
         Cuda(Driver(version=11040))
     with pytest.raises(BackendError, match="no GPU 1"):
         Cuda(Driver(), ordinal=1)
+
+
+def test_what_another_thread_drops_is_freed():
+    """A driver takes memory back in a thread that has the GPU's context alone."""
+    driver = Driver()
+    cuda = Cuda(driver)
+    held = [cuda.buffer(100, "a test"), cuda.shared(100, "a test")]
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert len(driver.memory) == len(driver.pinned) == 0
+
+
+def test_a_thread_without_the_context_is_told_so():
+    cuda, said = Cuda(Driver()), list[str]()
+
+    def ask() -> None:
+        try:
+            cuda.buffer(100, "a test")
+        except BackendError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert len(said) == 1 and "CUDA_ERROR_INVALID_CONTEXT" in said[0]

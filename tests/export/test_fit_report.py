@@ -61,6 +61,22 @@ def test_what_is_printed(config_alone):
     assert fits and "1 x 1024 tokens" in text and "on any machine" in text
 
 
+def test_requests_at_once(config_alone):
+    """As many requests at once as there are slots, each about an image of its own."""
+    board = "--target", "agx-orin-64", "--model", config_alone
+    fits, text = printed(*board, "--slots", 4)
+    assert fits and "4 x 2048 tokens" in text and "4 slots and 4 images x all 81 pages" in text
+    assert "slots: the engines must be built with --batch 4" in text and "of all 4 rows together at most" in text
+    one = printed(*board)[1]
+    assert "slots" not in one and "together" not in one
+    fits, text = printed(*board, "--slots", 16)
+    assert not fits and "fix: add --slots 8" in text
+    assert "slots:" not in printed("--model", config_alone, "--slots", 3)[1]  # ONNX Runtime's graphs take any batch
+    with pytest.raises(OptionError, match="--slots 4 without --plan") as caught:
+        parse_arguments(["--slots", "4"])
+    assert "--batch 4" in caught.value.fix
+
+
 def test_a_builder_that_does_not_fit(config_alone, monkeypatch):
     monkeypatch.setattr("export.fit_report.room_of", lambda board: Room(board.name, 21 * 10**9))
     fits, text = printed("--target", "agx-orin-64", "--model", config_alone)

@@ -1,4 +1,4 @@
-"""The model, the pictures and the question that tests of whole answers share, and what makes two answers the same."""
+"""The models, the pictures and the question that tests of whole answers share, and what makes two answers the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests.geometries import tiny
 
 VOCAB = 300  # room for a byte-level tokenizer
 GEOMETRY = tiny(vocab=VOCAB, context=200)
+TALKATIVE = tiny(vocab=VOCAB, context=800)  # room for the official system text and some turns
 PHOTO = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
 OTHER = np.random.default_rng(1).integers(0, 256, (150, 80, 3), dtype=np.uint8)
 QUESTION = "what number is in the red square?"

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 
 from runtime import ContextError, Engine, OptionError, PromptError
-from tests.geometries import tiny
-from tests.runtime.questions import OPTIONS, OTHER, PHOTO, same
+from tests.runtime.questions import OPTIONS, OTHER, PHOTO, TALKATIVE, same
 
-GEOMETRY = tiny(vocab=300, context=400)
 QUESTIONS = ["what number is in the red square?", "and where?", "is it a chat between a human and a square?"]
 
 
 @pytest.fixture(scope="module")
 def bundle(random_model) -> Path:
-    return random_model("chat", GEOMETRY, tokenizer=True)[1]
+    return random_model("chat", TALKATIVE, tokenizer=True)[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def test_a_conversation_that_comes_whole_reuses_what_the_view_holds(engine):
         second = view.ask(messages, **OPTIONS)
         assert second.stats.reused_tokens == first.stats.prompt_tokens - 1
         other = view.ask([{"role": "user", "content": QUESTIONS[2]}], **OPTIONS)
-        assert 0 < other.stats.reused_tokens < first.stats.reused_tokens + GEOMETRY.image_tokens + 40, "the image's"
+        assert 0 < other.stats.reused_tokens < first.stats.reused_tokens + TALKATIVE.image_tokens + 40, "the image's"
         assert same(other, engine.generate(PHOTO, QUESTIONS[2], **OPTIONS))
         assert same(view.ask(messages, **OPTIONS), second), "what another question left is forgotten"
 
@@ -107,7 +105,7 @@ def test_a_conversation_that_is_too_long_says_how_many_turns_fit(engine):
     error, before = caught.value, chat.messages
     turns = len(before) // 2
     assert 0 < error.turns < turns and f"chat.keep({error.turns})" in error.fix
-    assert f"at most {GEOMETRY.context} tokens together: with {error.turns} earlier turns it fits" in str(error)
+    assert f"at most {TALKATIVE.context} tokens together: with {error.turns} earlier turns it fits" in str(error)
     chat.keep(error.turns + 1)
     with pytest.raises(ContextError):
         chat.ask(question, **OPTIONS)
@@ -116,12 +114,28 @@ def test_a_conversation_that_is_too_long_says_how_many_turns_fit(engine):
     messages = said(chat, question)
     assert same(chat.ask(question, **OPTIONS), engine.generate(PHOTO, messages, **OPTIONS))
     with pytest.raises(ContextError) as caught:
-        chat.ask("x" * 700, **OPTIONS)  # alone, too
-    assert caught.value.turns == 0 and "chat.keep" not in caught.value.fix
+        chat.ask("x" * 1000, **OPTIONS)  # alone, too
+    assert caught.value.turns is None and "chat.keep" not in caught.value.fix
     with pytest.raises(OptionError, match=r"turns=-1"):
         chat.keep(-1)
     chat.keep(0)
     assert chat.messages == []
+
+
+def test_more_text_than_the_context_has_letters_for(engine):
+    """Known before it is made tokens; how many turns fit is told all the same, and is right."""
+    turn = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "x" * 100}]
+    messages, question = turn * 1000, {"role": "user", "content": QUESTIONS[1]}
+    with pytest.raises(ContextError, match=r"a prompt of \d+ characters") as caught:
+        engine.generate(PHOTO, [*messages, question], **OPTIONS)
+    kept = caught.value.turns
+    assert kept > 0 and f"chat.keep({kept})" in caught.value.fix
+    assert engine.generate(PHOTO, [*messages[-2 * kept :], question], **OPTIONS).token_ids
+    with pytest.raises(ContextError, match="tokens"):
+        engine.generate(PHOTO, [*messages[-2 * kept - 2 :], question], **OPTIONS)
+    with pytest.raises(ContextError, match="characters") as caught:
+        engine.generate(PHOTO, [*messages, {"role": "user", "content": "x" * 10**6}], **OPTIONS)
+    assert caught.value.turns is None and "shorten" in caught.value.fix
 
 
 def test_errors_leave_a_conversation_as_it_was(engine):
@@ -153,7 +167,7 @@ def test_a_view_says_what_it_holds(engine):
     view = engine.image(PHOTO)
     assert view.nbytes == 0 and view.size == (140, 90)
     view.ask(QUESTIONS[0], **OPTIONS)
-    g = GEOMETRY
+    g = TALKATIVE
     tokens = g.image_tokens + 9 * g.image_tokens
     pages = len(g.reading_layers) * 2 * g.pages * (g.hires_side**2 // g.pages) * g.kv_heads * g.head_dim
     least = 4 * (tokens * g.hidden + pages + 2 * g.layers * g.kv_heads * g.head_dim * g.image_tokens)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines.bundle.folder import Bundle
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
@@ -28,6 +29,17 @@ def reference(random_model) -> ReferenceModel:
     checkpoint, _ = random_model("engine", GEOMETRY, tokenizer=True)
     config = read_config(checkpoint)
     return ReferenceModel(config.geometry, Checkpoint.open(checkpoint, config.tower_folder))
+
+
+def test_an_engine_says_what_it_is(random_model, engine):
+    """What names the bundle and what runs it; the digest is the one that `expect` takes."""
+    bundle = random_model("engine", GEOMETRY, tokenizer=True)[1]
+    assert (engine.backend, engine.device, engine.digest) == ("onnxruntime", "cpu", Bundle(bundle).digest)
+    with Engine(bundle, expect=engine.digest) as opened:
+        opened.require_usable()
+    assert opened.backend == "onnxruntime", "also of a closed one"
+    with pytest.raises(OptionError, match="closed"):
+        opened.require_usable()
 
 
 def test_generate_stream_and_view_agree(engine):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from runtime import Engine, OptionError, Options
 from runtime.__main__ import parse_arguments
-from runtime.show import DIM, draw_selection
+from runtime.terminal.show import DIM, draw_selection
 from tests.paths import ROOT
 from tests.runtime.questions import GEOMETRY, PHOTO, QUESTION
 

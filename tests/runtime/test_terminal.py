@@ -23,7 +23,7 @@ from runtime import Engine
 from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.paths import ROOT
-from tests.runtime.questions import PHOTO
+from tests.runtime.questions import PHOTO, TALKATIVE
 
 POSTER, TOWER = ROOT / "examples" / "poster.png", ROOT / "examples" / "tower.png"
 RED, CYAN = "what number is in the red star?", "what number is in the cyan circle?"
@@ -156,7 +156,7 @@ def test_lines_of_a_pipe_are_answered_one_by_one(default_bundle, tmp_path):
 @pytest.fixture(scope="module")
 def talk(random_model):
     """A bundle whose answers depend on what was said before."""
-    return random_model("chat", tiny(vocab=300, context=400), tokenizer=True)[1]
+    return random_model("chat", TALKATIVE, tokenizer=True)[1]
 
 
 @pytest.fixture
@@ -180,18 +180,18 @@ def test_it_is_the_conversation_of_the_engine(talk, photo):
 
 
 def test_a_conversation_too_long_says_what_to_forget_and_that_works(talk, photo):
-    result = piped(talk, "tell me more\n" * 12, photo, "--max-new-tokens", 40)
+    result = piped(talk, "tell me more\n" * 12, photo, "--max-new-tokens", 100)
     assert result.returncode == 1
     keep = re.search(rb"fix: (/keep (\d+))", result.stderr)
     answered = result.stdout.count(b"\n")
     told = "tell me more\n" * (answered + 1) + f"{keep[1].decode()}\n/retry\n"
-    result = piped(talk, told, photo, "--max-new-tokens", 40)
+    result = piped(talk, told, photo, "--max-new-tokens", 100)
     assert result.stderr.count(b"error:") == 1 and b"turns are kept" in result.stderr, result.stderr
     assert 0 < int(keep[2]) < answered
     chat = Engine(talk).chat(photo)
-    expected = [chat.ask("tell me more", max_new_tokens=40).text for _ in range(answered)]
+    expected = [chat.ask("tell me more", max_new_tokens=100).text for _ in range(answered)]
     chat.keep(int(keep[2]))
-    expected.append(chat.ask("tell me more", max_new_tokens=40).text)  # /retry takes no answered turn away
+    expected.append(chat.ask("tell me more", max_new_tokens=100).text)  # /retry takes no answered turn away
     assert result.stdout.decode() == "".join(f"{text}\n" for text in expected)
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from engines.backend import Decoder, Model
-from engines.ort import OrtDecoder, OrtModel
+from engines.backend import Decoder, Model, Slots
+from engines.ort import OrtDecoder, OrtModel, OrtSlots
+from engines.trt.decoder import TrtDecoder
 from engines.trt.engine import DeviceArray
-from engines.trt.model import TrtDecoder, TrtModel
-from export.network.reference import ReferenceDecoder, ReferenceModel
+from engines.trt.model import TrtModel
+from engines.trt.slots import FirstRows, TrtSlots
+from export.network.reference import ReferenceDecoder, ReferenceModel, ReferenceRows, ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -40,3 +42,23 @@ def decoder_on_tensorrt(decoder: TrtDecoder) -> Decoder:
 
 def reference_decoder(decoder: ReferenceDecoder) -> Decoder:
     return decoder
+
+
+def first_rows_on_tensorrt(decoder: FirstRows) -> Decoder:
+    return decoder
+
+
+def reference_rows(decoder: ReferenceRows) -> Decoder:
+    return decoder
+
+
+def slots_on_onnxruntime(slots: OrtSlots) -> Slots[ort.OrtValue]:
+    return slots
+
+
+def slots_on_tensorrt(slots: TrtSlots) -> Slots[DeviceArray]:
+    return slots
+
+
+def reference_slots(slots: ReferenceSlots) -> Slots[Tensor]:
+    return slots

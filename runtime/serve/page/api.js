@@ -1,6 +1,9 @@
 /** The server, as this page speaks with it. Every address is relative: the app may be mounted below a prefix. */
 
+import { inTab } from "./kept.js";
+
 const KEY = "flex-key";
+const LOCKED = 401;
 
 /** What went wrong, as a person can act on it. */
 export class Problem extends Error {
@@ -17,12 +20,12 @@ export class Problem extends Error {
 
 /** @param {string} key the API key for the rest of this tab's life; "" forgets it */
 export function useKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  if (key) inTab.setItem(KEY, key);
+  else inTab.removeItem(KEY);
 }
 
 export function hasKey() {
-  return sessionStorage.getItem(KEY) !== null;
+  return inTab.getItem(KEY) !== null;
 }
 
 /** @returns {Promise<{id: string, flex: Object}>} the one model that is served */
@@ -105,8 +108,12 @@ async function* events(stream) {
 /** @param {string} address @param {RequestInit} [options] */
 async function request(address, options = {}) {
   const headers = new Headers(options.headers);
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers.set("Authorization", `Bearer ${key}`);
+  const key = inTab.getItem(KEY);
+  try {
+    if (key) headers.set("Authorization", `Bearer ${key}`);
+  } catch {
+    throw new Problem("The key holds what no header can.", { status: LOCKED });
+  }
   let response;
   try {
     response = await fetch(address, { ...options, headers });
@@ -130,7 +137,7 @@ async function request(address, options = {}) {
 /** @param {{message?: string, fix?: string}} error @param {Response} response */
 function problemOf(error, response) {
   const message = error.message ?? `The server says ${response.status} ${response.statusText}`.trim();
-  const [found, expected] = message.split("; expected ");
+  const [found, expected] = message.split(/; expected:? |\n *expected: /); // of the server's own, and of its engine's
   return new Problem(found, {
     expected,
     fix: error.fix ?? "",

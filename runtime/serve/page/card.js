@@ -44,7 +44,8 @@ export async function drawCard(image, turn, index, on, model) {
   const answered = wrapped(pen, `${size}px ${SERIF}`, turn.text.trim(), inner);
   const rows = Math.ceil(panels.length / across);
   canvas.width = inner + 2 * EDGE;
-  canvas.height = Math.ceil(EDGE + height + 44 + 46 * asked.length + 16 + 1.2 * size * answered.length + 26 + rows * step + 76);
+  const words = 44 + 46 * asked.length + 16 + 1.2 * size * answered.length + 26;
+  canvas.height = Math.ceil(EDGE + height + words + rows * step + 76);
 
   pen.fillStyle = PAPER;
   pen.fillRect(0, 0, canvas.width, canvas.height);

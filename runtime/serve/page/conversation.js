@@ -2,6 +2,7 @@
 
 import { complete } from "./api.js";
 import { drawCard } from "./card.js";
+import { inBrowser } from "./kept.js";
 import { focusIsOnToken } from "./looking.js";
 import { hideProblem, showProblem } from "./problems.js";
 import { Turn, part } from "./turn.js";
@@ -11,6 +12,7 @@ const PACE = 220; // milliseconds a token is looked at, at least: an eye follows
 const CATCH_UP = 2400; // milliseconds in which everything that has arrived is shown
 const LINGER = 900; // on the last token, before the whole answer is lit
 const TALLEST = 160; // pixels of the question's field
+const FOLLOW = "flex-follow"; // whether questions are follow-ups, kept by the browser
 
 const by = (id) => document.getElementById(id);
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -32,6 +34,7 @@ export class Conversation {
     this.suggested = [];
     /** @type {Turn[]} */
     this.turns = [];
+    this.connecting = false; // a question waits for the model
     /** @type {AbortController | null} of the request that runs */
     this.asking = null;
     by("composer").addEventListener("submit", (event) => {
@@ -45,25 +48,20 @@ export class Conversation {
       this.ask(by("question").value);
     });
     by("stop").addEventListener("click", () => this.stop());
-    by("forget-all").addEventListener("click", () => this.forget());
+    by("follow").addEventListener("change", () => inBrowser.setItem(FOLLOW, by("follow").checked ? "yes" : ""));
+    by("follow").checked = Boolean(inBrowser.getItem(FOLLOW));
   }
 
-  /** Earlier turns that the next question is sent with: whole ones, since the last `forget`. @returns {Turn[]} */
+  /** Earlier turns that the next question can be sent with: whole ones. @returns {Turn[]} */
   get history() {
-    return this.model?.flex.conversation ? this.turns.filter((turn) => turn.state === "done" && !turn.forgotten) : [];
-  }
-
-  /** Ask the next question alone; the earlier answers can still be looked at. */
-  forget() {
-    for (const turn of this.turns) turn.forgotten = true;
-    this.tellHistory();
+    return this.model?.flex.conversation ? this.turns.filter((turn) => turn.state === "done") : [];
   }
 
   tellHistory() {
     const count = this.history.length;
     by("history").hidden = !count;
-    by("history-words").textContent =
-      count === 1 ? "The question before is sent along." : `The ${count} questions before are sent along.`;
+    const before = count === 1 ? "question" : `${count} questions`;
+    by("history-words").textContent = `As a follow-up: send the ${before} before along`;
   }
 
   /** @param {import("./picture.js").Picture} picture @param {{question: string, answer?: string}[]} suggested */
@@ -97,16 +95,19 @@ export class Conversation {
     fit(by("question"));
   }
 
-  /** @param {string} text @param {{forget?: boolean}} [how] `forget`: without the earlier turns */
-  async ask(text, { forget = false } = {}) {
+  /** @param {string} text @param {{alone?: boolean}} [how] `alone`: without the earlier turns, this once */
+  async ask(text, { alone = !by("follow").checked } = {}) {
     const question = text.trim();
-    if (!question || !this.picture || this.asking) return;
-    if (!this.model) await this.connect(); // it was not there when the page was opened
+    if (!question || !this.picture || this.asking || this.connecting) return;
+    if (!this.model) {
+      this.connecting = true; // it was not there when the page was opened
+      await this.connect();
+      this.connecting = false;
+    }
     if (!this.model) return;
     hideProblem();
     this.looking.pause();
-    if (forget) this.forget();
-    const { history } = this;
+    const history = alone ? [] : this.history;
     const expected = this.suggested.find((row) => row.question === question)?.answer;
     const turn = new Turn(question, this.looking, expected);
     this.turns.push(turn);
@@ -178,7 +179,8 @@ export class Conversation {
     if (choice?.finish_reason) turn.finish = choice.finish_reason;
     const text = choice?.delta?.content ?? "";
     if (!text && !flex.cells) return false;
-    const followed = this.looking.turn === turn && this.looking.index === (turn.tokens.length ? turn.tokens.length - 1 : null);
+    const latest = turn.tokens.length ? turn.tokens.length - 1 : null;
+    const followed = this.looking.turn === turn && this.looking.index === latest;
     turn.add({ text, cells: flex.cells });
     if (flex.cells && followed) this.looking.look(turn, turn.tokens.length - 1);
     return Boolean(flex.cells);
@@ -219,7 +221,8 @@ export class Conversation {
     if (stopped) by("announce").textContent = "Stopped.";
     else {
       const again = () => this.ask(turn.question);
-      showProblem(problem, history.length ? { again, forget: () => this.ask(turn.question, { forget: true }) } : { again });
+      const alone = () => this.ask(turn.question, { alone: true });
+      showProblem(problem, history.length ? { again, alone } : { again });
     }
   }
 

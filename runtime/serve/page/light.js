@@ -1,4 +1,4 @@
-/** Light on the picture: what was read stays bright, with a warm edge; the rest dims. Cells are of the padded square. */
+/** Light on the picture: what was read stays bright, with a warm edge; the rest dims. Cells are the padded square's. */
 
 const FINE = 14; // pixels of the soft map per cell
 const SOFT = 0.36; // share of a cell over which the light of its neighbour fades
@@ -15,7 +15,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
  * Where the picture lies in the square of its long side, as the server pads it.
  * @param {number} width @param {number} height
  */
-export function placeInSquare(width, height) {
+function placeInSquare(width, height) {
   const side = Math.max(width, height);
   return { side, left: (side - width) / 2, top: (side - height) / 2 };
 }
@@ -34,7 +34,9 @@ export function shareOf(cells, shown, grid) {
 
 /** The brightest of several tokens, cell by cell. @param {Float32Array[]} shares @param {number} grid */
 export function brightest(shares, grid) {
-  return shares.reduce((most, share) => most.map((value, cell) => Math.max(value, share[cell])), new Float32Array(grid * grid));
+  const most = new Float32Array(grid * grid);
+  for (const share of shares) share.forEach((value, cell) => (most[cell] = Math.max(most[cell], value)));
+  return most;
 }
 
 /** One layer of many must be seen, too. @param {number} share 0..1 */
@@ -104,9 +106,10 @@ function softMap(share, grid, veil) {
   return canvas;
 }
 
-/** A warm line wherever a brighter cell meets a darker one, as strong as they differ; corners that stick out are round. */
+/** A warm line where a brighter cell meets a darker one, as strong as they differ; corners that stick out are round. */
 function drawEdges(pen, share, grid, cell, veil, line) {
-  const value = (row, column) => (Math.min(row, column) < 0 || Math.max(row, column) >= grid ? 0 : brightness(share[row * grid + column]));
+  const inside = (row, column) => Math.min(row, column) >= 0 && Math.max(row, column) < grid;
+  const value = (row, column) => (inside(row, column) ? brightness(share[row * grid + column]) : 0);
   const round = ROUND * cell;
   pen.lineWidth = line;
   pen.lineCap = "round";
@@ -116,7 +119,8 @@ function drawEdges(pen, share, grid, cell, veil, line) {
       const own = value(row, column);
       if (own < FAINT) continue;
       // Clockwise from the top: the four sides, each from the corner before it to the corner behind it.
-      const steps = [value(row - 1, column), value(row, column + 1), value(row + 1, column), value(row, column - 1)].map((other) => own - other);
+      const around = [value(row - 1, column), value(row, column + 1), value(row + 1, column), value(row, column - 1)];
+      const steps = around.map((other) => own - other);
       steps.forEach((step, side) => {
         if (step < FAINT) return;
         const [before, behind] = [steps[(side + 3) % 4] >= FAINT, steps[(side + 1) % 4] >= FAINT];

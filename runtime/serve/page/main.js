@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { Conversation } from "./conversation.js";
+import { inBrowser } from "./kept.js";
 import { Looking } from "./looking.js";
 import { openPicture } from "./picture.js";
 import { hideProblem, showProblem } from "./problems.js";
@@ -13,6 +14,7 @@ const THEME = "flex-theme";
 const by = (id) => document.getElementById(id);
 const looking = new Looking();
 const conversation = new Conversation(looking, connect);
+let choices = 0; // of pictures: one that is there late does not take the place of what was chosen after it
 
 /** Ask the server what it has, and offer it. */
 async function connect() {
@@ -64,13 +66,20 @@ async function fillThumbnail(button, image, name, rows) {
   button.disabled = false;
 }
 
-/** @param {Blob} blob @param {string} name @param {{question: string, answer?: string}[]} [questions] to start with */
-async function usePicture(blob, name, questions = []) {
+/**
+ * @param {Blob} blob @param {string} name @param {{question: string, answer?: string}[]} [questions] to start with
+ * @param {number} [choice] which it is of the `choices`
+ */
+async function usePicture(blob, name, questions = [], choice = ++choices) {
   let picture;
   try {
     picture = await openPicture(blob, name);
   } catch (problem) {
-    showProblem(problem);
+    if (choice === choices) showProblem(problem);
+    return;
+  }
+  if (choice !== choices) {
+    URL.revokeObjectURL(picture.url);
     return;
   }
   hideProblem();
@@ -88,12 +97,13 @@ async function usePicture(blob, name, questions = []) {
 
 async function drawScene() {
   const button = by("scene");
+  const choice = ++choices;
   Object.assign(button, { disabled: true, textContent: "Drawing …" });
   try {
     const scene = await api.scene();
-    await usePicture(scene.image, `scene ${scene.seed}`, scene.questions);
+    await usePicture(scene.image, `scene ${scene.seed}`, scene.questions, choice);
   } catch (problem) {
-    showProblem(problem, { again: drawScene });
+    if (choice === choices) showProblem(problem, { again: drawScene });
   }
   Object.assign(button, { disabled: false, textContent: "Draw a new scene" });
 }
@@ -111,7 +121,7 @@ function showBudget() {
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   by("theme").textContent = `Theme: ${theme}`;
-  localStorage.setItem(THEME, theme);
+  inBrowser.setItem(THEME, theme);
 }
 
 /** @param {KeyboardEvent} event */
@@ -127,11 +137,12 @@ function onKey(event) {
   const slides = target.matches("input[type=range]");
   const presses = target.matches("button, a");
   const arrow = { ArrowLeft: -1, ArrowRight: 1 }[key];
+  const end = { Home: 0, End: -1 }[key];
   if (writes) return;
   if (key === "/") by("question").focus();
   else if (key === " " && !slides && !presses) looking.play();
   else if (arrow && !slides) looking.walk(arrow);
-  else if (["Home", "End"].includes(key) && target.matches(".token")) looking.turn.options().at(key === "Home" ? 0 : -1).focus();
+  else if (end !== undefined && target.matches(".token")) looking.turn.options().at(end).focus();
   else return;
   event.preventDefault();
 }
@@ -175,6 +186,6 @@ function wire() {
   });
 }
 
-setTheme(THEMES.find((theme) => theme === localStorage.getItem(THEME)) ?? "auto");
+setTheme(THEMES.find((theme) => theme === inBrowser.getItem(THEME)) ?? "auto");
 wire();
 connect();

@@ -4,6 +4,8 @@ import { Problem } from "./api.js";
 
 const MOST_PIXELS = 12e6;
 const MOST_BYTES = 8e6;
+const MOST_SIDE = 16384; // pixels; the server reads no longer picture
+const AS_IT_IS = ["", "image/png", "image/jpeg", "image/webp", "image/bmp"]; // types; others become a still PNG
 const QUALITY = 0.92; // of the JPEG a large picture becomes
 
 /**
@@ -33,10 +35,16 @@ export async function openPicture(blob, name) {
     });
   }
   const { naturalWidth: width, naturalHeight: height } = image;
-  if (width * height <= MOST_PIXELS && blob.size <= MOST_BYTES) {
-    return { url, data: await dataUrl(blob), width, height, name, note: "" };
+  const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)), MOST_SIDE / Math.max(width, height));
+  const fits = scale === 1 && blob.size <= MOST_BYTES;
+  if (fits && AS_IT_IS.includes(blob.type)) return { url, data: await dataUrl(blob), width, height, name, note: "" };
+  const still = fits ? await drawn(image, 1, "image/png") : null; // what this browser shows, and the server may not read
+  if (still && still.blob.size <= MOST_BYTES) {
+    URL.revokeObjectURL(url);
+    const note = "Sent as a still picture, as it looks here.";
+    return { url: URL.createObjectURL(still.blob), data: await dataUrl(still.blob), width, height, name, note };
   }
-  const small = await reduced(image, Math.min(1, Math.sqrt(MOST_PIXELS / (width * height))));
+  const small = await drawn(image, scale, "image/jpeg");
   URL.revokeObjectURL(url);
   const was = `${width} x ${height}, ${megabytes(blob)} MB`;
   const is = `${small.width} x ${small.height}, ${megabytes(small.blob)} MB`;
@@ -54,15 +62,17 @@ async function decoded(url) {
   return image;
 }
 
-/** Upright, as the browser draws it. @param {HTMLImageElement} image @param {number} scale */
-async function reduced(image, scale) {
+/** Upright, as the browser draws it. @param {HTMLImageElement} image @param {number} scale @param {string} type */
+async function drawn(image, scale, type) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.floor(image.naturalWidth * scale));
   canvas.height = Math.max(1, Math.floor(image.naturalHeight * scale));
   const pen = canvas.getContext("2d");
   pen.imageSmoothingQuality = "high";
+  pen.fillStyle = "white"; // behind what is transparent: neither a JPEG nor the model knows that
+  pen.fillRect(0, 0, canvas.width, canvas.height);
   pen.drawImage(image, 0, 0, canvas.width, canvas.height);
-  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, type, QUALITY));
   if (!blob) throw new Problem("The picture is too large for this browser.", { fix: "Make it smaller first." });
   return { blob, width: canvas.width, height: canvas.height };
 }

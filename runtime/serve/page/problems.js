@@ -11,18 +11,19 @@ let now = {}; // what the buttons do
 
 /**
  * @param {import("./api.js").Problem} problem
- * @param {{again?: () => void, forget?: () => void}} [actions] asking again; and without the earlier turns
+ * @param {{again?: () => void, alone?: () => void}} [actions] asking again; and without the earlier turns
  */
 export function showProblem(problem, actions = {}) {
   now = actions;
   const wait = BUSY.includes(problem.status) ? Math.min(problem.retryAfter, LONGEST_WAIT) : 0;
   const locked = problem.status === LOCKED; // said in words for a person: the server's are for a program
-  say("problem-found", locked ? (hasKey() ? "This key is not the right one." : "This server asks for a key.") : problem.message);
+  const asked = hasKey() ? "This key is not the right one." : "This server asks for a key.";
+  say("problem-found", locked ? asked : problem.message);
   say("problem-expected", !locked && problem.expected && `Expected: ${problem.expected}`);
   say("problem-fix", locked ? "Whoever runs it knows the key. It is kept until this tab is closed." : problem.fix);
   by("key-form").hidden = !locked;
   by("retry").hidden = !actions.again || locked;
-  by("forget").hidden = !actions.forget || problem.status !== 400;
+  by("alone-once").hidden = !actions.alone || problem.status !== 400;
   by("problem").hidden = false;
   by("problem").scrollIntoView({ block: "nearest" });
   if (locked) by("key").focus();
@@ -50,7 +51,7 @@ function countDown(seconds, mine) {
 
 by("dismiss").addEventListener("click", hideProblem);
 by("retry").addEventListener("click", () => now.again?.());
-by("forget").addEventListener("click", () => now.forget?.());
+by("alone-once").addEventListener("click", () => now.alone?.());
 by("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   useKey(by("key").value.trim());

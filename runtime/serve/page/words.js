@@ -37,7 +37,8 @@ export function described(who, share, layers) {
   if (!layers) return `${who}: every layer is switched off`;
   const pages = share.reduce((sum, value) => sum + value, 0);
   if (!pages) return `${who} read no page, only the small picture`;
-  return `${who} read ${number(pages, pages < 0.95 ? 2 : 1)} ${pages > 0.95 && pages < 1.05 ? "page" : "pages"} per layer, ${place(share)}`;
+  const unit = pages > 0.95 && pages < 1.05 ? "page" : "pages";
+  return `${who} read ${number(pages, pages < 0.95 ? 2 : 1)} ${unit} per layer, ${place(share)}`;
 }
 
 /** Where a whole answer looked. @param {Float32Array} share @param {number} layers */

@@ -67,7 +67,7 @@ def front(settings: Settings, replicas: DeploymentHandle) -> Starlette:
             Route("/metrics", keyed(_no_metrics, settings)),
             Mount("/", relay.other),
         ],
-        middleware=[Middleware(Guard, settings=settings, metrics=Metrics())],
+        middleware=[Middleware(Guard, settings=settings, metrics=Metrics(), ending=lambda: False)],
         exception_handlers={ApiError: on_api_error, FlexError: on_api_error, HTTPException: on_http_error},
     )
 

@@ -205,21 +205,29 @@ def test_onnxruntime_computes_some_precisions_in_float32():
     assert cache_bytes(replace(named[INT4], backend=TENSORRT)) == cache_bytes(named[FP16])
 
 
-@pytest.mark.parametrize("precision", [FP16, BF16], ids=str)
-def test_a_run_takes_what_is_estimated(random_model, precision):
-    """The largest memory of a process that opens a bundle and fills its context."""
+@pytest.mark.parametrize(("precision", "slots"), [(FP16, 1), (BF16, 1), (FP16, 6)], ids=str)
+def test_a_run_takes_what_is_estimated(random_model, precision, slots):
+    """The largest memory of a process that opens a bundle and fills its context, or that of every slot, twice, each
+    time for another image."""
     g = tiny(hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704, vocab=30_000, context=640)
     _, bundle = random_model("sizing-run", g, precision.name)
     program = f"""
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from engines.memory import peak_rss
 from runtime import Engine
-image = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)
-Engine({str(bundle)!r}).generate(image, input_ids=[1, -200] + [5] * 570, max_new_tokens=4, stop_at_eos=False)
+engine = Engine({str(bundle)!r}, slots={slots})
+images = np.random.default_rng(0).integers(0, 255, ({2 * slots if slots > 1 else 1}, 99, 99, 3), dtype=np.uint8)
+asked = dict(input_ids=[1, -200] + [5] * 570, max_new_tokens=4, stop_at_eos=False)
+with ThreadPoolExecutor({slots}) as threads:
+    list(threads.map(lambda image: engine.generate(image, **asked), images))
 print(peak_rss())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    estimated = sum(n.bytes for n in needs(Configuration(g, precision, backend=ONNXRUNTIME), integrated=True))
+    estimated = sum(
+        n.bytes for n in needs(Configuration(g, precision, slots=slots, backend=ONNXRUNTIME), integrated=True)
+    )
+    print(f"{slots} slots: {int(found.stdout) / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB")
     assert int(found.stdout) < estimated < 2 * int(found.stdout)
 
 
@@ -256,3 +264,37 @@ def test_sizes_for_people():
     assert [size(count) for count in (0, 999, 1_500, 99_940_000, 186e6, 13.48e9)] == [
         "0.0 kB", "1.0 kB", "1.5 kB", "99.9 MB", "186 MB", "13.5 GB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [ONNXRUNTIME, TENSORRT])
+@pytest.mark.parametrize("changes", [{}, {"lazy_pages": True}, {"int8_pages": True}], ids=["eager", "lazy", "int8"])
+def test_slots_by_hand(backend, changes):
+    """Four slots: four caches; pages, features and their sources for four rows and for four images beside them."""
+    one = Configuration(official(**changes), FP16, backend=backend)
+    four, g, item = replace(one, slots=4), one.geometry, one.item
+    assert cache_bytes(four) == 4 * cache_bytes(one) and store_bytes(four) == 8 * store_bytes(one)
+    assert weight_bytes(four) == weight_bytes(one)
+    single, shared = ({need.name: need for need in needs(c, integrated=True)} for c in (one, four))
+    taken = 576 * 4096 * item + (81 * 64 * (4096 * item + 128 * 4) if g.lazy_pages else 0)
+    assert shared["image, logits"].bytes == 4 * single["image, logits"].bytes + 4 * taken
+    assert shared["weights"] == single["weights"] and shared["runtime"] == single["runtime"]
+    assert shared["KV cache"].how.startswith("4 x 2048 tokens")
+    assert shared["hi-res pages"].how.startswith("4 slots and 4 images x all 81 pages")
+    # Engines reserve what their batch would take; threads that ask ONNX Runtime encode side by side.
+    work, rows = _activations(replace(one, batch=4)), 1 if backend == ONNXRUNTIME else 4
+    assert _activations(four) == work | {"decoder": _activations(replace(one, batch=rows))["decoder"]}
+    assert step_bytes(four, 700, 20) == step_bytes(replace(one, batch=4), 700, 20)
+    assert speed(four, 100) == speed(replace(one, batch=4), 100)
+
+
+def test_slots_that_cannot_be():
+    for change, message in (
+        ({"slots": 0}, "slots 0"),
+        ({"slots": 65}, "slots 65"),
+        ({"slots": 257, "backend": ONNXRUNTIME}, "slots 257"),
+        ({"slots": 4, "batch": 2}, "--batch 2 with --slots 4"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            Configuration(official(), **change)
+    assert Configuration(official(), slots=256, backend=ONNXRUNTIME).rows == 256
+    assert Configuration(official(), slots=2, batch=4).rows == 2

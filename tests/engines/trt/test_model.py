@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines import cuda
 from engines.bundle.folder import Bundle, sha256
 from engines.cuda import Cuda
 from engines.errors import BackendError, BundleError, KernelError
 from engines.ort import OrtModel
-from engines.trt import library as trt
 from engines.trt.model import TrtModel
 from export.build import BuildOptions, build
 from plugins.artifacts import Artifacts
 from runtime import Engine, PromptError
 from tests.conftest import once
 from tests.emulator.driver import Driver
-from tests.emulator.tensorrt import module, with_plans
+from tests.emulator.tensorrt import install, with_plans
 from tests.engines.manifests import edit
 from tests.parity.requests import encode, padded, request
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
@@ -43,13 +41,8 @@ def backend(request) -> str:
 @pytest.fixture(params=[False, True], ids=["discrete", "integrated"])
 def driver(request, monkeypatch) -> Driver:
     driver = Driver(integrated=request.param)
-    use(driver, monkeypatch)
+    install(driver, monkeypatch)
     return driver
-
-
-def use(driver: Driver, monkeypatch, **change) -> None:
-    monkeypatch.setattr(cuda, "_import", lambda: driver)
-    monkeypatch.setattr(trt, "load", lambda backend: module(driver, backend.replace("-", "_"), **change))
 
 
 def pair(bundle: Path) -> tuple[Engine, Engine]:
@@ -255,14 +248,14 @@ def test_prompt_longer_than_the_engine(driver, bundles):
 
 def test_too_little_memory(bundles, monkeypatch):
     small = Driver(total=300_000)
-    use(small, monkeypatch)
+    install(small, monkeypatch)
     engine = Engine(bundles("tensorrt"))
     with pytest.raises(BackendError, match=r"the cache of 1 x 200 tokens needs .* GB(.|\n)*free(.|\n)*--context"):
         engine.generate(None, "hello")
 
 
 def test_no_engine_for_the_backend(random_model, monkeypatch):
-    use(Driver(), monkeypatch)
+    install(Driver(), monkeypatch)
     folder = random_model("engine", GEOMETRY, tokenizer=True)[1]
     with pytest.raises(BundleError, match="no tensorrt-rtx engine") as caught:
         Engine(folder, backend="tensorrt-rtx")
@@ -309,7 +302,7 @@ def plugin_bundle(request, random_model, shared):
 
 def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
     driver = Driver()
-    use(driver, monkeypatch)
+    install(driver, monkeypatch)
     ours, theirs = pair(plugin_bundle)
     options = {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
     answers = []
@@ -328,7 +321,7 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
 
 def test_a_kernel_that_is_missing_is_told(plugin_bundle, monkeypatch):
     driver = Driver()
-    use(driver, monkeypatch)
+    install(driver, monkeypatch)
     engine = Engine(plugin_bundle)
     monkeypatch.setattr(Artifacts, "get", lambda self, kernel: _raise(KernelError("no compiled kernel", fix="compile")))
     with pytest.raises(KernelError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):

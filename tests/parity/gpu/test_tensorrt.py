@@ -5,6 +5,8 @@ Engines are built here, for this GPU, from the official weights. Run: `bash scri
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -111,7 +113,7 @@ def cache_of(model, decoder, name: str) -> np.ndarray:
     """One half of a layer's cache [B, Hkv, L, hd]."""
     if isinstance(model, OrtModel):
         return decoder._cache[name].numpy()
-    return decoder._desk.arrays[f"past_{name}"].numpy(model.stream)
+    return decoder._cache[f"past_{name}"].numpy(model.stream)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -157,6 +159,50 @@ def test_rows_of_a_batch(engines, backend, case):
         assert np.abs(result.logits - logits).max() <= GPU_BOUNDS["fp32"].logits
         assert result.token.tolist() == [token[0]] * 2
         column = result.token[:, None]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slots(engines, backend, case, variant):
+    """A request joins in row 0 when one in row 1 has made two steps, another takes over what row 1 was prefilled with:
+    all have the steps they have alone, and steps of two rows are one graph."""
+    model = TrtModel(Bundle(engines("fp32", case.weights, variant)), backend)
+    g = model.geometry
+    expected = [(result.token[0], result.logits.copy()) for _, _, result in case.replay(model, g)]
+    image, ids = case.encode(model, g), case.ids(g)
+    slots, prompt = model.slots(2), ids.shape[1] - 1
+    made = {1: 0}  # steps of each row
+    slots.load(1, image)
+    slots.row(1).run(ids[:, :-1])
+    for turn in range(7):
+        if turn == 2:
+            slots.load(0, image)
+            slots.row(0).run(ids[:, : prompt - 1])
+            slots.row(0).run(ids[:, prompt - 1 : prompt])
+            made[0] = 0
+        if turn == 4:
+            slots.copy(0, 1, prompt, image=True)
+            made[1] = 0
+        tokens, budgets = np.zeros((2, 1), np.int64), np.zeros(2, np.int64)
+        for row, done in made.items():
+            tokens[row], budgets[row] = expected[done - 1][0] if done else ids[0, -1], g.pages
+        result = slots.first(2).run(tokens, budgets)
+        for row, done in made.items():
+            assert np.abs(result.logits[row] - expected[done][1][0]).max() <= GPU_BOUNDS["fp32"].logits
+            assert result.token[row] == expected[done][0]
+            made[row] += 1
+        if 0 not in made:
+            slots.length[0] = 0  # it came along
+    assert slots.length.tolist() == [prompt + 5, prompt + 3]
+    assert slots.together(2, 1)._graph is not None, "the step was not recorded"
+
+
+def test_threads_share_steps(engines, backend, case):
+    """The public interface with slots: every thread has the official answer."""
+    engine, golden = Engine(engines("fp32", case.weights), backend=backend, slots=2), case.golden
+    options = {"input_ids": golden["input_ids"].tolist(), "max_new_tokens": 13, "stop_at_eos": False}
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: engine.generate(case.image, **options), range(6)))
+    assert all(answer.token_ids == golden["output_ids"][1:].tolist() for answer in answers)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines import cuda
 from engines.bundle.pages import cell_of_row
-from engines.trt import library as trt
 from runtime import Engine
 from tests.conftest import once
 from tests.emulator.driver import Driver
-from tests.emulator.tensorrt import module, with_plans
+from tests.emulator.tensorrt import install, with_plans
 
 STEPS = 3  # of the official 13: the interpreter takes its time
 
@@ -22,8 +20,7 @@ STEPS = 3  # of the official 13: the interpreter takes its time
 @pytest.mark.parametrize("case", ["small_150x200"], indirect=True)
 def test_official_tokens_and_masks(case, bundle, shared, monkeypatch):
     driver = Driver()
-    monkeypatch.setattr(cuda, "_import", lambda: driver)
-    monkeypatch.setattr(trt, "load", lambda backend: module(driver))
+    install(driver, monkeypatch)
     folder = once(
         shared / f"{case.weights}-kernels",
         lambda folder: with_plans(bundle("fp32", case.weights), folder, "tensorrt", plugins=True, prefill=False),

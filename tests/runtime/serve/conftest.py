@@ -12,10 +12,8 @@ from starlette.applications import Starlette
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from runtime import Engine
 from runtime.serve import Settings, app
-from tests.geometries import tiny
+from tests.runtime.questions import TALKATIVE
 from tests.runtime.serve.command import serving
-
-CHAT = tiny(vocab=300, context=800)  # room for a byte-level tokenizer, the official system text and some turns
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def serve(tmp_path_factory) -> Iterator[object]:
 @pytest.fixture(scope="session")
 def chat_bundle(random_model) -> Path:
     """Of a random model with the official template of conversations; its name is "serve-fp32"."""
-    return random_model("serve", CHAT, tokenizer=True, template=PROMPT_TEMPLATE)[1]
+    return random_model("serve", TALKATIVE, tokenizer=True, template=PROMPT_TEMPLATE)[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 
 from engines.errors import OptionError
 from runtime.serve import Settings
-from runtime.serve.__main__ import listen_at, parse_arguments, settings_of
+from runtime.serve.__main__ import _Server, listen_at, parse_arguments, settings_of
 from tests.paths import ROOT
 from tests.runtime.serve.asgi import JSON, user
 from tests.runtime.serve.command import serving
@@ -68,6 +69,22 @@ def test_sigterm_does_not_wait_for_ever(chat_bundle, tmp_path):
         assert b"data: [DONE]" not in (rest := response.read()) and b'"code":"ending"' in rest
 
 
+def test_sigterm_while_a_body_is_on_its_way(chat_bundle, tmp_path):
+    """Its client is told; nothing of it is a failure of the server, which the log would show."""
+    with serving(chat_bundle, "--grace", 1, log=tmp_path / "log") as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=20) as client:
+            client.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
+            while status_of(f"{server.url}/health") != 200:  # behind it in the order of events
+                pass
+            assert server.end() == 0
+            head = client.recv(65536)
+        assert head.startswith(b"HTTP/1.1 503 ") and (tmp_path / "log").read_text().count("Traceback") == 0
+
+
 def test_a_second_signal_ends_it_at_once(chat_bundle, tmp_path):
     with serving(chat_bundle, "--grace", 60, log=tmp_path / "log") as server:
         response = ask(server.url, LONG)
@@ -110,6 +127,20 @@ def test_addresses_that_cannot_be_had():
                            ("127.0.0.1", -1), ("no such host", 0), ("x" * 300, 0)]:  # fmt: skip
             with pytest.raises(OptionError):
                 listen_at(host, port, Settings(no_auth=True))
+
+
+def test_an_address_that_another_was_quicker_to_take():
+    async def nothing(scope, receive, send):
+        pass
+
+    with (
+        listen_at("127.0.0.1", 0, Settings()) as first,
+        listen_at("127.0.0.1", first.getsockname()[1], Settings()) as second,  # nobody listens there yet
+    ):
+        first.listen()
+        server = _Server(uvicorn.Config(nothing, lifespan="off", log_config=None), None, 1.0, "http://127.0.0.1/")
+        with pytest.raises(OptionError, match="in use"):
+            asyncio.run(server.serve(sockets=[second]))
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -210,28 +241,18 @@ def test_a_head_that_comes_a_byte_at_a_time(impatient):
 def test_a_client_that_does_not_read_is_cut_off(impatient):
     """The pipe is full, nobody reads: it is not kept for ever, and others are served meanwhile."""
     body = json.dumps({**LONG, "flex": {"selection": True}}).encode()
+    picture = b"GET /flex/examples/poster.png HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         address = urlsplit(impatient)
         connection.connect((address.hostname, address.port))
-        requests = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-        connection.sendall(requests)
-        closed = threading.Event()
-
-        def watch() -> None:
-            connection.settimeout(20)
-            try:
-                while True:  # asks again and again, and reads nothing, until there is nobody to ask
-                    connection.sendall(requests)
-                    time.sleep(0.01)
-            except OSError:
-                closed.set()
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(40 * picture)  # 14 MB behind the answer: more than what lies between can hold
         assert ask(impatient).status == 200
-        assert closed.wait(25)
-        watcher.join()
+        with pytest.raises(ConnectionError):
+            for _ in range(200):  # asks again and again, and reads nothing, until there is nobody to ask
+                connection.sendall(picture)
+                time.sleep(0.05)
 
 
 def test_too_many_connections(serve, chat_bundle):

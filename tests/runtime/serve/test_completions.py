@@ -30,7 +30,8 @@ def test_an_answer_is_the_engines(engine, served, image):
     assert reply.status == 200 and reply.headers["content-type"] == "application/json"
     content = reply.json
     assert content["object"] == "chat.completion" and content["id"].startswith("chatcmpl-")
-    assert content["model"] == NAME and content["system_fingerprint"].startswith("fp_") and "flex" not in content
+    assert content["model"] == NAME and content["system_fingerprint"] == f"fp_{engine.digest[7:23]}"
+    assert "flex" not in content
     (choice,) = content["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected.text.lstrip(), "refusal": None}
     assert choice["finish_reason"] == expected.finish_reason == "length"

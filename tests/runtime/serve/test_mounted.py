@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 
 import pytest
 from starlette.applications import Starlette
@@ -11,7 +13,7 @@ from starlette.routing import Mount
 
 from runtime import Engine, TokenizerError
 from runtime.serve import Settings, app
-from tests.geometries import tiny
+from tests.engines.manifests import edit
 from tests.runtime.questions import PHOTO
 from tests.runtime.serve.asgi import JSON, data_url, get, png, post, send_request, user
 
@@ -40,8 +42,8 @@ def test_below_a_prefix_with_its_own_end(engine):
         assert refused.status == 503
 
     asyncio.run(use())
-    assert not inner.state.service.worker._thread._threads or all(
-        not thread.is_alive() for thread in inner.state.service.worker._thread._threads
+    assert not inner.state.service.worker._threads._threads or all(
+        not thread.is_alive() for thread in inner.state.service.worker._threads._threads
     )
 
 
@@ -60,9 +62,29 @@ def test_a_closed_engine_is_not_ready(chat_bundle):
     assert get(served, "/health/ready").status == 503 and get(served, "/v1/models").status == 200
     reply = post(served, ASKED)
     assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
-    served.state.service.worker.drain(1.0)
+    worker = served.state.service.worker
+    worker.require_ready = lambda: None  # closed while the question waited: not the question's fault either
+    reply = post(served, ASKED)
+    assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
+    worker.drain(1.0)
 
 
-def test_a_bundle_without_a_tokenizer(random_model):
-    with Engine(random_model("tiny", tiny())[1]) as engine, pytest.raises(TokenizerError, match="no tokenizer"):
+def test_what_is_wrong_with_the_bundle_is_for_who_runs_the_server(chat_bundle, tmp_path, caplog):
+    """It names paths of the machine, and /health/ready asks nobody for a key."""
+    bundle = shutil.copytree(chat_bundle, tmp_path / "serve-fp32")
+    with Engine(bundle) as engine:
+        served = app(engine)
+        for file in bundle.glob("*.weights"):
+            os.utime(file, ns=(1, 1))
+        for reply in (get(served, "/health/ready"), post(served, ASKED)):
+            assert reply.status == 503 and reply.error["code"] == "engine_unavailable"
+            assert str(tmp_path) not in reply.body.decode()
+        served.state.service.worker.drain(1.0)
+    assert str(tmp_path) in caplog.text and "was written to" in caplog.text
+
+
+def test_a_bundle_without_a_tokenizer(chat_bundle, tmp_path):
+    bundle = shutil.copytree(chat_bundle, tmp_path / "bundle")
+    edit(bundle, lambda manifest: manifest["prompt"].update(tokenizer=None))
+    with Engine(bundle) as engine, pytest.raises(TokenizerError, match="no tokenizer"):
         app(engine)

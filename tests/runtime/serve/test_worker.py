@@ -87,7 +87,7 @@ def test_a_client_that_leaves_stops_the_engine_within_a_step(made, steps, stream
         reply = await asyncio.wait_for(asked, 10)
         steps.let_go()
         worker = app.state.service.worker
-        await until(lambda: worker._running is None)
+        await until(lambda: not worker._running)
         return reply
 
     reply = asyncio.run(leaving())
@@ -109,7 +109,7 @@ def test_a_stream_that_nobody_reads_on_stops_too(made, steps):
         with pytest.raises(asyncio.CancelledError):
             await asked
         steps.let_go()
-        await until(lambda: app.state.service.worker._running is None)
+        await until(lambda: not app.state.service.worker._running)
 
     asyncio.run(cancelled())
     assert steps.count <= 4
@@ -125,7 +125,7 @@ def test_a_slow_reader_holds_up_nobody(made):
             await go_on.wait()
 
         first = asyncio.create_task(post_request(app, question(stream=True, max_tokens=50), sent=wait))
-        await until(lambda: app.state.service.worker._running is not None or first.done())
+        await until(lambda: app.state.service.worker._running or first.done())
         second = await asyncio.wait_for(post_request(app, question()), 30)
         assert not first.done()
         go_on.set()
@@ -147,7 +147,7 @@ def test_a_full_queue(made, steps):
     async def crowd() -> tuple[list[Reply], list[Reply]]:
         steps.hold(0)
         running = [asyncio.create_task(asked(0))]
-        await until(lambda: app.state.service.worker._running is not None)
+        await until(lambda: app.state.service.worker._running)
         for name in (1, 2):
             running.append(asyncio.create_task(asked(name)))
             await until(lambda: len(app.state.service.worker._waiting) == len(running) - 1)
@@ -171,7 +171,7 @@ def test_who_leaves_the_queue_makes_room(made, steps):
     async def crowd() -> Reply:
         steps.hold(0)
         first = asyncio.create_task(post_request(app, question()))
-        await until(lambda: app.state.service.worker._running is not None)
+        await until(lambda: app.state.service.worker._running)
         leave = asyncio.Event()
         second = asyncio.create_task(post_request(app, question(), leave=leave))
         await until(lambda: app.state.service.worker._waiting)
@@ -200,7 +200,7 @@ def test_a_timeout_counts_from_the_arrival(made, steps, stream):
         replies = await asyncio.gather(*asked)
         assert 0.35 < time.monotonic() - begun < 5
         steps.let_go()
-        await until(lambda: app.state.service.worker._running is None)
+        await until(lambda: not app.state.service.worker._running)
         return replies
 
     first, second = asyncio.run(late())
@@ -306,6 +306,18 @@ def test_the_oldest_image_makes_room(made, engine, visions):
     assert runs > 0 and len(visions) == 2 * runs
 
 
+def test_a_question_that_is_refused_costs_no_image(made, visions):
+    app = made()
+    refused = question(IMAGE, max_tokens=5000), question(IMAGE, flex={"page_budget": 10_000})
+    assert [post(app, each).status for each in refused] == [400, 400]
+    assert metric(app, "flex_view_cache_entries") == 0  # it was never encoded
+    post(app, question(IMAGE))
+    visions.clear()
+    assert [post(app, each).status for each in refused] == [400, 400]
+    assert post(app, question(IMAGE)).status == 200
+    assert not visions and metric(app, "flex_view_cache_entries") == 1
+
+
 def test_an_image_that_is_too_large_to_keep(made, engine, visions):
     app = made(view_bytes=of_one(engine) - 1)
     visions.clear()
@@ -373,6 +385,10 @@ def test_what_is_counted(made, engine):
     assert metric(app, "flex_pages_read_total") == 2 * stats.pages_read.sum() > 0
     assert metric(app, "flex_first_token_seconds_count") == metric(app, "flex_tokens_per_second_count") == 2
     assert metric(app, "process_resident_memory_bytes") > 10e6
+    get(app, "/page/page.css")
+    get(app, "/page/")
     text = get(app, "/metrics").body.decode()
+    assert 'flex_requests_total{path="/page/*",status="200"} 1.0' in text
+    assert 'flex_requests_total{path="/page/*",status="404"} 1.0' in text
     assert 'flex_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
     assert 'flex_answers_total{end="length"} 2.0' in text

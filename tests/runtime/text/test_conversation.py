@@ -141,3 +141,14 @@ def test_templates_without_turns_or_system_text(tokenizer):
     with pytest.raises(PromptError, match=r"no system text.*\n  fix: put it in front of the first question"):
         prompter.encode(messages("a", system="s"), True)
     assert prompter.encode(messages("a"), True) == prompter.encode("a", True)
+
+
+def test_what_is_expected_is_what_is_taken():
+    """A history is no text; a question may be one."""
+    for given in ("hello", b"hello", None, 3):
+        with pytest.raises(PromptError) as caught:
+            History.read(given)
+        assert "str," not in caught.value.expected and "role" in caught.value.expected
+    with pytest.raises(PromptError, match="conversation of type int") as caught:
+        Conversation.read(3)
+    assert caught.value.expected.startswith("str, or ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -51,7 +52,8 @@ _PALE = """() => {
 # Controls in sight that a thumb would miss: under 44 pixels. Words of an answer are text.
 _SMALL = """() => [...document.querySelectorAll("button, input, textarea")]
     .filter((each) => each.checkVisibility())
-    .map((each) => [each.getAttribute("aria-label") || each.textContent || each.id, each.getBoundingClientRect()])
+    .map((each) => [each.getAttribute("aria-label") || each.textContent || each.id, each])
+    .map(([name, each]) => [name, (each.closest("label") ?? each).getBoundingClientRect()])
     .filter(([, box]) => box.width < 44 || box.height < 44)
     .map(([name, box]) => `${name}: ${box.width} x ${box.height}`)"""
 
@@ -168,7 +170,7 @@ def test_by_day_and_by_night(visit, url, pictures, scheme):
 def test_a_new_scene_and_its_questions(visit, url):
     at = visit(url)
     at.page.get_by_role("button", name="Draw a new scene").click()
-    at.page.wait_for_selector("#stage:not([hidden])")
+    at.page.wait_for_selector("#stage:not([hidden])", timeout=60_000)  # the first one imports torch
     questions = at.page.locator(".suggestion")
     assert questions.count() >= 3
     questions.first.click()
@@ -211,6 +213,40 @@ def test_a_large_picture_is_made_smaller_and_said_so(visit, url):
     assert at.ask(QUESTION) == ANSWER
 
 
+def test_what_the_server_does_not_read_is_sent_as_this_browser_shows_it(visit, url):
+    poster = PIL.Image.open(POSTER).convert("RGB")
+    moving, tall = io.BytesIO(), io.BytesIO()
+    poster.save(moving, "GIF", save_all=True, append_images=[poster.rotate(180)])
+    poster.resize((600, 20_000)).save(tall, "JPEG")  # few pixels, and one side of more than is read
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="60"><rect width="9" height="9"/></svg>'
+    at = visit(url)
+    for data, name, kind, note in [
+        (moving.getvalue(), "moving.gif", "image/gif", "Sent as a still picture"),
+        (drawing, "drawing.svg", "image/svg+xml", "Sent as a still picture"),
+        (tall.getvalue(), "tall.jpg", "image/jpeg", "to 491 x 16384"),
+    ]:
+        at.drop(data, name, kind)
+        expect(at.page.locator("#note")).to_contain_text(note)
+        expect(at.page.locator("#picture")).to_have_attribute("alt", f"The picture you ask about: {name}")
+        answer = at.ask(QUESTION)
+        assert answer and (name != "moving.gif" or answer == ANSWER)
+
+
+def test_a_picture_that_is_there_late_takes_nobodys_place(visit, url):
+    at = visit(url)
+    held = []
+    at.page.route("**/flex/scene*", lambda route: held.append(route))
+    at.page.get_by_role("button", name="Draw a new scene").click()
+    expect(at.page.get_by_role("button", name="Drawing")).to_be_visible()
+    at.drop_poster()
+    assert at.ask(QUESTION) == ANSWER
+    pixel = base64.b64encode(POSTER.read_bytes()).decode()
+    held[0].fulfill(json={"seed": 1, "image": f"data:image/png;base64,{pixel}", "questions": []})
+    expect(at.page.get_by_role("button", name="Draw a new scene")).to_be_enabled()
+    expect(at.page.locator("#picture")).to_have_attribute("alt", "The picture you ask about: poster.png")
+    expect(at.page.locator(".turn")).to_have_count(1)
+
+
 def test_what_is_no_picture_is_told(visit, url):
     at = visit(url)
     at.drop(b"ftypheic, says who sent it", "holiday.heic", "image/heic")
@@ -229,14 +265,14 @@ def test_follow_ups_are_sent_with_what_was_said(visit, url, engine):
     at.page.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json["messages"]))
     follow_up = "which number does the orange triangle show?"
     assert at.ask(QUESTION) == ANSWER
-    expect(at.page.get_by_text("The question before is sent along.")).to_be_visible()
+    at.page.get_by_label("As a follow-up: send the question before along").check()
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     expected = engine.generate(POSTER, [*said, {"role": "user", "content": follow_up}], trace=True)
     assert at.ask(follow_up) == expected.text
     require_lit(at.opacity(), expected.trace.cells[:, :-1].mean(1).max(0).ravel())
     assert [each["role"] for each in sent[1]] == ["user", "assistant", "user"]
     assert sent[1][0] == sent[0][0] and sent[1][1:] == [said[1], {"role": "user", "content": follow_up}]
-    at.page.get_by_role("button", name="Forget").click()
+    at.page.get_by_label("As a follow-up: send the 2 questions before along").uncheck()
     assert at.ask(follow_up) == engine.generate(POSTER, follow_up).text
     assert len(sent[2]) == 1 and sent[2][0]["content"][1]["text"] == follow_up
 
@@ -246,6 +282,8 @@ def test_a_conversation_that_is_too_long_can_go_on(visit, url):
     at.may_fail = True
     at.drop_poster()
     problem = at.page.get_by_role("alert")
+    assert at.ask(QUESTION) == ANSWER
+    at.page.get_by_label("As a follow-up").check()
     for _ in range(15):
         answers = at.page.locator(".figures:not(:empty)").count()
         at.page.get_by_label("Ask about this picture").fill(QUESTION)
@@ -254,6 +292,7 @@ def test_a_conversation_that_is_too_long_can_go_on(visit, url):
         if problem.is_visible():
             break
     expect(problem).to_contain_text("a conversation of")
+    expect(problem).to_contain_text("Expected: at most")
     problem.get_by_role("button", name="Ask without the earlier turns").click()
     expect(problem).to_be_hidden()
     at.page.locator(".figures:not(:empty)").nth(answers).wait_for()

@@ -1,4 +1,4 @@
-"""A server under load: `python -m tests.bench.serve [BUNDLE]`, the table of docs/reliability.md.
+"""A server under load: `python -m tests.bench.serving [BUNDLE]`, the table of docs/reliability.md.
 
 The server is the real command in a process of its own, its clients are on the loopback. Questions are about held-out
 scenes of the default model; an answer is right if it is the one that `Engine` gives, token for token, in order.
@@ -25,7 +25,7 @@ import numpy as np
 from export.build import BuildOptions, build
 from runtime import Engine
 from runtime.view import ImageView
-from tests.bench.clients import (
+from tests.bench.serving.clients import (
     PATIENCE,
     TOKENS,
     Address,

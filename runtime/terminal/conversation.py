@@ -26,7 +26,7 @@ from runtime.chat import Chat
 from runtime.decode import Stream
 from runtime.engine import Engine
 from runtime.image import load_image
-from runtime.show import draw_selection, require_writable, write_picture
+from runtime.terminal.show import draw_selection, require_writable, write_picture
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -207,7 +207,7 @@ class Conversation:
         try:
             return self._chat.stream(question, **self._options)
         except ContextError as error:
-            if "chat.keep" not in (error.fix or ""):
+            if error.turns is None:
                 raise
             fix = f"/keep {error.turns} forgets all but the last {error.turns} turns; then ask again, or /retry"
             self._question, self._whole = question, False

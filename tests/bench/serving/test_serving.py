@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from runtime import Engine
-from tests.bench import serve
-from tests.bench.clients import Address, Reply, disconnect, half_requests, load, questions, too_many
+from tests.bench.serving import __main__ as serve
+from tests.bench.serving.clients import Address, Reply, disconnect, half_requests, load, questions, too_many
 from tests.runtime.serve.command import serving
 
 

@@ -1,0 +1,1 @@
+"""What the command line shows: a conversation, and pictures of where the model looked."""

@@ -1,0 +1,241 @@
+"""Requests that share decode steps: each answer is the one it has alone, whoever comes and goes beside it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from engines.errors import BackendError, FlexError
+from runtime import Answer, Engine, ImageError, OptionError
+from tests.geometries import tiny
+from tests.runtime.questions import OTHER, PHOTO
+
+GEOMETRY = tiny(vocab=300, context=400)
+SLOTS = 3
+THIRD = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+IMAGES = {"photo": PHOTO, "other": OTHER, "third": THIRD, "none": None}
+PROMPTS = [
+    "what number is in the red square?",
+    "and where?",
+    "x" * 150,
+    [
+        {"role": "user", "content": "what number is it?"},
+        {"role": "assistant", "content": "a chat"},
+        {"role": "user", "content": "between?"},
+    ],
+]
+CHOICES = [  # of options
+    {"max_new_tokens": 6},
+    {"max_new_tokens": 1},
+    {"max_new_tokens": 12, "page_budget": 2},
+    {"max_new_tokens": 8, "page_budget": 0},
+    {"max_new_tokens": 9, "temperature": 0.8, "top_k": 40, "seed": 7},
+    {"max_new_tokens": 10, "stop": " is"},
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(random_model):
+    return random_model("chat", GEOMETRY, tokenizer=True)[1]
+
+
+@pytest.fixture(scope="module")
+def alone(bundle) -> Callable[..., Answer]:
+    """alone(image, prompt, options) -> the answer of an engine without slots."""
+    engine, known = Engine(bundle, threads=1), {}
+
+    def get(image: str, prompt: int, options: int) -> Answer:
+        key = image, prompt, options
+        if key not in known:
+            known[key] = engine.generate(IMAGES[image], PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+        return known[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def engine(bundle) -> Engine:
+    return Engine(bundle, threads=1, slots=SLOTS, prefill_chunk=48)
+
+
+def same(found: Answer, expected: Answer) -> bool:
+    return (found.token_ids, found.text, found.finish_reason) == (
+        expected.token_ids, expected.text, expected.finish_reason,
+    ) and np.array_equal(found.stats.pages_read, expected.stats.pages_read)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_comes_and_goes_beside_it(engine, alone, seed):
+    """Ten random schedules each: views that are kept or not, requests that begin, pause, are dropped half-way."""
+    draw = random.Random(seed)
+    for _ in range(10):
+        views = {name: engine.image(image) for name, image in IMAGES.items()}
+        running, begun = [], 0
+        while begun < 8 or running:
+            if begun < 8 and draw.random() < 0.4:
+                key = draw.choice(list(IMAGES)), draw.randrange(len(PROMPTS)), draw.randrange(len(CHOICES))
+                view = views[key[0]] if draw.random() < 0.7 else engine.image(IMAGES[key[0]])
+                stream = view.stream(PROMPTS[key[1]], **CHOICES[key[2]], stop_at_eos=False)
+                running.append((key, stream, stream.steps()))
+                begun += 1
+            elif running:
+                key, stream, steps = draw.choice(running)
+                if draw.random() < 0.04:
+                    stream.close()
+                elif next(steps, None) is not None:
+                    continue
+                else:
+                    assert same(stream.answer(), alone(*key)), key
+                running.remove((key, stream, steps))
+    assert engine._batch.active == 0
+
+
+def test_threads_share_steps(engine, alone):
+    keys = [(image, prompt, option) for image in IMAGES for prompt in (0, 1) for option in (0, 2, 4)]
+
+    def ask(key):
+        image, prompt, options = key
+        return engine.generate(IMAGES[image], PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+
+    with ThreadPoolExecutor(6) as pool:
+        for key, answer in zip(keys, pool.map(ask, keys), strict=True):
+            assert same(answer, alone(*key)), key
+
+
+def test_one_step_serves_all(engine, monkeypatch):
+    """Three answers of twenty tokens take about twenty steps, not sixty."""
+    runs, decoder = [], type(engine._batch._slots.first(SLOTS))
+    run = decoder.run
+
+    def counted(self, ids, *rest, **more):
+        runs.append(ids.shape)
+        return run(self, ids, *rest, **more)
+
+    monkeypatch.setattr(decoder, "run", counted)
+    options = {"max_new_tokens": 20, "stop_at_eos": False}
+    steps = [engine.image(image).stream("and where?", **options).steps() for image in (PHOTO, OTHER, THIRD)]
+    while any([next(each, None) is not None for each in steps]):
+        pass
+    assert sum(shape == (3, 1) for shape in runs) >= 15
+    assert sum(shape[1] == 1 for shape in runs) <= 30
+
+
+def test_a_long_prompt_stops_nobody_for_longer_than_a_chunk(engine):
+    running = engine.image(PHOTO).stream("and where?", max_new_tokens=60, stop_at_eos=False).steps()
+    next(running)
+    joining = engine.image(OTHER).stream("y" * 200, max_new_tokens=1, stop_at_eos=False).steps()
+    (seat,) = engine._batch._seats
+    before = len(seat.draft.tokens)
+    next(joining)  # makes as many steps as there are chunks
+    tokens = len(seat.draft.tokens) - before
+    assert tokens >= (200 + GEOMETRY.image_tokens) // 48, "one step between two chunks"
+
+
+def test_a_second_question_copies_what_a_row_holds(engine):
+    """Also from a row that is still answering: the image is prefilled once."""
+    view = engine.image(PHOTO)
+    first = view.stream("what number is in the red square?", max_new_tokens=30, stop_at_eos=False)
+    next(first.steps())
+    second = view.ask("and where?", max_new_tokens=3, stop_at_eos=False)
+    assert second.stats.reused_tokens >= GEOMETRY.image_tokens
+    assert second.stats.vision_ms == 0
+    first.close()
+
+
+def test_errors_end_only_whom_they_are_for(engine, alone, monkeypatch):
+    good = engine.image(PHOTO).stream(PROMPTS[0], **CHOICES[0], stop_at_eos=False)
+    steps = good.steps()
+    next(steps)
+    slots = engine._batch._slots
+
+    def fail(row, image):
+        raise BackendError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slots, "load", fail)
+        with pytest.raises(BackendError, match="no memory left"):
+            engine.generate(THIRD, "and where?")
+    with pytest.raises(ImageError):
+        engine.generate(b"no image", "and where?")
+    with pytest.raises(OptionError):
+        engine.generate(THIRD, "and where?", temperature=-1)
+    for _ in steps:
+        pass
+    assert same(good.answer(), alone("photo", 0, 0))
+    assert same(engine.generate(THIRD, PROMPTS[1], **CHOICES[0], stop_at_eos=False), alone("third", 1, 0))
+
+
+def test_a_failing_step_ends_those_who_took_it(engine, alone, monkeypatch):
+    streams = [engine.image(image).stream("and where?", max_new_tokens=9) for image in (PHOTO, OTHER)]
+    for stream in streams:
+        next(stream.steps())
+
+    def fail(rows):
+        raise BackendError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._batch._slots, "first", fail)
+        for stream in streams:
+            with pytest.raises(BackendError, match="the device is gone"):
+                stream.answer()
+    assert engine._batch.active == 0
+    assert same(engine.generate(PHOTO, PROMPTS[1], **CHOICES[0], stop_at_eos=False), alone("photo", 1, 0))
+
+
+def test_more_requests_than_slots_wait_their_turn(engine, alone):
+    keys = [("photo", 0, 0), ("other", 1, 2), ("third", 0, 3), ("none", 1, 0), ("photo", 3, 0), ("other", 2, 1)]
+    streams = [
+        engine.image(IMAGES[image]).stream(PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+        for image, prompt, options in keys
+    ]
+    threads, answers = [], {}
+    for key, stream in zip(keys, streams, strict=True):
+        threads.append(threading.Thread(target=lambda key=key, stream=stream: answers.update({key: stream.answer()})))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert all(same(answers[key], alone(*key)) for key in keys)
+
+
+def test_many_at_once(engine, alone):
+    keys = [(image, prompt, 0) for image in IMAGES for prompt in range(len(PROMPTS))]
+    parts = []
+    answers = engine.generate_many(
+        [(IMAGES[image], PROMPTS[prompt]) for image, prompt, _ in keys],
+        progress=parts.append, **CHOICES[0], stop_at_eos=False,
+    )  # fmt: skip
+    assert all(same(answer, alone(*key)) for answer, key in zip(answers, keys, strict=True))
+    assert parts == sorted(parts) and parts[-1] == 1.0 and len(parts) == len(keys)
+    assert engine.generate_many([]) == []
+    with pytest.raises(FlexError, match="request 1: "):
+        engine.generate_many([(PHOTO, "hello"), (b"no image", "hello"), (PHOTO, "hello")])
+    assert engine._batch.active == 0
+
+
+def test_many_without_slots(bundle, alone):
+    with Engine(bundle, threads=1) as single:
+        answers = single.generate_many([(PHOTO, PROMPTS[0]), (None, PROMPTS[1])], **CHOICES[0], stop_at_eos=False)
+    assert same(answers[0], alone("photo", 0, 0)) and same(answers[1], alone("none", 1, 0))
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"slots": True}, {"slots": 10**6}, {"slots": "4"}, {"prefill_chunk": 0}]
+)
+def test_slots_that_cannot_be(bundle, options):
+    with pytest.raises(BackendError, match=next(iter(options))):
+        Engine(bundle, **options)
+
+
+def test_a_closed_engine_ends_with_its_answers(bundle):
+    engine = Engine(bundle, threads=1, slots=2)
+    stream = engine.image(PHOTO).stream("and where?", max_new_tokens=5, stop_at_eos=False)
+    next(stream.steps())
+    engine.close()
+    assert len(stream.answer().token_ids) == 5
+    with pytest.raises(OptionError):
+        engine.generate(PHOTO, "and where?")
