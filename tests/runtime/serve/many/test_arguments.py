@@ -32,7 +32,7 @@ def test_defaults():
     front, replicas, (bundle, digest, cache, settings, opening) = made()
     assert (front.name, front.num_replicas, replicas.name, replicas.num_replicas) == ("Front", 1, "Replica", 1)
     assert (bundle, digest, cache, settings) == ("/b", None, None, Settings())
-    assert opening == {"backend": None, "device": None, "threads": 1, "verify": True}
+    assert opening == {**vars(Opening()), "threads": 1, "verify": True}
     assert replicas._deployment_config.request_router_config.get_request_router_class() is ImageRouter
 
 

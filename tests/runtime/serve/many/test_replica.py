@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -56,7 +57,13 @@ def test_an_engine_that_does_not_answer_is_not_healthy(replica):
 
 def test_an_engine_that_hangs_is_not_healthy(chat_bundle, monkeypatch):
     replica = Replica(str(chat_bundle), None, None, Settings(queue=1), OPENING)
-    monkeypatch.setattr(type(replica._engine), "image", lambda *_: asyncio.run(asyncio.sleep(2)))
+    ends = threading.Event()
+
+    def image(*_: object) -> None:
+        ends.wait(30)
+        raise MemoryError
+
+    monkeypatch.setattr(type(replica._engine), "image", image)
 
     async def check() -> None:
         await asyncio.wait_for(replica.check_health(), 1)  # as Ray Serve does
@@ -64,6 +71,7 @@ def test_an_engine_that_hangs_is_not_healthy(chat_bundle, monkeypatch):
     for _ in range(4):  # also when its queue is full of them
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(check())
+    ends.set()
     replica.__del__()
 
 
