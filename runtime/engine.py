@@ -154,15 +154,16 @@ class Engine(InOneProcess):
         self,
         requests: Iterable[tuple[ImageSource | None, Prompt]],
         *,
-        progress: Callable[[float], None] | None = None,
+        progress: bool | Callable[[float], None] = False,
         exif: bool = EXIF,
         **options: Any,
     ) -> list[Answer]:
         """Answer many prompts, each about its image, `slots` at a time; the answers in their order.
 
         requests: what `generate` takes, in pairs. Questions about one image should follow each other, as the same
-        object: it is encoded once for them. progress: is told the part that is done, 0 .. 1, where `requests` has a
-        length. Raises what `generate` does, with the number of the request; those that run are dropped.
+        object: it is encoded once for them, while those before it are answered. progress: True shows a bar, a function
+        is told the part that is done, 0 .. 1, where `requests` has a length. Raises what `generate` does, with the
+        number of the request; those that run are dropped.
         """
         return generate_many(self.image, self.slots, requests, progress, exif, options)
 

@@ -80,6 +80,16 @@ class ImageView(InOneProcess):
             return 0
         return sum(map(model.nbytes, held)) + (0 if idle is None else idle.decoder.nbytes)
 
+    def encode(self, prompt: Prompt) -> None:
+        """Encode the image now, for `prompt` and others in the bundle's template, rather than with the first question.
+        Errors of `ask`."""
+        model = self._opened()
+        request = read_request(
+            prompt, None, {"max_new_tokens": 1}, has_image=self._has_image, prompter=self._prompter,
+            manifest=self._manifest,
+        )  # fmt: skip
+        self._image_of(request, Clock(model.device_ms))
+
     def chat(self, messages: Sequence[Mapping[str, object]] = ()) -> Chat:
         """A conversation about the image, which goes on from `messages`: see Chat. Raises PromptError."""
         return Chat(self.stream, messages)

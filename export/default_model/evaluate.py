@@ -20,7 +20,6 @@ from rich.progress import track
 
 from engines.backend import Image
 from engines.bundle.pages import margins
-from engines.progress import progress
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
@@ -96,10 +95,10 @@ def measure(
     tally, tokenizer = Tally(), build_tokenizer()
     if not before:
         requests = [(scene.image, question.text) for scene, questions in asked for question in questions]
-        with progress(name) as report:
-            answers = iter(
-                engine.generate_many(requests, progress=report, page_budget=page_budget, max_new_tokens=8, trace=True)
-            )
+        print(name, file=sys.stderr)
+        answers = iter(
+            engine.generate_many(requests, progress=True, page_budget=page_budget, max_new_tokens=8, trace=True)
+        )
         for scene, questions in asked:
             for question in questions:
                 expected = tokenizer.encode(question.answer, add_special_tokens=False).ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from engines.errors import BackendError, FlexError
 from runtime import Answer, Engine, ImageError, OptionError
+from tests.paths import ROOT
 from tests.runtime.questions import OTHER, PHOTO, TALKATIVE
 
 SLOTS = 3
@@ -210,6 +212,7 @@ def test_many_at_once(engine, alone):
     assert all(same(answer, alone(*key)) for answer, key in zip(answers, keys, strict=True))
     assert parts == sorted(parts) and parts[-1] == 1.0 and len(parts) == len(keys)
     assert engine.generate_many([]) == []
+    engine.generate_many([(PHOTO, "hello")], progress=True, max_new_tokens=1)  # a bar
     with pytest.raises(FlexError, match="request 1: "):
         engine.generate_many([(PHOTO, "hello"), (b"no image", "hello"), (PHOTO, "hello")])
     assert engine._batch.active == 0
@@ -237,3 +240,22 @@ def test_a_closed_engine_ends_with_its_answers(bundle):
     assert len(stream.answer().token_ids) == 5
     with pytest.raises(OptionError):
         engine.generate(PHOTO, "and where?")
+
+
+def test_the_default_model_answers_in_any_order(default_bundle):
+    """The questions of the examples in float32, begun and continued at random."""
+    rows = json.loads((ROOT / "examples/examples.json").read_text())
+    alone, engine, draw = Engine(default_bundle("fp32")), Engine(default_bundle("fp32"), slots=4), random.Random(0)
+    expected, views = [], {}
+    for row in rows:
+        path = ROOT / "examples" / row["image"]
+        expected.append(alone.generate(path, row["question"]).token_ids)
+        views.setdefault(row["image"], engine.image(path))
+    running = [
+        (index, stream := views[row["image"]].stream(row["question"]), stream.steps()) for index, row in enumerate(rows)
+    ]
+    while running:
+        entry = draw.choice(running[:6])
+        if next(entry[2], None) is None:
+            running.remove(entry)
+            assert entry[1].answer().token_ids == expected[entry[0]], rows[entry[0]]
