@@ -32,6 +32,7 @@ from runtime.preprocess import preprocess
 
 ASKED = {"one": 3, "two": 3, "yes/no": 2, "count": 1}  # questions per scene
 PAGE_BUDGETS = (1, 2, 4, 8, 16)
+AT_ONCE = {"slots": 8, "threads": 1}  # of an engine: a model as small as this gains nothing from a second thread
 PROBES = {
     "double clutter": {"clutter": 2.0},
     "aspect 2:1": {"aspect": 2.0},
@@ -151,7 +152,7 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
         config = json.loads((everything / "config.json").read_text())
         config["extra"]["threshold"] = "-1"
         (everything / "config.json").write_text(json.dumps(config))
-        engine, asked = Engine(bundle), scenes_with_questions(count, seed)
+        engine, asked = Engine(bundle, **AT_ONCE), scenes_with_questions(count, seed)
         rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", asked, 0)}
         rows["low-res only: this model, hi-res off"] = measure(engine, asked, 0, "off")
         rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
@@ -176,7 +177,7 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
 
 def measure_with(model: Path, folder: Path, asked: list, page_budget: int | None) -> Tally:
     """Build a checkpoint and measure it."""
-    return measure(Engine(build(BuildOptions(model, folder)).path), asked, page_budget, folder.name)
+    return measure(Engine(build(BuildOptions(model, folder)).path, **AT_ONCE), asked, page_budget, folder.name)
 
 
 def main() -> None:

@@ -157,6 +157,7 @@ def test_interrupted_builds_leave_nothing(checkpoint, tmp_path, kind):
 @pytest.mark.parametrize("method", ["vision", "project", "run"])
 def test_a_nan_fails_the_check(random_model, monkeypatch, method, late):
     """NaN everywhere, or only in the last layer, tile batch or step: no number before it hides it."""
+    checkpoint, bundle = random_model("tiny", tiny())  # before anything is broken: building it checks it, too
     owner, calls = (OrtDecoder if method == "run" else OrtModel), []
     original = getattr(owner, method)
 
@@ -175,7 +176,6 @@ def test_a_nan_fails_the_check(random_model, monkeypatch, method, late):
 
     monkeypatch.setattr(owner, method, broken)
     stage = {"vision": "vision features", "project": "page values", "run": "decode" if late else "prefill"}[method]
-    checkpoint, bundle = random_model("tiny", tiny())
     with pytest.raises(ParityError, match=f"{stage}.* nan"):
         parity(Bundle(bundle), Checkpoint.open(checkpoint, checkpoint / "clip"))
 

@@ -139,12 +139,12 @@ def _engine(view: ImageView, question: str) -> float:
     return perf_counter() - begin
 
 
-def measure(bundle: Path, scenes: int, clients: int, count: int, rounds: int) -> list[tuple[str, str]]:
+def measure(bundle: Path, scenes: int, clients: int, count: int, rounds: int, slots: int = 1) -> list[tuple[str, str]]:
     """The rows of the table. AssertionError when something is not as it should be."""
     with Engine(bundle) as engine, tempfile.TemporaryDirectory() as folder:
         asked = questions(engine, scenes)
         rows = [(f"right answers of Engine itself, about {scenes} images", _share([e.text == e.right for e in asked]))]
-        with serving(bundle, "--queue", QUEUE, log=Path(folder) / "log") as running:
+        with serving(bundle, "--queue", QUEUE, "--slots", slots, log=Path(folder) / "log") as running:
             server = Watched(Address.of(running.url), running.process.pid)
             fresh = server.resources()
             asyncio.run(load(server.address, asked, 2, len(asked)))
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", help="of the default model; None = one that is built")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--slots", type=int, default=1, help="of the server")
     parser.add_argument("--scenes", type=int, default=10, help="images, with some nine questions each")
     parser.add_argument(
         "--rounds", type=int, default=15, help="how often every fourth question is timed for the overhead"
@@ -259,7 +260,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = given.bundle or build(BuildOptions(out=Path(folder) / "bundle", check="none")).path
-        rows = measure(bundle, given.scenes, given.clients, given.requests, given.rounds)
+        rows = measure(bundle, given.scenes, given.clients, given.requests, given.rounds, given.slots)
     print("\n".join(f"| {name} | {value} |" for name, value in [("", ""), ("---", "---:"), *rows]))
 
 
