@@ -23,8 +23,8 @@ def test_rows_and_answers(monkeypatch, capsys):
 
 
 def test_requests_are_the_same_each_time():
-    assert throughput.requests(5, 16, 100) == throughput.requests(5, 16, 100)
-    assert {len(request.ids) for request in throughput.requests(9, 16, 100)} != {17}
+    assert throughput.requests(5, 2, 16, 100) == throughput.requests(5, 2, 16, 100)
+    assert {len(request.ids) for request in throughput.requests(9, 2, 16, 100)} != {17}
 
 
 def test_fewer_requests_than_slots(monkeypatch):

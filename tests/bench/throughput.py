@@ -26,7 +26,7 @@ from tests.bench.decode import processor
 from tests.bench.random_checkpoint import SHAPES, write
 
 SLOTS = (1, 2, 4, 8)
-IMAGES, SEED = 3, 0
+SEED = 0
 WORDS = 30  # tokens of a question, about
 HEAD = "| precision | at a time | joining and leaving | | first token | gap | starting together | | memory |"
 RULE = "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
@@ -58,13 +58,13 @@ class Row:
     memory: int
 
 
-def requests(count: int, longest: int, vocab: int) -> list[Request]:
-    """Questions of different lengths about a few images, mixed."""
+def requests(count: int, images: int, longest: int, vocab: int) -> list[Request]:
+    """Questions of different lengths about so many images, mixed."""
     draw = np.random.default_rng(SEED)
     made = []
     for index in range(count):
         words = draw.integers(3, vocab, WORDS // 2 + int(draw.integers(WORDS))).tolist()
-        made.append(Request(index % IMAGES, [1, -200, *words], int(draw.integers(longest // 4, longest + 1))))
+        made.append(Request(index % images, [1, -200, *words], int(draw.integers(longest // 4, longest + 1))))
     return made
 
 
@@ -97,7 +97,9 @@ def run(engine: Engine, views: list, asked: list[Request], budget: int) -> tuple
 def measure(bundle: Path, slots: int, asked: list[Request], budget: int, threads: int | None) -> tuple[Row, list]:
     """One row, and the answers that belong to it."""
     before = resident()
-    images = np.random.default_rng(SEED).integers(0, 256, (IMAGES, 300, 400, 3), dtype=np.uint8)
+    images = np.random.default_rng(SEED).integers(
+        0, 256, (1 + max(request.image for request in asked), 300, 400, 3), dtype=np.uint8
+    )
     with Engine(bundle, slots=slots, threads=threads, verify=False) as engine:
         views = [engine.image(image) for image in images]
         for view in views:  # vision, and memory that is touched for the first time
@@ -105,7 +107,7 @@ def measure(bundle: Path, slots: int, asked: list[Request], budget: int, threads
         run(engine, views, asked[:slots], budget)
         seconds, first, gaps, answers = run(engine, views, asked, budget)
         longest = max(request.tokens for request in asked)
-        equal = [Request(index % IMAGES, asked[index].ids, longest) for index in range(slots)]
+        equal = [Request(asked[index].image, asked[index].ids, longest) for index in range(slots)]
         together, *_ = run(engine, views, equal, budget)
         tokens = sum(request.tokens for request in asked)
         row = Row(
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int4"])
     parser.add_argument("--slots", nargs="+", type=int, default=SLOTS, help="ratios are to the first")
     parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--images", type=int, default=3, help="that the requests are about")
     parser.add_argument("--tokens", type=int, default=64, help="of the longest answer; the shortest has a quarter")
     parser.add_argument("--pages", type=int, default=22, help="each layer reads for each token")
     parser.add_argument("--threads", type=int, default=None, help="None = every core")
@@ -153,9 +156,10 @@ def main() -> None:
         folder = Path(name)
         g = SHAPES[given.shape]
         model = write(given.shape, folder / "model", threshold=-1, context=g.image_tokens + 2 * WORDS + given.tokens)
-        asked = requests(given.requests, given.tokens, g.vocab)
+        asked = requests(given.requests, given.images, given.tokens, g.vocab)
         for precision in given.precisions:
-            bundle = build(BuildOptions(model, folder / precision, precision=precision, check="none")).path
+            blocks = {"block_size": 32} if precision == "int4" and g.intermediate % 128 else {}
+            bundle = build(BuildOptions(model, folder / precision, precision=precision, check="none", **blocks)).path
             expected = None
             for slots in given.slots:
                 row, answers = measure(bundle, slots, asked, given.pages, given.threads)
