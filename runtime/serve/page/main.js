@@ -18,6 +18,7 @@ let choices = 0; // of pictures: one that is there late does not take the place 
 
 /** Ask the server what it has, and offer it. */
 async function connect() {
+  hideProblem(); // before, not after: what is told meanwhile stays
   try {
     const model = await api.model();
     conversation.model = model;
@@ -31,9 +32,7 @@ async function connect() {
     showExamples(await api.examples());
   } catch (problem) {
     showProblem(problem, { again: connect });
-    return;
   }
-  hideProblem();
 }
 
 /** @param {{image: string, question: string, answer?: string}[]} rows */
