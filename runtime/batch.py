@@ -85,11 +85,6 @@ class Batch:
         """Requests that have a row."""
         return len(self._seats)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self._slots.nbytes
-
     def decode(self, draft: Draft, image: Callable[[], Image[Any] | None]) -> Generator[Token]:
         """Answer `draft.request` beside the others; like runtime.decode.decode. `image`: encodes it, of one row, when
         the first token is asked for; None for text alone."""
@@ -192,9 +187,9 @@ class Batch:
             self._guarded([seat], partial(self._settle, seat))
             if seat.row is None or seat.prefilled:  # an error, or another row had all of it
                 continue
-            longest = max(self._piece(each) for each in [*together, seat])
-            shortest = min(self._piece(each) for each in [*together, seat])
-            if not together or (2 * shortest > longest and longest * (len(together) + 1) <= self._chunk):
+            pieces = [self._piece(each) for each in [*together, seat]]
+            longest = max(pieces)
+            if not together or (2 * min(pieces) > longest and longest * (len(together) + 1) <= self._chunk):
                 together.append(seat)
         return together
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from engines.bundle.geometry import Geometry
 from runtime.answer import Token
-from runtime.serve.errors import RETRY_AFTER, ApiError
+from runtime.serve.errors import ApiError, late
 from runtime.serve.guard import Bodies
 from runtime.serve.media import read_image
 from runtime.serve.schema import Asked, ImageUrl, read
@@ -102,7 +102,8 @@ class Exchange:
         del image
         self._worker.submit(job)
         left = max(0.0, self._timeout - (time.perf_counter() - arrived))
-        timer = loop.call_later(left, self._queue.put_nowait, Failed(self._late()))
+        error = late(self._timeout, "ask for fewer tokens (max_tokens), or when fewer others ask")
+        timer = loop.call_later(left, self._queue.put_nowait, Failed(error))
         watcher = loop.create_task(self._watch())
         try:
             while True:
@@ -122,12 +123,6 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._queue.put_nowait(_GONE)
-
-    def _late(self) -> ApiError:
-        return ApiError(
-            503, f"no answer within {self._timeout:g} s, waiting included", code="timeout",
-            fix="ask for fewer tokens (max_tokens), or when fewer others ask", headers=RETRY_AFTER,
-        )  # fmt: skip
 
 
 @dataclass

@@ -99,6 +99,17 @@ def unavailable() -> ApiError:
     )
 
 
+def queue_full(message: str) -> ApiError:
+    """More is asked than may wait."""
+    return ApiError(429, message, code="queue_full", fix="ask again later", headers=RETRY_AFTER)
+
+
+def late(timeout: float, fix: str) -> ApiError:
+    """There was no answer in time, which is so many seconds."""
+    message = f"no answer within {timeout:g} s, waiting included"
+    return ApiError(503, message, code="timeout", fix=fix, headers=RETRY_AFTER)
+
+
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     """Handler of `ApiError` and `FlexError`."""
     answer = told(error)

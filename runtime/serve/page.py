@@ -43,20 +43,22 @@ async def index(request: Request) -> Response:
 async def examples(request: Request) -> Response:
     """The shipped examples: image (its path from the root of this app), question, answer; none where they are not
     installed."""
-    listed = EXAMPLES / "examples.json"
-    if not listed.is_file():
-        return JSONResponse([])
-    found = json.loads(listed.read_text())
-    return JSONResponse([{**each, "image": f"/flex/examples/{each['image']}"} for each in found])
+    return JSONResponse([{**each, "image": f"/flex/examples/{each['image']}"} for each in _listed()])
 
 
 async def example_image(request: Request) -> Response:
     """One of the images that `examples` lists."""
-    name, listed = request.path_params["name"], EXAMPLES / "examples.json"
-    names = {each["image"] for each in json.loads(listed.read_text())} if listed.is_file() else set()
-    if name not in names:
+    name = request.path_params["name"]
+    if not any(each["image"] == name for each in _listed()):
         raise ApiError(404, "no such example", code="not_found", fix="see /flex/examples")
     return FileResponse(EXAMPLES / name, headers=_FRESH)
+
+
+def _listed() -> list[dict[str, str]]:
+    """The shipped examples; none where they are not installed."""
+    path = EXAMPLES / "examples.json"
+    found: list[dict[str, str]] = json.loads(path.read_text()) if path.is_file() else []
+    return found
 
 
 class NewScenes:

@@ -18,7 +18,7 @@ from engines.sizing.needs import Configuration, store_bytes
 from runtime.answer import Answer, Token
 from runtime.engine import Engine
 from runtime.request import read_request
-from runtime.serve.errors import RETRY_AFTER, ApiError, no_engine, told, unavailable
+from runtime.serve.errors import ApiError, no_engine, queue_full, told, unavailable
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Settings
 from runtime.serve.views import Views
@@ -110,10 +110,7 @@ class Worker:
         with self._changed:
             self.require_ready()
             if len(self._waiting) >= self._settings.queue:
-                raise ApiError(
-                    429, f"{len(self._waiting)} requests are waiting already", code="queue_full",
-                    fix="ask again later", headers=RETRY_AFTER,
-                )  # fmt: skip
+                raise queue_full(f"{len(self._waiting)} requests are waiting already")
             self._waiting.append(job)
             self._metrics.queue.set(len(self._waiting))
             self._threads.submit(self._run_next)

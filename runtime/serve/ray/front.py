@@ -30,7 +30,7 @@ from starlette.types import Message, Receive, Scope, Send
 from engines.errors import FlexError
 from runtime.serve.application import COMPLETIONS
 from runtime.serve.completions import as_event
-from runtime.serve.errors import RETRY_AFTER, ApiError, on_api_error, on_http_error
+from runtime.serve.errors import RETRY_AFTER, ApiError, late, on_api_error, on_http_error, queue_full
 from runtime.serve.guard import Bodies, Guard, keyed
 from runtime.serve.media import read_image
 from runtime.serve.metrics import Metrics
@@ -120,15 +120,9 @@ class Relay:
             except StopAsyncIteration:
                 return
             except (asyncio.TimeoutError, TimeoutError):  # one and the same from Python 3.11 on
-                raise ApiError(
-                    503, f"no answer within {self._settings.timeout:g} s, waiting included", code="timeout",
-                    fix="ask again when fewer others ask", headers=RETRY_AFTER,
-                ) from None  # fmt: skip
+                raise late(self._settings.timeout, "ask again when fewer others ask") from None
             except BackPressureError:
-                raise ApiError(
-                    429, "too many requests are waiting already", code="queue_full", fix="ask again later",
-                    headers=RETRY_AFTER,
-                ) from None  # fmt: skip
+                raise queue_full("too many requests are waiting already") from None
             except (RayActorError, DeploymentUnavailableError) as error:
                 _log.warning("a replica was lost, try %d: %s", tries, type(error).__name__)
                 if begun or tries == TRIES:
