@@ -84,10 +84,7 @@ class ImageView(InOneProcess):
         """Encode the image now, for `prompt` and others in the bundle's template, rather than with the first question.
         Errors of `ask`."""
         model = self._opened()
-        request = read_request(
-            prompt, None, {"max_new_tokens": 1}, has_image=self._has_image, prompter=self._prompter,
-            manifest=self._manifest,
-        )  # fmt: skip
+        request = self._request(prompt, None, {"max_new_tokens": 1})
         self._image_of(request, Clock(model.device_ms))
 
     def chat(self, messages: Sequence[Mapping[str, object]] = ()) -> Chat:
@@ -104,14 +101,17 @@ class ImageView(InOneProcess):
         A question that cannot be answered is an error here; work begins when the first piece is asked for.
         """
         model = self._opened()
-        request = read_request(
-            prompt, input_ids, options, has_image=self._has_image, prompter=self._prompter, manifest=self._manifest
-        )
+        request = self._request(prompt, input_ids, options)
         text, clock = self._prompter.text_stream(request.options.stop), Clock(model.device_ms)
         draft = Draft(request, text, clock, model.geometry, Sampler(request.options.sampling()))
         if self._batch is None:
             return Stream(draft, decode(self._prefilled(request, clock), draft))
         return Stream(draft, self._batch.decode(draft, partial(self._image_of, request, clock)))
+
+    def _request(self, prompt: Prompt | None, input_ids: Sequence[int] | None, options: Mapping[str, Any]) -> Request:
+        return read_request(
+            prompt, input_ids, options, has_image=self._has_image, prompter=self._prompter, manifest=self._manifest
+        )
 
     def _opened(self) -> Model[Any]:
         """The model; OptionError when the view is closed, BackendError in a fork, BundleError when the bundle was
