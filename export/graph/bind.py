@@ -155,6 +155,7 @@ def _widen(model: ir.Model, narrow: ir.DataType) -> None:
         for value in node.outputs:
             if value.dtype == narrow:
                 value.dtype = wide
-    for value in graph.inputs:
-        if value.dtype == narrow:
-            value.dtype = wide
+    for part in (graph, *graph.subgraphs()):  # the bodies of loops have typed inputs, too
+        for value in part.inputs:
+            if value.dtype == narrow:
+                value.dtype = wide

@@ -1,13 +1,21 @@
 """flex::HierarchicalAttention as an ONNX function for ONNX Runtime: gathers the selected pages, or masks the others.
 
 Inputs and outputs: see the package docstring. `0` in a Reshape keeps the dimension.
+
+No operator reads pages through a list: they are copied first. Where pages are large, a Scan does that for a few heads of
+one row of the batch at a time, so that what is read next is still in the processor's cache: a step of four rows with 22
+pages each, at 7B's width in int4, takes 78 ms instead of 101 to 114. For small pages it is a few operators too many: a
+step of four rows of the default model would take 2.3 ms instead of 2.0 (measured on the CPU).
 """
 
 from __future__ import annotations
 
-from onnxscript import script
+from onnxscript import graph, script
 
 from plugins.cached_attention.onnx_body import ImageMap, JoinHeads, LowAttention, Scores, TurnAndStore, flex, op
+
+LARGE = 1 << 17  # numbers in a page, of all heads
+HEADS = 8  # whose pages are copied at a time: 5.8 MB of keys for 22 pages of 64 tokens, head size 128, float32
 
 
 @script(flex, default_opset=op)
@@ -45,21 +53,78 @@ def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
 
 
 @script(flex, default_opset=op)
-def Gathered(page_key, page_value, listed, inside, most, kv_heads: int, head_dim: int):
-    """Keys and values of the first `most` listed pages, page by page [B, Hkv, n, hd]; which of them are tokens
-    [B, 1, 1, n]; and where their pages are in a store, below the batch [B, Hkv, most, 1]."""
+def GatheredAttention(
+    rows, low_scores, value, page_key, page_value, some, inside, last, kv_heads: int, head_dim: int
+):  # fmt: skip
+    """PageAttention with the pages `some` [B, n] of a store [B, Hkv, C*C, P, hd] for those rows that are `last`
+    [B, 1, R, 1]. `inside`: which slots of a page are tokens [C*C + 1, P]."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     to_tokens = op.Concat(keep, key_heads, op.Constant(value_ints=[-1]), width, axis=0)
-    some = op.Slice(listed, keep, most, one)
     used = op.Reshape(op.Gather(inside, some), op.Constant(value_ints=[0, 1, 1, -1]))
-    around = op.Constant(value_ints=[1, 3])
-    index = op.Expand(op.Unsqueeze(some, around), op.Concat(one, key_heads, one, one, axis=0))
+    index = op.Expand(op.Unsqueeze(some, op.Constant(value_ints=[1, 3])), op.Concat(one, key_heads, one, one, axis=0))
     keys = op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens)
     values = op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens)
-    return keys, values, used, index
+    return PageAttention(rows, low_scores, value, keys, values, op.And(used, last), op.Shape(value, start=2, end=3))
+
+
+@script(flex, default_opset=op)
+def HeadGroup(kv_heads: int):
+    """How many key/value heads go together [1]: the largest power of two up to HEADS that divides them."""
+    several = op.BitwiseOr(op.Constant(value_int=kv_heads), op.Constant(value_int=HEADS))
+    return op.Unsqueeze(op.BitwiseAnd(several, op.Neg(several)), op.Constant(value_ints=[0]))
+
+
+@script(flex, default_opset=op)
+def ByGroup(each, group):
+    """What each head has, [B, Hkv, X, Y], by groups of heads: [B*Hkv/group, 1, group, X, Y]."""
+    to_groups = op.Concat(op.Constant(value_ints=[-1, 1]), group, op.Constant(value_ints=[0, 0]), axis=0)
+    return op.Reshape(op.Unsqueeze(each, op.Constant(value_ints=[1])), to_groups)
+
+
+@script(flex, default_opset=op)
+def ForGroups(once, groups):
+    """What a row of the batch has once, [B, 1, X, Y], for each of its groups of heads: [B*groups, 1, X, Y]."""
+    one = op.Constant(value_ints=[1])
+    repeated = op.Expand(once, op.Concat(one, groups, one, one, axis=0))
+    return op.Reshape(repeated, op.Constant(value_ints=[-1, 1, 0, 0]))
+
+
+@script(flex, default_opset=op)
+def GroupedAttention(
+    rows, low_scores, value, page_key, page_value, some, inside, last, kv_heads: int, head_dim: int
+):  # fmt: skip
+    """GatheredAttention, a few heads of one row of the batch at a time."""
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    rest = op.Constant(value_ints=[-1])
+    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
+    group = HeadGroup(kv_heads=kv_heads)
+    groups = op.Div(heads, group)
+    to_stores = op.Concat(rest, group, keep, keep, keep, axis=0)
+    to_tokens = op.Concat(one, group, rest, width, axis=0)
+    to_used = op.Constant(value_ints=[1, 1, 1, -1])
+    capacity = op.Shape(value, start=2, end=3)
+
+    @graph()
+    def OfGroup(few_rows, few_scores, few_values, keys, values, listed, seen):
+        those = op.Reshape(listed, rest)
+        page_keys = op.Reshape(op.Gather(keys, those, axis=1), to_tokens)
+        page_values = op.Reshape(op.Gather(values, those, axis=1), to_tokens)
+        used = op.And(op.Reshape(op.Gather(inside, those), to_used), seen)
+        few = PageAttention(few_rows, few_scores, few_values, page_keys, page_values, used, capacity)
+        return few
+
+    context = op.Scan(
+        ByGroup(rows, group), ByGroup(low_scores, group), ByGroup(value, group),
+        op.Reshape(page_key, to_stores), op.Reshape(page_value, to_stores),
+        ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups), ForGroups(last, groups),
+        num_scan_inputs=7, body=OfGroup,
+    )  # fmt: skip
+    return op.Reshape(op.Squeeze(context, one), op.Concat(rest, heads, keep, keep, axis=0))
 
 
 @script(flex, default_opset=op)
@@ -79,15 +144,26 @@ def HierarchicalAttention(
     to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
     last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
 
+    # Known when a graph is bound, which then has one branch of the two.
+    page = op.Constant(value_int=kv_heads) * op.Constant(value_int=head_dim) * op.Constant(value_int=page_size)
+    large = op.GreaterOrEqual(page, op.Constant(value_int=LARGE))
+
     # The branches assign one value: onnxscript puts several in no certain order. The common case comes first: each If
     # costs as much as a few operators.
     capacity = op.Shape(past_key, start=2, end=3)
     few = op.LessOrEqual(most, op.Div(op.Shape(page_lengths), op.Constant(value_int=2)))
     if op.And(op.Greater(most, op.Constant(value_int=0)), few):
-        keys, values, used, index = Gathered(
-            page_key, page_value, listed, inside, most, kv_heads=kv_heads, head_dim=head_dim
-        )
-        context = PageAttention(rows, scores, present_value, keys, values, op.And(used, last), capacity)
+        some = op.Slice(listed, keep, most, op.Constant(value_ints=[1]))
+        if large:
+            context = GroupedAttention(
+                rows, scores, present_value, page_key, page_value, some, inside, last,
+                kv_heads=kv_heads, head_dim=head_dim,
+            )  # fmt: skip
+        else:
+            context = GatheredAttention(
+                rows, scores, present_value, page_key, page_value, some, inside, last,
+                kv_heads=kv_heads, head_dim=head_dim,
+            )  # fmt: skip
     else:
         if few:
             context = op.MatMul(op.CastLike(weights, query), present_value)
@@ -102,5 +178,5 @@ def HierarchicalAttention(
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, Gathered
-FUNCTIONS = (*SHARED, PageAttention, HierarchicalAttention)
+SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, HeadGroup, ByGroup, ForGroups
+FUNCTIONS = (*SHARED, PageAttention, GatheredAttention, GroupedAttention, HierarchicalAttention)

@@ -78,6 +78,7 @@ ATTENTION_CASES = {
     "ragged last split": Sizes(capacity=300, past=(257,), counts=(9,), begin=(120,)),
     "image at the end": Sizes(past=(41,), begin=(24,)),
     "grouped heads": Sizes(heads=8, kv_heads=2),
+    "six heads": Sizes(heads=6, kv_heads=6, past=(41, 17), counts=(2, 4), begin=(3, 1)),
     "head size 96": Sizes(head_dim=96),
     "batch": Sizes(past=(41, 0, 17), counts=(2, 0, 9), begin=(3, 0, 1), kv_heads=2, short_pages=True),
     "prefill": Sizes(past=(20,), steps=7),
@@ -89,8 +90,8 @@ ATTENTION_CASES = {
 INT8_ATTENTION_CASES = {
     name: ATTENTION_CASES[name]
     for name in (
-        "decode", "no page", "all pages", "short pages", "pages of more than a tile", "grouped heads", "head size 96",
-        "batch", "prefill, batch, grouped",
+        "decode", "no page", "all pages", "short pages", "pages of more than a tile", "grouped heads", "six heads",
+        "head size 96", "batch", "prefill, batch, grouped",
     )
 }  # fmt: skip
 

@@ -84,6 +84,15 @@ def test_engine(int8_pages, projection):
     assert len(engine.generate(None, input_ids=[1, 5, 9], max_new_tokens=3, stop_at_eos=False).token_ids) == 3
 
 
+@pytest.mark.parametrize("case", ["small_150x200"], indirect=True)
+def test_beside_float16_weights(case, checkpoint, int8_pages, tmp_path):
+    """Their graphs compute in float32 on ONNX Runtime, those of a few heads within them, too."""
+    out = build(BuildOptions(checkpoint(case.weights), tmp_path, precision="fp16", kv="int8", check="none")).path
+    wide, narrow = (OrtModel(Bundle(path)) for path in (int8_pages(case.weights), out))
+    pairs = zip(replayed(case, wide, wide.geometry), replayed(case, narrow, narrow.geometry), strict=True)
+    assert max(np.abs(left.logits - right.logits).max() for left, right in pairs) < 0.3
+
+
 def test_options():
     assert BuildOptions().kv == "model"
     with pytest.raises(OptionError, match="kv 'int4'") as caught:
