@@ -44,9 +44,9 @@ class Opening:
             object.__setattr__(self, name, checked)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image(Generic[Array]):
-    """What the decoder needs to know of B images (one per row), resident on the device."""
+    """What the decoder needs to know of B images (one per row), resident on the device. Equal to itself alone."""
 
     features: Array  # [B, T, hidden]
     pages: dict[str, Array]  # what the decoder takes about hi-res pages, by name; lazily projected pages change in it
@@ -115,6 +115,17 @@ class Decoder(Protocol):
         """
 
 
+class KeptCache(Protocol):
+    """Keys and values of a row's first tokens, apart from the row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+
+    def restore(self, row: int, tokens: int) -> None:
+        """Put the first so many of the tokens into a row that has their image. Raises BackendError."""
+
+
 class Slots(Protocol[Array]):
     """Rows of one decoder, side by side: each has room for the whole context and for the pages of one image. They are
     filled one by one and step together, the first so many of them.
@@ -135,6 +146,9 @@ class Slots(Protocol[Array]):
     def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
         """Copy the first so many tokens of a row's cache into another row, which then has these alone; with `image`,
         the image, too. Raises BackendError."""
+
+    def keep(self, row: int, tokens: int) -> KeptCache | None:
+        """A copy of the first so many tokens of a row's cache; None where prefilling them again is the better way."""
 
     def row(self, row: int) -> Decoder:
         """A row alone: a decoder of a batch of one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,14 @@ from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from engines.backend import Image, Model, Step
+from engines.backend import Image, KeptCache, Model, Step
 from engines.errors import FlexError
 from runtime.answer import Draft, Token
-from runtime.request import Request
+from runtime.request import Request, shared_runs
 
 
 @dataclass(eq=False)
@@ -59,6 +59,15 @@ class _Row:
     seat: _Seat | None = None
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a row held of an image before another came into it. ids, runs: as in `_Row`. cache: the slots' own."""
+
+    ids: np.ndarray
+    runs: tuple[int, ...]
+    cache: KeptCache
+
+
 class Batch:
     """The rows of one model, and the requests that take turns in them.
 
@@ -67,7 +76,8 @@ class Batch:
 
     A request takes the free row that holds most of it, or a copy of what another row holds, is prefilled there run by
     run, at most a chunk between two steps, and leaves at once when it has its last token or nobody wants it. Rows do
-    not see each other.
+    not see each other. When a row is given to another image, what it held of the one before is put aside, as long as
+    that image lives: with more images than rows none is prefilled again.
 
     steps: that were made so far.
     """
@@ -77,6 +87,7 @@ class Batch:
         self._model, self._slots, self._chunk = model, model.slots(slots), chunk
         self._rows, self._seats = [_Row() for _ in range(slots)], list[_Seat]()  # those that have a row, by arrival
         self._waiting: deque[_Seat] = deque()
+        self._kept: WeakKeyDictionary[Image[Any], _Kept] = WeakKeyDictionary()
         self.steps = 0
         self._stepping, self._changing = threading.Lock(), threading.Lock()
 
@@ -166,16 +177,47 @@ class Batch:
         held = [self._held(seat, index) for index in range(len(self._rows))]
         source = max(range(len(held)), key=held.__getitem__)
         row, known = self._rows[target], max(0, held[target])
-        if held[source] > held[target]:
+        aside = self._aside(seat)
+        if seat.image is not row.image():
+            self._keep(target)
+        if held[source] > held[target] and held[source] >= aside:
             self._slots.copy(source, target, held[source], image=held[target] < 0)
             known = held[source]
-        elif held[target] < 0 and seat.image is not None:
-            self._slots.load(target, seat.image)
+        elif seat.image is not None:
+            if held[target] < 0:
+                self._slots.load(target, seat.image)
+            if aside > known:
+                self._kept[seat.image].cache.restore(target, aside)
+                known = aside
         row.ids, row.runs = seat.request.ids[:known], seat.request.runs
         if seat.image is not None:
-            row.image = weakref.ref(seat.image)
+            row.image = ref(seat.image)
         seat.known = seat.reused = known
         seat.settled = True
+
+    def _keep(self, index: int) -> None:
+        """Put aside what a row holds of its image, up to its latest question, unless it is elsewhere, too."""
+        row = self._rows[index]
+        image, worth = row.image(), max((end for end in row.runs[:-1] if end <= len(row.ids)), default=0)
+        if image is None or not (row.ids[:worth] < 0).any():  # a row of text keeps the image that was loaded
+            return
+        others = [(each.ids, each.runs) for each in self._rows if each is not row and each.image() is image]
+        if (kept := self._kept.get(image)) is not None:
+            others.append((kept.ids, kept.runs))
+        if worth > max((shared_runs(row.ids, row.runs, *other) for other in others), default=0):
+            cache = self._slots.keep(index, worth)
+            if cache is not None:
+                self._kept[image] = _Kept(row.ids[:worth].copy(), row.runs, cache)
+
+    def _aside(self, seat: _Seat) -> int:
+        """How many of a request's ids are put aside."""
+        kept = None if seat.image is None else self._kept.get(seat.image)
+        return 0 if kept is None else seat.request.known(kept.ids, kept.runs)
+
+    def kept_bytes(self, image: Image[Any]) -> int:
+        """Bytes that are put aside for an image."""
+        kept = self._kept.get(image)
+        return 0 if kept is None else kept.cache.nbytes
 
     def _joining(self, seats: list[_Seat]) -> list[_Seat]:
         """Of those that are to be prefilled, by arrival, those that share the next run: the first, and all whose next
@@ -198,7 +240,7 @@ class Batch:
         others = [each.request for each in ahead if each.image is seat.image]
         coming = [seat.request.known(other.ids[:-1], other.runs) for other in others]
         held = max(self._held(seat, row) for row in range(len(self._rows)))
-        return max(coming, default=0) <= max(0, held)
+        return max(coming, default=0) <= max(held, self._aside(seat))
 
     def _piece(self, seat: _Seat) -> int:
         """How many tokens of a request come next: to the end of a run, a chunk at most. The pieces are the same

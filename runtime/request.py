@@ -111,15 +111,20 @@ class Request:
 
     def known(self, held: np.ndarray, runs: tuple[int, ...]) -> int:
         """How many of the ids a cache need not be fed that holds `held`, prefilled in `runs`: whole runs of both."""
-        shared = min(len(held), len(self.ids))
-        differ = np.flatnonzero(held[:shared] != self.ids[:shared])
-        same = int(differ[0]) if differ.size else shared
-        return max((end for end in self.runs if end <= same and end in runs), default=0)
+        return shared_runs(self.ids, self.runs, held, runs)
 
     @property
     def room(self) -> int:
         """Tokens a cache must have room for: the prompt and the answer, whose last token is never fed."""
         return len(self.ids) + self.options.max_new_tokens - 1
+
+
+def shared_runs(ids: np.ndarray, runs: tuple[int, ...], held: np.ndarray, held_runs: tuple[int, ...]) -> int:
+    """How many tokens two caches, or a request and a cache, begin with alike, in whole runs of both."""
+    shared = min(len(held), len(ids))
+    differ = np.flatnonzero(held[:shared] != ids[:shared])
+    same = int(differ[0]) if differ.size else shared
+    return max((end for end in runs if end <= same and end in held_runs), default=0)
 
 
 def read_request(

@@ -71,14 +71,15 @@ class ImageView(InOneProcess):
 
     @property
     def nbytes(self) -> int:
-        """Bytes it holds on the device: features, pages, and the cache that no running answer uses. 0 before the first
-        question, and once it is closed."""
+        """Bytes it holds on the device: features, pages, and the cache that no running answer uses, or what slots put
+        aside of it. 0 before the first question, and once it is closed."""
         with self._sharing:
-            model, held, idle = self._model, list(self._features or ()), self._idle
-            held += [] if self._encoded is None else self._encoded.pages.values()
+            model, held, idle, encoded = self._model, list(self._features or ()), self._idle, self._encoded
+            held += [] if encoded is None else encoded.pages.values()
         if model is None:
             return 0
-        return sum(map(model.nbytes, held)) + (0 if idle is None else idle.decoder.nbytes)
+        aside = 0 if self._batch is None or encoded is None else self._batch.kept_bytes(encoded)
+        return sum(map(model.nbytes, held)) + aside + (0 if idle is None else idle.decoder.nbytes)
 
     def encode(self, prompt: Prompt) -> None:
         """Encode the image now, for `prompt` and others in the bundle's template, rather than with the first question.

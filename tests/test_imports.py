@@ -31,7 +31,7 @@ HOMES = {
     "transformers": ("export/second_opinion.py",),
     "sklearn": ("export/default_model/*",),
     "triton": ("plugins/*/kernel.py", "plugins/compiler/*"),
-    "onnxruntime": ("engines/ort.py",),
+    "onnxruntime": ("engines/ort/*",),
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),
     "cuda": ("engines/cuda.py",),

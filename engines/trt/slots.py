@@ -68,6 +68,9 @@ class TrtSlots:
                 self._begin[target], self._margins[target] = self._begin[source], self._margins[source]
             self.length[target] = tokens
 
+    def keep(self, row: int, tokens: int) -> None:
+        """See Slots.keep: nothing. A GPU prefills quickly, and its memory is what slots are counted by."""
+
     def row(self, row: int) -> TrtDecoder:
         """See Slots.row. Nothing it does is recorded: prompts are prefilled in it."""
         return self._rows[row]

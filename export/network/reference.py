@@ -169,6 +169,9 @@ class ReferenceSlots:
             self._rows[target].image = self._rows[source].image
         self.length[target] = tokens
 
+    def keep(self, row: int, tokens: int) -> None:
+        """See Slots.keep: nothing."""
+
     def row(self, row: int) -> ReferenceDecoder:
         """See Slots.row."""
         return self._rows[row]

@@ -2,10 +2,10 @@
 
 Inputs and outputs: see the package docstring. `0` in a Reshape keeps the dimension.
 
-No operator reads pages through a list: they are copied first. Where pages are large, a Scan does that for a few heads of
-one row of the batch at a time, so that what is read next is still in the processor's cache: a step of four rows with 22
-pages each, at 7B's width in int4, takes 78 ms instead of 101 to 114. For small pages it is a few operators too many: a
-step of four rows of the default model would take 2.3 ms instead of 2.0 (measured on the CPU).
+No operator reads pages through a list: they are copied first. Where pages are large, a Scan does that for a few heads
+of one row of the batch at a time, so that what is read next is still in the processor's cache: a step of four rows with
+22 pages each, at 7B's width in int4, takes 78 ms instead of 101 to 114. For small pages it is a few operators too many:
+a step of four rows of the default model would take 2.3 ms instead of 2.0 (measured on the CPU).
 """
 
 from __future__ import annotations

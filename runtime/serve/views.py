@@ -113,6 +113,9 @@ class Views:
                 self._metrics.view_evictions.inc()
 
     def _total(self) -> int:
+        for entry in self._kept.values():
+            if not entry.users:  # slots put something aside for an image after its latest user has left
+                entry.bytes = _bytes_of(entry.view)
         return sum(entry.bytes for entry in self._kept.values())
 
     def _count(self) -> None:

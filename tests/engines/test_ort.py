@@ -58,7 +58,7 @@ def test_threads_may_be_numpys(random_model):
 def test_an_onnxruntime_that_is_too_old(monkeypatch, random_model, version, package):
     found = SimpleNamespace(__version__=version) if version is not None else SimpleNamespace()
     monkeypatch.setitem(sys.modules, "onnxruntime", found)
-    monkeypatch.setattr(ort, "packages_distributions", lambda: {"onnxruntime": [package]})
+    monkeypatch.setattr("engines.ort.library.packages_distributions", lambda: {"onnxruntime": [package]})
     for ask in (installed, lambda: OrtModel(Bundle(random_model("tiny", tiny())[1]))):
         with pytest.raises(BackendError, match="onnxruntime ") as caught:
             ask()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import threading
@@ -145,6 +146,42 @@ def test_a_second_question_copies_what_a_row_holds(engine):
     assert second.stats.reused_tokens >= TALKATIVE.image_tokens
     assert second.stats.vision_ms == 0
     first.close()
+
+
+def test_more_images_than_rows_are_prefilled_once(engine, alone):
+    """What a row held of an image comes back when the image does, and counts as the view's until that is closed."""
+    images = [PHOTO, OTHER, THIRD, PHOTO, OTHER]
+    views, options = [engine.image(image) for image in images], {"max_new_tokens": 3, "stop_at_eos": False}
+    for _ in range(2):
+        bytes = [view.nbytes for view in views]
+        again = [view.ask(PROMPTS[0], **options) for view in views]
+    assert all(answer.stats.reused_tokens >= TALKATIVE.image_tokens for answer in again)
+    assert again[0].token_ids == again[3].token_ids == alone("photo", 0, 0).token_ids[:3]
+    assert min(after.nbytes - before for after, before in zip(views, bytes, strict=True)) >= 0
+    g = TALKATIVE
+    kept = 2 * g.layers * g.kv_heads * g.head_dim * 4 * g.image_tokens
+    assert sum(engine._batch.kept_bytes(view._encoded) >= kept for view in views) >= len(views) - SLOTS
+    assert len(engine._batch._kept) > 0
+    for view in views:
+        view.close()
+    for _ in range(SLOTS):  # of those views' rows nothing is left, either
+        engine.generate(None, "x", max_new_tokens=1)
+    gc.collect()
+    assert len(engine._batch._kept) == 0
+
+
+def test_a_conversation_comes_back_to_its_row(engine):
+    """Up to its latest question, which other images pushed out."""
+    chat = engine.image(PHOTO).chat()
+    chat.ask("what number is it?", max_new_tokens=3)
+    chat.ask("and where?", max_new_tokens=3)
+    for image in (OTHER, THIRD, OTHER, THIRD):
+        engine.generate(image, "between?", max_new_tokens=2)
+    views = [engine.image(image) for image in (OTHER, THIRD, OTHER)]
+    for view in views:
+        view.ask("between?", max_new_tokens=2)
+    third = chat.ask("where?", max_new_tokens=3)
+    assert third.stats.reused_tokens > TALKATIVE.image_tokens + len("what number is it?") // 2
 
 
 def test_errors_end_only_whom_they_are_for(engine, alone, monkeypatch):

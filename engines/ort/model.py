@@ -1,13 +1,10 @@
-"""The three parts of a bundle on ONNX Runtime. numpy and onnxruntime only."""
+"""`OrtModel`, the parts of a bundle as sessions of ONNX Runtime, and the decoders that are made of one of them."""
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
-from importlib.metadata import packages_distributions
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,15 +19,12 @@ from engines.bundle.specs import TensorSpec, in_place, page_inputs
 from engines.checks import require_integer
 from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
+from engines.ort.library import PROVIDER_OPTIONS, failed, import_library, numpy_dtype, onnx_type, provider_of
 from plugins.cores import usable_cores
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-OLDEST = 1, 25
-# On the GPU a float32 bundle means float32, not TF32's 10-bit mantissa.
-PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 # Of MatMulNBits, which int8 and int4 weights become: activations are rounded to int8 in blocks, and multiplied so.
 # That is what makes these precisions fast: with float32 products, ONNX Runtime 1.32 takes three times as long for int4
 # and a hundred times for int8. What it costs: python -m tests.parity.report.
@@ -48,8 +42,8 @@ class OrtModel:
         """
         self.geometry = bundle.manifest.geometry
         self.device = device
-        self._ort = _import()
-        self._provider = _provider(self._ort, device)
+        self._ort = import_library()
+        self._provider = provider_of(self._ort, device)
         self._options = self._ort.SessionOptions()
         self._options.log_severity_level = 3
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
@@ -73,7 +67,7 @@ class OrtModel:
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
         self._in_place = in_place(described.outputs)
-        self._model_dtype = _numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
+        self._model_dtype = numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
 
     def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
         """The session of a part; its graph is the one the manifest describes, or this is a BundleError."""
@@ -93,7 +87,7 @@ class OrtModel:
             ) from error
         graph = described.graphs[ONNXRUNTIME]
         for found, specs in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
-            there, expected = {(each.name, each.type) for each in found}, {(s.name, _onnx_type(s.dtype)) for s in specs}
+            there, expected = {(each.name, each.type) for each in found}, {(s.name, onnx_type(s.dtype)) for s in specs}
             if there != expected:
                 odd = " ".join(sorted(there ^ expected)[0])
                 raise BundleError(
@@ -188,7 +182,7 @@ class OrtModel:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            raise _failed(part, error) from error
+            raise failed(part, error) from error
         binding.synchronize_outputs()
         return list(binding.get_outputs())
 
@@ -257,7 +251,7 @@ class OrtDecoder:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise _failed("decoder", error) from error
+            raise failed("decoder", error) from error
         binding.synchronize_outputs()
         self.length += steps if lengths is None else lengths
         if "projected" in self._inputs:
@@ -330,6 +324,19 @@ class OrtSlots:
                 store[target] = store[source]
         self.length[target] = tokens
 
+    def keep(self, row: int, tokens: int) -> OrtKept | None:
+        """See Slots.keep: on the CPU a copy takes far less time than a prefill."""
+        try:
+            return OrtKept(self, {name: array[row, :, :tokens].copy() for name, array in self._cache.items()})
+        except MemoryError:
+            return None
+
+    def put(self, row: int, cache: dict[str, np.ndarray], tokens: int) -> None:
+        """Keys and values [Hkv, tokens or more, hd] by name -> the first tokens of a row, and nothing else."""
+        for name, array in cache.items():
+            self._cache[name][row, :, :tokens] = array[:, :tokens]
+        self.length[row] = tokens
+
     def row(self, row: int) -> OrtDecoder:
         """See Slots.row."""
         return self._rows[row]
@@ -351,68 +358,23 @@ class OrtSlots:
         return OrtDecoder(self._model, self._session, image, self._capacity, cache=cache, length=self.length[rows])
 
 
+class OrtKept:
+    """engines.backend.KeptCache in the host's memory."""
+
+    def __init__(self, slots: OrtSlots, cache: dict[str, np.ndarray]) -> None:
+        """`cache`: keys and values [Hkv, tokens, hd] by name."""
+        self._slots, self._cache = slots, cache
+
+    @property
+    def nbytes(self) -> int:
+        """See KeptCache.nbytes."""
+        return sum(array.nbytes for array in self._cache.values())
+
+    def restore(self, row: int, tokens: int) -> None:
+        """See KeptCache.restore."""
+        self._slots.put(row, self._cache, tokens)
+
+
 def _cache_names(g: Geometry) -> list[str]:
+    """Of a decoder's keys and values."""
     return [f"{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
-
-
-def installed() -> tuple[str, list[str]]:
-    """Version and providers of this machine's ONNX Runtime; BackendError when it is missing."""
-    module = _import()
-    return module.__version__, module.get_available_providers()
-
-
-def _import() -> ModuleType:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its wheels report to their maker when imported
-    try:
-        import onnxruntime
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
-        raise BackendError(  # also a Ctrl-C in the middle of it
-            f"onnxruntime cannot be imported: {error!s:.200}",
-            fix="try again; if it stays, reinstall it: pip install --force-reinstall onnxruntime",
-        ) from error
-    module: ModuleType = onnxruntime
-    found = str(getattr(module, "__version__", "of no version"))
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise BackendError(
-            f"onnxruntime {found} in {getattr(module, '__file__', 'an unknown place')}",
-            expected=f"{oldest} or newer: older ones lack TensorScatter, which keeps the cache in place",
-            fix=f"upgrade it: pip install --upgrade '{_package()}>={oldest}'",
-        )
-    return module
-
-
-def _package() -> str:
-    """The distribution that ONNX Runtime was installed from: there are some, by what they run on."""
-    names = packages_distributions().get("onnxruntime", [])
-    return next((name for name in names if name != "onnxruntime"), "onnxruntime")
-
-
-def _provider(ort_module: ModuleType, device: str) -> str:
-    if not isinstance(device, str) or device not in PROVIDERS:
-        raise BackendError(f"device {device!r}", expected=f"one of {list(PROVIDERS)}")
-    provider, available = PROVIDERS[device], ort_module.get_available_providers()
-    if provider not in available:
-        fix = (
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
-        )
-        raise BackendError(f"this ONNX Runtime has no {provider}, only {available}", fix=fix)
-    if device == "cuda":
-        ort_module.preload_dlls()  # finds CUDA and cuDNN where pip installed them
-    return provider
-
-
-def _onnx_type(dtype: str) -> str:
-    return f"tensor({'float' if dtype == 'float32' else dtype})"
-
-
-def _numpy_dtype(onnx_type: str) -> type:
-    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]
-
-
-def _failed(part: str, error: Exception) -> BackendError:
-    """Of whatever a run raised: onnxruntime has its own classes and raises RuntimeError alike."""
-    return BackendError(f"ONNX Runtime failed in the {part} part: {error}")

@@ -1,0 +1,84 @@
+"""The onnxruntime package of this machine: whether it is there, what it can run on, and what it calls things."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import packages_distributions
+from types import ModuleType
+
+import numpy as np
+
+from engines.errors import BackendError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OLDEST = 1, 25
+# On the GPU a float32 bundle means float32, not TF32's 10-bit mantissa.
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+
+
+def installed() -> tuple[str, list[str]]:
+    """Version and providers of this machine's ONNX Runtime; BackendError when it is missing."""
+    module = import_library()
+    return module.__version__, module.get_available_providers()
+
+
+def import_library() -> ModuleType:
+    """onnxruntime; BackendError when it is missing or too old."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its wheels report to their maker when imported
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise BackendError("onnxruntime is not installed", fix="pip install onnxruntime") from error
+        raise BackendError(  # also a Ctrl-C in the middle of it
+            f"onnxruntime cannot be imported: {error!s:.200}",
+            fix="try again; if it stays, reinstall it: pip install --force-reinstall onnxruntime",
+        ) from error
+    module: ModuleType = onnxruntime
+    found = str(getattr(module, "__version__", "of no version"))
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise BackendError(
+            f"onnxruntime {found} in {getattr(module, '__file__', 'an unknown place')}",
+            expected=f"{oldest} or newer: older ones lack TensorScatter, which keeps the cache in place",
+            fix=f"upgrade it: pip install --upgrade '{_package()}>={oldest}'",
+        )
+    return module
+
+
+def _package() -> str:
+    """The distribution that ONNX Runtime was installed from: there are some, by what they run on."""
+    names = packages_distributions().get("onnxruntime", [])
+    return next((name for name in names if name != "onnxruntime"), "onnxruntime")
+
+
+def provider_of(ort_module: ModuleType, device: str) -> str:
+    """The provider for a device, "cpu" or "cuda"; BackendError when this ONNX Runtime does not have it."""
+    if not isinstance(device, str) or device not in PROVIDERS:
+        raise BackendError(f"device {device!r}", expected=f"one of {list(PROVIDERS)}")
+    provider, available = PROVIDERS[device], ort_module.get_available_providers()
+    if provider not in available:
+        fix = (
+            "pip uninstall onnxruntime && pip install onnxruntime-gpu" if device == "cuda" else "reinstall onnxruntime"
+        )
+        raise BackendError(f"this ONNX Runtime has no {provider}, only {available}", fix=fix)
+    if device == "cuda":
+        ort_module.preload_dlls()  # finds CUDA and cuDNN where pip installed them
+    return provider
+
+
+def onnx_type(dtype: str) -> str:
+    """What a session calls a dtype."""
+    return f"tensor({'float' if dtype == 'float32' else dtype})"
+
+
+def numpy_dtype(onnx_type: str) -> type:
+    """The floats that a session calls so."""
+    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]
+
+
+def failed(part: str, error: Exception) -> BackendError:
+    """Of whatever a run raised: onnxruntime has its own classes and raises RuntimeError alike."""
+    return BackendError(f"ONNX Runtime failed in the {part} part: {error}")
