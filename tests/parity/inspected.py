@@ -51,7 +51,7 @@ class InspectedDecoder(OrtDecoder):
         super().__init__(model, session, image, capacity)
         g, batch = model.geometry, len(image.begin)
         for name in model.map_names:
-            self._outputs[name] = model._value(np.empty((batch, g.grid, g.grid), np.float32))
+            self._outputs[name] = model.buffers.empty((batch, g.grid, g.grid), np.float32)
         for name in model.hidden_names:
             self._outputs[name] = model.zeros((batch, g.hidden))
         self._step_binding = self._bind(self._ids)
