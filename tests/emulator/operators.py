@@ -126,8 +126,8 @@ def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 
 
 def _gemm(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1, beta: float = 1, transA: int = 0,  # noqa: N803
-    transB: int = 0,  # noqa: N803
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1, beta: float = 1, transA: int = 0,
+    transB: int = 0,
 ) -> Tensor:  # fmt: skip
     product = (a.T if transA else a) @ (b.T if transB else b)
     product = product if alpha == 1 else product * alpha

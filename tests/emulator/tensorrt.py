@@ -289,7 +289,10 @@ class Context:
         self.engine.device.at(self.scratch, (SCRATCH,), torch.uint8, "scratch memory").fill_(0xFF)  # see traced.py
         inputs = {name: arrays[name] for name in self.engine.inputs}
         outputs = {name: array for name, array in arrays.items() if name not in inputs}
+        if np.float16 in {array.dtype for array in arrays.values()}:  # ONNX Runtime's graphs of it compute in float32
+            floats = {each.name for each in self.engine.session.get_inputs() if each.type == "tensor(float)"}
+            inputs = {name: array.astype(np.float32) if name in floats else array for name, array in inputs.items()}
         results = self.engine.session.run(list(outputs), inputs)
         for view, result in zip(outputs.values(), results, strict=True):
-            assert view.dtype == result.dtype and view.shape == result.shape
+            assert view.shape == result.shape and view.dtype.kind == result.dtype.kind
             view[...] = result
