@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -24,293 +21,161 @@ from torch import Tensor
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
-from engines.cuda import Cuda
-from engines.errors import BackendError, FlexError
-from plugins.artifacts import Artifacts
 from plugins.command import run
-from plugins.compiler.kernels import compile_kernels
-from plugins.compiler.ptxas import SMS
-from plugins.op import named
-from plugins.registry import kernels_of_model, ops_of_model
+from tests.bench.contenders.gpu_layers import Layer, Model
 from tests.geometries import official, tiny
-from tests.shapes import sizes
+from tests.on_gpu.device import Emulated, Gpu
+from tests.paths import ROOT
 
+PACKED = ROOT / "kernels-7b-float16.zip"  # of an archive: tests/on_gpu/pack.py
 BOUND = 8e-3  # of values of size one in float16, as the tests of the kernels on a GPU have it
-REPLAYS = 20
 COPIED = 1 << 30  # bytes, for the ceilings: far more than any cache holds
 SQUARE = 8192  # side of the product
 
 
-class Gpu:
-    """A GPU that torch and the kernels share."""
-
-    device = torch.device("cuda")
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise BackendError("torch finds no GPU", expected="an NVIDIA GPU and torch for CUDA", fix="--emulated")
-        torch.zeros(1, device=self.device)  # makes the context, which the driver's side then shares
-        torch.backends.cuda.matmul.allow_tf32 = False
-        self.cuda = Cuda()
-
-    def artifacts(self, g: Geometry, packed: Path | None) -> Artifacts:
-        """The kernels of a model of this size: those of the file `packed`, else compiled now."""
-        if packed is not None:
-            return Artifacts.read(packed)
-        sms = (self.cuda.sm,) if self.cuda.sm in SMS else SMS[:1]  # the driver compiles the PTX for others
-        return compile_kernels(kernels_of_model(sizes(g), "float16"), sms)
-
-    def launch(self, artifacts: Artifacts, make: Callable[[], list], tensors: Sequence[Tensor]) -> None:
-        """Launch what `make` returns, in the order of torch's stream."""
-        self.cuda.run(artifacts, make(), torch.cuda.current_stream().cuda_stream)
-
-    def milliseconds(self, work: Callable[[], object], *, graph: bool = True, replays: int = REPLAYS) -> float:
-        """The median of what `work` takes: recorded as a CUDA graph, or asked anew each time."""
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):  # what allocates or chooses algorithms does it here
-            work()
-            work()
-        torch.cuda.synchronize()
-        if not graph:
-            times = []
-            for _ in range(replays):
-                started = perf_counter()
-                work()
-                torch.cuda.synchronize()
-                times.append(1000 * (perf_counter() - started))
-            return statistics.median(times)
-        recorded, times = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(recorded):
-            work()
-        for _ in range(3):
-            recorded.replay()
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            recorded.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
+def ceilings(gpu: Gpu, copied: int = COPIED, square: int = SQUARE) -> dict[str, float]:
+    """What this card does at most, measured now: GB/s of copying (read and written) and of reading, TFLOP/s."""
+    one, two = (torch.ones(copied // 2, device=gpu.device, dtype=torch.float16) for _ in range(2))
+    left, right = ((torch.randn(square, square, device=gpu.device) / 4).half() for _ in range(2))
+    return {
+        "copying, GB/s": 2 * copied / gpu.milliseconds(lambda: two.copy_(one)) / 1e6,
+        "reading, GB/s": copied / gpu.milliseconds(lambda: one.sum()) / 1e6,
+        "product, TFLOP/s": 2 * square**3 / gpu.milliseconds(lambda: left @ right) / 1e9,
+    }
 
 
-class Emulated(Gpu):
-    """The CPU, and the emulated driver over torch's own memory."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        from tests.emulator.driver import Driver  # Triton's interpreter, which no GPU needs
-
-        self.driver = Driver()
-        self.cuda = Cuda(self.driver)
-        self.stream = self.cuda.stream()
-
-    def artifacts(self, g: Geometry, packed: Path | None) -> Artifacts:
-        from tests.emulator.driver import emulated_artifacts
-
-        return emulated_artifacts(kernels_of_model(sizes(g), "float16"))
-
-    def launch(self, artifacts: Artifacts, make: Callable[[], list], tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            self.driver.memory.add(tensor.detach().numpy().reshape(-1))
-        self.cuda.run(artifacts, make(), int(self.stream))
-        self.stream.wait()
-        for start in {tensor.data_ptr() for tensor in tensors}:
-            self.driver.memory.remove(start)
-
-    def milliseconds(self, work: Callable[[], object], *, graph: bool = True, replays: int = REPLAYS) -> float:
-        started = perf_counter()
-        work()
-        return 1000 * (perf_counter() - started)
+def check(m: Model, count: int) -> float:
+    """The largest difference between ours and the official way in one layer of each kind, on the same numbers, as a
+    share of the largest value. AssertionError when it is more than float16 explains."""
+    worst = 0.0
+    pages, number = m.listed(count)
+    for layer in (m.layers[0], m.reading[0]):
+        q, k, v = (m.random(1, 1, m.g.heads * m.g.head_dim) for _ in range(3))
+        expected = m.officially(layer, q, k, v, pages[0, :count])
+        seen = m.map.clone()
+        found = m.attention(layer, q, k, v, pages, number)
+        for name, ours, theirs in (("context", found, expected), ("map", m.map, seen)):
+            size = theirs.float().abs().max().item()
+            error = (ours.float() - theirs.float()).abs().max().item() / size
+            assert error <= BOUND, f"{name}: {error:.2g} of {size:.2g} from the official way, {BOUND:g} is allowed"
+            worst = max(worst, error)
+    return worst
 
 
-@dataclass
-class Layer:
-    """Weights, cache and pages of a layer. hires: of its reading, [2, Hkv * hd, hidden], keys first."""
+def steps(m: Model, counts: Sequence[int]) -> dict[str, float]:
+    """Milliseconds of a whole step, by name; the numbers are pages that each reading layer reads."""
+    took = {"no attention at all": m.gpu.milliseconds(lambda: m.step(lambda layer, q, k, v: q))}
+    took["plain, ours, nothing selected"] = m.gpu.milliseconds(lambda: m.step(m.plain))
+    for count in (0, *counts):
+        pages, number = m.listed(count)
 
-    products: dict[str, Tensor]
-    key: Tensor
-    value: Tensor
-    page_key: Tensor | None
-    page_value: Tensor | None
-    hires: Tensor | None
-    selects: bool
+        def ours(layer, q, k, v, pages=pages, number=number) -> Tensor:
+            return m.attention(layer, q, k, v, pages, number)
 
+        took[f"flex, ours, {count} pages"] = m.gpu.milliseconds(lambda ours=ours: m.step(ours, select=True))
+    took["plain, torch's SDPA"] = m.gpu.milliseconds(lambda: m.step(m.by_sdpa))
+    for count in counts:
+        pages = m.listed(count)[0][0, :count]
 
-class Model:
-    """Random weights of the shape `g`, `cached` tokens in the cache, and a decode step done in several ways."""
+        def official(layer, q, k, v, pages=pages) -> Tensor:
+            return m.officially(layer, q, k, v, pages)
 
-    def __init__(self, gpu: Gpu, g: Geometry, cached: int, artifacts: Artifacts) -> None:
-        self.gpu, self.g, self.cached, self._artifacts = gpu, g, cached, artifacts
-        self.ops = {op.name: op for op in ops_of_model(sizes(g))}
-        d, heads, hd = gpu.device, g.heads, g.head_dim
-        if g.kv_heads != heads:
-            raise BackendError("grouped heads", expected="as many key heads as heads: torch's side is written so")
-        long = {"dtype": torch.int64, "device": d}
-        self.position = torch.tensor([[cached - 1]], **long)
-        self.begin = torch.tensor([3], **long)
-        inverse = 1 / g.rope_theta ** (torch.arange(0, hd, 2, device=d).float() / hd)
-        angles = torch.arange(g.context, device=d).float()[:, None] * inverse
-        self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
-        self.lengths = torch.full((g.pages,), page_size(g), **long)
-        self.margins = torch.zeros(1, 2, **long)
-        self.budget = torch.tensor([g.pages], **long)
-        self.map = torch.zeros(1, g.grid, g.grid, device=d)
-        self.chosen, self.chosen_count = torch.zeros(1, g.pages, **long), torch.zeros(1, **long)
-        self.workspace = torch.zeros(self._scratch(), dtype=torch.uint8, device=d)
-        rows = g.pages * page_size(g)
-        self.features = self._random(1, g.pages, page_size(g), g.hidden)
-        turned = torch.arange(rows, device=d).float()[:, None] * inverse / 8
-        self.page_cos, self.page_sin = (
-            half.reshape(1, g.pages, page_size(g), hd // 2).contiguous() for half in (turned.cos(), turned.sin())
+        took[f"flex, the official way, torch in a graph, {count} pages"] = m.gpu.milliseconds(
+            lambda official=official: m.step(official), replays=5
         )
-        self.layers = [self._layer(index) for index in range(g.layers)]
-        self.reading = [layer for layer in self.layers if layer.page_key is not None]
-        self.head = self._random(g.vocab, g.hidden) / 16
-        self.ones = torch.ones(g.hidden, device=d, dtype=torch.float16)
-        self.input = self._random(1, 1, g.hidden)
+    took["plain, torch's SDPA without a graph"] = m.gpu.milliseconds(lambda: m.step(m.by_sdpa), graph=False, replays=5)
+    return took
 
-    def _random(self, *shape: int) -> Tensor:
-        return (torch.randn(*shape, device=self.gpu.device) / 4).half()
 
-    def _scratch(self) -> int:
-        """Bytes of the largest workspace of a call here."""
-        from tests.shapes import input_shapes
+def kernels(m: Model, counts: Sequence[int], prompts: Sequence[int]) -> list[tuple[str, float, str, float]]:
+    """Microseconds of each op and of what libraries take for the same, rotating over the layers so that nothing stays
+    in a cache: (op, ours, beside it, theirs)."""
+    g, width = m.g, m.g.heads * m.g.head_dim
 
-        shapes = [input_shapes(self.g, steps=steps) for steps in (1, self.cached)]
-        return max(1, *(op.workspace(each[name]) for each in shapes for name, op in self.ops.items()))
+    def each(layers: Sequence[Layer], work: Callable[[Layer], object]) -> float:
+        return 1000 * m.gpu.milliseconds(lambda: [work(layer) for layer in layers]) / len(layers)
 
-    def _layer(self, index: int) -> Layer:
-        g, kv = self.g, self.g.kv_heads * self.g.head_dim
-        shapes = {"q": (kv, g.hidden), "k": (kv, g.hidden), "v": (kv, g.hidden), "o": (g.hidden, kv)}
-        shapes |= {name: (g.intermediate, g.hidden) for name in ("gate", "up")} | {"down": (g.hidden, g.intermediate)}
-        products = {name: self._random(*shape) / 16 for name, shape in shapes.items()}
-        key, value = (self._random(1, g.kv_heads, g.context, g.head_dim) for _ in range(2))
-        layer = Layer(products, key, value, None, None, None, index in g.selecting_layers)
-        if index in g.reading_layers:
-            layer.hires = self._random(2, kv, g.hidden) / (g.hidden**0.5 / 4)
-            layer.page_key, layer.page_value = self.projected(layer, range(g.pages))
-        return layer
+    q, k, v = (m.random(1, 1, width) for _ in range(3))
+    query = m.random(1, g.heads, 1, g.head_dim)
+    sdpa = each(
+        m.layers,
+        lambda layer: F.scaled_dot_product_attention(query, layer.key[:, :, : m.cached], layer.value[:, :, : m.cached]),
+    )
+    beside = "SDPA without rotary, cache write and map"
+    rows = [("CachedAttention, decode", each(m.layers, lambda layer: m.plain(layer, q, k, v)), beside, sdpa)]
+    for count in counts:
+        pages, number = m.listed(count)
+        took = each(m.reading, lambda layer, p=pages, n=number: m.attention(layer, q, k, v, p, n))
+        rows.append((f"HierarchicalAttention, {count} pages", took, beside + ", no page", sdpa))
+    rows.append(("SelectPages", each(m.layers, lambda layer: m.select()), "", 0.0))
+    new = torch.zeros(1, g.pages, dtype=torch.int64, device=m.gpu.device)
+    none = torch.ones_like(new)
+    some = m.reading[:8]
+    pages, number = m.listed(counts[0])
+    rows.append(("ProjectPages, nothing new", each(some, lambda layer: m.project(layer, none, pages, number)), "", 0.0))
+    for count in counts:
+        pages, number = m.listed(count)
+        took = each(some, lambda layer, p=pages, n=number: m.project(layer, new, p, n))
+        x = m.features.view(-1, g.hidden)[: count * page_size(g)]
+        theirs = each(some, lambda layer, x=x: [F.linear(x, weight) for weight in layer.hires])
+        rows.append((f"ProjectPages, {count} new pages", took, "cuBLAS, two products", theirs))
+    for length in prompts:
+        q, k, v = (m.random(1, length, width) for _ in range(3))
+        positions = torch.arange(length, device=m.gpu.device)[None].contiguous()
+        took = each(m.layers[:8], lambda layer, a=(q, k, v, positions): m.plain(layer, *a))
+        qh, kh, vh = (m.split(x) for x in (q, k, v))
+        theirs = each(some, lambda layer, a=(qh, kh, vh): F.scaled_dot_product_attention(*a, is_causal=True))
+        rows.append((f"prefill of {length} tokens, the whole op", took, "SDPA, causal", theirs))
+    return rows
 
-    # The official way, in torch.
 
-    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of [..., hd] by angles whose cos and sin are [..., hd / 2]."""
-        half = x.shape[-1] // 2
-        first, second = x[..., :half].float(), x[..., half:].float()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).half()
+def markdown(name: str, m: Model, found: dict) -> str:
+    """What was measured, for people."""
+    base = found["steps, ms"]["plain, ours, nothing selected"]
+    tops = ", ".join(f"{what} {value:,.0f}" for what, value in found["ceilings"].items())
+    lines = [f"{name}; {m.g.layers} layers, hidden {m.g.hidden}, float16, {m.cached} tokens cached.", ""]
+    lines += [
+        f"Ours is {found['difference']:.1g} of the largest value from the official way. Ceilings in this run: {tops}.",
+        "",
+    ]
+    lines += ["| step | ms | against plain |", "|---|---:|---:|"]
+    lines += [f"| {what} | {took:.2f} | {took / base:.2f} |" for what, took in found["steps, ms"].items()]
+    lines += ["", "| op | us | beside it | us |", "|---|---:|---|---:|"]
+    for what, ours, beside, theirs in found["kernels, us"]:
+        lines.append(f"| {what} | {ours:.1f} | {beside} | {f'{theirs:.1f}' if beside else ''} |")
+    return "\n".join(lines)
 
-    def split(self, x: Tensor) -> Tensor:
-        """[1, n, H * hd] -> [1, H, n, hd]."""
-        return x.view(1, x.shape[1], self.g.heads, self.g.head_dim).transpose(1, 2)
 
-    def projected(self, layer: Layer, pages: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of pages, [1, Hkv, pages, page size, hd], from their features, as the official code has it
-        in every step."""
-        g, listed = self.g, torch.as_tensor(list(pages) if isinstance(pages, range) else pages)
-        listed = listed.to(self.gpu.device)
-        assert layer.hires is not None
-        both = (F.linear(self.features[0, listed].flatten(0, 1), weight) for weight in layer.hires)
-        key, value = (self.split(each[None]).reshape(1, g.heads, len(listed), page_size(g), -1) for each in both)
-        cos, sin = self.page_cos[:, None, listed], self.page_sin[:, None, listed]
-        return self.turned(key, cos, sin).contiguous(), value.contiguous()
+def measure(gpu: Gpu, g: Geometry, cached: int, counts: Sequence[int], prompts: Sequence[int], **small: int) -> tuple:
+    """(model, figures by name). `small`: of `ceilings`, for a machine that is none."""
+    packed = PACKED if PACKED.is_file() else None
+    found: dict = {"ceilings": ceilings(gpu, **small)}
+    with torch.no_grad():
+        model = Model(gpu, g, cached, gpu.artifacts(g, packed))
+        found["difference"] = check(model, counts[0])
+        found["steps, ms"] = steps(model, counts)
+        found["kernels, us"] = kernels(model, counts, prompts)
+    return model, found
 
-    def _stored(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, and all keys and values, once the new token's are in the cache."""
-        at = slice(self.cached - 1, self.cached)
-        cos, sin = self.cos[at], self.sin[at]
-        layer.key[:, :, at] = self.turned(self.split(k), cos, sin)
-        layer.value[:, :, at] = self.split(v)
-        return self.turned(self.split(q), cos, sin), layer.key[:, :, : self.cached], layer.value[:, :, : self.cached]
 
-    def by_sdpa(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Plain attention, by torch's own kernel: [1, 1, H * hd]."""
-        context = F.scaled_dot_product_attention(*self._stored(layer, q, k, v))
-        return context.transpose(1, 2).reshape(1, 1, -1)
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser("python -m tests.bench.gpu_step", description="A decode step of 7B on a GPU.")
+    parser.add_argument("--emulated", action="store_true", help="at a tiny size, over the emulated driver")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    options = parser.parse_args(given)
 
-    def officially(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None) -> Tensor:
-        """Attention with the listed pages projected again, one softmax over both, and the map: [1, 1, H * hd]."""
-        g = self.g
-        query, keys, values = self._stored(layer, q, k, v)
-        scores = (query @ keys.transpose(2, 3)).float() * g.head_dim**-0.5
-        first = int(3)  # `begin`, known on the host as the official code knows it
-        self.map.copy_(scores.softmax(-1)[..., first : first + g.image_tokens].sum(1).view_as(self.map))
-        if pages is not None and layer.hires is not None:
-            page_key, page_value = (each.flatten(2, 3) for each in self.projected(layer, pages))
-            scores = torch.cat([scores, (query @ page_key.transpose(2, 3)).float() * g.head_dim**-0.5], -1)
-            values = torch.cat([values, page_value], 2)
-        context = scores.softmax(-1).half() @ values
-        return context.transpose(1, 2).reshape(1, 1, -1)
-
-    # Ours.
-
-    def call(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Run an op by its kernels."""
-        op = self.ops[name]
-        tensors = [*inputs, *outputs, self.workspace]
-        shapes = named(op.inputs, (tuple(each.shape) for each in inputs))
-        addresses = named((*op.inputs, *op.outputs), (each.data_ptr() for each in (*inputs, *outputs)))
-
-        def launches() -> list:
-            return op.launches("float16", shapes, addresses, self.workspace.data_ptr())
-
-        self.gpu.launch(self._artifacts, launches, tensors)
-
-    def attention(
-        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, count: Tensor, positions: Tensor | None = None
-    ) -> Tensor:
-        """By our kernels, with the first `count` of the listed pages where the layer reads any: [1, n, H * hd]."""
-        context = torch.empty_like(q)
-        at = self.position if positions is None else positions
-        inputs = [q, k, v, layer.key, layer.value, at, self.cos, self.sin, self.begin]
-        outputs = [context, layer.key, layer.value, self.map]
-        if layer.page_key is None or layer.page_value is None:
-            self.call("CachedAttention", inputs, outputs)
+    def work() -> None:
+        if options.emulated:
+            model, found = measure(Emulated(), tiny(layers=3), 70, (2,), (9,), copied=1 << 16, square=16)
         else:
-            inputs += [layer.page_key, layer.page_value, self.lengths, pages, count]
-            self.call("HierarchicalAttention", inputs, outputs)
-        return context
+            model, found = measure(Gpu(), official(), 1200, (10, 22, 81), (717, 1199))
+        if options.json:
+            options.json.write_text(json.dumps(found | {"gpu": model.gpu.cuda.name}, indent=1))
+        print(markdown(model.gpu.cuda.name, model, found))
 
-    def plain(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> Tensor:
-        """By our kernel without pages."""
-        context = torch.empty_like(q)
-        at = self.position if positions is None else positions
-        self.call(
-            "CachedAttention",
-            [q, k, v, layer.key, layer.value, at, self.cos, self.sin, self.begin],
-            [context, layer.key, layer.value, self.map],
-        )
-        return context
+    return run(work)
 
-    def select(self) -> None:
-        """The pages of the next layer; where they are written nobody reads them, so that a step reads as many as asked."""
-        self.call("SelectPages", [self.map, self.margins, self.budget], [self.chosen, self.chosen_count])
 
-    def project(self, layer: Layer, done: Tensor, pages: Tensor, count: Tensor) -> None:
-        """Those of the listed pages that are not done."""
-        assert layer.hires is not None and layer.page_key is not None and layer.page_value is not None
-        result = torch.empty_like(done)
-        stores = [layer.page_key, layer.page_value]
-        weights = [layer.hires[0], layer.hires[1]]
-        inputs = [self.features, *weights, self.page_cos, self.page_sin, *stores, done, pages, count]
-        self.call("ProjectPages", inputs, [*stores, result])
-
-    def step(self, attend: Callable[[Layer, Tensor, Tensor, Tensor], Tensor], *, select: bool = False) -> Tensor:
-        """A whole step with that attention: the token [1, 1]."""
-        x, g = self.input, self.g
-        for layer in self.layers:
-            p = layer.products
-            h = F.rms_norm(x, (g.hidden,), self.ones, g.rms_eps)
-            context = attend(layer, F.linear(h, p["q"]), F.linear(h, p["k"]), F.linear(h, p["v"]))
-            if select and layer.selects:
-                self.select()
-            x = x + F.linear(context, p["o"])
-            h = F.rms_norm(x, (g.hidden,), self.ones, g.rms_eps)
-            x = x + F.linear(F.silu(F.linear(h, p["gate"])) * F.linear(h, p["up"]), p["down"])
-        return F.linear(F.rms_norm(x, (g.hidden,), self.ones, g.rms_eps), self.head).argmax(-1)
-
-    def listed(self, count: int) -> tuple[Tensor, Tensor]:
-        """A list of pages in some order, and that its first `count` are meant."""
-        pages = torch.randperm(self.g.pages, device=self.gpu.device)[None].contiguous()
-        return pages, torch.tensor([count], device=self.gpu.device)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,12 +25,12 @@ from engines.cuda import Cuda
 from engines.errors import FlexError
 from engines.targets import TARGETS, Target
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, SPLIT
-from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
 from plugins.op import ITEMSIZE, Op, blocks
 from plugins.registry import ops_of_model
 from tests.bench.contenders.cost import cost
 from tests.geometries import official
+from tests.on_gpu.compiled import compiled
 from tests.shapes import input_shapes, sizes
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         except FlexError as error:
             sys.exit(str(error))
         sms = (cuda.sm,) if cuda.sm in SMS else SMS[:1]  # of a GPU nobody has heard of the driver compiles the PTX
-        rows = measured(case, Launcher(cuda, lambda kernels: compile_kernels(kernels, sms)), bandwidth(cuda))
+        rows = measured(case, Launcher(cuda, lambda kernels: compiled(kernels, sms)), bandwidth(cuda))
         print(f"{cuda.name}; LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer\n")
         print(markdown(rows))
         return
