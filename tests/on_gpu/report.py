@@ -111,7 +111,7 @@ def _run(step: Step, result: Result, report: Report, limit: float) -> None:
     """One step, within `limit` seconds."""
     out = report.out
     command = [*step.prefix(report.machine), sys.executable, *arguments(step, out, report.dry)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they start sooner
     started = monotonic()
     with (out / f"{step.name}.out").open("w") as stdout, (out / f"{step.name}.err").open("w") as stderr:
         process = subprocess.Popen(
