@@ -173,6 +173,7 @@ class Context:
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= SCRATCH and address % 256 == 0
+        assert self.sizes is not None, "which profile, before the memory it works in"
         self.engine.driver.memory.check(address, size, "scratch memory")
         self.scratch = address
 
