@@ -208,6 +208,7 @@ class Context:
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= self.engine.device_memory_size_v2 and address % 256 == 0
+        assert self.sizes is not None, "which profile, before the memory it works in"
         self.engine.device.check(address, size, "scratch memory")
         self.scratch = address
 
