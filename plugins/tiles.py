@@ -77,8 +77,8 @@ TILES: tuple[Tile, ...] = (
     ),
     Tile(
         "prefill", (("ROWS", 128), ("BLOCK", 64)), 8, 3, dtypes=HALVES,
-        source="measured on an H100, head size 128: 48 us at 717 tokens, 90 at 1,199; 64x64 by 4 warps: 51 and 97. Its 96 KB "
-        "of shared memory fit every SM, and none has registers for a second program of 8 warps",
+        source="measured on an H100, head size 128: 48 us at 717 tokens, 90 at 1,199; 64x64 by 4 warps: 51 and 97. Its "
+        "96 KB of shared memory fit every SM, and none has registers for a second program of 8 warps",
     ),
     Tile("attend", (("BLOCK", 64),), 2, 2, "measured on an H100: 9.5 us, of 128 keys by 4 warps 10.3 (1,200 tokens)"),
     Tile("attend_pages", (("BLOCK", 64),), 2, 2, "as `attend`"),
