@@ -84,7 +84,6 @@ TILES: tuple[Tile, ...] = (
         8,
         4,
         sms=(90,),
-        most=(("HALF", 64),),
         native=True,
         source="tile measured on an H100: 124 us for 10 pages, 936 for 81; its 128 KB of shared memory leave each "
         "of the 132 multiprocessors room for one program",
@@ -95,7 +94,6 @@ TILES: tuple[Tile, ...] = (
         8,
         4,
         sms=(100,),
-        most=(("HALF", 64),),
         native=True,
         source="chosen: as on SM 90, for the 148 multiprocessors of a B200; it has run nowhere",
     ),
@@ -105,7 +103,6 @@ TILES: tuple[Tile, ...] = (
         8,
         4,
         sms=(110,),
-        most=(("HALF", 64),),
         native=True,
         source="chosen: as on SM 90, for the 20 multiprocessors of a Thor; it has run nowhere",
     ),
@@ -115,7 +112,6 @@ TILES: tuple[Tile, ...] = (
         4,
         4,
         sms=(80,),
-        most=(("HALF", 64),),
         source="tile measured on an H100: 172 us for 10 pages, 1,412 for 81; each of an A100's 108 multiprocessors has "
         "room for two programs",
     ),
@@ -125,7 +121,6 @@ TILES: tuple[Tile, ...] = (
         8,
         3,
         sms=(87,),
-        most=(("HALF", 64),),
         source="chosen: the tile of all others; Orins have 8 to 16 multiprocessors, and 4 MB of cache, in which the "
         "features of 4 tiles stay while every head reads them",
     ),
@@ -134,16 +129,8 @@ TILES: tuple[Tile, ...] = (
         _projection(128, 64, lanes=8, programs=128),
         8,
         3,
-        most=(("HALF", 64),),
         source="tile measured on an H100: 200 us for 10 pages, 1,422 for 81; it fits every SM, and reads weights half "
         "as often as 64 tokens a tile do, whose 4 warps would be alone on SMs 86, 89 and 120",
-    ),
-    Tile(
-        "project_pages",
-        _projection(32, 32, lanes=8, programs=128),
-        4,
-        3,
-        source="chosen: for heads larger than 128, which leave no room for deeper tiles",
     ),
 )
 
