@@ -14,7 +14,7 @@ from plugins.cached_attention.reference import rotary
 from plugins.op import Kernel
 from plugins.project_pages import onnx_body
 from plugins.project_pages.launch import ProjectPages
-from plugins.tiles import SHARED_LIMIT, tiled
+from plugins.tiles import TILES, tiled
 from tests.emulator.interpreter import call
 from tests.plugins.checks import check_int8_projection, check_projection
 from tests.plugins.harness import Run, by_body, by_reference
@@ -63,7 +63,7 @@ def cut(change: Callable[[Kernel], Kernel]) -> Run:
     return lambda op, dtype, inputs: call(Cut(**op.attributes), dtype, inputs)
 
 
-@pytest.mark.parametrize("sm", SHARED_LIMIT)
+@pytest.mark.parametrize("sm", [sm for row in TILES if row.kernel == "project_pages" for sm in row.sms])
 def test_as_each_sm_cuts_it(sm):
     """Tiles of several pages, the last of them not full."""
     run = cut(lambda kernel: tiled(kernel, sm))
