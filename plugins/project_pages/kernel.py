@@ -11,6 +11,14 @@ TO_WHOLE = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
+def load_operand(at, inside, WHOLE: tl.constexpr):
+    """A tile of an operand, 0 outside; with WHOLE all of it is inside, and no load asks."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
 def project_pages(
     features,  # [B, N, P, hidden]
     key_weight,  # [Hkv*hd, hidden]
@@ -34,74 +42,83 @@ def project_pages(
     ROWS: tl.constexpr,  # tokens of one tile, a power of two
     WIDTH: tl.constexpr,  # of `hidden` in one tile
     PAGE_BLOCK: tl.constexpr,  # power of two, at least N
-    LANES: tl.constexpr,  # programs that share the new pages
+    LANES: tl.constexpr,  # tiles that every head takes before the next ones
+    PROGRAMS: tl.constexpr,  # of a row of the batch
     INT8: tl.constexpr,  # whether the pages are stored in 8 bits
 ):
-    """Programs: (LANES; Hkv for the keys, then Hkv for the values; B). With nothing new they end after three loads.
+    """Programs: (PROGRAMS, 1, B). With nothing new they end after three loads.
 
-    `projected` is read by every program and must not change while this runs: the result goes elsewhere. A program holds
-    whole heads of its tokens, and so finds the steps of an int8 store.
+    The tokens of a row's new pages, one page after the other, are cut into tiles of ROWS; each is projected for each
+    head of the keys and each of the values. Programs share these products evenly, and take them in an order that lets
+    those at work at one time share what they read: LANES tiles head by head, then the next LANES. `projected` is read
+    by every program and must not change while this runs: the result goes elsewhere. A product covers whole heads of its
+    tokens, and so finds the steps of an int8 store.
     """
-    lane, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1) % KV_HEADS
-    is_key = tl.program_id(1) < KV_HEADS
-
+    program, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, PAGE_BLOCK)
     real = place < page_total
     listed = real & (place < tl.load(page_count + row))
     page_at = tl.load(pages + row * page_total + place, mask=real, other=0)
     done = tl.load(projected + row * page_total + page_at, mask=real, other=1)
     new = listed & (done == 0)
-    if (lane == 0) & (tl.program_id(1) == 0):
+    if program == 0:
         tl.store(present_projected + row * page_total + page_at, tl.where(listed, 1, done), mask=real)
 
-    order = tl.cumsum(new.to(tl.int32), 0)  # 1, 2, ... at the new pages
-    total = tl.sum(new.to(tl.int32), 0)
-    half: tl.constexpr = HEAD_DIM // 2
-    kind: tl.constexpr = features.dtype.element_ty
-    weight = key_weight if is_key else value_weight
-    store = page_key if is_key else page_value
-    column = tl.arange(0, HALF)
-    depth = tl.arange(0, WIDTH)
-    weight_row = weight + (head * HEAD_DIM + column).to(tl.int64)[None, :] * HIDDEN
-    for index in range(lane, total, LANES):
-        page = tl.sum(tl.where(new & (order == index + 1), page_at, 0), 0)
-        for start in range(0, PAGE_SIZE, ROWS):
-            slot = start + tl.arange(0, ROWS)
-            inside = (slot < PAGE_SIZE)[:, None] & (column < half)[None, :]
-            token = ((row * page_total + page) * PAGE_SIZE + slot)[:, None]
+    total = tl.sum(new.to(tl.int32), 0) * PAGE_SIZE
+    if total > 0:
+        order = tl.where(new, tl.cumsum(new.to(tl.int32), 0), 0)  # 1, 2, ... at the new pages
+        index_at = page_at.to(tl.int32)
+        half: tl.constexpr = HEAD_DIM // 2
+        whole: tl.constexpr = HIDDEN % WIDTH == 0
+        kind: tl.constexpr = features.dtype.element_ty
+        heads: tl.constexpr = 2 * KV_HEADS
+        column = tl.arange(0, HALF)
+        depth = tl.arange(0, WIDTH)
+        tiles = (total + ROWS - 1) // ROWS
+        for index in range(program, tiles * heads, PROGRAMS):
+            first_tile = index // (LANES * heads) * LANES
+            lanes = tl.minimum(tiles - first_tile, LANES)
+            within = index % (LANES * heads)
+            head = within // lanes % KV_HEADS
+            is_key = within // lanes < KV_HEADS
+
+            token = (first_tile + within % lanes) * ROWS + tl.arange(0, ROWS)
+            wanted = order[None, :] == (token // PAGE_SIZE + 1)[:, None]
+            page = tl.sum(tl.where(wanted, index_at[None, :], 0), 1)  # past the end: page 0, read for nothing
+            slot = token % PAGE_SIZE
+            source = ((row * page_total + page) * PAGE_SIZE + slot)[:, None]
+            x_at = features + source * HIDDEN + depth[None, :]
+            weight = key_weight if is_key else value_weight
+            first_at = weight + (head * HEAD_DIM + column).to(tl.int64)[None, :] * HIDDEN + depth[:, None]
             left = tl.zeros([ROWS, HALF], tl.float32)
             right = tl.zeros([ROWS, HALF], tl.float32)
             for at in range(0, HIDDEN, WIDTH):
                 there = at + depth < HIDDEN
-                x = tl.load(
-                    features + token * HIDDEN + at + depth[None, :],
-                    mask=(slot < PAGE_SIZE)[:, None] & there[None, :],
-                    other=0.0,
-                )
                 used = there[:, None] & (column < half)[None, :]
-                first = tl.load(weight_row + at + depth[:, None], mask=used, other=0.0)
-                second = tl.load(weight_row + half * HIDDEN + at + depth[:, None], mask=used, other=0.0)
+                x = load_operand(x_at + at, there[None, :], whole)
+                first = load_operand(first_at + at, used, whole and half == HALF)
+                second = load_operand(first_at + half * HIDDEN + at, used, whole and half == HALF)
                 left = tl.dot(x, first, left, input_precision="ieee")
                 right = tl.dot(x, second, right, input_precision="ieee")
             left, right = left.to(kind).to(tl.float32), right.to(kind).to(tl.float32)  # as the projection rounds
+
+            inside = (token < total)[:, None] & (column < half)[None, :]
             if is_key:
-                c = tl.load(cos + token * half + column[None, :], mask=inside, other=0.0)
-                s = tl.load(sin + token * half + column[None, :], mask=inside, other=0.0)
+                c = tl.load(cos + source * half + column[None, :], mask=inside, other=0.0)
+                s = tl.load(sin + source * half + column[None, :], mask=inside, other=0.0)
                 left, right = left * c - right * s, right * c + left * s
-            out = (((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot)[:, None] * HEAD_DIM + column[
-                None, :
-            ]
+            target = ((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot
             if INT8:
                 largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)  # 0 past the head's columns
                 step = tl.maximum(largest, SMALLEST) / TOP
                 left = (left / step[:, None] + TO_WHOLE) - TO_WHOLE
                 right = (right / step[:, None] + TO_WHOLE) - TO_WHOLE
                 scale = page_key_scale if is_key else page_value_scale
-                at_step = ((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot
-                tl.store(scale + at_step, step, mask=slot < PAGE_SIZE)
+                tl.store(scale + target, step, mask=token < total)
                 kept: tl.constexpr = tl.int8
             else:
                 kept: tl.constexpr = kind
-            tl.store(store + out, left.to(kept), mask=inside)
-            tl.store(store + out + half, right.to(kept), mask=inside)
+            store = page_key if is_key else page_value
+            out = store + target[:, None] * HEAD_DIM + column[None, :]
+            tl.store(out, left.to(kept), mask=inside)
+            tl.store(out + half, right.to(kept), mask=inside)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from plugins.op import PAGE_SCALES, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
-
-LANES = 8  # programs per head that share the new pages of a row
+from plugins.tiles import tiled
 
 
 class ProjectPages(Op):
@@ -49,7 +48,6 @@ class ProjectPages(Op):
 
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a = self.attributes
-        wide = dtype != "float32"  # without tensor cores the products are unrolled
         pointers = *self.inputs, self.outputs[-1]  # the other outputs are inputs: see in_place
         kernel = Kernel(
             "project_pages",
@@ -64,17 +62,13 @@ class ProjectPages(Op):
                 ("HEAD_DIM", a["head_dim"]),
                 ("HALF", max(16, power_of_two(a["head_dim"] // 2))),
                 ("PAGE_SIZE", a["page_size"]),
-                ("ROWS", min(64 if wide else 16, max(16, power_of_two(a["page_size"])))),
-                ("WIDTH", 32 if wide else 16),
                 ("PAGE_BLOCK", power_of_two(a["cells"] ** 2)),
-                ("LANES", LANES),
                 ("INT8", a["int8_pages"]),
             ),
-            stages=3 if wide else 2,
             absent=() if a["int8_pages"] else PAGE_SCALES,
-            tile=("ROWS", "WIDTH", "LANES"),
+            tile=("ROWS", "WIDTH", "LANES", "PROGRAMS"),
         )
-        return (kernel,)
+        return (tiled(kernel),)
 
     def workspace(self, shapes: Shapes[int]) -> int:
         return 0
@@ -84,5 +78,7 @@ class ProjectPages(Op):
     ) -> list[Launch]:
         (kernel,) = kernels
         batch, page_total = shapes["features"][:2]
-        grid = kernel.constant("LANES"), 2 * self.attributes["kv_heads"], batch
-        return [kernel.launch(grid, {**addresses, "page_total": page_total})]
+        tile = dict(kernel.constants)
+        # Code of version 0.1.0 has no PROGRAMS: its programs have a head each, of which LANES share the new pages.
+        grid = (tile["PROGRAMS"], 1) if "PROGRAMS" in tile else (tile["LANES"], 2 * self.attributes["kv_heads"])
+        return [kernel.launch((*grid, batch), {**addresses, "page_total": page_total})]

@@ -15,6 +15,7 @@ from engines.cuda import Cuda
 from plugins.artifacts import REBUILD_KERNELS, Artifacts, Compiled
 from plugins.compile import OFFICIAL_7B
 from plugins.errors import KernelError
+from plugins.op import Kernel
 from plugins.registry import kernels_of_model
 from tests.emulator.driver import Driver, emulated
 from tests.plugins.checks import (
@@ -226,12 +227,22 @@ def test_format_1_holds_the_kernels_of_today(int8, file):
             old.on([kernel], 86)
 
 
+def as_it_was(kernel: Kernel, entry: str) -> Compiled:
+    """A kernel of a file, with the function of its time for code."""
+    made = emulated(kernel, entry)
+    code = {
+        sm: cubin.replace(b"plugins.project_pages.kernel", b"tests.plugins.old_kernels")
+        for sm, cubin in made.cubins.items()
+    }
+    return replace(made, cubins=code)
+
+
 @pytest.mark.parametrize(("int8", "file"), [(0, "format-1-float.zip"), (1, "format-1-int8.zip")])
 def test_format_1_launches(int8, file):
     """Through the driver's wrapper, with what the emulated driver takes for code, whose parameters are in an order that
     no op has."""
     kernels = [(c.kernel, c.entry) for c in Artifacts.read(OLD / file).compiled]
-    turned = [emulated(replace(kernel, parameters=kernel.parameters[::-1]), entry) for kernel, entry in kernels]
+    turned = [as_it_was(replace(kernel, parameters=kernel.parameters[::-1]), entry) for kernel, entry in kernels]
     driver = Driver()
     launcher = Launcher(Cuda(driver), lambda _: Artifacts(tuple(turned), {}))
     sizes, case = Sizes(grid=9, capacity=120, past=(100,), steps=3), {"counts": (4,), "done": (1,), "kv_heads": 4}

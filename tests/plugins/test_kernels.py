@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from engines.cuda import Cuda
+from plugins.artifacts import Artifacts
+from plugins.compiler.kernels import variants_of
 from plugins.select_pages.launch import SelectPages
-from tests.emulator.driver import Driver, emulated_artifacts
+from tests.emulator.driver import Driver, emulated, emulated_artifacts
 from tests.emulator.interpreter import call
 from tests.plugins.checks import ATTENTION_BOUND, check_attention, check_projection, check_selection
 from tests.plugins.harness import Launcher
@@ -55,6 +57,23 @@ def test_attention_through_the_driver(case, dtype):
     driver = Driver()
     check_attention(ATTENTION_CASES[case], dtype, Launcher(Cuda(driver), emulated_artifacts), paged=True)
     assert {"attend_pages", "combine"} <= set(driver.launches)
+
+
+@pytest.mark.parametrize(("sm", "rows"), [(86, 128), (90, 64), (121, 128)])
+def test_each_gpu_runs_its_own_variant(sm, rows):
+    """Of one file with code for several SMs: its grid is that of the tile which the code of this SM has."""
+
+    def variants(kernels) -> Artifacts:
+        made = ((each, sms) for kernel in kernels for each, sms in variants_of(kernel, (86, 90)))
+        return Artifacts(tuple(emulated(each, each.name, sms) for each, sms in made), {})
+
+    sizes = ATTENTION_CASES["prefill, head size 96"]
+    launcher = Launcher(Cuda(Driver(sm=sm)), variants)
+    check_attention(sizes, "float16", launcher, paged=False)
+    op = sizes.cached()
+    made = launcher.artifacts(op, "float16")
+    (prefill,) = (kernel for kernel in made.on(op.kernels("float16"), sm) if kernel.name == "prefill")
+    assert prefill.constant("ROWS") == rows and len([c for c in made.compiled if c.kernel.name == "prefill"]) == 2
 
 
 def test_projection_through_the_driver():

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from plugins.artifacts import Artifacts
 from plugins.cached_attention.reference import rotary
+from plugins.op import Kernel
 from plugins.project_pages import onnx_body
+from plugins.project_pages.launch import ProjectPages
+from plugins.tiles import TILES, tiled
 from tests.emulator.interpreter import call
-from tests.plugins.checks import check_projection
-from tests.plugins.harness import by_body, by_reference
+from tests.plugins.checks import check_int8_projection, check_projection
+from tests.plugins.harness import Run, by_body, by_reference
 from tests.plugins.inputs import PROJECTION_CASES, projection_inputs, projection_op
 
 RUNS = [(by_body(onnx_body.FUNCTIONS), dtype) for dtype in ("float32", "float16")]
@@ -43,3 +51,43 @@ def test_reference_projects_what_is_wanted_and_nothing_else():
             torch.testing.assert_close(value[0, :, page], expected)
         else:
             assert key[0, :, page].isnan().all()
+
+
+def cut(change: Callable[[Kernel], Kernel]) -> Run:
+    """The kernel in the interpreter with another tile."""
+
+    class Cut(ProjectPages):
+        def kernels(self, dtype):
+            return tuple(map(change, super().kernels(dtype)))
+
+    return lambda op, dtype, inputs: call(Cut(**op.attributes), dtype, inputs)
+
+
+@pytest.mark.parametrize("sm", [sm for row in TILES if row.kernel == "project_pages" for sm in row.sms])
+def test_as_each_sm_cuts_it(sm):
+    """Tiles of several pages, the last of them not full."""
+    run = cut(lambda kernel: tiled(kernel, sm))
+    check_projection(PROJECTION_CASES["some"], "float16", run)
+    check_int8_projection(PROJECTION_CASES["some"], "float16", run)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 64])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_programs_share_many_tiles(lanes, programs):
+    """Pages begin within tiles and end in others, and programs have several tiles of several heads, or none."""
+    small = {"ROWS": 16, "WIDTH": 16, "LANES": lanes, "PROGRAMS": programs}
+    run = cut(lambda kernel: replace(kernel, constants=tuple((dict(kernel.constants) | small).items())))
+    check_projection({"counts": (8, 5), "done": (0, 3), "page_size": 11, "hidden": 24}, "float16", run)
+
+
+def test_code_of_an_older_version_has_its_grid():
+    """A program per head, and eight that share its pages: what is launched is what the code was compiled for."""
+    old = Artifacts.read(Path(__file__).parent / "data" / "format-1-float.zip")
+    (found,) = (c.kernel for c in old.compiled if c.kernel.name == "project_pages")
+    constants = {name.lower(): value for name, value in found.constants}
+    names = "hidden", "kv_heads", "head_dim", "page_size"
+    op = ProjectPages(**{name: constants[name] for name in names}, cells=3)
+    shapes = {"features": (2, 9, op.attributes["page_size"], op.attributes["hidden"])}
+    addresses = {tensor.name: 256 for tensor in (*op.inputs, *op.outputs)}
+    (launch,) = op.launches("float16", shapes, addresses, 0, old.on(op.kernels("float16"), 86))
+    assert launch.kernel == found and launch.grid == (8, 2 * op.attributes["kv_heads"], 2)
