@@ -72,7 +72,7 @@ TILES: tuple[Tile, ...] = (
     Tile("combine", (("MAP_BLOCK", 64),), 4, 2, "chosen: small, and not measured against others"),
     Tile(
         "project_pages",
-        _projection(16, 16, lanes=8, programs=128),
+        _projection(16, 16, lanes=8, programs=64),
         4,
         2,
         dtypes=("float32",),
