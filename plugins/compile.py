@@ -14,7 +14,7 @@ from plugins.artifacts import Artifacts
 from plugins.command import run
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
-from plugins.op import MODEL_DTYPES
+from plugins.op import FIRST_SM, MODEL_DTYPES
 from plugins.registry import kernels_of_model
 
 OFFICIAL_7B = {
@@ -23,14 +23,25 @@ OFFICIAL_7B = {
 }  # fmt: skip
 
 
+HEADING = """\
+registers per thread, shared memory in bytes; no spills; empty: another variant runs there (plugins/tiles.py)
+*: code of the architecture's own instructions"""
+
+
 def table(artifacts: Artifacts) -> str:
-    """Registers per thread of every kernel and SM, and its shared memory. Spills need no column: they are refused."""
-    rows = [["kernel", "threads", "shared", *(f"sm_{sm}" for sm in artifacts.sms)]]
+    """A row for each variant of a kernel: its tile, stages, threads and shared memory, and the registers per thread on
+    each SM that runs it. Spills need no column: they are refused."""
+    rows = [["kernel", "tile", "stages", "threads", "shared", *(f"sm_{sm}" for sm in artifacts.sms)]]
     for c in artifacts.compiled:
-        rows.append([c.kernel.name, str(c.threads), str(c.shared), *(str(c.registers[sm]) for sm in artifacts.sms)])
+        kernel, constants = c.kernel, dict(c.kernel.constants)
+        tile = " ".join(f"{name}={constants[name]}" for name in kernel.tile if name in constants)
+        sizes = map(str, (kernel.stages, c.threads, c.shared))
+        own = "" if kernel.arch == FIRST_SM else "*"
+        used = (f"{c.registers[sm]}{own}" if sm in c.registers else "" for sm in artifacts.sms)
+        rows.append([kernel.name, tile, *sizes, *used])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(["registers per thread, shared memory in bytes; no spills", *lines])
+    return "\n".join([HEADING, *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

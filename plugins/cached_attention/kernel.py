@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 EMPTY = tl.constexpr(-1e30)  # maximum of no scores: finite, so that no difference is NaN
+LOG2_E = tl.constexpr(1.4426950408889634)  # e^x is 2^(x * LOG2_E)
 
 
 @triton.jit
@@ -65,6 +66,40 @@ def append(
 
 
 @triton.jit
+def load_tile(store, tile, real, dim, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Keys or values at the offsets `tile` of one head: all of them with WHOLE, else the `real` ones, and 0."""
+    if not WHOLE:
+        return tl.load(store + tile, mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM == WIDTH:
+        return tl.load(store + tile)
+    return tl.load(store + tile, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def prefill_tile(
+    q, keys, values, slot, position, last, largest, total, read,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Attend queries to the keys in `slot`: the running maximum, sum and weighted values. WHOLE: all see all of them.
+
+    The exponent's base is 2: GPUs have no other, and its factor is multiplied in the same instruction that subtracts.
+    """
+    dim = tl.arange(0, WIDTH)
+    tile = slot[:, None] * HEAD_DIM + dim[None, :]
+    k = load_tile(keys, tile, slot <= last, dim, HEAD_DIM, WIDTH, WHOLE)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if not WHOLE:
+        score = tl.where(slot[None, :] <= position[:, None], score, EMPTY)
+    highest = tl.maximum(largest, tl.max(score, 1))
+    weight = tl.exp2(score * LOG2_E - (highest * LOG2_E)[:, None])
+    keep = tl.exp2((largest - highest) * LOG2_E)
+    v = load_tile(values, tile, slot <= last, dim, HEAD_DIM, WIDTH, WHOLE)
+    total = total * keep + tl.sum(weight, 1)
+    read = tl.dot(weight.to(v.dtype), v, read * keep[:, None], input_precision="ieee")
+    return highest, total, read
+
+
+@triton.jit
 def prefill(
     query,  # [B, S, H*hd]
     cache_key,  # [B, Hkv, L, hd]
@@ -82,9 +117,13 @@ def prefill(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Causal attention of ROWS queries, tile by tile (FlashAttention). Programs: (blocks of ROWS tokens, H, B)."""
+    """Causal attention of ROWS queries, tile by tile (FlashAttention). Programs: (blocks of ROWS tokens, H, B).
+
+    The last tokens, whose programs take longest, go first. Tiles that all queries see whole come before those that only
+    some see, or see a part of.
+    """
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    step = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    step = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     inside = step < steps - 1
     position = tl.load(positions + row * steps + step, mask=inside, other=0).to(tl.int32)
     token = (step * HEADS + head) * HEAD_DIM
@@ -93,25 +132,23 @@ def prefill(
     q = load_rotated(query + new, cos, sin, token, position, inside, HEAD_DIM, WIDTH)
     q = (q * (HEAD_DIM**-0.5)).to(kind)
 
-    dim = tl.arange(0, WIDTH)
     cache = (row * (HEADS // GROUP) + head // GROUP) * capacity * HEAD_DIM
+    keys, values = cache_key + cache, cache_value + cache
+    last = tl.minimum(tl.max(position, 0), capacity - 1)
+    whole = (tl.min(tl.where(inside, position, last), 0) + 1) // BLOCK * BLOCK
+    column = tl.arange(0, BLOCK)
     largest = tl.full([ROWS], EMPTY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     read = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, tl.max(position, 0) + 1, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        real = (slot < capacity)[:, None] & (dim < HEAD_DIM)[None, :]
-        seen = slot[None, :] <= position[:, None]
-        tile = slot[:, None] * HEAD_DIM + dim[None, :]
-        k = tl.load(cache_key + cache + tile, mask=real & (slot <= tl.max(position, 0))[:, None], other=0.0)
-        score = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee"), EMPTY)
-        highest = tl.maximum(largest, tl.max(score, 1))
-        weight = tl.exp(score - highest[:, None])
-        keep = tl.exp(largest - highest)
-        v = tl.load(cache_value + cache + tile, mask=real & (slot <= tl.max(position, 0))[:, None], other=0.0)
-        total = total * keep + tl.sum(weight, 1)
-        read = read * keep[:, None] + tl.dot(weight.to(kind), v, input_precision="ieee")
-        largest = highest
+    for start in range(0, whole, BLOCK):
+        largest, total, read = prefill_tile(
+            q, keys, values, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, True
+        )
+    for start in range(whole, last + 1, BLOCK):
+        largest, total, read = prefill_tile(
+            q, keys, values, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, False
+        )
+    dim = tl.arange(0, WIDTH)
     result = (read / total[:, None]).to(kind)
     tl.store(context + new + token[:, None] + dim[None, :], result, mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
 

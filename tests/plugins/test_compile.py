@@ -20,22 +20,25 @@ from plugins.compile import OFFICIAL_7B, main, table
 from plugins.compiler import ptxas
 from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptx import without_scratch
-from plugins.compiler.ptxas import SHARED_LIMIT, SMS, read_log
+from plugins.compiler.ptxas import SMS, read_log
 from plugins.errors import KernelError
-from plugins.op import Kernel
+from plugins.op import FIRST_SM, MODEL_DTYPES, Kernel
 from plugins.registry import kernels_of_model, ops_of_model
+from plugins.tiles import LEAST_SHARED, SHARED_LIMIT, TILES, Tile, dtype_of, tiled
 from tests.conftest import once
 from tests.geometries import official
 from tests.shapes import input_shapes, sizes
 
-KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
-NAMES = [kernel.name for kernel in KERNELS]
 DTYPES = ("float16", "bfloat16")
+KERNELS_OF = {dtype: kernels_of_model(OFFICIAL_7B, dtype) for dtype in DTYPES}
+KERNELS = KERNELS_OF["float16"]
+NAMES = [kernel.name for kernel in KERNELS]
 VARIANTS = {
     "head-64": {"head_dim": 64},
     "head-96": {"head_dim": 96},  # padded to 128
     "grouped": {"kv_heads": 8},
     "default-model": {"heads": 4, "kv_heads": 4, "head_dim": 32, "grid": 12, "page_size": 16, "threshold": 96},
+    "small-heads": {"heads": 4, "kv_heads": 4, "head_dim": 16, "grid": 6, "cells": 3, "page_size": 4},
     "int8-pages": {"int8_pages": 1},
 }
 
@@ -75,7 +78,7 @@ def passed(kernel: Kernel) -> list[int]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_code_of_every_kernel_for_every_board(artifacts, dtype, name, sm, tmp_path):
-    compiled = next(c for c in artifacts(dtype).compiled if c.kernel.name == name)
+    compiled = next(c for c in artifacts(dtype).compiled if c.kernel.name == name and sm in c.cubins)
     cubin = compiled.cubins[sm]
     assert elf_sm(cubin) == sm
     pattern = rf"Function {compiled.entry}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
@@ -84,7 +87,7 @@ def test_code_of_every_kernel_for_every_board(artifacts, dtype, name, sm, tmp_pa
     assert (stack, local) == (0, 0)  # where registers spill to
     assert 0 < registers <= 255 and registers == compiled.registers[sm]
     assert registers * compiled.threads <= 65536  # of an SM
-    assert static <= 1024 and static + compiled.shared <= SHARED_LIMIT  # newer SMs keep 1024 bytes for themselves
+    assert static <= 1024 and static + compiled.shared <= SHARED_LIMIT[sm]  # newer SMs keep 1024 bytes for themselves
     info = re.findall(r"Ordinal : 0x(\w+)\s+Offset  : 0x\w+\s+Size    : 0x(\w+)", cuobjdump("-elf", cubin, tmp_path))
     sizes = [size for _, size in sorted((int(ordinal, 16), int(size, 16)) for ordinal, size in info)]
     assert sizes == passed(compiled.kernel)
@@ -94,6 +97,7 @@ def test_code_of_every_kernel_for_every_board(artifacts, dtype, name, sm, tmp_pa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ptx_that_every_board_takes(artifacts, dtype, name):
     compiled = next(c for c in artifacts(dtype).compiled if c.kernel.name == name)
+    assert compiled.kernel.arch == FIRST_SM and compiled.shared + 1024 <= LEAST_SHARED
     text = compiled.ptx.decode()
     assert re.search(r"^\.version 8\.0$", text, re.MULTILINE) and re.search(r"^\.target sm_80$", text, re.MULTILINE)
     entry = re.findall(r"^\.visible \.entry (\w+)\(([^)]*)\)\s*\.reqntid (\d+)$", text, re.MULTILINE)
@@ -119,15 +123,26 @@ def test_tensor_cores_do_the_prefill(artifacts, dtype):
     assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" in text
 
 
+@pytest.mark.parametrize(("sm", "instruction"), [(90, "wgmma.mma_async"), (100, "tcgen05.mma"), (110, "tcgen05.mma")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_code_of_an_architecture_of_its_own(artifacts, dtype, sm, instruction):
+    """Where Triton has matrix instructions that only one architecture knows, its text names that one."""
+    compiled = artifacts(dtype).get(tiled(next(k for k in KERNELS_OF[dtype] if k.name == "prefill"), sm), sm)
+    text = compiled.ptx.decode()
+    assert list(compiled.cubins) == [sm] and compiled.kernel.arch == sm
+    assert re.search(rf"^\.target sm_{sm}a$", text, re.MULTILINE) and instruction in text
+    assert "mma.sync" not in text
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_sizes(dtype, variant):
     """compile_kernels refuses spills and too much shared memory, and has both versions of ptxas read every PTX."""
     kernels, official = (kernels_of_model(OFFICIAL_7B | VARIANTS.get(name, {}), dtype) for name in (variant, None))
-    made = compile_kernels([kernel for kernel in kernels if kernel not in official], (87, 110))
+    made = compile_kernels([kernel for kernel in kernels if kernel not in official], (87, 90, 110))
     changed = {"project_pages"} if variant == "int8-pages" else {"append", "prefill", "attend"}
     assert {"attend_pages", *changed} <= {c.kernel.name for c in made.compiled}
-    assert all(c.shared <= 48 << 10 for c in made.compiled)
+    assert made.sms == (87, 90, 110)
 
 
 def test_float32_compiles_for_boards_too():
@@ -138,18 +153,48 @@ def test_float32_compiles_for_boards_too():
 
 
 @pytest.mark.parametrize("steps", [1, 640])
-def test_launches_pass_what_the_code_takes(artifacts, steps):
+@pytest.mark.parametrize("sm", [None, *SMS])
+def test_launches_pass_what_the_code_takes(artifacts, sm, steps):
+    """On each SM, and on one nobody has heard of: arguments, and a grid for the tile that the code has."""
     made = artifacts("float16")
     for op in ops_of_model(OFFICIAL_7B):
         given = input_shapes(official(), batch=2, steps=steps)[op.name]
         addresses = {tensor.name: 256 * at for at, tensor in enumerate((*op.inputs, *op.outputs))}
         assert len(addresses) == len(op.inputs) + len(op.outputs)  # no input has the name of an output
-        launches = op.launches("float16", given, addresses, 1 << 20)
+        launches = op.launches("float16", given, addresses, 1 << 20, made.on(op.kernels("float16"), sm))
         assert list(given) == [tensor.name for tensor in op.inputs] and launches
         for launch in launches:
-            code = made.get(launch.kernel)
+            code = made.get(launch.kernel, sm)
+            assert launch.kernel == code.kernel and sm in (*code.cubins, None)
             assert len(launch.ordered(code.kernel)) == len(passed(code.kernel)), launch.kernel.name
             assert launch.grid[0] < 2**31 and max(launch.grid[1:]) <= 65535
+            if launch.kernel.name == "prefill":
+                assert launch.grid[0] == -(-(steps - 1) // code.kernel.constant("ROWS"))
+
+
+@pytest.mark.parametrize("row", TILES, ids=lambda row: f"{row.kernel}-{TILES.index(row)}")
+def test_every_row_of_the_table_is_some_kernels(row):
+    """Each is reached, by the official model or a variant of it, and says where it comes from."""
+    sizes_of = (OFFICIAL_7B | change for change in ({}, *VARIANTS.values()))
+    kernels = [kernel for each in sizes_of for dtype in MODEL_DTYPES for kernel in kernels_of_model(each, dtype)]
+    used = [
+        kernel for kernel in kernels if next((r for r in TILES if r.holds(kernel, (row.sms or (None,))[0])), 0) is row
+    ]
+    assert used and row.source and dtype_of(used[0]) in row.dtypes
+    assert set(row.sms) <= set(SMS) and (row.sms or not row.native)
+    made = tiled(used[0], row.sms[0] if row.sms else None)
+    assert dict(made.constants).items() >= dict(row.constants).items()
+    assert (made.warps, made.stages, made.arch) == (row.warps, row.stages, row.sms[0] if row.native else FIRST_SM)
+
+
+def test_a_row_changes_nothing_but_the_tile(monkeypatch):
+    kernel = KERNELS[0]
+    row = Tile(kernel.name, (("THRESHOLD", 1),), 4, 2, "a test")
+    monkeypatch.setattr("plugins.tiles.TILES", (row,))
+    with pytest.raises(ValueError, match=r"select_pages: \['THRESHOLD'\] of its row are not among its tile"):
+        tiled(kernel)
+    monkeypatch.setattr("plugins.tiles.TILES", ())
+    assert tiled(kernel) == kernel
 
 
 def test_equal_on_every_machine(artifacts, monkeypatch, tmp_path):
@@ -314,7 +359,21 @@ def test_command(tmp_path, capsys):
     assert [c.kernel for c in made.compiled] == kernels_of_model(OFFICIAL_7B | given | {"int8_pages": 1}, "float32")
     printed = capsys.readouterr().out
     assert table(made) in printed and made.sha256 in printed
-    assert len(table(made).splitlines()) == 2 + len(made.compiled)
+    assert len(table(made).splitlines()) == 3 + len(made.compiled)
+
+
+def test_the_table_shows_every_variant(artifacts):
+    """Its tile, and on each SM the registers of the one variant that runs there."""
+    made = artifacts("float16")
+    heading, rows = table(made).splitlines()[2], [line for line in table(made).splitlines() if " prefill " in line]
+    assert heading.split() == ["kernel", "tile", "stages", "threads", "shared", *(f"sm_{sm}" for sm in SMS)]
+    variants = [c for c in made.compiled if c.kernel.name == "prefill"]
+    assert len(rows) == len(variants) > 1
+    for row, c in zip(rows, variants, strict=True):
+        tile = [f"{name}={c.kernel.constant(name)}" for name in ("ROWS", "BLOCK")]
+        own = "" if c.kernel.arch == FIRST_SM else "*"
+        registers = [f"{c.registers[sm]}{own}" for sm in SMS if sm in c.registers]
+        assert row.split() == ["prefill", *tile, str(c.kernel.stages), str(c.threads), str(c.shared), *registers]
 
 
 def test_command_with_bad_input(tmp_path, capsys):
