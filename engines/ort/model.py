@@ -265,14 +265,15 @@ class OrtDecoder:
 
     def _fetch(self) -> Callable[[], np.ndarray]:
         if self._model.device == "cpu":  # a copy of this size takes microseconds
-            logits = self._outputs["logits"].numpy().copy()
+            logits: np.ndarray = self._outputs["logits"].numpy().copy()
             return lambda: logits
         run = self._runs
 
         def fetch() -> np.ndarray:
             if self._runs != run:
                 raise BackendError("the logits of a step that is over", fix="read them before the next run")
-            return self._outputs["logits"].numpy()
+            fetched: np.ndarray = self._outputs["logits"].numpy()
+            return fetched
 
         return fetch
 

@@ -23,6 +23,6 @@ comes from one softmax over the ordinary keys and the keys of the selected pages
 the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_int8.py` (the same of int8
-pages), `onnx_static.py` (for TensorRT without plugins, of either), `kernel.py` (Triton), `launch.py` (its launches, as
-a TensorRT plugin asks for them).
+pages), `onnx_cuda.py` (for its CUDA provider, of either), `onnx_static.py` (for TensorRT without plugins, of either),
+`kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """

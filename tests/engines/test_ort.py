@@ -16,7 +16,7 @@ import pytest
 from engines import ort
 from engines.bundle.folder import Bundle
 from engines.errors import BackendError, BundleError
-from engines.ort import MAX_THREADS, OrtModel, installed
+from engines.ort import MAX_THREADS, OrtModel, installed, library
 from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.parity.requests import encode, request
@@ -116,6 +116,26 @@ def test_a_folder_of_links_alone_opens(copy, tmp_path):
         path.rename(tmp_path / "blobs" / f"0{path.name}")
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/0{path.name}")
     assert OrtModel(Bundle(tmp_path / "snapshot"), threads=1)
+
+
+# The decoder's graph on a GPU is another, if the bundle has it.
+
+
+@pytest.mark.parametrize(("device", "made_before", "expected"), [
+    ("cpu", False, "decoder.onnxruntime.onnx"),
+    ("cuda", False, "decoder.onnxruntime-cuda.onnx"),
+    ("cuda", True, "decoder.onnxruntime.onnx"),
+])  # fmt: skip
+def test_which_graph_a_device_gets(monkeypatch, copy, device, made_before, expected):
+    if made_before:  # there were any
+        edit(copy, lambda manifest: manifest["parts"]["decoder"]["graphs"].pop("onnxruntime-cuda"))
+    opened = []
+    session = OrtModel.session
+    monkeypatch.setattr(OrtModel, "session", lambda self, path: opened.append(path.name) or session(self, path))
+    monkeypatch.setitem(library.PROVIDERS, "cuda", "CPUExecutionProvider")  # no GPU here: the CPU opens it, too
+    monkeypatch.setitem(library.PROVIDER_OPTIONS, "cuda", {})
+    OrtModel(Bundle(copy), threads=1, device=device)
+    assert opened == ["vision.onnxruntime.onnx", "pages.onnxruntime.onnx", expected]
 
 
 # Nothing behind the user's back.
@@ -220,6 +240,18 @@ def test_a_full_cache_is_an_error(model):
     with pytest.raises(BackendError, match="5 more tokens"):
         decoder.run(np.ones((1, 5), np.int64))
     decoder.run(np.ones((1, 4), np.int64))
+
+
+def test_logits_on_a_device_are_those_of_their_step_alone(model, monkeypatch):
+    """As on a GPU, where they lie until somebody asks; here they lie in the host's memory."""
+    monkeypatch.setattr(model, "device", "cuda")
+    decoder = model.decoder(model.no_image(1), 64)
+    step = decoder.run(np.array([[1, 5]]))
+    assert step.logits[0].argmax() == step.token[0]
+    missed = decoder.run(np.array([[9]]))
+    decoder.run(np.array([[7]]))
+    with pytest.raises(BackendError, match="of a step that is over"):
+        missed.logits  # noqa: B018
 
 
 def test_forgetting_tokens_brings_the_old_state_back(model):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
-from engines.ort import OrtModel
+from engines.bundle.kinds import ONNXRUNTIME_CUDA
+from engines.errors import BackendError
+from engines.ort import OrtDecoder, OrtModel
+from engines.ort.buffers import Buffers
 from runtime import Engine
 from tests.parity.gates import GPU_BOUNDS, require
 from tests.parity.official import CASES, recorded
@@ -46,3 +52,39 @@ def test_thousand_steps_do_not_grow(bundle):
     assert np.isfinite(result.logits).all()
     assert decoder.length.tolist() == [1000]
     assert buffers == [value.data_ptr() for value in decoder._cache.values()]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int64"])
+def test_memory_is_zeroed_on_the_device(dtype):
+    """Also where an earlier tensor left something else."""
+    buffers = Buffers("cuda")
+    for _ in range(3):
+        value = buffers.of(np.full((3, 1000, 77), 7, dtype))
+        buffers.clear(value)
+        assert not value.numpy().any()
+        del value
+        assert not buffers.zeros((3, 1000, 77), dtype).numpy().any()
+
+
+def test_logits_are_fetched_when_asked_for_and_are_those_of_the_last_run_alone(bundle):
+    model = OrtModel(Bundle(bundle("fp16")), device="cuda")
+    decoder = model.decoder(model.no_image(1), 64)
+    step = decoder.run(np.array([[5, 9]]))
+    assert step.logits[0].argmax() == step.token[0]
+    over = decoder.run(np.array([[7]]))
+    decoder.run(np.array([[8]]))
+    with pytest.raises(BackendError, match="of a step that is over"):
+        over.logits  # noqa: B018
+
+
+def test_nothing_but_shapes_is_left_to_the_cpu(bundle, tmp_path):
+    """ONNX Runtime's own account of where it put the decoder: no copies, and on the CPU what reads shapes."""
+    model = OrtModel(Bundle(bundle("fp16")), device="cuda")
+    model._options.enable_profiling, model._options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = model.session(Bundle(bundle("fp16")).graph("decoder", ONNXRUNTIME_CUDA))
+    OrtDecoder(model, session, model.no_image(1), 64).run(np.array([[5]]))
+    events = [event for event in json.loads(Path(session.end_profiling()).read_text()) if event.get("cat") == "Node"]
+    kernels = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
+    assert not [each for each in kernels if each["op_name"].startswith("Memcpy")]
+    on_cpu = {each["op_name"] for each in kernels if each["provider"] == "CPUExecutionProvider"}
+    assert on_cpu <= {"Shape", "Slice", "Squeeze", "Unsqueeze", "Concat", "Gather", "Add", "Sub", "Mul", "Div", "Min"}
