@@ -1,7 +1,6 @@
 """The rehearsal on the CPU: whole models over the emulated driver, only TensorRT itself is not there.
 
-The same executor on a GPU, over all official runs and a thousand steps: tests/parity/gpu/test_tensorrt.py, whose tests
-of features and caches run here, too. Kernels are interpreted, so steps are few; prompts of the official model, whose
+The same executor on a GPU, over all official runs and a thousand steps: tests/parity/gpu/test_tensorrt.py. Kernels are interpreted, so steps are few; prompts of the official model, whose
 prefill would take minutes, go through ONNX Runtime.
 """
 
@@ -19,8 +18,8 @@ from export.build import BuildOptions, build
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
-from tests.parity.gates import GPU_BOUNDS
-from tests.parity.gpu import test_tensorrt as on_gpu
+from tests.parity.beside import require_features, require_layers
+from tests.parity.gates import BOUNDS, GPU_BOUNDS
 from tests.parity.requests import padded, request
 from tests.runtime.questions import GEOMETRY
 
@@ -38,10 +37,10 @@ def driver(monkeypatch) -> Driver:
 def engines(shared, checkpoint):
     """engines(precision) -> bundle of the official small model with emulated engines."""
 
-    def get(precision: str, name: str = "plain", variant: str = "eager"):
-        out = shared / f"rehearsal-{name}-{precision}"
+    def get(precision: str):
+        out = shared / f"rehearsal-{precision}"
         graphs = out.with_name(f"{out.name}-graphs")
-        options = BuildOptions(checkpoint(name), graphs, precision=precision, projection=variant, check="none")
+        options = BuildOptions(checkpoint("plain"), graphs, precision=precision, check="none")
         plain = once(graphs, lambda _: build(options))
         return once(out, lambda _: with_plans(plain, out, TENSORRT, plugins=True, prefill=False))
 
@@ -61,12 +60,12 @@ def small(shared, random_model):
 
 @pytest.mark.parametrize("case", [CASE], indirect=True)
 def test_features(case, driver, engines):
-    on_gpu.test_features(case, engines, TENSORRT, "fp32", "eager")
+    require_features(case, Bundle(engines("fp32")), TENSORRT, BOUNDS["fp32"])
 
 
 @pytest.mark.parametrize("case", [CASE], indirect=True)
 def test_each_layer_selects_and_caches_what_onnxruntime_does(case, driver, engines):
-    on_gpu.test_each_layer_selects_and_caches_what_onnxruntime_does(case, engines, TENSORRT, "eager")
+    require_layers(case, Bundle(engines("fp32")), TENSORRT, BOUNDS["fp32"])
 
 
 @pytest.mark.parametrize("case", [CASE], indirect=True)
