@@ -1,7 +1,7 @@
 """The rehearsal on the CPU: whole models over the emulated driver, only TensorRT itself is not there.
 
-The same executor on a GPU, over all official runs and a thousand steps: tests/parity/gpu/test_tensorrt.py. Kernels are interpreted, so steps are few; prompts of the official model, whose
-prefill would take minutes, go through ONNX Runtime.
+The same executor on a GPU, over all official runs and a thousand steps: tests/parity/gpu/test_tensorrt.py. Kernels are
+interpreted, so steps are few; prompts of the official model, whose prefill would take minutes, go through ONNX Runtime.
 """
 
 from __future__ import annotations
