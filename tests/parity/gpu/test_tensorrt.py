@@ -16,7 +16,6 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.errors import BackendError
-from engines.ort import OrtModel
 from engines.trt import library as trt
 from engines.trt.build import attributes
 from engines.trt.model import TrtModel
@@ -29,6 +28,7 @@ from runtime import Engine
 from tests.conftest import once
 from tests.emulator.tensorrt import rehearse, with_plans
 from tests.gpu import require_gpu
+from tests.parity.beside import require_features, require_layers
 from tests.parity.gates import GPU_BOUNDS, Bounds, on_int8_pages, require
 from tests.parity.official import CASES, recorded
 
@@ -111,13 +111,7 @@ def bounds(precision: str, variant: str) -> Bounds:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("precision", GPU_BOUNDS)
 def test_features(case, engines, backend, precision, variant):
-    folder = engines(precision, case.weights, variant)
-    model, theirs = TrtModel(Bundle(folder), backend), OrtModel(Bundle(folder))
-    tiles = case.tiles(model.geometry)
-    for part in (tiles[:1], tiles[1:]):
-        ours = model.vision(part).numpy(model.stream).astype(np.float32)
-        assert np.isfinite(ours).all()
-        assert np.abs(ours - theirs.vision(part).numpy()).max() <= GPU_BOUNDS[precision].features
+    require_features(case, Bundle(engines(precision, case.weights, variant)), backend, GPU_BOUNDS[precision])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -131,29 +125,7 @@ def test_replays(engines, backend, precision, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_layer_selects_and_caches_what_onnxruntime_does(case, engines, backend, variant):
-    """After the prefill and one step: key and value of every layer, and the pages every layer chose."""
-    folder = engines("fp32", case.weights, variant)
-    found = []
-    for model in (TrtModel(Bundle(folder), backend), OrtModel(Bundle(folder))):
-        for _, decoder, result in case.replay(model, model.geometry):
-            used = int(decoder.length[0])
-            halves = [f"{half}.{layer}" for layer in range(model.geometry.layers) for half in ("key", "value")]
-            caches = {name: cache_of(model, decoder, name)[:, :, :used] for name in halves}
-            found.append((caches, result.cells(), result.logits.copy()))
-            break
-    (ours, our_cells, our_logits), (theirs, their_cells, their_logits) = found
-    for name, cache in theirs.items():
-        assert np.isfinite(ours[name]).all(), name
-        assert np.abs(ours[name] - cache).max() <= GPU_BOUNDS["fp32"].features, name
-    assert np.array_equal(our_cells, their_cells)
-    assert np.abs(our_logits - their_logits).max() <= GPU_BOUNDS["fp32"].logits
-
-
-def cache_of(model, decoder, name: str) -> np.ndarray:
-    """One half of a layer's cache [B, Hkv, L, hd]."""
-    if isinstance(model, OrtModel):
-        return decoder._cache[name].numpy()
-    return decoder._cache[f"past_{name}"].numpy(model.stream)
+    require_layers(case, Bundle(engines("fp32", case.weights, variant)), backend, GPU_BOUNDS["fp32"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
