@@ -14,11 +14,16 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from tests import traces  # before whatever imports the tracer
 
-from engines.errors import BackendError  # isort: skip
+from engines.bundle.folder import Bundle  # isort: skip
+from engines.bundle.kinds import PARTS
+from engines.errors import BackendError
 from plugins.artifacts import Artifacts, Compiled
 from plugins.compiler.kernels import compile_kernels
 from plugins.op import Kernel
@@ -60,7 +65,8 @@ def pack(archive: Path, python: str, say: Callable[[str], None]) -> str:
         say("bundles")
         for precision in GPU_BOUNDS:
             for weights in ("plain", "degenerate"):
-                official_bundle(built, precision, weights)
+                bundle = official_bundle(built, precision, weights)
+            trace_lazily(Bundle(bundle))
         (folder / seven_b.PACKED.name).mkdir()
         bundle_without_weights(official(), folder / seven_b.PACKED.name)
         say("kernels")
@@ -84,6 +90,14 @@ def _unneeded(folder: str, names: list[str]) -> set[str]:
         if not wanted or name in NOT_NEEDED or path in NOT_NEEDED:
             found.add(name)
     return found
+
+
+def trace_lazily(bundle: Bundle) -> None:
+    """The graphs of the same model with pages that are projected when they are selected, kept where traces are."""
+    for int8_pages in (False, True):
+        g = replace(bundle.manifest.geometry, lazy_pages=True, int8_pages=int8_pages)
+        for part in PARTS:
+            traces.cached(part, g, getattr(torch, bundle.precision.dtype))
 
 
 def kernels_of_step(path: Path) -> None:
