@@ -34,8 +34,8 @@ from tests.on_gpu import compiled, packages, seven_b
 from tests.on_gpu.asked_kernels import ASKED, SM
 from tests.on_gpu.steps import KERNEL_TESTS
 from tests.on_gpu.unweighted import bundle_without_weights
-from tests.parity.built import official_bundle
 from tests.parity.gates import GPU_BOUNDS
+from tests.parity.gpu.built import official_bundle
 from tests.paths import BUILT, ROOT
 from tests.shapes import sizes
 
