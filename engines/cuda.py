@@ -1,4 +1,4 @@
-"""The CUDA driver: device, memory, streams, graphs, kernels. Only this file imports cuda.bindings (12.6 or newer)."""
+"""The CUDA driver: device, memory, streams, graphs, kernels. Only this file imports cuda.bindings (12.8 or newer)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from plugins.op import Kernel, Launch
 
 OLDEST_DRIVER = 12000  # CUDA 12.0: graphs are instantiated with this signature since
+# CUDA 12.8: cuda-bindings 13 asks a driver for functions as they are since then, and times no event on an older one.
+# Those of version 12 ask for what CUDA 12.0 has, and are good for drivers of CUDA 13, too.
+OLDEST_DRIVER_OF_BINDINGS_13 = 12080
 DEFAULT_SHARED = 48 << 10  # bytes of shared memory a kernel gets without asking
 
 
@@ -116,10 +119,21 @@ class Cuda:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A driver function's result, without the status that comes first; BackendError with the driver's text."""
-        status, *results = getattr(self.api, name)(*arguments)
+        status, *results = self._ask(name, *arguments)
         if int(status):
             raise BackendError(f"CUDA: {name} failed: {self.text(status)}", fix=_FIXES.get(int(status)))
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """What a driver function returns, status first; BackendError when the bindings do not find it in the driver."""
+        try:
+            return getattr(self.api, name)(*arguments)
+        except RuntimeError as error:
+            raise BackendError(
+                f"CUDA: cuda-bindings has no {name} of this driver: {error}",
+                expected="cuda-bindings that are no newer than the driver",
+                fix=f"update the NVIDIA driver, or {OLD_BINDINGS}",
+            ) from error
 
     def text(self, status: Any) -> str:
         """What the driver calls a status."""
@@ -131,7 +145,7 @@ class Cuda:
         return int(self.call("cuDeviceGetAttribute", attribute, self._device))
 
     def _allocate(self, size: int, what: str, fix: str | None, function: str, *arguments: Any) -> Any:
-        status, address = getattr(self.api, function)(*arguments)
+        status, address = self._ask(function, *arguments)
         if int(status) == _OUT_OF_MEMORY:
             free, total = self.memory()
             raise BackendError(
@@ -144,11 +158,11 @@ class Cuda:
         return address
 
     def _load(self, artifacts: Artifacts, kernel: Kernel) -> _Function:
-        compiled = artifacts.get(kernel)
+        compiled = artifacts.get(kernel, self.sm)
         native = self.sm in compiled.cubins
         image = compiled.code(self.sm) + (b"" if native else b"\0")  # PTX is a C string
         if image not in self._modules:
-            status, module = self.api.cuModuleLoadData(image)
+            status, module = self._ask("cuModuleLoadData", image)
             if int(status):
                 kind = f"code for SM {self.sm}" if native else "PTX"
                 raise BackendError(
@@ -330,6 +344,7 @@ class _Function:
             )  # fmt: skip
 
 
+OLD_BINDINGS = "pip install 'cuda-bindings>=12.8,<13'"
 _OUT_OF_MEMORY, _NO_DEVICE, _OLD_DRIVER = 2, 100, 35
 _INSTALL = "install the NVIDIA driver (on a Jetson: JetPack), or open the bundle with backend='onnxruntime'"
 _FIXES = {
@@ -347,7 +362,7 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendError(
             "cuda-bindings is not installed",
-            fix="pip install 'cuda-bindings>=12.6,<14'  # the CUDA version of the driver",
+            fix=f"{OLD_BINDINGS}  # it is good for every driver from CUDA 12.0 on",
         ) from error
     return driver
 
@@ -369,4 +384,12 @@ def _initialise(cuda: Cuda) -> None:
             f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}",
             expected=f"CUDA {OLDEST_DRIVER // 1000}.{OLDEST_DRIVER % 1000 // 10} or newer",
             fix="update the NVIDIA driver (on a Jetson: JetPack 6 or newer)",
+        )
+    bindings = int(cuda.api.CUDA_VERSION)
+    if bindings >= 13000 and version < OLDEST_DRIVER_OF_BINDINGS_13:
+        raise BackendError(
+            f"cuda-bindings {bindings // 1000}.{bindings % 1000 // 10} with a driver of CUDA "
+            f"{version // 1000}.{version % 1000 // 10}",
+            expected="cuda-bindings 12 with drivers before CUDA 12.8",
+            fix=OLD_BINDINGS,
         )

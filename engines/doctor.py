@@ -27,6 +27,7 @@ from flexattention_deploy import PACKAGES, folder_of
 from plugins.child import ROOT
 from plugins.command import run
 from plugins.compiler.ptxas import SMS
+from plugins.tensorrt import require_fields
 
 OURS = "flexattention-deploy"
 
@@ -130,7 +131,10 @@ def backends(gpu: Gpu | FlexError) -> list[Usable]:
 
 
 def _version(backend: str) -> str:
-    return str(trt.load(backend).__version__)
+    """The version of a TensorRT that works with the NumPy that is here; BackendError, KernelError."""
+    module = trt.load(backend)
+    require_fields(module)
+    return str(module.__version__)
 
 
 def _of(found: str | FlexError, what: str, gpu: Gpu | FlexError, sms: Container[int] | None = None) -> Usable:

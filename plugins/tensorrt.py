@@ -12,11 +12,13 @@ one thing: no other node reads an input that is updated in place, so that Tensor
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -44,6 +46,9 @@ class _Registration:
 
 
 _registrations: dict[str, _Registration] = {}
+# What plans hold, by content: every layer's plugin has the same few kernels, and so has a model that is opened again.
+# TensorRT's bindings keep a reference to a plugin for each time it was asked for an interface: none of them ever goes.
+_kernels: WeakValueDictionary[bytes, Artifacts] = WeakValueDictionary()
 
 
 def register(
@@ -52,8 +57,12 @@ def register(
     """Make every op of plugins.registry known to `trt` (tensorrt or tensorrt_rtx), in the namespace "flex".
 
     To build: `artifacts`, the model's kernels, of which each plugin puts its own into the plan, as code for `sms`. To
-    run: `run(artifacts, launches, stream)`, which must not wait for the device. A further call replaces all three.
+    run: `run(artifacts, launches, stream)`, which must not wait for the device, and `sms`, the one of its GPU. A
+    further call replaces all three.
+
+    KernelError when the bindings cannot read what a plan stores (see `require_fields`).
     """
+    require_fields(trt)
     state = _registrations.setdefault(trt.__name__, _Registration())
     state.artifacts, state.sms, state.run, state.error = artifacts, tuple(sms), run, None
     if not state.creators:
@@ -66,6 +75,29 @@ def register(
                     fix="do not load it in the same process",
                 )
         state.creators = creators
+
+
+def require_fields(trt: ModuleType) -> None:
+    """KernelError unless these bindings read a field of several numbers as it was written. Those of TensorRT before
+    10.16 were made for NumPy 1: under NumPy 2 every number reads as the first, and no plan's kernels are whole."""
+    numbers = np.array([1, 2], np.int8)
+    found = np.asarray(trt.PluginField("test", numbers, trt.PluginFieldType.INT8).data).tolist()
+    if found != [1, 2]:
+        raise KernelError(
+            f"the Python bindings of {trt.__name__} {trt.__version__} read the numbers [1, 2] as {found} with NumPy "
+            f"{np.__version__}: the kernels that an engine stores cannot be read",
+            expected="NumPy 1 with TensorRT before 10.16, whose bindings were made for it",
+            fix="pip install 'numpy<2'  # for Python 3.12 or older; or use TensorRT 10.16 or newer",
+        )
+
+
+def _kernels_of(data: bytes) -> Artifacts:
+    """The compiled kernels that a plan holds, one object for equal ones; KernelError unless they are whole."""
+    key = hashlib.sha256(data).digest()
+    found = _kernels.get(key)
+    if found is None:
+        found = _kernels[key] = Artifacts.from_bytes(data)
+    return found
 
 
 def take_error(trt: ModuleType) -> Exception | None:
@@ -216,7 +248,8 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     fix="call plugins.tensorrt.register(trt, run=...) before the plan is opened",
                 )
             shapes = named(self.op.inputs, (tuple(desc.dims) for desc in input_descs))
-            state.run(self.artifacts, self.op.launches(self.dtype, shapes, addresses, workspace), stream)
+            kernels = self.artifacts.on(self.op.kernels(self.dtype), state.sms[0] if state.sms else None)
+            state.run(self.artifacts, self.op.launches(self.dtype, shapes, addresses, workspace, kernels), stream)
 
         def _model_dtype(self, found: Sequence[str | None]) -> str:
             """The dtype the model computes in, by the dtypes of all inputs; KernelError if they do not fit the op."""
@@ -257,7 +290,7 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
             if KERNELS not in given:
                 return Plugin(op, building=True)
             dtype = MODEL_DTYPES[int(np.asarray(given[DTYPE].data).ravel()[0])]
-            artifacts = Artifacts.from_bytes(np.asarray(given[KERNELS].data).tobytes())
+            artifacts = _kernels_of(np.asarray(given[KERNELS].data).tobytes())
             return Plugin(op, phase == trt.TensorRTPhase.BUILD, dtype, artifacts)
 
     return tuple(Creator(op) for op in OPS.values())

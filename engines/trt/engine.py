@@ -190,15 +190,18 @@ class PartEngine:
 
         `one_shape`: its inputs never change their shapes, so that kernels made for these are worth their while.
         """
-        made = self._engine.create_execution_context(self._settings(one_shape))
+        settings = self._settings(one_shape)
+        made = self._engine.create_execution_context(settings)
         if made is None:
             raise self.error("no execution context could be made")
-        made.set_device_memory(scratch.address, scratch.size)
-        try:
-            made.set_optimization_profile_async(profile, int(stream))
+        try:  # before its memory, of which it may need more or less than for the profile it was made with
+            chosen = made.set_optimization_profile_async(profile, int(stream))
         except RuntimeError as error:
             raise self.error(f"profile {profile} could not be chosen: {error}") from error
-        return Context(self, made)
+        if not chosen:
+            raise self.error(f"profile {profile} could not be chosen")
+        made.set_device_memory(scratch.address, scratch.size)
+        return Context(self, made, settings)
 
     def error(self, what: str) -> FlexError:
         """What a plugin says went wrong, if it is that which failed; else BackendError for `what` in this engine."""
@@ -228,8 +231,9 @@ class PartEngine:
 class Context:
     """Addresses and shapes for runs of one engine with one profile."""
 
-    def __init__(self, engine: PartEngine, context: Any) -> None:
-        self._part, self._context = engine, context
+    def __init__(self, engine: PartEngine, context: Any, settings: Any) -> None:
+        """`settings`: what `context` was made with. TensorRT leaves them to the caller, for as long as the context."""
+        self._part, self._context, self._settings = engine, context, settings
 
     def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         """Where a tensor lies; the shape matters for inputs."""

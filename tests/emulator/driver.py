@@ -64,6 +64,7 @@ class _Stream:
 class Driver:
     """The functions and constants. `counts`: calls by name; `memory`: the device's; `pinned`: the host's."""
 
+    CUDA_VERSION = 12080  # of the bindings
     CU_MEMHOSTALLOC_DEVICEMAP = 2
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream_flags = IntEnum("CUstream_flags", {"CU_STREAM_NON_BLOCKING": 1})

@@ -188,6 +188,41 @@ def test_no_gpu_and_an_old_driver():
         Cuda(Driver(), ordinal=1)
 
 
+@pytest.mark.parametrize("driver", [12000, 12060, 12070])
+def test_bindings_of_cuda_13_are_refused_before_a_driver_of_12_8(monkeypatch, driver):
+    """They would start, and fail after the first run, when they are asked for its time."""
+    monkeypatch.setattr(Driver, "CUDA_VERSION", 13050)
+    with pytest.raises(BackendError, match=r"cuda-bindings 13\.5 with a driver of CUDA 12\.(0|6|7)") as caught:
+        Cuda(Driver(version=driver))
+    assert "'cuda-bindings>=12.8,<13'" in caught.value.fix
+    for version in (12080, 12090, 13000):
+        Cuda(Driver(version=version))
+    monkeypatch.setattr(Driver, "CUDA_VERSION", 12090)
+    Cuda(Driver(version=driver))
+
+
+def test_what_the_bindings_do_not_find_in_a_driver_is_told(monkeypatch):
+    """They look a function up when it is first called, and raise an error of their own."""
+    cuda = Cuda(Driver())
+    start, end = cuda.event(), cuda.event()
+
+    def missing(*_):
+        raise RuntimeError("function cuEventElapsedTime is not found")
+
+    monkeypatch.setattr(Driver, "cuEventElapsedTime", missing)
+    with pytest.raises(BackendError, match="no cuEventElapsedTime of this driver") as caught:
+        end.since(start)
+    assert "'cuda-bindings>=12.8,<13'" in caught.value.fix
+    monkeypatch.setattr(Driver, "cuMemAlloc", missing)
+    with pytest.raises(BackendError, match="no cuMemAlloc of this driver"):
+        cuda.buffer(16, "a test")
+
+
+def test_the_bindings_that_are_installed_say_their_version():
+    driver = pytest.importorskip("cuda.bindings.driver", reason="pip install cuda-bindings")
+    assert int(driver.CUDA_VERSION) >= 12080
+
+
 def test_what_another_thread_drops_is_freed():
     """A driver takes memory back in a thread that has the GPU's context alone."""
     driver = Driver()

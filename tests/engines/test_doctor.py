@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engines import doctor, ort
@@ -20,6 +21,7 @@ from engines.sizing.machine import NAMES, attempt, host, jetson, look_at, matchi
 from engines.targets import TARGETS, markdown
 from engines.trt import library as trt
 from tests.emulator.driver import Driver
+from tests.emulator.plugins import CLASSES, PluginField
 from tests.geometries import tiny
 from tests.paths import ROOT
 
@@ -61,7 +63,7 @@ def installed(monkeypatch):
             version = versions.get(backend.replace("-", "_"))
             if version is None:
                 raise BackendError(f"{backend} is not installed", fix=trt.INSTALL[backend])
-            return SimpleNamespace(__version__=version)
+            return SimpleNamespace(__name__=backend, __version__=version, **CLASSES)
 
         def runtime() -> tuple[str, list[str]]:
             if onnxruntime is None:
@@ -96,6 +98,21 @@ def test_a_jetson(root, installed):
         "run tensorrt-rtx: no: tensorrt-rtx is not installed",
     ):
         assert words in text, words
+
+
+class OfNumPy1(PluginField):
+    """What a field is to bindings that were made for NumPy 1 when they meet NumPy 2."""
+
+    def __init__(self, name: str, data: np.ndarray, kind: int) -> None:
+        super().__init__(name, np.full_like(data, data[0]), kind)
+
+
+def test_bindings_that_do_not_fit_numpy(installed, monkeypatch):
+    """No engine with plugins would open, so a TensorRT that is there is of no use yet."""
+    monkeypatch.setitem(CLASSES, "PluginField", OfNumPy1)
+    installed(tensorrt="10.13.3")
+    (row,) = [each for each in backends(BackendError("no GPU")) if each.what == "build and run tensorrt"]
+    assert not row.works and "read the numbers [1, 2] as [1, 1]" in row.found and "'numpy<2'" in row.fix
 
 
 def test_a_jetson_without_its_driver(root, installed, monkeypatch):

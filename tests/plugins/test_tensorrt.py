@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -208,6 +210,32 @@ def test_types_that_do_not_fit_are_named():
     types[3] = trt.DataType.FLOAT
     with pytest.raises(KernelError, match="past_key is float32"):
         made.get_output_data_types(types)
+
+
+def test_equal_kernels_are_one_object_however_often_a_plan_is_opened():
+    """Plugins never go (see plugins/tensorrt.py): what they hold must not become more with every engine."""
+    op = ops_of_model(SIZES)[1]
+    plugin.register(trt, artifacts=artifacts("float16"), sms=SMS)
+    first, second = restored(op, "float16"), restored(op, "float16")
+    assert first is not second and first.artifacts is second.artifacts
+    plugin.register(trt, artifacts=artifacts("float32"), sms=SMS)
+    assert restored(op, "float32").artifacts is not first.artifacts
+
+
+def test_bindings_that_misread_fields_are_refused():
+    """As those before TensorRT 10.16 do under NumPy 2 (tests/engines/trt/test_bindings.py): before anything is built or
+    opened, not as kernels that are not whole."""
+
+    class Field:
+        def __init__(self, name, data, kind):
+            self.data = np.full_like(data, data[0])
+
+    module = SimpleNamespace(
+        __name__="old", __version__="10.13.3", PluginField=Field, PluginFieldType=trt.PluginFieldType
+    )
+    with pytest.raises(KernelError, match=r"old 10\.13\.3 read the numbers \[1, 2\] as \[1, 1\]") as caught:
+        plugin.register(module)
+    assert "'numpy<2'" in caught.value.fix and "10.16" in caught.value.fix
 
 
 def test_registering_again_makes_no_second_creator():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from export.build import BuildOptions, build
 from plugins.artifacts import Artifacts
 from runtime import Engine, PromptError
 from tests.conftest import once
+from tests.emulator import tensorrt as emulated
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
 from tests.engines.manifests import edit
@@ -200,6 +202,31 @@ def fresh(random_model, tmp_path):
     return lambda **change: with_plans(plain, tmp_path / "bundle", "tensorrt", **change)
 
 
+def test_what_a_context_was_made_with_lives_as_long(bundles, monkeypatch):
+    """TensorRT from 10.11 on takes a configuration that stays the caller's."""
+    plain, made = emulated.Engine.create_execution_context, []
+
+    class Configuration:
+        def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+            self.strategy = strategy
+
+    def create(engine: emulated.Engine, configuration: Configuration) -> emulated.Context:
+        context = plain(engine, configuration.strategy)
+        made.append((weakref.ref(configuration), weakref.ref(context)))
+        return context
+
+    monkeypatch.setattr(emulated.Engine, "create_runtime_config", lambda engine: Configuration(), raising=False)
+    monkeypatch.setattr(emulated.Engine, "create_execution_context", create)
+    install(Driver(), monkeypatch)
+    engine = Engine(bundles("tensorrt"))
+    engine.generate(PHOTO, QUESTION, max_new_tokens=2)
+    gc.collect()
+    assert len(made) >= 4 and all(context() and configuration() for configuration, context in made)
+    del engine
+    gc.collect()
+    assert not any(context() or configuration() for configuration, context in made)
+
+
 def test_an_engine_of_another_version(driver, fresh):
     with pytest.raises(BackendError, match=r"built by emulated_tensorrt 10\.9\.1, installed is 10\.3\.0") as caught:
         Engine(fresh(version="10.9.1"))
@@ -323,7 +350,7 @@ def test_a_kernel_that_is_missing_is_told(plugin_bundle, monkeypatch):
     driver = Driver()
     install(driver, monkeypatch)
     engine = Engine(plugin_bundle)
-    monkeypatch.setattr(Artifacts, "get", lambda self, kernel: _raise(KernelError("no compiled kernel", fix="compile")))
+    monkeypatch.setattr(Artifacts, "get", lambda self, *kernel: _raise(KernelError("no compiled kernel", fix="compile")))
     with pytest.raises(KernelError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):
         engine.generate(None, "hello", max_new_tokens=2)
 
