@@ -123,14 +123,15 @@ def asked(sms: Sequence[int]) -> list[Asked]:
 
 def keep(sets: Sequence[Asked], folder: Path) -> None:
     """Compile them, each kernel once, and write every set to its file in `folder`."""
-    made: dict[tuple[Kernel, tuple[int, ...]], Compiled] = {}
+    made: dict[tuple[Kernel, tuple[int, ...]], list[Compiled]] = {}  # the variants of each
     versions: dict[str, str] = {}
     for kernels, sms in batches(sets):
         artifacts = compile_kernels(kernels, sms)
         versions |= artifacts.versions
-        made |= {(each.kernel, sms): each for each in artifacts.compiled}
+        for kernel in kernels:  # of which no two have one name
+            made[kernel, sms] = [each for each in artifacts.compiled if each.kernel.name == kernel.name]
     for kernels, sms in sets:
-        whole = Artifacts(tuple(made[kernel, sms] for kernel in kernels), versions)
+        whole = Artifacts(tuple(each for kernel in kernels for each in made[kernel, sms]), versions)
         whole.write(folder / f"{compiled.key(kernels, sms)}.zip")
 
 

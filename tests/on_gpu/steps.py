@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.on_gpu.machine import Machine
-from tests.paths import ROOT
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,6 @@ def _without_provider(machine: Machine) -> str | None:
     return "needs onnxruntime-gpu in place of onnxruntime"
 
 
-def _without(word: str, file: str) -> Callable[[Machine], str | None]:
-    """Why tests that -k chooses by a word cannot run: the file has none."""
-    return lambda machine: None if word in (ROOT / file).read_text() else f"there is no {word} in {file}"
-
-
 KERNEL_TESTS, ENGINE_TESTS = "tests/plugins/test_gpu_kernels.py", "tests/parity/gpu/test_tensorrt.py"
 STEPS = (
     Step("kernels", "Every kernel against its reference", _tests(KERNEL_TESTS), 180),
@@ -63,7 +57,6 @@ STEPS = (
         "The TensorRT path with all but libnvinfer",
         _tests(ENGINE_TESTS, "-k", "rehearsal"),
         150,
-        missing=_without("rehearsal", ENGINE_TESTS),
     ),
     Step(
         "provider",
