@@ -19,6 +19,7 @@ from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
 from plugins.op import Launch
 from plugins.registry import kernels_of_model
+from plugins.tiles import tiled
 from tests.shapes import sizes
 
 REPLAYS = 20
@@ -94,7 +95,7 @@ class Emulated(Gpu):
     def artifacts(self, g: Geometry, packed: Path | None) -> Artifacts:
         from tests.emulator.driver import emulated_artifacts
 
-        return emulated_artifacts(kernels_of_model(sizes(g), "float16"))
+        return emulated_artifacts(tiled(kernel, self.cuda.sm) for kernel in kernels_of_model(sizes(g), "float16"))
 
     def launch(self, artifacts: Artifacts, make: Callable[[], list[Launch]], tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:

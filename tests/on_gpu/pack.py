@@ -14,11 +14,16 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from tests import traces  # before whatever imports the tracer
 
-from engines.errors import BackendError  # isort: skip
+from engines.bundle.folder import Bundle  # isort: skip
+from engines.bundle.kinds import PARTS
+from engines.errors import BackendError
 from plugins.artifacts import Artifacts, Compiled
 from plugins.compiler.kernels import compile_kernels
 from plugins.op import Kernel
@@ -29,8 +34,8 @@ from tests.on_gpu import compiled, packages, seven_b
 from tests.on_gpu.asked_kernels import ASKED, SM
 from tests.on_gpu.steps import KERNEL_TESTS
 from tests.on_gpu.unweighted import bundle_without_weights
-from tests.parity.built import official_bundle
 from tests.parity.gates import GPU_BOUNDS
+from tests.parity.gpu.built import official_bundle
 from tests.paths import BUILT, ROOT
 from tests.shapes import sizes
 
@@ -60,7 +65,8 @@ def pack(archive: Path, python: str, say: Callable[[str], None]) -> str:
         say("bundles")
         for precision in GPU_BOUNDS:
             for weights in ("plain", "degenerate"):
-                official_bundle(built, precision, weights)
+                bundle = official_bundle(built, precision, weights)
+            trace_lazily(Bundle(bundle))
         (folder / seven_b.PACKED.name).mkdir()
         bundle_without_weights(official(), folder / seven_b.PACKED.name)
         say("kernels")
@@ -86,6 +92,14 @@ def _unneeded(folder: str, names: list[str]) -> set[str]:
     return found
 
 
+def trace_lazily(bundle: Bundle) -> None:
+    """The graphs of the same model with pages that are projected when they are selected, kept where traces are."""
+    for int8_pages in (False, True):
+        g = replace(bundle.manifest.geometry, lazy_pages=True, int8_pages=int8_pages)
+        for part in PARTS:
+            traces.cached(part, g, getattr(torch, bundle.precision.dtype))
+
+
 def kernels_of_step(path: Path) -> None:
     """The kernels of 7B, for every GPU there is code for."""
     compile_kernels(kernels_of_model(sizes(official()), "float16")).write(path)
@@ -109,14 +123,15 @@ def asked(sms: Sequence[int]) -> list[Asked]:
 
 def keep(sets: Sequence[Asked], folder: Path) -> None:
     """Compile them, each kernel once, and write every set to its file in `folder`."""
-    made: dict[tuple[Kernel, tuple[int, ...]], Compiled] = {}
+    made: dict[tuple[Kernel, tuple[int, ...]], list[Compiled]] = {}  # the variants of each
     versions: dict[str, str] = {}
     for kernels, sms in batches(sets):
         artifacts = compile_kernels(kernels, sms)
         versions |= artifacts.versions
-        made |= {(each.kernel, sms): each for each in artifacts.compiled}
+        for kernel in kernels:  # of which no two have one name
+            made[kernel, sms] = [each for each in artifacts.compiled if each.kernel.name == kernel.name]
     for kernels, sms in sets:
-        whole = Artifacts(tuple(made[kernel, sms] for kernel in kernels), versions)
+        whole = Artifacts(tuple(each for kernel in kernels for each in made[kernel, sms]), versions)
         whole.write(folder / f"{compiled.key(kernels, sms)}.zip")
 
 

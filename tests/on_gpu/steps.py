@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.on_gpu.machine import Machine
-from tests.paths import ROOT
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,7 @@ def _without_provider(machine: Machine) -> str | None:
     return "needs onnxruntime-gpu in place of onnxruntime"
 
 
-def _exists(folder: str) -> Callable[[Machine], str | None]:
-    return lambda machine: None if (ROOT / folder).is_dir() else f"there is no {folder}"
-
-
-KERNEL_TESTS = "tests/plugins/test_gpu_kernels.py"
+KERNEL_TESTS, ENGINE_TESTS = "tests/plugins/test_gpu_kernels.py", "tests/parity/gpu/test_tensorrt.py"
 STEPS = (
     Step("kernels", "Every kernel against its reference", _tests(KERNEL_TESTS), 180),
     Step(
@@ -60,9 +55,8 @@ STEPS = (
     Step(
         "rehearsal",
         "The TensorRT path with all but libnvinfer",
-        _tests("tests/rehearsal"),
+        _tests(ENGINE_TESTS, "-k", "rehearsal"),
         150,
-        missing=_exists("tests/rehearsal"),
     ),
     Step(
         "provider",
@@ -88,7 +82,7 @@ STEPS = (
         dry=("-m", "tests.bench.kernels"),
         table=True,
     ),
-    Step("tensorrt", "The ladder in engines of TensorRT", _tests("tests/parity/gpu/test_tensorrt.py"), 240),
+    Step("tensorrt", "The ladder in engines of TensorRT", _tests(ENGINE_TESTS, "-k", "not rehearsal"), 240),
     *(
         Step(
             tool,

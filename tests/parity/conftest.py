@@ -10,7 +10,7 @@ import torch
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
-from tests.parity.built import official_bundle, official_checkpoint
+from tests.parity.gpu.built import official_bundle, official_checkpoint
 from tests.parity.official import CASES, Case, recorded
 
 

@@ -147,7 +147,8 @@ class Model:
         addresses = named((*op.inputs, *op.outputs), (each.data_ptr() for each in (*inputs, *outputs)))
 
         def launches() -> list[Launch]:
-            return op.launches("float16", shapes, addresses, self.workspace.data_ptr())
+            kernels = self._artifacts.on(op.kernels("float16"), self.gpu.cuda.sm)
+            return op.launches("float16", shapes, addresses, self.workspace.data_ptr(), kernels)
 
         self.gpu.launch(self._artifacts, launches, tensors)
 
