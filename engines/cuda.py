@@ -158,7 +158,7 @@ class Cuda:
         return address
 
     def _load(self, artifacts: Artifacts, kernel: Kernel) -> _Function:
-        compiled = artifacts.get(kernel)
+        compiled = artifacts.get(kernel, self.sm)
         native = self.sm in compiled.cubins
         image = compiled.code(self.sm) + (b"" if native else b"\0")  # PTX is a C string
         if image not in self._modules:

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from engines import ort
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, PARTS, PLUGIN_FREE, TRACED, kinds
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA, PARTS, PLUGIN_FREE, TRACED, kinds
 from engines.bundle.manifest import FORMAT, Graph, Manifest, Part, Prompt
 from engines.bundle.specs import graph_io
 from engines.bundle.writer import BundleWriter, write_bundle
@@ -209,6 +209,7 @@ def _write_part(
     ir.save(model, traced)
     bind = {
         ONNXRUNTIME: lambda model: for_onnxruntime(model, precision),
+        ONNXRUNTIME_CUDA: lambda model: for_onnxruntime(model, precision, cuda=True),
         PLUGIN_FREE: lambda model: for_plugin_free(model, g.context),
     }
     for kind in kinds(part, g):

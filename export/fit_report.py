@@ -9,7 +9,7 @@ from rich.table import Table
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.errors import OptionError
 from engines.sizing.fit import Assessment, Room, advice, builder_advice, builder_verdict, room_of, this_machine, verdict
-from engines.sizing.needs import MAPS_WEIGHTS, Configuration, size
+from engines.sizing.needs import MAPS_WEIGHTS, SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
 
@@ -81,9 +81,11 @@ def _speed(a: Assessment) -> str:
     c, (slow, fast) = a.configuration, a.speed
     together = f" of all {c.rows} rows together" if c.rows > 1 else ""
     short = min(c.geometry.context, c.geometry.image_tokens + 64)
+    share, bandwidth = SHARE_OF_BANDWIDTH, a.room.bandwidth
     return (
-        f"{slow:.1f} ({c.geometry.context} tokens, {c.pages_read} pages) .. {fast:.1f} ({short} tokens, no page) "
-        f"tokens/s{together} at most: bytes read at {a.room.bandwidth} GB/s, not measured"
+        f"{share * slow:.1f} ({c.geometry.context} tokens, {c.pages_read} pages) .. {share * fast:.1f} "
+        f"({short} tokens, no page) tokens/s{together} predicted: bytes read at {share:.0%} of {bandwidth} GB/s, "
+        f"as on an H100\n  at most {slow:.1f} .. {fast:.1f}, at all of {bandwidth} GB/s; not measured here"
     )
 
 

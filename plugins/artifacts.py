@@ -1,7 +1,8 @@
 """Compiled kernels, as a bundle and a plan carry them to a board. Needs nothing but Python.
 
-plugins/compiler/kernels.py makes them. The file is a zip: `index.json`, and for each kernel its PTX and one cubin per
-SM. Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal bytes on every machine.
+plugins/compiler/kernels.py makes them. The file is a zip: `index.json`, for each variant of a kernel its PTX, and for
+each kernel one cubin per SM. Entries are stored as they are, in a fixed order with fixed times: equal kernels are equal
+bytes on every machine.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from typing import Any
 
 from plugins.errors import Error, KernelError
 from plugins.files import read_file
-from plugins.op import PAGE_SCALES, Kernel
+from plugins.op import FIRST_SM, PAGE_SCALES, Kernel
 
-FORMAT = 2  # raised when an older reader would misread the file; `_upgraded` reads format 1
-FIRST_SM = 80  # the PTX is sm_80 text: older GPUs cannot run it
+FORMAT = 3  # raised when an older reader would misread the file; 2 has one variant of each kernel, 1: `_upgraded`
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
@@ -35,11 +35,12 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, compiled.
+    """One variant of a kernel, compiled: its tile and its architecture hold for some SMs, and for others not.
 
     entry: its symbol in the code. shared: bytes of dynamic shared memory. threads: of one program. ptx: assembles for
-    every SM from FIRST_SM on. cubins, registers: code and registers per thread by SM (86 is 8.6). The order of the
-    kernel's parameters is that of the code, which may be older than the op that asks for it.
+    every SM from FIRST_SM on, that of a kernel's other architectures only there. cubins, registers: code and registers
+    per thread by SM (86 is 8.6), none where a variant is there for its PTX alone. The order of the kernel's parameters
+    is that of the code, which may be older than the op that asks for it.
     """
 
     kernel: Kernel
@@ -66,31 +67,58 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The compiled kernels of one model in one dtype. `versions`: of the compilers that made them."""
+    """The compiled kernels of one model in one dtype. `versions`: of the compilers that made them.
+
+    Of the variants of a kernel the first is the one whose PTX every GPU takes.
+    """
 
     compiled: tuple[Compiled, ...]
     versions: dict[str, str]
 
     def __post_init__(self) -> None:
-        names = [c.kernel.name for c in self.compiled]
-        if len(set(names)) < len(names):
-            raise KernelError(f"two kernels of one name among {names}", expected="kernels of one model in one dtype")
-        if len({tuple(sorted(c.cubins)) for c in self.compiled}) > 1:
+        sms: dict[str, list[int]] = {}
+        for name, variants in self._by_name.items():
+            sms[name] = sorted(sm for c in variants for sm in c.cubins)
+            codes = [c.kernel for c in variants]
+            if len(set(sms[name])) < len(sms[name]) or len(set(codes)) < len(codes):
+                raise KernelError(f"two kernels of one name, {name}", expected="kernels of one model in one dtype")
+            if variants[0].kernel.arch != FIRST_SM:
+                raise KernelError(f"kernel {name} has no PTX for every GPU", expected="it as the first variant")
+        if len(set(map(tuple, sms.values()))) > 1:
             raise KernelError("kernels for different SMs in one file", expected="the same SMs for each")
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Compiled]]:
+        """The variants of each kernel, in their order."""
+        found: dict[str, list[Compiled]] = {}
+        for c in self.compiled:
+            found.setdefault(c.kernel.name, []).append(c)
+        return found
 
     @property
     def sms(self) -> tuple[int, ...]:
         """The SMs there is a cubin for."""
-        return tuple(sorted(self.compiled[0].cubins)) if self.compiled else ()
+        first = next(iter(self._by_name.values()), [])
+        return tuple(sorted(sm for c in first for sm in c.cubins))
 
-    def get(self, kernel: Kernel) -> Compiled:
-        """The compiled form of this kernel, whose parameters may have another order; KernelError if it is missing or
-        another variant."""
-        found = {c.kernel.name: c for c in self.compiled}.get(kernel.name)
-        if found is None:
-            names = ", ".join(c.kernel.name for c in self.compiled) or "none"
+    def get(self, kernel: Kernel, sm: int | None = None) -> Compiled:
+        """The compiled form of this very kernel that a GPU of this SM runs (None: one without a cubin of its own);
+        KernelError if it is missing or another one. Only the order of its parameters may differ."""
+        return self._checked(kernel, sm, tile=True)
+
+    def on(self, kernels: Iterable[Kernel], sm: int | None) -> tuple[Kernel, ...]:
+        """The kernels as the code for this SM has them: what an op's `launches` must be given. Their tiles, parameters'
+        order and architecture may differ from those asked for; KernelError if one is missing or differs in more."""
+        return tuple(self._checked(kernel, sm, tile=False).kernel for kernel in kernels)
+
+    def _checked(self, kernel: Kernel, sm: int | None, *, tile: bool) -> Compiled:
+        """`get`; without `tile` that of any tile."""
+        variants = self._by_name.get(kernel.name)
+        if variants is None:
+            names = ", ".join(self._by_name) or "none"
             raise KernelError(f"no compiled kernel {kernel.name}", expected=f"one of: {names}", fix=REBUILD_KERNELS)
-        difference = _difference(found.kernel, kernel)
+        found = next((c for c in variants if sm in c.cubins), variants[0])
+        difference = _difference(found.kernel, kernel, tile=tile)
         if difference:
             is_, wanted = difference
             raise KernelError(
@@ -101,7 +129,8 @@ class Artifacts:
         return found
 
     def subset(self, kernels: Iterable[Kernel], sms: Iterable[int]) -> Artifacts:
-        """What one plan needs: these kernels, their cubins for these SMs alone, and their PTX. Errors: see `get`."""
+        """What one plan needs: these kernels, whatever their tiles, their cubins for these SMs alone, and the PTX that
+        every GPU takes. Errors: see `on`."""
         sms = sorted(set(sms))
         missing = [sm for sm in sms if sm not in self.sms]
         if missing:
@@ -111,14 +140,16 @@ class Artifacts:
                 expected=f"SMs among {have}",
                 fix=f"{REBUILD_KERNELS}; and for these SMs, where this project has code for them",
             )
-        chosen = [self.get(kernel) for kernel in dict.fromkeys(kernels)]
-        return Artifacts(
-            tuple(
-                replace(c, cubins={sm: c.cubins[sm] for sm in sms}, registers={sm: c.registers[sm] for sm in sms})
-                for c in chosen
-            ),
-            self.versions,
-        )
+        chosen: list[Compiled] = []
+        for kernel in dict.fromkeys(kernels):
+            for sm in (None, *sms):
+                self._checked(kernel, sm, tile=False)
+            for index, c in enumerate(self._by_name[kernel.name]):
+                kept = [sm for sm in sms if sm in c.cubins]
+                if kept or index == 0:
+                    registers = {sm: c.registers[sm] for sm in kept}
+                    chosen.append(replace(c, cubins={sm: c.cubins[sm] for sm in kept}, registers=registers))
+        return Artifacts(tuple(chosen), self.versions)
 
     @cached_property
     def sha256(self) -> str:
@@ -130,8 +161,10 @@ class Artifacts:
         records, files = [], {}
         for c in self.compiled:
             name = c.kernel.name
+            number = self._by_name[name].index(c)
             record = {key: getattr(c, key) for key in ("entry", "shared", "threads")}
-            record |= {"kernel": asdict(c.kernel), "ptx": f"{name}.ptx", "cubins": {}, "registers": {}}
+            ptx = f"{name}.{number}.ptx" if number else f"{name}.ptx"
+            record |= {"kernel": asdict(c.kernel), "ptx": ptx, "cubins": {}, "registers": {}}
             files[record["ptx"]] = c.ptx
             for sm in sorted(c.cubins):
                 record["cubins"][str(sm)] = file = f"{name}.sm_{sm}.cubin"
@@ -154,7 +187,7 @@ class Artifacts:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 files = {info.filename: _stored(archive, info) for info in archive.infolist()}
             index = json.loads(files[_INDEX])
-            if index["format"] in (1, FORMAT):
+            if index["format"] in (1, 2, FORMAT):
                 records = index["kernels"]
                 if index["format"] == 1:
                     records = [record | {"kernel": _upgraded(record["kernel"])} for record in records]
@@ -169,7 +202,7 @@ class Artifacts:
                 fix=f"copy it again, or {REBUILD_KERNELS}",
             ) from error
         raise KernelError(
-            f"{name} has format {index['format']!r}", expected=f"format 1 or {FORMAT}", fix=REBUILD_KERNELS
+            f"{name} has format {index['format']!r}", expected=f"format 1 to {FORMAT}", fix=REBUILD_KERNELS
         )
 
     @classmethod
@@ -209,12 +242,13 @@ def kernel_of(record: Mapping[str, Any]) -> Kernel:
     parameters, constants = (
         tuple((str(name), value) for name, value in record[key]) for key in ("parameters", "constants")
     )
-    absent = tuple(map(str, record["absent"]))
-    return Kernel(record["name"], record["function"], parameters, constants, record["warps"], record["stages"], absent)
+    absent, tile = (tuple(map(str, record.get(key, ()))) for key in ("absent", "tile"))
+    name, function, warps, stages = (record[key] for key in ("name", "function", "warps", "stages"))
+    return Kernel(name, function, parameters, constants, warps, stages, absent, tile, record.get("arch", FIRST_SM))
 
 
 def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a kernel in a file of format 1, as this format has it; its code is the same.
+    """The record of a kernel in a file of format 1, as format 2 has it; its code is the same.
 
     There the kernels of int8 pages were functions of their own, without a constant that says so, and two parameters
     of `select_pages` had other names than the op's tensors.
@@ -253,15 +287,18 @@ def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
-def _difference(found: Kernel, wanted: Kernel) -> tuple[str, str] | None:
-    """The first thing two variants of a kernel differ in, as each has it; None if only in the order of parameters."""
+def _difference(found: Kernel, wanted: Kernel, *, tile: bool) -> tuple[str, str] | None:
+    """The first thing two variants of a kernel differ in, as each has it; None if only in the order of parameters, or
+    without `tile` also in how they cut the work and for which architecture. Older code may lack a constant of that, or
+    have one that is gone: its op's launches_of must know."""
+    free = set() if tile else {*found.tile, *wanted.tile}
     for key in ("constants", "parameters"):
         is_, should = dict(getattr(found, key)), dict(getattr(wanted, key))
         for name in dict.fromkeys([*should, *is_]):
-            if is_.get(name) != should.get(name):
+            if is_.get(name) != should.get(name) and name not in free:
                 has, needs = (f"{name}={pairs[name]}" if name in pairs else f"no {name}" for pairs in (is_, should))
                 return has, needs
-    for key in ("function", "warps", "stages"):
+    for key in ("function", *(("warps", "stages", "arch") if tile else ())):
         if getattr(found, key) != getattr(wanted, key):
             return f"{key} {getattr(found, key)}", f"{key} {getattr(wanted, key)}"
     absent = [", ".join(sorted(kernel.absent)) or "nothing" for kernel in (found, wanted)]

@@ -11,6 +11,7 @@ T = TypeVar("T")
 Shapes = Mapping[str, Sequence[T]]  # a tensor's dimensions, by its name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8", "int64": "i64"}
+FIRST_SM = 80  # what code that all SMs share is written for: older GPUs cannot run it
 ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
 MODEL_DTYPES = "float32", "float16", "bfloat16"  # what a model may compute in
@@ -34,7 +35,9 @@ class Kernel:
     name: unique among the kernels of a model. function: "module:function". parameters: (name, type) of the run-time
     parameters in order; a type is Triton's, a pointer "*fp16", "*bf16", "*fp32", "*i8", "*i64" or the integer "i32".
     constants: the tl.constexpr parameters. Every pointer is 16-byte aligned, and the compiler is told so. absent:
-    pointers of the function that this variant does without; it is compiled with None in their place.
+    pointers of the function that this variant does without; it is compiled with None in their place. tile: names of
+    those constants that, as warps and stages, say how the work is cut and not what comes out (plugins/tiles.py).
+    arch: the SM whose instructions it may use; FIRST_SM: those that every SM has.
     """
 
     name: str
@@ -44,6 +47,12 @@ class Kernel:
     warps: int = 4
     stages: int = 2
     absent: tuple[str, ...] = ()
+    tile: tuple[str, ...] = ()
+    arch: int = FIRST_SM
+
+    def constant(self, name: str) -> int:
+        """The constant of this name; KeyError."""
+        return dict(self.constants)[name]
 
     def launch(self, grid: tuple[int, int, int], values: Mapping[str, int]) -> Launch:
         """A launch with those of `values` that are its parameters; KeyError when one of them is missing."""
@@ -127,5 +136,22 @@ class Op(ABC):
         """Bytes of scratch memory a call with these (or smaller) shapes needs."""
 
     @abstractmethod
-    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
-        """The launches of one call, in order on one stream; `workspace` is a device address, too."""
+    def launches_of(
+        self, kernels: Sequence[Kernel], shapes: Shapes[int], addresses: Mapping[str, int], workspace: int
+    ) -> list[Launch]:
+        """`launches`, of these kernels: grids and scratch follow from their constants."""
+
+    def launches(
+        self,
+        dtype: str,
+        shapes: Shapes[int],
+        addresses: Mapping[str, int],
+        workspace: int,
+        kernels: Sequence[Kernel] | None = None,
+    ) -> list[Launch]:
+        """The launches of one call, in order on one stream; `workspace` is a device address, too.
+
+        kernels: those of `kernels`, in that order, as the code at hand has them (Artifacts.on), whose tiles may be
+        others.
+        """
+        return self.launches_of(self.kernels(dtype) if kernels is None else kernels, shapes, addresses, workspace)

@@ -57,7 +57,8 @@ def register(
     """Make every op of plugins.registry known to `trt` (tensorrt or tensorrt_rtx), in the namespace "flex".
 
     To build: `artifacts`, the model's kernels, of which each plugin puts its own into the plan, as code for `sms`. To
-    run: `run(artifacts, launches, stream)`, which must not wait for the device. A further call replaces all three.
+    run: `run(artifacts, launches, stream)`, which must not wait for the device, and `sms`, the one of its GPU. A
+    further call replaces all three.
 
     KernelError when the bindings cannot read what a plan stores (see `require_fields`).
     """
@@ -254,7 +255,8 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
                     fix="call plugins.tensorrt.register(trt, run=...) before the plan is opened",
                 )
             shapes = named(self.op.inputs, (tuple(desc.dims) for desc in input_descs))
-            state.run(self.artifacts, self.op.launches(self.dtype, shapes, addresses, workspace), stream)
+            kernels = self.artifacts.on(self.op.kernels(self.dtype), state.sms[0] if state.sms else None)
+            state.run(self.artifacts, self.op.launches(self.dtype, shapes, addresses, workspace, kernels), stream)
 
         def _model_dtype(self, found: Sequence[str | None]) -> str:
             """The dtype the model computes in, by the dtypes of all inputs; KernelError if they do not fit the op."""

@@ -96,10 +96,11 @@ class Batch:
         """Requests that have a row."""
         return len(self._seats)
 
-    def decode(self, draft: Draft, image: Callable[[], Image[Any] | None]) -> Generator[Token]:
+    def decode(self, draft: Draft, image: Callable[[], Image[Any] | None]) -> Generator[Token | None]:
         """Answer `draft.request` beside the others; like runtime.decode.decode. `image`: encodes it, of one row, when
-        the first token is asked for; None for text alone."""
+        the request gets in line; None for text alone."""
         with self._seated(draft, image()) as seat:
+            yield None
             while (token := self._next(seat)) is not None:
                 yield token
         yield from draft.rest()
@@ -146,8 +147,9 @@ class Batch:
             while self._waiting and any(row.seat is None for row in self._rows):
                 self._enter(self._waiting.popleft())
             seats = list(self._seats)
-        joining = self._joining([seat for seat in seats if not seat.prefilled])
-        if joining:
+        room = self._chunk
+        while joining := self._joining([seat for seat in seats if not seat.prefilled and seat.error is None], room):
+            room -= len(joining) * max(map(self._piece, joining))
             self._guarded(joining, partial(self._prefill, joining))
         ready = [seat for seat in seats if seat.prefilled and not seat.draft.done and seat.error is None]
         if ready:
@@ -219,9 +221,10 @@ class Batch:
         kept = self._kept.get(image)
         return 0 if kept is None else kept.cache.nbytes
 
-    def _joining(self, seats: list[_Seat]) -> list[_Seat]:
-        """Of those that are to be prefilled, by arrival, those that share the next run: the first, and all whose next
-        piece is about as long, as far as a chunk goes. Their rows have their image afterwards."""
+    def _joining(self, seats: list[_Seat], room: int) -> list[_Seat]:
+        """Of those that are to be prefilled, by arrival, those that share the next run: the first that `room` tokens
+        suffice for, and all whose next piece is about as long, as far as they do. Their rows have their image
+        afterwards."""
         together = list[_Seat]()
         for index, seat in enumerate(seats):
             if not seat.settled and not self._is_due(seat, seats[:index]):
@@ -230,8 +233,7 @@ class Batch:
             if seat.row is None or seat.prefilled:  # an error, or another row had all of it
                 continue
             pieces = [self._piece(each) for each in [*together, seat]]
-            longest = max(pieces)
-            if not together or (2 * min(pieces) > longest and longest * (len(together) + 1) <= self._chunk):
+            if 2 * min(pieces) > max(pieces) and max(pieces) * len(pieces) <= room:
                 together.append(seat)
         return together
 

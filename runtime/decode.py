@@ -37,12 +37,14 @@ def prefill(decoder: Decoder, request: Request, known: int) -> None:
         decoder.run(request.ids[None, begin:end])
 
 
-def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Generator[Token]:
-    """Answer `draft.request`: yields the tokens as they are chosen, then leaves the whole in `draft.answer`.
+def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Generator[Token | None]:
+    """Answer `draft.request`: yields None before it begins, the tokens as they are chosen, and leaves the whole in
+    `draft.answer`.
 
     `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
     raises, and BackendError when the device fails or a logit is not finite.
     """
+    yield None
     with lent as cache:
         while not draft.done:
             with draft.clock.stage("decode"):
@@ -86,12 +88,12 @@ class Stream(InOneProcess):
     dropped half-way gives its cache back.
     """
 
-    def __init__(self, draft: Draft, tokens: Generator[Token]) -> None:
-        """`tokens`: makes the tokens of `draft`, and finishes it."""
+    def __init__(self, draft: Draft, tokens: Generator[Token | None]) -> None:
+        """`tokens`: makes the tokens of `draft`, and finishes it; None, as its first, when it is in line for a row."""
         super().__init__()
         # The generator does not know the stream: no circle keeps it, and the cache it uses, from being freed at once.
         self._draft, self._tokens = draft, tokens
-        self._reading = threading.Lock()
+        self._reading, self._joined = threading.Lock(), False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -99,10 +101,17 @@ class Stream(InOneProcess):
     def __next__(self) -> str:
         return next(token.text for token in self.steps() if token.text)
 
+    def join(self) -> None:
+        """Get in line for one of the engine's slots now, rather than with the first token: prompts of those who wait
+        together are prefilled together. Encodes the image. Raises what the first token would."""
+        with self._one_reader():
+            self._join()
+
     def steps(self) -> Iterator[Token]:
         """The tokens that are still to come, one for each decode step; the prompt is prefilled before the first."""
         while True:
             with self._one_reader():
+                self._join()
                 token = next(self._tokens, None)
             if token is None:
                 return
@@ -127,6 +136,11 @@ class Stream(InOneProcess):
         if self._draft.answer is None:
             raise OptionError("this answer was cut off", fix="ask again")
         return self._draft.answer
+
+    def _join(self) -> None:
+        if not self._joined:
+            self._joined = True
+            next(self._tokens, None)
 
     @contextmanager
     def _one_reader(self) -> Iterator[None]:

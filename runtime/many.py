@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from engines.errors import FlexError
@@ -36,15 +36,15 @@ def generate_many(
         while running or waiting.some:
             while waiting.some and len(running) < slots:
                 index, stream = waiting.take()
+                with _numbered(index):
+                    stream.join()
                 running.append((index, stream, stream.steps()))
             index, stream, tokens = running.popleft()
-            try:
+            with _numbered(index):
                 if next(tokens, None) is not None:
                     running.append((index, stream, tokens))
                     continue
                 answers[index] = stream.answer()
-            except FlexError as error:
-                raise error.within(f"request {index}") from error
             report(len(answers))
     return [answers[index] for index in range(len(answers))]
 
@@ -70,10 +70,8 @@ class _Waiting:
         index, stream, encoded = self._queue.popleft()
         self._fill()
         if encoded is not None:
-            try:
+            with _numbered(index):
                 encoded.result()
-            except FlexError as error:
-                raise error.within(f"request {index}") from error
         return index, stream
 
     def _fill(self) -> None:
@@ -104,9 +102,17 @@ def _streams(
     """The questions as streams that have not begun; of those about one image, which follow each other, in one view."""
     view, latest = None, object()
     for index, (source, prompt) in enumerate(requests):
-        try:
+        with _numbered(index):
             if view is None or source is not latest:
                 view, latest = image(source, exif=exif), source
-            yield view.stream(prompt, **options), view, prompt
-        except FlexError as error:
-            raise error.within(f"request {index}") from error
+            stream = view.stream(prompt, **options)
+        yield stream, view, prompt
+
+
+@contextmanager
+def _numbered(index: int) -> Iterator[None]:
+    """An error of the block says which request it was."""
+    try:
+        yield
+    except FlexError as error:
+        raise error.within(f"request {index}") from error

@@ -23,6 +23,7 @@ from tests import traces  # before whatever imports the tracer
 
 from export.build import BuildOptions, build  # isort: skip
 from tests.checkpoints import write_checkpoint
+from tests.paths import BUILT
 from tests.skips import in_one_line
 
 
@@ -35,7 +36,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Path:
-    """A folder all test workers of this run share."""
+    """A folder all test workers of this run share; what an archive for a GPU has in it, is there already."""
+    if BUILT.is_dir():
+        return BUILT
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if base.name.startswith("popen-") else base) / "shared"
     folder.mkdir(exist_ok=True)

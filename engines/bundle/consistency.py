@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PARTS, kinds
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, OPTIONAL, PARTS, kinds
 from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, is_template, is_turn_template
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
@@ -72,7 +72,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     if manifest.scales and not precision.quantises:
         yield f"scales with {manifest.precision}, which has no quantised weights"
     for name, part in manifest.parts.items():
-        if sorted(part.graphs) != sorted(kinds(name, g)):
+        if (set(part.graphs) ^ set(kinds(name, g))) - (set(OPTIONAL) & set(kinds(name, g))):
             yield f"graphs of {name}: {sorted(part.graphs)}, expected {sorted(kinds(name, g))}"
         for kind, graph in part.graphs.items():
             if (graph.inputs, graph.outputs) != graph_io(name, kind, g, precision):

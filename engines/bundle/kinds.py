@@ -5,9 +5,10 @@ from __future__ import annotations
 from engines.bundle.geometry import Geometry
 
 PARTS = ("vision", "pages", "decoder")
-# Kinds of graphs: with bare flex:: nodes (which TensorRT reads with this project's plugins), for ONNX Runtime, and for
-# TensorRT without plugins.
-TRACED, ONNXRUNTIME, PLUGIN_FREE = "traced", "onnxruntime", "plugin-free"
+# Kinds of graphs: with bare flex:: nodes (which TensorRT reads with this project's plugins), for ONNX Runtime, for its
+# CUDA provider, and for TensorRT without plugins.
+TRACED, ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE = "traced", "onnxruntime", "onnxruntime-cuda", "plugin-free"
+OPTIONAL = (ONNXRUNTIME_CUDA,)  # bundles of before there were any lack them, and do without
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 
@@ -15,8 +16,10 @@ BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 def kinds(part: str, g: Geometry) -> tuple[str, ...]:
     """The kinds of graphs a bundle holds of a part.
 
-    The vision and pages parts hold no flex:: nodes: their traced graphs need no plugins anyway. Which pages are new is
-    known to plugins alone.
+    The vision and pages parts hold no flex:: nodes: one graph serves every provider of ONNX Runtime, and the traced one
+    needs no plugins. Which pages are new is known to plugins alone.
     """
-    plugin_free = part == "decoder" and not g.lazy_pages
-    return (TRACED, ONNXRUNTIME, PLUGIN_FREE) if plugin_free else (TRACED, ONNXRUNTIME)
+    if part != "decoder":
+        return TRACED, ONNXRUNTIME
+    plugin_free = () if g.lazy_pages else (PLUGIN_FREE,)
+    return (TRACED, ONNXRUNTIME, ONNXRUNTIME_CUDA, *plugin_free)

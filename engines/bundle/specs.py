@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE, TRACED
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE, TRACED
 from engines.bundle.pages import page_size
 from engines.bundle.precision import Precision
 
@@ -115,7 +115,7 @@ def graph_io(
     ONNX Runtime's graphs take and give what they compute in (export/graph/bind.py).
     The capacity of the plugin-free graph is the whole context: a number, not a symbol.
     """
-    dtype = precision.ort_dtype if kind == ONNXRUNTIME else precision.dtype
+    dtype = precision.ort_dtype if kind in (ONNXRUNTIME, ONNXRUNTIME_CUDA) else precision.dtype
     sizes: dict[int | str, int] = {"capacity": g.context} if kind == PLUGIN_FREE else {}
 
     def resolved(spec: TensorSpec) -> TensorSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,15 @@ import numpy as np
 from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA
 from engines.bundle.mapped import MappedFiles
 from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, in_place, page_inputs
 from engines.checks import require_integer
 from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
-from engines.ort.library import PROVIDER_OPTIONS, failed, import_library, numpy_dtype, onnx_type, provider_of
+from engines.ort.buffers import Buffers
+from engines.ort.library import PROVIDER_OPTIONS, failed, import_library, numpy_dtype, onnx_type
 from plugins.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class OrtModel:
         self.geometry = bundle.manifest.geometry
         self.device = device
         self._ort = import_library()
-        self._provider = provider_of(self._ort, device)
+        self.buffers = Buffers(device)
+        self._provider = self.buffers.provider
         self._options = self._ort.SessionOptions()
         self._options.log_severity_level = 3
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
@@ -72,7 +75,8 @@ class OrtModel:
     def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
         """The session of a part; its graph is the one the manifest describes, or this is a BundleError."""
         described, again = bundle.manifest.parts[part], rebuild(bundle.manifest, bundle.path)
-        path, weights = bundle.graph(part, ONNXRUNTIME), bundle.file(described.weights)
+        kind = ONNXRUNTIME_CUDA if self.device == "cuda" and ONNXRUNTIME_CUDA in described.graphs else ONNXRUNTIME
+        path, weights = bundle.graph(part, kind), bundle.file(described.weights)
         try:
             session = self.session(path)
         except BackendError as error:
@@ -85,7 +89,7 @@ class OrtModel:
                 expected="files of one folder, or links of all of them to one folder",
                 fix=f"cp -rL {shlex.quote(str(bundle.path))} OTHER, which copies what links lead to, and open OTHER",
             ) from error
-        graph = described.graphs[ONNXRUNTIME]
+        graph = described.graphs[kind]
         for found, specs in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
             there, expected = {(each.name, each.type) for each in found}, {(s.name, onnx_type(s.dtype)) for s in specs}
             if there != expected:
@@ -115,11 +119,11 @@ class OrtModel:
 
     def vision(self, tiles: np.ndarray) -> ort.OrtValue:
         """See Model.vision."""
-        return self._run("vision", {"tiles": self._value(tiles)})[0]
+        return self._run("vision", {"tiles": self.buffers.of(tiles)})[0]
 
     def project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
         """See Model.project."""
-        found = self._run("pages", {"hires_features": hires, "image_begin": self._value(begin)})
+        found = self._run("pages", {"hires_features": hires, "image_begin": self.buffers.of(begin)})
         pages = dict(zip((output.name for output in self._sessions["pages"].get_outputs()), found, strict=True))
         release_freed()
         for spec in self._page_specs:
@@ -159,18 +163,14 @@ class OrtModel:
 
     def zeros(self, shape: tuple[int, ...]) -> ort.OrtValue:
         """A zeroed buffer in the dtype the graphs compute in. Zeroed, because weight 0 times stale NaN is NaN."""
-        return self._value(np.zeros(shape, self._model_dtype))
+        return self.buffers.zeros(shape, self._model_dtype)
 
     def device_ms(self) -> float:
         """See Model.device_ms: ONNX Runtime does not measure."""
         return 0.0
 
     def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
-        return self._value(np.zeros(spec.of_batch(batch), spec.dtype))
-
-    def _value(self, array: np.ndarray) -> ort.OrtValue:
-        # On the CPU the value is a view: it shares the array's memory and keeps it alive.
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+        return self.buffers.zeros(spec.of_batch(batch), spec.dtype)
 
     def _run(self, part: str, inputs: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
         session = self._sessions[part]
@@ -208,25 +208,28 @@ class OrtDecoder:
         g, batch = model.geometry, len(image.begin)
         self._inputs = {
             "features": image.features,
-            "image_begin": model._value(image.begin),
-            "margins": model._value(image.margins),
+            "image_begin": model.buffers.of(image.begin),
+            "margins": model.buffers.of(image.margins),
         }
         self._inputs |= image.pages
         shape = batch, g.kv_heads, capacity, g.head_dim
         self._cache = {name: model.zeros(shape) for name in _cache_names(g)} if cache is None else cache
         selecting = len(g.selecting_layers)
+        empty = model.buffers.empty
         self._outputs = {
-            "logits": model._value(np.empty((batch, g.vocab), np.float32)),
-            "token": model._value(np.empty(batch, np.int64)),
-            "pages": model._value(np.empty((batch, selecting, g.pages), np.int64)),
-            "page_count": model._value(np.empty((batch, selecting), np.int64)),
+            "logits": empty((batch, g.vocab), np.float32),
+            "token": empty((batch,), np.int64),
+            "pages": empty((batch, selecting, g.pages), np.int64),
+            "page_count": empty((batch, selecting), np.int64),
         }
-        if g.lazy_pages:
-            done = np.empty((batch, len(g.reading_layers), g.pages), np.int64)
-            self._outputs["present_projected"] = model._value(done)
-        self._ids = model._value(np.zeros((batch, 1), np.int64))
-        self._past_length = model._value(np.zeros(batch, np.int64))
-        self._budget = model._value(np.zeros(batch, np.int64))
+        # Its parts are joined last, when nobody reads `projected` any more; one part alone might not wait.
+        self._projected_in_place = g.lazy_pages and len(g.reading_layers) > 1
+        if g.lazy_pages and not self._projected_in_place:
+            self._outputs["present_projected"] = empty((batch, len(g.reading_layers), g.pages), np.int64)
+        self._runs = 0
+        self._ids = model.buffers.of(np.zeros((batch, 1), np.int64))
+        self._past_length = model.buffers.of(np.zeros(batch, np.int64))
+        self._budget = model.buffers.of(np.zeros(batch, np.int64))
         self._step_binding = self._bind(self._ids)
 
     @property
@@ -235,7 +238,7 @@ class OrtDecoder:
         return sum(self._model.nbytes(value) for value in self._cache.values())
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
-        """See Decoder.run; the logits lie in the host's memory and stay."""
+        """See Decoder.run; in the host's memory the logits stay, on a GPU they lie there until somebody asks."""
         batch, steps = ids.shape
         if int(self.length.max()) + steps > self.capacity:
             raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
@@ -246,18 +249,32 @@ class OrtDecoder:
             self._ids.update_inplace(ids)
             binding = self._step_binding
         else:
-            value = self._model._value(ids)  # must outlive the run: the binding alone does not keep it
+            value = self._model.buffers.of(ids)  # must outlive the run: the binding alone does not keep it
             binding = self._bind(value)
+        self._runs += 1
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise failed("decoder", error) from error
         binding.synchronize_outputs()
         self.length += steps if lengths is None else lengths
-        if "projected" in self._inputs:
+        if "present_projected" in self._outputs:
             self._inputs["projected"].update_inplace(self._outputs["present_projected"].numpy())
-        logits, *others = (self._outputs[name].numpy().copy() for name in ("logits", "token", "pages", "page_count"))
-        return Step(lambda: logits, *others)
+        token, pages, page_count = (self._outputs[name].numpy().copy() for name in ("token", "pages", "page_count"))
+        return Step(self._fetch(), token, pages, page_count)
+
+    def _fetch(self) -> Callable[[], np.ndarray]:
+        if self._model.device == "cpu":  # a copy of this size takes microseconds
+            logits = self._outputs["logits"].numpy().copy()
+            return lambda: logits
+        run = self._runs
+
+        def fetch() -> np.ndarray:
+            if self._runs != run:
+                raise BackendError("the logits of a step that is over", fix="read them before the next run")
+            return self._outputs["logits"].numpy()
+
+        return fetch
 
     def enlarged(self, capacity: int) -> OrtDecoder:
         """See Decoder.enlarged; the cache is copied."""
@@ -277,6 +294,8 @@ class OrtDecoder:
             binding.bind_ortvalue_input(name, value)
         for name, value in self._outputs.items():
             binding.bind_ortvalue_output(name, value)
+        if self._projected_in_place:
+            binding.bind_ortvalue_output("present_projected", named["projected"])
         for name, source in self._model._in_place.items():  # one buffer on both sides: the graph then writes in place
             binding.bind_ortvalue_output(name, named[source])
         return binding
@@ -347,7 +366,7 @@ class OrtSlots:
 
     def _decoder(self, rows: slice) -> OrtDecoder:
         """A decoder bound to these rows' memory; slices of the first axis are views, and whole."""
-        value = self._model._value
+        value = self._model.buffers.of
         image = Image(
             value(self._features[rows]),
             {name: value(store[rows]) for name, store in self._pages.items()},

@@ -39,6 +39,11 @@ ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which i
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
+# Whole decode steps of 7B's shape on an H100 (docs/figures.md: products by cuBLAS, our kernels, one CUDA graph; 1,200
+# tokens cached) with 0, 22 and 81 pages a layer read step_bytes at 63, 62 and 63 % of the bandwidth of its data sheet.
+# Measured on no other board, nor in an engine.
+SHARE_OF_BANDWIDTH = 0.62
+
 # Assumed: no engine has run through TensorRT on a GPU yet. On the high side of what such programs usually take.
 CUDA_CONTEXT = 400_000_000
 

@@ -35,7 +35,7 @@ class TrtModel:
         self.cuda = cuda or this_gpu()
         trt = trt or tensorrt.load(backend)
         if any(plan.plugins for plan in plans.values()):
-            register(trt, run=self.cuda.run)
+            register(trt, run=self.cuda.run, sms=(self.cuda.sm,))
         self._engines = {part: PartEngine(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
         self._model_dtype = bundle.precision.dtype
         self._queue = Queue(self.cuda)

@@ -18,6 +18,7 @@ from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
+from plugins.hierarchical_attention import onnx_cuda as cuda_hierarchical_attention
 from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
 from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
 from plugins.project_pages import onnx_body as project_pages
@@ -30,17 +31,24 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of th
 DYNAMIC = (
     select_pages.FUNCTIONS, cached_attention.FUNCTIONS, project_pages.FUNCTIONS, hierarchical_attention.FUNCTIONS,
 )  # fmt: skip
+CUDA = (
+    select_pages.FUNCTIONS,
+    cached_attention.FUNCTIONS,
+    project_pages.FUNCTIONS,
+    cuda_hierarchical_attention.FUNCTIONS,
+)
 STATIC = static_select_pages.FUNCTIONS, static_cached_attention.FUNCTIONS, static_hierarchical_attention.FUNCTIONS
 INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
 IN_INT8 = {
     hierarchical_attention.FUNCTIONS: int8_hierarchical_attention.FUNCTIONS,
+    cuda_hierarchical_attention.FUNCTIONS: cuda_hierarchical_attention.INT8_FUNCTIONS,
     static_hierarchical_attention.FUNCTIONS: static_hierarchical_attention.INT8_FUNCTIONS,
     project_pages.FUNCTIONS: int8_project_pages.FUNCTIONS,
 }
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
 # only admit more types.
 STABLE_SINCE_20 = {
-    "Abs", "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Div",
+    "Abs", "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Cos", "DequantizeLinear", "Div",
     "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
     "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Range",
@@ -50,12 +58,13 @@ STABLE_SINCE_20 = {
 }  # fmt: skip
 
 
-def for_onnxruntime(model: ir.Model, precision: Precision) -> ir.Model:
-    """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes.
+def for_onnxruntime(model: ir.Model, precision: Precision, *, cuda: bool = False) -> ir.Model:
+    """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes, or with `cuda` those
+    that keep its CUDA provider from waiting: no branch or loop, but for lazy projection, which skips what is there.
 
     Graphs of a precision that is widened compute in float32, over weights and scales that stay as they are stored.
     """
-    _bind(model, DYNAMIC)
+    _bind(model, CUDA if cuda else DYNAMIC)
     if precision.widened:
         _widen(model, ir.DataType[precision.dtype.upper()])
     drop_idle_casts(model)

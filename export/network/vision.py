@@ -66,17 +66,36 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class PatchEmbedding(nn.Module):
+    """Each patch's pixels times the filters: what a convolution does whose windows do not overlap. Written as one
+    product, since for a Conv ONNX Runtime's CUDA provider searches for an algorithm, again for every batch."""
+
+    def __init__(self, config: Vision, grid: int) -> None:
+        super().__init__()
+        self.grid, self.patch = grid, config.patch
+        self.weight = nn.Parameter(torch.empty(config.hidden, 3, config.patch, config.patch))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """[N, 3, lowres, lowres] -> [N, grid*grid, width]; like the official convolution, pixels that make no whole
+        patch at the right and at the bottom are left out."""
+        side, patch = self.grid, self.patch
+        pixels = tiles[:, :, : side * patch, : side * patch].reshape(-1, 3, side, patch, side, patch)
+        return F.linear(
+            pixels.permute(0, 2, 4, 1, 3, 5).reshape(-1, side * side, 3 * patch * patch), self.weight.flatten(1)
+        )
+
+
 class Embeddings(nn.Module):
     """Pixels -> class token and patches, positions added: [N, 1 + grid*grid, width]."""
 
     def __init__(self, config: Vision, grid: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(config.hidden))
-        self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, stride=config.patch, bias=False)
+        self.patch_embedding = PatchEmbedding(config, grid)
         self.position_embedding = nn.Embedding(grid * grid + 1, config.hidden)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        patches = self.patch_embedding(tiles).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(tiles)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         return torch.cat((first, patches), dim=1) + self.position_embedding.weight
 

@@ -6,25 +6,19 @@ the map); in a decode step it is the only one. The queries before it go through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from plugins.op import ALIGNMENT, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, blocks, power_of_two
+from plugins.tiles import tiled
 
-BLOCK = 64  # keys of one tile
-SPLIT = 128  # keys of one program of `attend`
-PAGES_PER_SPLIT = 2
-MAP_BLOCK = 64  # image tokens of one program of `combine`
-APPEND_ROWS = 32  # tokens of one program of `append`
+# How `attend` shares its work out, the same on every SM: `combine` must know it, and scratch memory depends on it. One
+# tile of keys a program, by two warps, was measured on an H100: 9.5 us, where 128 keys by four warps took 10.3. On few
+# multiprocessors as many warps are at work as before: there are twice as many programs, of half the warps.
+SPLIT = 64  # keys of one program
+PAGES_PER_SPLIT = 1
 PARTS = "part", "part_max", "part_sum", "scores"  # what `attend` hands to `combine`
 FOLDER = "plugins.cached_attention.kernel"
-
-
-def prefill_tile(dtype: str, width: int) -> tuple[int, int]:
-    """Queries and keys of one tile of `prefill`: what keeps it in registers, and its shared memory under 48 KB."""
-    if dtype == "float32":  # no tensor cores: the products are unrolled
-        return 16, 16
-    return 64, 64 if width <= 64 else 32
 
 
 class CachedAttention(Op):
@@ -64,7 +58,7 @@ class CachedAttention(Op):
         heads, group = ("HEADS", a["heads"]), ("GROUP", a["heads"] // a["kv_heads"])
         width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", max(16, power_of_two(a["head_dim"])))  # tensor cores take 16
         image = ("IMAGE_TOKENS", a["grid"] ** 2)
-        rows, keys = prefill_tile(dtype, width[1][1])
+        splits = ("SPLIT", SPLIT), ("PAGES_PER_SPLIT", PAGES_PER_SPLIT)
 
         types = {tensor.name: f"*{TRITON_TYPES[tensor.kind(dtype)]}" for tensor in (*self.inputs, *self.outputs)}
         types |= {"cache_key": types["past_key"], "cache_value": types["past_value"], "page_count": "*i64"}
@@ -76,9 +70,11 @@ class CachedAttention(Op):
             function: str,
             parameters: tuple[str, ...],
             constants: tuple[tuple[str, int], ...],
+            tile: tuple[str, ...],
             absent: tuple[str, ...] = (),
         ) -> Kernel:
-            return Kernel(name, function, tuple((each, types[each]) for each in parameters), constants, absent=absent)
+            typed = tuple((each, types[each]) for each in parameters)
+            return tiled(Kernel(name, function, typed, constants, absent=absent, tile=tile))
 
         new, cache, turn = ("key", "value"), ("cache_key", "cache_value"), ("positions", "cos", "sin")
         sizes = "steps", "capacity"
@@ -87,58 +83,59 @@ class CachedAttention(Op):
                 "append",
                 f"{FOLDER}:append",
                 (*new, *cache, *turn, *sizes),
-                (("KV_HEADS", a["kv_heads"]), *width, ("ROWS", APPEND_ROWS)),
+                (("KV_HEADS", a["kv_heads"]), *width),
+                ("ROWS",),
             ),
             kernel(
                 "prefill",
                 f"{FOLDER}:prefill",
                 ("query", *cache, *turn, "context", *sizes),
-                (heads, group, *width, ("ROWS", rows), ("BLOCK", keys)),
+                (heads, group, *width),
+                ("ROWS", "BLOCK"),
             ),
             kernel(
                 *self.attend,
                 ("query", *new, *cache, *turn, "image_begin", *self.page_parameters, *PARTS, *sizes),
-                (heads, group, *width, image, ("BLOCK", BLOCK), ("SPLIT", SPLIT), *self.page_constants),
+                (heads, group, *width, image, splits[0], *self.page_constants),
+                ("BLOCK", "SPLIT", "PAGES_PER_SPLIT"),
                 self.absent,
             ),
             kernel(
                 "combine",
                 f"{FOLDER}:combine",
                 (*PARTS, "positions", "image_begin", "page_count", "context", "map", *sizes, "page_splits"),
-                (
-                    heads,
-                    *width,
-                    image,
-                    ("SPLIT", SPLIT),
-                    ("PAGES_PER_SPLIT", PAGES_PER_SPLIT),
-                    ("HEAD_BLOCK", min(32, power_of_two(a["heads"]))),
-                    ("MAP_BLOCK", MAP_BLOCK),
-                ),
+                (heads, *width, image, *splits, ("HEAD_BLOCK", min(32, power_of_two(a["heads"])))),
+                ("SPLIT", "PAGES_PER_SPLIT", "HEAD_BLOCK", "MAP_BLOCK"),
             ),
         )
 
     # Scratch: for every row, head and split the unnormalised context, its maximum and sum; the scores of image tokens.
 
-    def _splits(self, shapes: Shapes[int]) -> tuple[int, int]:
+    @staticmethod
+    def _splits(combine: Kernel, shapes: Shapes[int]) -> tuple[int, int]:
         """Programs of `attend` per row and head: for the cache, for the pages."""
         page_total = shapes["page_lengths"][0] if "page_lengths" in shapes else 0
-        return blocks(shapes["past_key"][2], SPLIT), blocks(page_total, PAGES_PER_SPLIT)
+        keys, pages = combine.constant("SPLIT"), combine.constant("PAGES_PER_SPLIT")
+        return blocks(shapes["past_key"][2], keys), blocks(page_total, pages)
 
-    def _scratch(self, shapes: Shapes[int]) -> dict[str, int]:
+    def _scratch(self, splits: int, shapes: Shapes[int]) -> dict[str, int]:
         """Bytes of each of PARTS, rounded up to ALIGNMENT."""
         batch, heads = shapes["query"][0], self.attributes["heads"]
-        partial = batch * heads * sum(self._splits(shapes))
+        partial = batch * heads * splits
         counts = partial * self.attributes["head_dim"], partial, partial, batch * heads * self.attributes["grid"] ** 2
         return {name: blocks(4 * count, ALIGNMENT) * ALIGNMENT for name, count in zip(PARTS, counts, strict=True)}
 
     def workspace(self, shapes: Shapes[int]) -> int:
-        return sum(self._scratch(shapes).values())
+        combine = self.kernels("float32")[-1]  # its tile has no dtype
+        return sum(self._scratch(sum(self._splits(combine, shapes)), shapes).values())
 
-    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
+    def launches_of(
+        self, kernels: Sequence[Kernel], shapes: Shapes[int], addresses: Mapping[str, int], workspace: int
+    ) -> list[Launch]:
         a = self.attributes
-        append, prefill, attend, combine = self.kernels(dtype)
+        append, prefill, attend, combine = kernels
         (batch, steps, _), capacity = shapes["query"], shapes["past_key"][2]
-        low, high = self._splits(shapes)
+        low, high = self._splits(combine, shapes)
         values = {
             "page_count": 0,  # which `combine` does not read without pages
             **addresses,
@@ -151,18 +148,17 @@ class CachedAttention(Op):
         if "page_lengths" in shapes:
             values["page_total"] = shapes["page_lengths"][0]
         at = workspace
-        for name, size in self._scratch(shapes).items():
+        for name, size in self._scratch(low + high, shapes).items():
             values[name] = at
             at += size
 
         launches, before = [], steps - 1
         if before:
-            prefill_rows = dict(prefill.constants)["ROWS"]
             launches = [
-                append.launch((blocks(before, APPEND_ROWS), a["kv_heads"], batch), values),
-                prefill.launch((blocks(before, prefill_rows), a["heads"], batch), values),
+                append.launch((blocks(before, append.constant("ROWS")), a["kv_heads"], batch), values),
+                prefill.launch((blocks(before, prefill.constant("ROWS")), a["heads"], batch), values),
             ]
-        programs = a["heads"] + blocks(a["grid"] ** 2, MAP_BLOCK)
+        programs = a["heads"] + blocks(a["grid"] ** 2, combine.constant("MAP_BLOCK"))
         return [
             *launches,
             attend.launch((low + high, a["heads"], batch), values),

@@ -1,7 +1,8 @@
 """Kernels -> code for every board, without a GPU.
 
-Triton writes one PTX text per kernel, old enough for the oldest CUDA served (plugins/compiler/ptx.py); ptxas makes
-a cubin of it for each SM (plugins/compiler/ptxas.py). Boards need neither.
+Triton writes the PTX text of each variant of a kernel that plugins/tiles.py wants, old enough for the oldest CUDA it is
+for (plugins/compiler/ptx.py); ptxas makes a cubin of it for each of its SMs (plugins/compiler/ptxas.py). Boards need
+neither.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from plugins.artifacts import Artifacts, Compiled
 from plugins.compiler.ptxas import SMS, Assembler, Code, assemble, find_assemblers
 from plugins.cores import usable_cores
 from plugins.errors import KernelError
-from plugins.op import Kernel
+from plugins.op import FIRST_SM, Kernel
+from plugins.tiles import LEAST_SHARED, SHARED_LIMIT, tiled
 
 
 def compile_kernels(
@@ -38,47 +40,70 @@ def compile_kernels(
     if len({kernel.name for kernel in kernels}) < len(kernels):
         raise KernelError("two kernels of one name", expected="the kernels of one model in one dtype, each once")
     assemblers = find_assemblers()
-    # Where no code is wanted of a ptxas, it assembles for one SM all the same: it must accept the PTX.
-    targets = [(a, sm) for a in assemblers.values() for sm in ([sm for sm in a.sms if sm in sms] or a.sms[:1])]
-    jobs = [(kernel, *target) for kernel in kernels for target in targets]
-    total = len(kernels) + len(jobs)
+    variants = [variant for kernel in kernels for variant in variants_of(kernel, sms)]
+    jobs = [
+        (variant, assembler, sm)
+        for variant, wanted in variants
+        for assembler in assemblers.values()
+        for sm in _targets(variant, assembler, wanted)
+    ]
+    for_any_gpu = set(map(tiled, kernels))
+    total = len(variants) + len(jobs)
     report = progress or (lambda done, total, what: None)
 
     cores = usable_cores()
     with tempfile.TemporaryDirectory(prefix="kernels-") as name, ThreadPoolExecutor(cores) as pool:
         folder = Path(name)
-        shares = [kernels[start::cores] for start in range(min(cores, len(kernels)))]
+        shares = [[variant for variant, _ in variants[start::cores]] for start in range(min(cores, len(variants)))]
         texts: dict[Kernel, dict[str, Any]] = {}
+        files: dict[Kernel, Path] = {}
         for made in pool.map(_run_triton, shares, [folder / f"{index}.json" for index in range(len(shares))]):
-            for kernel, text in made.items():
-                (folder / f"{kernel.name}.ptx").write_text(text["ptx"])
-                texts[kernel] = text
-                report(len(texts), total, f"{kernel.name}: PTX")
+            for variant, text in made.items():
+                files[variant] = folder / f"{variant.name}.{len(files)}.ptx"
+                files[variant].write_text(text["ptx"])
+                texts[variant] = text
+                report(len(texts), total, f"{variant.name}: PTX")
 
         def run(job: tuple[Kernel, Assembler, int]) -> Code:
-            kernel, assembler, sm = job
-            return assemble(assembler, folder / f"{kernel.name}.ptx", sm, texts[kernel]["shared"])
+            variant, assembler, sm = job
+            limit = LEAST_SHARED if variant in for_any_gpu else SHARED_LIMIT[sm]
+            return assemble(assembler, files[variant], sm, variant.arch, texts[variant]["shared"], limit)
 
-        codes: dict[Kernel, dict[int, Code]] = {kernel: {} for kernel in kernels}
-        for done, ((kernel, _, sm), code) in enumerate(zip(jobs, pool.map(run, jobs), strict=True), len(kernels) + 1):
-            if sm in sms:
-                codes[kernel][sm] = code
-            report(done, total, f"{kernel.name}: SM {sm}")
+        codes: dict[Kernel, dict[int, Code]] = {variant: {} for variant, _ in variants}
+        wanted_of = dict(variants)
+        for done, ((variant, _, sm), code) in enumerate(zip(jobs, pool.map(run, jobs), strict=True), len(variants) + 1):
+            if sm in wanted_of[variant]:
+                codes[variant][sm] = code
+            report(done, total, f"{variant.name}: SM {sm}")
 
     compiled = tuple(
         Compiled(
-            kernel=kernel,
-            entry=texts[kernel]["entry"],
-            shared=texts[kernel]["shared"],
-            threads=32 * kernel.warps,
-            ptx=texts[kernel]["ptx"].encode(),
-            cubins={sm: code.cubin for sm, code in codes[kernel].items()},
-            registers={sm: code.registers for sm, code in codes[kernel].items()},
+            kernel=variant,
+            entry=texts[variant]["entry"],
+            shared=texts[variant]["shared"],
+            threads=32 * variant.warps,
+            ptx=texts[variant]["ptx"].encode(),
+            cubins={sm: code.cubin for sm, code in codes[variant].items()},
+            registers={sm: code.registers for sm, code in codes[variant].items()},
         )
-        for kernel in kernels
+        for variant, _ in variants
     )
     versions = {"triton": importlib.metadata.version("triton")}
     return Artifacts(compiled, versions | {f"ptxas {cuda}": a.version for cuda, a in assemblers.items()})
+
+
+def variants_of(kernel: Kernel, sms: Sequence[int]) -> list[tuple[Kernel, list[int]]]:
+    """A kernel's variants for some SMs, each with its SMs: first, whether or not an SM has it, the one for any GPU."""
+    found: dict[Kernel, list[int]] = {tiled(kernel): []}
+    for sm in sms:
+        found.setdefault(tiled(kernel, sm), []).append(sm)
+    return list(found.items())
+
+
+def _targets(variant: Kernel, assembler: Assembler, wanted: Sequence[int]) -> Sequence[int]:
+    """The SMs to assemble a variant for. What every GPU must take goes through each ptxas, if only to see it taken."""
+    here = [sm for sm in assembler.sms if sm in wanted]
+    return here or (assembler.sms[:1] if variant.arch == FIRST_SM else ())
 
 
 def _run_triton(kernels: Sequence[Kernel], result: Path) -> dict[Kernel, dict[str, Any]]:

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plugins.artifacts import FIRST_SM, kernel_of
-from plugins.op import Kernel
+from plugins.artifacts import kernel_of
+from plugins.op import FIRST_SM, Kernel
 
-PTX_VERSION = 80  # 8.0, of CUDA 12.0: what Triton writes by itself is too new for JetPack 6
+# 8.0 is of CUDA 12.0: what Triton writes by itself is too new for JetPack 6. Newer architectures have newer text.
+PTX_VERSION_OF_ARCH = {FIRST_SM: 80, 90: 80, 100: 86, 110: 90}
 POINTER_ALIGNMENT = 16  # bytes, of every pointer: lets a thread load 16 bytes at once
 SCRATCH = 2  # Triton ends every parameter list with the addresses of two scratch buffers
 _PARAMETERS = re.compile(r"(?<=\.entry )(?P<entry>\w+)\((?P<list>[^)]*)\)")
@@ -61,9 +62,9 @@ def to_ptx(kernel: Kernel) -> dict[str, Any]:
     }
     compiled = triton.compile(
         ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", FIRST_SM, 32),
+        target=GPUTarget("cuda", kernel.arch, 32),
         options={
-            "ptx_version": PTX_VERSION,
+            "ptx_version": PTX_VERSION_OF_ARCH[kernel.arch],
             "num_warps": kernel.warps,
             "num_stages": kernel.stages,
             "enable_fp_fusion": True,  # a * b + c rounded once; Triton 3.10 changes its default

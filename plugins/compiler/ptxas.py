@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugins.errors import KernelError
+from plugins.op import FIRST_SM
 
 # CUDA 12.6 is JetPack 6's, and its code runs under every later driver; newer SMs need CUDA 13.
 SMS_OF_CUDA = {"12.6": (80, 86, 87, 89, 90), "13": (100, 110, 120, 121)}
 SMS = tuple(sm for sms in SMS_OF_CUDA.values() for sm in sms)
-SHARED_LIMIT = 99 << 10  # bytes of one program on SM 86, 89 and 120, which have the least
 NVCC = "nvidia-cuda-nvcc-cu12"
 INSTALL = f"python -m pip install 'triton>=3.7.1,<3.10' '{NVCC}==12.6.*'"
 
@@ -67,39 +67,42 @@ def _assembler(path: Path, cuda: str, options: tuple[str, ...]) -> Assembler:
     return Assembler(path, version, SMS_OF_CUDA[cuda], options)
 
 
-def assemble(assembler: Assembler, ptx: Path, sm: int, shared: int) -> Code:
-    """Assemble a PTX file for an SM; `shared`: bytes of dynamic shared memory its launch will ask for.
+def assemble(assembler: Assembler, ptx: Path, sm: int, arch: int, shared: int, limit: int) -> Code:
+    """Assemble a PTX file, NAME.NUMBER.ptx, for an SM. arch: whose instructions the text has, the SM's own or FIRST_SM.
+    shared: bytes of dynamic shared memory its launch will ask for, of at most `limit` that a program may have.
 
-    KernelError when it is refused, spills registers to memory, or needs more shared memory than SHARED_LIMIT.
+    KernelError when it is refused, spills registers to memory, or needs more shared memory.
     """
-    cubin, (registers, spills, static) = _run(assembler, ptx, sm)
+    gpu = f"sm_{sm}" if arch == FIRST_SM else f"sm_{sm}a"
+    name = ptx.name.partition(".")[0]
+    cubin, (registers, spills, static) = _run(assembler, ptx, gpu)
     if spills:  # ptxas may choose a few spills so that one more program fits on an SM: tell it that one is enough
-        cubin, (registers, spills, static) = _run(assembler, ptx, sm, "--minnctapersm=1")
+        cubin, (registers, spills, static) = _run(assembler, ptx, gpu, "--minnctapersm=1")
     if spills:
         raise KernelError(
-            f"{ptx.stem} for SM {sm} spills {spills} bytes of registers to memory (ptxas {assembler.version})",
+            f"{name} for SM {sm} spills {spills} bytes of registers to memory (ptxas {assembler.version})",
             expected="no spills",
-            fix="smaller tiles, or more warps, in the plugin's Kernel",
+            fix="smaller tiles, or more warps, in its row of plugins/tiles.py",
         )
-    if static + shared > SHARED_LIMIT:
+    if static + shared > limit:
         raise KernelError(
-            f"{ptx.stem} for SM {sm} needs {static + shared} bytes of shared memory",
-            expected=f"at most {SHARED_LIMIT}, which every board has",
-            fix="smaller tiles, or fewer stages, in the plugin's Kernel",
+            f"{name} for SM {sm} needs {static + shared} bytes of shared memory",
+            expected=f"at most {limit}",
+            fix="smaller tiles, or fewer stages, in its row of plugins/tiles.py",
         )
     return Code(cubin, registers, static + shared)
 
 
-def _run(assembler: Assembler, ptx: Path, sm: int, *options: str) -> tuple[bytes, tuple[int, int, int]]:
+def _run(assembler: Assembler, ptx: Path, gpu: str, *options: str) -> tuple[bytes, tuple[int, int, int]]:
     """The cubin, and what `read_log` finds."""
     with tempfile.TemporaryDirectory(prefix="cubin-") as folder:
         cubin = Path(folder) / "cubin"
-        command = [assembler.path, "-v", *assembler.options, *options, f"--gpu-name=sm_{sm}", ptx, "-o", cubin]
+        command = [assembler.path, "-v", *assembler.options, *options, f"--gpu-name={gpu}", ptx, "-o", cubin]
         run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         log = run.stdout + run.stderr
         if run.returncode:
             raise KernelError(
-                f"ptxas {assembler.version} refuses {ptx.stem} for SM {sm} (status {run.returncode}): "
+                f"ptxas {assembler.version} refuses {ptx.name} for {gpu} (status {run.returncode}): "
                 f"{log.strip()[:1000]}",
                 expected="PTX that every ptxas from 12.6 on takes",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from plugins.op import PAGE_SCALES, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
@@ -72,14 +72,17 @@ class ProjectPages(Op):
             ),
             stages=3 if wide else 2,
             absent=() if a["int8_pages"] else PAGE_SCALES,
+            tile=("ROWS", "WIDTH", "LANES"),
         )
         return (kernel,)
 
     def workspace(self, shapes: Shapes[int]) -> int:
         return 0
 
-    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
-        (kernel,) = self.kernels(dtype)
+    def launches_of(
+        self, kernels: Sequence[Kernel], shapes: Shapes[int], addresses: Mapping[str, int], workspace: int
+    ) -> list[Launch]:
+        (kernel,) = kernels
         batch, page_total = shapes["features"][:2]
-        grid = LANES, 2 * self.attributes["kv_heads"], batch
+        grid = kernel.constant("LANES"), 2 * self.attributes["kv_heads"], batch
         return [kernel.launch(grid, {**addresses, "page_total": page_total})]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plugins.op import TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, power_of_two
@@ -33,12 +33,15 @@ class SelectPages(Op):
                 ("CELL_BLOCK", cell_block),
                 ("RANK_BLOCK", min(32, cell_block)),
             ),
+            tile=("RANK_BLOCK",),
         )
         return (kernel,)
 
     def workspace(self, shapes: Shapes[int]) -> int:
         return 0
 
-    def launches(self, dtype: str, shapes: Shapes[int], addresses: Mapping[str, int], workspace: int) -> list[Launch]:
-        (kernel,) = self.kernels(dtype)
+    def launches_of(
+        self, kernels: Sequence[Kernel], shapes: Shapes[int], addresses: Mapping[str, int], workspace: int
+    ) -> list[Launch]:
+        (kernel,) = kernels
         return [kernel.launch((shapes["map"][0], 1, 1), addresses)]

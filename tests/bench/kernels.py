@@ -1,7 +1,8 @@
 """What each kernel must move at 7B, and how long each board's memory takes for that: ESTIMATES, from shapes alone.
 
-`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`. With `--gpu` the kernels of a decode step
-are compiled and timed on this machine's GPU, and held against its bandwidth.
+`python tests/bench/kernels.py` prints Markdown. Nothing is run: see `NOTE`. With `--roofline` whole decode steps on
+every board. With `--gpu` the kernels of a decode step are compiled and timed on this machine's GPU, and held against
+its bandwidth.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ if __package__ in (None, ""):
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
+from engines.bundle.precision import FP16, INT4
 from engines.cuda import Cuda
 from engines.errors import FlexError
+from engines.sizing.fit import assess, room_of
+from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, step_bytes
 from engines.targets import TARGETS, Target
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, SPLIT
-from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
 from plugins.op import ITEMSIZE, Op, blocks
 from plugins.registry import ops_of_model
 from tests.bench.contenders.cost import cost
 from tests.geometries import official
+from tests.on_gpu.compiled import compiled
 from tests.shapes import input_shapes, sizes
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ which is all that the small kernels cost; what stays in the GPU's cache between 
 
 BOARDS = ("orin-nano-8", "orin-nano-8-super", "orin-nx-16", "agx-orin-64", "agx-thor-128", "rtx-4090", "h100-80")
 F32, I64 = 4, 8
+ROOFLINE_PAGES = 22  # read in each reading layer, as in most figures of docs/figures.md
 ROUNDS, REPEATS = 50, 10  # launches in a graph, of which the fastest of so many runs counts
 
 
@@ -189,6 +194,33 @@ def table(case: Case) -> list[list[str]]:
     return rows
 
 
+def roofline(tokens: int, pages: int) -> list[list[str]]:
+    """A decode step of 7B on every board, in the precisions that fit there: what it reads, what memory takes for that
+    at least, and at the share of its bandwidth that was measured. The first row is the header."""
+    g, share = official(), SHARE_OF_BANDWIDTH
+    rows = [
+        ["board", "GB/s", "weights", "GB a step", "ms at least", "tokens/s at most", f"ms at {share:.0%}", "tokens/s"]
+    ]
+    for board in TARGETS.values():
+        for precision in (FP16, INT4):
+            c = Configuration(g, precision)
+            count = step_bytes(c, tokens, pages)
+            row = [board.name, str(board.bandwidth), precision.name, f"{count / 1e9:.2f}"]
+            if assess(c, room_of(board)).runs:
+                least = microseconds(count, board) / 1000
+                likely = least / share
+                row += [f"{least:.2f}", f"{1000 / least:.1f}", f"{likely:.2f}", f"{1000 / likely:.1f}"]
+            else:
+                row += ["does not fit", "", "", ""]
+            rows.append(row)
+    return rows
+
+
+def products(g: Geometry) -> int:
+    """Matrix products of a decode step, each with weights of its own: seven a layer, and the head."""
+    return 7 * g.layers + 1
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -269,8 +301,16 @@ def main(arguments: list[str] | None = None) -> None:
         "python tests/bench/kernels.py", description="Bytes and time of each kernel at 7B."
     )
     parser.add_argument("--gpu", action="store_true", help="time them on this machine's GPU")
-    case, gpu = Case(official()), parser.parse_args(arguments).gpu
-    if gpu:
+    parser.add_argument("--roofline", action="store_true", help="whole decode steps on every board")
+    case, options = Case(official()), parser.parse_args(arguments)
+    if options.roofline:
+        g, pages = case.geometry, ROOFLINE_PAGES
+        print(
+            f"LLaVA-1.5-7B, {case.tokens} tokens cached, {pages} pages a layer, batch 1: {launches(g).total()} "
+            f"launches of our kernels beside {products(g)} products.\n\n{markdown(roofline(case.tokens, pages))}"
+        )
+        return
+    if options.gpu:
         from tests.plugins.harness import Launcher  # the estimate needs no Triton
 
         try:
@@ -278,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         except FlexError as error:
             sys.exit(str(error))
         sms = (cuda.sm,) if cuda.sm in SMS else SMS[:1]  # of a GPU nobody has heard of the driver compiles the PTX
-        rows = measured(case, Launcher(cuda, lambda kernels: compile_kernels(kernels, sms)), bandwidth(cuda))
+        rows = measured(case, Launcher(cuda, lambda kernels: compiled(kernels, sms)), bandwidth(cuda))
         print(f"{cuda.name}; LLaVA-1.5-7B, {case.dtype}, {case.tokens} tokens cached, {case.pages} pages a layer\n")
         print(markdown(rows))
         return

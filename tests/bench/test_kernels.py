@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from engines.bundle.pages import page_size
+from engines.bundle.precision import FP16
 from engines.cuda import Cuda
 from engines.errors import OptionError
+from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, step_bytes
 from engines.targets import TARGETS, target
 from plugins.compiler.ptxas import SMS
 from tests.bench.contenders.cost import cost
@@ -19,11 +21,14 @@ from tests.bench.kernels import (
     launches,
     main,
     measured,
+    microseconds,
     project_pages,
+    roofline,
     table,
 )
 from tests.emulator.driver import Driver, emulated_artifacts
 from tests.geometries import official, tiny
+from tests.paths import ROOT
 from tests.plugins.harness import Launcher
 
 
@@ -78,6 +83,35 @@ def test_the_kernels_of_a_step_are_timed():
     assert [row[0] for row in rows[1:]] == [f"{op}: {kernel}" for op, kernel in launches(tiny())]
     assert {row[0] for row in rows[1:]} == {f"{op}: {kernel}" for op, kernel in STEP}
     assert len(driver.launches) == len(STEP) * (1 + 2 * 3)
+
+
+def test_a_step_on_a_board_by_hand():
+    """H100, float16: four square products and three of the MLP in 32 layers, the head, 1,200 cached tokens, 22 pages of
+    64 tokens in 23 layers; two bytes each, 3,350 GB/s."""
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 32000 * 4096
+    keys = 2 * 4096 * (32 * 1200 + 23 * 22 * 64)
+    least = 2 * (weights + keys) / 3350e9 * 1000
+    rows = roofline(1200, 22)
+    (row,) = (row for row in rows if row[0] == "h100-80" and row[2] == "fp16")
+    assert float(row[4]) == pytest.approx(least, abs=0.01) == 4.29
+    assert float(row[6]) == pytest.approx(least / 0.62, abs=0.01) and float(row[7]) == pytest.approx(144.5, abs=0.1)
+    assert {row[0] for row in rows[1:]} == set(TARGETS)
+    assert [row[4] for row in rows if row[0] == "orin-nano-8"] == ["does not fit", "does not fit"]
+
+
+@pytest.mark.parametrize(("pages", "measured_ms"), [(0, 6.74), (10, 6.83), (22, 6.96), (81, 7.46)])
+def test_the_share_is_what_an_h100_reached(pages, measured_ms):
+    """The steps of docs/figures.md, each predicted within a fiftieth."""
+    count = step_bytes(Configuration(official(), FP16), 1200, pages)
+    predicted = microseconds(count, TARGETS["h100-80"]) / SHARE_OF_BANDWIDTH / 1000
+    assert predicted == pytest.approx(measured_ms, rel=0.02)
+
+
+def test_roofline_is_in_the_figures(capsys):
+    main(["--roofline"])
+    printed = capsys.readouterr().out.split("\n\n")
+    text = (ROOT / "docs/figures.md").read_text()
+    assert printed[1].strip() in text and " ".join(printed[0].split()) in " ".join(text.split())
 
 
 def test_targets():

@@ -80,6 +80,7 @@ def run(engine: Engine, views: list, asked: list[Request], budget: int) -> tuple
                 input_ids=request.ids, max_new_tokens=request.tokens, page_budget=budget, stop_at_eos=False
             )
             running.append([index, stream, stream.steps(), perf_counter(), 0])
+            stream.join()  # as one does who waits in a thread of his own
         entry = running.popleft()
         index, stream, steps, since, count = entry
         if next(steps, None) is None:

@@ -1,15 +1,16 @@
-"""TensorRT without a GPU: what the runtime uses of it, over a bundle's ONNX Runtime graphs and the emulated driver.
+"""TensorRT without its library: what the runtime uses of it, over the emulated driver (`install`) or on a real GPU
+(`rehearse`), where all but the library runs for real.
 
 An engine file says which graph it stands for, and its profiles. A run reads and writes the bound addresses; it must not
 be recorded before a first run with the same shapes and addresses, and a recording is void once they change. Engines
-with plugins: see plugins.py beside this file.
+with plugins are of traced graphs (traced.py); others, which the emulated driver alone runs, of ONNX Runtime's.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import IntEnum
 from functools import cache
@@ -19,6 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
+from torch import Tensor
 
 from engines import cuda
 from engines.bundle.folder import Bundle, sha256
@@ -26,12 +29,16 @@ from engines.bundle.kinds import ONNXRUNTIME, TRACED
 from engines.bundle.manifest import MANIFEST, File, Plan
 from engines.bundle.specs import TensorSpec, in_place, plan_io
 from engines.bundle.writer import write_manifest
+from engines.cuda import Cuda
 from engines.trt import library
 from engines.trt.build import attributes, profiles
 from engines.trt.options import EngineOptions
+from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model
+from tests.emulator.device import Device, OnGpu, OnHost
 from tests.emulator.driver import Driver, emulated_artifacts
-from tests.emulator.plugins import CLASSES, PluginGraph, PluginRun, Registry
+from tests.emulator.plugins import CLASSES, Registry
+from tests.emulator.traced import TORCH, Program, Traced, TracedRun
 
 SCRATCH = 1 << 16
 _REGISTRIES: dict[str, Registry] = {}  # one per module, as long as the process
@@ -48,11 +55,13 @@ def with_plans(
     most: int = 2,
     plugins: bool = False,
     prefill: bool = True,
+    artifacts: Artifacts | None = None,
 ) -> Path:
     """A copy of a bundle that has emulated engines for `backend`, and opens with them unless told otherwise.
 
-    `plugins`: the decoder's is of the traced graph, its custom ops go through the project's plugins; without `prefill`
-    only where there is one new token, to save time.
+    `plugins`: they are of the traced graphs, custom ops go through the project's plugins; without `prefill` the
+    decoder's only where there is one new token, to save time. `artifacts`: the kernels, for a real GPU; else those that
+    the emulated driver loads.
     """
     out.mkdir()
     for file in folder.iterdir():
@@ -62,7 +71,8 @@ def with_plans(
     manifest, files, parts = bundle.manifest, dict(bundle.manifest.files), {}
     g = manifest.geometry
     if plugins:
-        artifacts = emulated_artifacts(kernels_of_model(attributes(g), bundle.precision.dtype), sms)
+        if artifacts is None:
+            artifacts = emulated_artifacts(kernels_of_model(attributes(g), bundle.precision.dtype), sms)
         artifacts.write(out / KERNELS)
         files[KERNELS] = File((out / KERNELS).stat().st_size, artifacts.sha256)
     for name, part in manifest.parts.items():
@@ -73,10 +83,13 @@ def with_plans(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
-        content = {"tag": TAG, "graph": str((out / part.graphs[ONNXRUNTIME].file).resolve()), "plan": asdict(plan)}
+        content = {"tag": TAG, "plan": asdict(plan)}
+        if plugins:
+            content["traced"] = str((out / part.graphs[TRACED].file).resolve())
         if with_kernels:
-            traced, kernels = (str((out / file).resolve()) for file in (part.graphs[TRACED].file, KERNELS))
-            content |= {"traced": traced, "kernels": kernels, "prefill": prefill}
+            content["kernels"] = str((out / KERNELS).resolve())
+        if not plugins or (with_kernels and not prefill):
+            content["graph"] = str((out / part.graphs[ONNXRUNTIME].file).resolve())
         (out / plan.file).write_text(json.dumps(content))
         files[plan.file] = File((out / plan.file).stat().st_size, sha256(out / plan.file))
         parts[name] = replace(part, plans={backend: plan})
@@ -85,7 +98,7 @@ def with_plans(
     return out
 
 
-def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> SimpleNamespace:
+def module(device: Device, name: str = "tensorrt", version: str = "10.3.0") -> SimpleNamespace:
     """The module a backend imports."""
     registry = _REGISTRIES.setdefault(name, Registry())
     names = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4}
@@ -105,7 +118,7 @@ def module(driver: Driver, name: str = "tensorrt", version: str = "10.3.0") -> S
             except (ValueError, KeyError, AssertionError):
                 self.logger.log(severity.ERROR, "Serialization assertion failed: magic tag does not match")
                 return None
-            return Engine(driver, registry, content, lambda text: self.logger.log(severity.ERROR, text))
+            return Engine(device, registry, content, lambda text: self.logger.log(severity.ERROR, text))
 
     strategy = IntEnum("ExecutionContextAllocationStrategy", {"STATIC": 0, "USER_MANAGED": 2})
     return SimpleNamespace(
@@ -123,7 +136,14 @@ def install(driver: Driver, monkeypatch: pytest.MonkeyPatch, **change: str) -> N
     """Let this process find the emulated driver and TensorRT, for as long as `monkeypatch` lasts. `change`: of
     `module`."""
     monkeypatch.setattr(cuda, "_import", lambda: driver)
-    monkeypatch.setattr(library, "load", lambda backend: module(driver, backend.replace("-", "_"), **change))
+    device = OnHost(driver)
+    monkeypatch.setattr(library, "load", lambda backend: module(device, backend.replace("-", "_"), **change))
+
+
+def rehearse(gpu: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process find, in place of TensorRT, its stand-in on a real GPU, for as long as `monkeypatch` lasts."""
+    device = OnGpu(gpu)
+    monkeypatch.setattr(library, "load", lambda backend: module(device, f"{backend.replace('-', '_')}_on_gpu"))
 
 
 @cache
@@ -137,18 +157,32 @@ def _session(graph: str) -> ort.InferenceSession:
 class Engine:
     """ICudaEngine."""
 
-    device_memory_size_v2 = SCRATCH
-
-    def __init__(self, driver: Driver, registry: Registry, content: dict, say: Callable[[str], None]) -> None:
-        self.driver, self.say = driver, say
+    def __init__(self, device: Device, registry: Registry, content: dict, say: Callable[[str], None]) -> None:
+        self.device, self.say = device, say
         self.plan = plan = content["plan"]
-        self.session, self.graph, self.prefill = _session(content["graph"]), None, content.get("prefill")
-        if plan["plugins"]:
-            self.graph = PluginGraph(driver, registry, content["traced"], content["kernels"])
         self.specs = {spec["name"]: spec for spec in (*plan["inputs"], *plan["outputs"])}
         self.inputs = [spec["name"] for spec in plan["inputs"]]
         self.in_place = in_place(TensorSpec(**spec) for spec in plan["outputs"])
         self.num_io_tensors = len(self.specs)
+        self.device_memory_size_v2 = SCRATCH
+        self.session = _session(content["graph"]) if "graph" in content else None
+        self.traced = None
+        if "traced" in content:
+            self.traced = Traced(device, registry, content["traced"], content.get("kernels"))
+            largest = [{symbol: size[2] for symbol, size in each["sizes"].items()} for each in plan["profiles"]]
+            self.device_memory_size_v2 += max(self.program(self.shapes(each)).scratch for each in largest)
+
+    def shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Of all inputs and outputs, where symbols have these sizes."""
+        return {
+            name: tuple(symbols[size] if isinstance(size, str) else size for size in spec["shape"])
+            for name, spec in self.specs.items()
+        }
+
+    def program(self, shapes: Mapping[str, tuple[int, ...]]) -> Program:
+        """What a traced graph has to do for these shapes."""
+        assert self.traced
+        return self.traced.program({name: (shapes[name], TORCH[self.specs[name]["dtype"]]) for name in self.inputs})
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.specs)[index]
@@ -169,12 +203,13 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.version = 0  # of shapes and addresses; a recording is of one
         self.ready = -1  # the version of the last run that was not recorded
-        self._plugins = PluginRun(engine.graph) if engine.graph else None
+        self._run = TracedRun(engine.traced) if engine.traced else None
+        self._bound: tuple[int, dict[str, Tensor]] = -1, {}
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert size >= SCRATCH and address % 256 == 0
+        assert size >= self.engine.device_memory_size_v2 and address % 256 == 0
         assert self.sizes is not None, "which profile, before the memory it works in"
-        self.engine.driver.memory.check(address, size, "scratch memory")
+        self.engine.device.check(address, size, "scratch memory")
         self.scratch = address
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -205,48 +240,60 @@ class Context:
         return name in self.engine.specs and address % 256 == 0
 
     def execute_async_v3(self, stream: int) -> bool:
-        driver, shapes, addresses = self.engine.driver, dict(self.shapes), dict(self.addresses)
-        if set(addresses) != set(self.engine.specs) or not set(self.engine.inputs) <= set(shapes) or not self.scratch:
-            self.engine.say("a tensor has no address or shape")
+        engine, device, addresses = self.engine, self.engine.device, dict(self.addresses)
+        if set(addresses) != set(engine.specs) or not set(engine.inputs) <= set(self.shapes) or not self.scratch:
+            engine.say("a tensor has no address or shape")
             return False
-        recorded, version = driver.capturing(stream), self.version
+        for name, source in engine.in_place.items():
+            assert addresses[name] == addresses[source], f"{name} is not updated in place"
+        recorded, version = device.capturing(stream), self.version
         if recorded and self.ready != version:
-            driver.break_capture(stream)
+            device.break_capture(stream)
         if not recorded:
             self.ready = version
+        shapes = self._all_shapes()
 
         def check() -> None:
             assert not recorded or self.version == version, "the context has changed since this was recorded"
 
-        driver.submit(stream, check)
-        if self._plugins and (self.engine.prefill or shapes["input_ids"][1] == 1):
-            return self._plugins.enqueue(*self._views(shapes, addresses), addresses, stream)
-        driver.submit(stream, lambda: self._execute(*self._views(shapes, addresses)))
+        with device.working(stream) as ask:
+            ask(check)
+        if self._run and (engine.session is None or shapes["input_ids"][1] == 1):
+            if self._bound[0] != version:  # not while recording: torch asks the driver what memory that is
+                self._bound = version, self._tensors(shapes, addresses)
+            return self._run.enqueue(engine.program(shapes), self._bound[1], self.scratch, stream)
+        tensors = self._tensors(shapes, addresses)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with device.working(stream) as ask:
+            ask(lambda: self._execute(arrays))
         return True
 
-    def _views(
-        self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The memory of all inputs, and of all outputs."""
-        engine, memory = self.engine, self.engine.driver.memory
-        symbols = {
-            symbol: size
-            for name, shape in shapes.items()
-            for symbol, size in zip(engine.specs[name]["shape"], shape, strict=True)
-            if isinstance(symbol, str)
-        }
-        views: tuple[dict, dict] = {}, {}
-        for name, spec in engine.specs.items():
-            shape = tuple(symbols[size] if isinstance(size, str) else size for size in spec["shape"])
-            view = memory.view(addresses[name], shape, spec["dtype"], f"tensor {name}")
-            views[name not in engine.inputs][name] = view
-            assert addresses[engine.in_place.get(name, name)] == addresses[name], f"{name} is not updated in place"
-        return views
+    def _all_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.engine.shapes(
+            {
+                symbol: size
+                for name, shape in self.shapes.items()
+                for symbol, size in zip(self.engine.specs[name]["shape"], shape, strict=True)
+                if isinstance(symbol, str)
+            }
+        )
 
-    def _execute(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-        scratch = self.engine.driver.memory.view(self.scratch, (SCRATCH,), np.uint8, "scratch memory")
-        scratch.fill(0xFF)  # nobody may count on what another run left there
+    def _tensors(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> dict[str, Tensor]:
+        """The memory of all inputs and outputs."""
+        return {
+            name: self.engine.device.at(addresses[name], shapes[name], TORCH[spec["dtype"]], f"tensor {name}")
+            for name, spec in self.engine.specs.items()
+        }
+
+    def _execute(self, arrays: dict[str, np.ndarray]) -> None:
+        assert self.scratch
+        self.engine.device.at(self.scratch, (SCRATCH,), torch.uint8, "scratch memory").fill_(0xFF)  # see traced.py
+        inputs = {name: arrays[name] for name in self.engine.inputs}
+        outputs = {name: array for name, array in arrays.items() if name not in inputs}
+        if np.float16 in {array.dtype for array in arrays.values()}:  # ONNX Runtime's graphs of it compute in float32
+            floats = {each.name for each in self.engine.session.get_inputs() if each.type == "tensor(float)"}
+            inputs = {name: array.astype(np.float32) if name in floats else array for name, array in inputs.items()}
         results = self.engine.session.run(list(outputs), inputs)
         for view, result in zip(outputs.values(), results, strict=True):
-            assert view.dtype == result.dtype and view.shape == result.shape
+            assert view.shape == result.shape and view.dtype.kind == result.dtype.kind
             view[...] = result

@@ -66,7 +66,7 @@ def test_requests_at_once(config_alone):
     board = "--target", "agx-orin-64", "--model", config_alone
     fits, text = printed(*board, "--slots", 4)
     assert fits and "4 x 2048 tokens" in text and "4 slots and 4 images x all 81 pages" in text
-    assert "slots: the engines must be built with --batch 4" in text and "of all 4 rows together at most" in text
+    assert "slots: the engines must be built with --batch 4" in text and "of all 4 rows together predicted" in text
     one = printed(*board)[1]
     assert "slots" not in one and "together" not in one
     fits, text = printed(*board, "--slots", 16)

@@ -86,6 +86,7 @@ def llama_of(checkpoint: Path, g: Geometry) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def clip_features(checkpoint: Path, g: Geometry, tiles: Tensor) -> Tensor:
-    """tiles [N, 3, lowres, lowres] -> projected patch features of layer -2 [N, grid * grid, hidden]."""
-    states = clip_of(checkpoint, g)(tiles, output_hidden_states=True).hidden_states
-    return projector_of(checkpoint, g)(states[-2][:, 1:])
+    """tiles [N, 3, lowres, lowres] -> projected patch features of layer -2 [N, grid * grid, hidden], in float64: in
+    float32 these models are as far from that as ours, and a comparison would count both errors."""
+    states = clip_of(checkpoint, g).double()(tiles.double(), output_hidden_states=True).hidden_states
+    return projector_of(checkpoint, g).double()(states[-2][:, 1:])

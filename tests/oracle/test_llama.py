@@ -99,7 +99,7 @@ def test_an_image_without_pages_is_llava(exported):
     checkpoint, bundle, g = exported
     tiles, ids, begin = request(g, seed=11)
     llama, forced = llama_of(checkpoint, g), [7, 30, 2]
-    features = clip_features(checkpoint, g, torch.from_numpy(tiles[:1]))[0]
+    features = clip_features(checkpoint, g, torch.from_numpy(tiles[:1]))[0].float()
     row = torch.from_numpy(np.concatenate((ids[0], forced)))
     words = llama.get_input_embeddings()(row.clamp(min=0))
     embedded = torch.where((row < 0)[:, None], features[(-1 - row).clamp(min=0)], words)

@@ -16,7 +16,7 @@ from tests.geometries import tiny
 from tests.oracle.models import clip_features
 from tests.parity.requests import load
 
-FEATURES = 1e-5  # of features up to 3; float32 sums in another order
+FEATURES = 1e-5  # of features up to 3; float32 sums against float64's
 
 
 def tiles_of(g: Geometry) -> np.ndarray:

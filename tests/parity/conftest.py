@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
-from tests.conftest import once
+from tests.parity.built import official_bundle, official_checkpoint
 from tests.parity.official import CASES, Case, recorded
-from tests.paths import OFFICIAL
 
 
 @pytest.fixture(params=CASES)
@@ -25,29 +21,14 @@ def case(request) -> Case:
 
 @pytest.fixture(scope="session")
 def checkpoint(shared):
-    """checkpoint(name) -> folder: "plain" official weights, or "degenerate": two layers with constant maps."""
-
-    def make(folder: Path) -> None:
-        fresh = folder.with_suffix(".tmp")
-        shutil.copytree(OFFICIAL / "weights", fresh)
-        tensors = load_file(fresh / "model.safetensors")
-        for layer in (8, 10):
-            tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].zero_()
-        save_file(tensors, fresh / "model.safetensors")
-        fresh.rename(folder)
-
-    return lambda name: OFFICIAL / "weights" if name == "plain" else once(shared / "degenerate", make)
+    """checkpoint(name) -> folder: see official_checkpoint."""
+    return partial(official_checkpoint, shared)
 
 
 @pytest.fixture(scope="session")
-def bundle(shared, checkpoint):
-    """bundle(precision, name="plain") -> folder, built and parity-checked by export.build."""
-
-    def get(precision: str, name: str = "plain") -> Path:
-        options = {"model": checkpoint(name), "precision": precision}
-        return once(shared / f"{name}-{precision}", lambda folder: build(BuildOptions(**options, out=folder)))
-
-    return get
+def bundle(shared):
+    """bundle(precision, name="plain") -> folder: see official_bundle."""
+    return partial(official_bundle, shared)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE, TRACED
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE, TRACED
 from engines.ort import OrtDecoder, OrtModel
 from export.graph.bind import for_onnxruntime, for_plugin_free
 
@@ -16,7 +16,8 @@ from export.graph.bind import for_onnxruntime, for_plugin_free
 class InspectedModel(OrtModel):
     """An OrtModel whose decoders have `maps` and `hidden`, like those of export.network.reference.
 
-    `kind`: ONNXRUNTIME, or PLUGIN_FREE: TensorRT's graph, which ONNX Runtime runs too, if slowly.
+    `kind`: ONNXRUNTIME; ONNXRUNTIME_CUDA, whose graph runs on the CPU as well; or PLUGIN_FREE: TensorRT's graph, which
+    ONNX Runtime runs too, if slowly.
     """
 
     def __init__(self, bundle: Bundle, kind: str = ONNXRUNTIME) -> None:
@@ -29,7 +30,11 @@ class InspectedModel(OrtModel):
         model.graph.outputs.extend(values[name] for name in self.map_names + self.hidden_names)
         path = bundle.path / f"{uuid4().hex}.onnx"  # beside the weights, where ONNX Runtime accepts them
         precision = bundle.precision
-        ir.save(for_onnxruntime(model, precision) if kind == ONNXRUNTIME else for_plugin_free(model, g.context), path)
+        if kind == PLUGIN_FREE:
+            for_plugin_free(model, g.context)
+        else:
+            for_onnxruntime(model, precision, cuda=kind == ONNXRUNTIME_CUDA)
+        ir.save(model, path)
         self._sessions["decoder"] = self.session(path)
         path.unlink()
 
@@ -46,7 +51,7 @@ class InspectedDecoder(OrtDecoder):
         super().__init__(model, session, image, capacity)
         g, batch = model.geometry, len(image.begin)
         for name in model.map_names:
-            self._outputs[name] = model._value(np.empty((batch, g.grid, g.grid), np.float32))
+            self._outputs[name] = model.buffers.empty((batch, g.grid, g.grid), np.float32)
         for name in model.hidden_names:
             self._outputs[name] = model.zeros((batch, g.hidden))
         self._step_binding = self._bind(self._ids)

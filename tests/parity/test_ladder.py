@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PILImage
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, PLUGIN_FREE
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE
 from engines.bundle.pages import cell_of_row, tile_order
 from engines.ort import OrtModel
 from runtime import Engine
@@ -28,7 +28,7 @@ def worst(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - expected).max())
 
 
-@pytest.fixture(params=["reference", ONNXRUNTIME, PLUGIN_FREE])
+@pytest.fixture(params=["reference", ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE])
 def model(request, case, reference, bundle):
     """The PyTorch reference, then the exported float32 graphs, with inner values visible."""
     if request.param == "reference":

@@ -99,7 +99,8 @@ class Launcher:
                 buffers[tensor.name] = self._empty(self._result(op, dtype, shapes, tensor.name).nbytes)
         buffers["workspace"] = self._empty(max(1, op.workspace(shapes)))
         addresses = {name: buffer.address for name, buffer in buffers.items()}
-        return op.launches(dtype, shapes, addresses, addresses["workspace"]), buffers
+        kernels = self.artifacts(op, dtype).on(op.kernels(dtype), self.cuda.sm)
+        return op.launches(dtype, shapes, addresses, addresses["workspace"], kernels), buffers
 
     def __call__(self, op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
         """What `op` makes of `inputs`, as tests.emulator.interpreter.call gives it."""

@@ -63,6 +63,31 @@ def test_a_plan_takes_what_it_needs(artifacts):
     assert len(part.to_bytes()) < len(artifacts.to_bytes()) and Artifacts.from_bytes(part.to_bytes()) == part
 
 
+def test_variants(artifacts):
+    """Each SM has the variant that holds its cubin, every other GPU the first; a plan takes what its SMs run."""
+    any_gpu = ATTEND
+    wide = replace(ATTEND, constants=tuple((dict(ATTEND.constants) | {"BLOCK": 128}).items()), warps=8)
+    own = replace(wide, arch=90)
+    three = tuple(made_up(kernel, sms) for kernel, sms in ((any_gpu, (86,)), (wide, (80, 87)), (own, (90,))))
+    other = made_up(SELECT, (80, 86, 87, 90))
+    both = Artifacts((*three, other), {})
+    assert both.sms == (80, 86, 87, 90) and Artifacts.from_bytes(both.to_bytes()) == both
+    for sm, kernel in {80: wide, 86: any_gpu, 87: wide, 90: own, 120: any_gpu, None: any_gpu}.items():
+        assert both.on([ATTEND, SELECT], sm) == (kernel, SELECT)
+        assert both.get(kernel, sm).kernel == kernel
+    with pytest.raises(KernelError, match="BLOCK=128\n  expected: BLOCK=64"):
+        both.get(any_gpu, 87)
+    part = both.subset([SELECT, ATTEND], [87])
+    assert [(c.kernel, c.cubins.keys(), c.registers.keys()) for c in part.compiled] == [
+        (SELECT, {87}, {87}), (any_gpu, set(), set()), (wide, {87}, {87}),
+    ]  # fmt: skip
+    assert Artifacts.from_bytes(part.to_bytes()) == part and part.sms == (87,)
+    with pytest.raises(KernelError, match="two kernels of one name"):
+        Artifacts((three[0], replace(three[1], cubins=three[0].cubins)), {})
+    with pytest.raises(KernelError, match="no PTX for every GPU"):
+        Artifacts(three[2:], {})
+
+
 def test_a_gpu_loads_its_own_code_or_the_ptx(artifacts):
     compiled = artifacts.get(ATTEND)
     assert compiled.code(86) == compiled.cubins[86]
@@ -86,12 +111,12 @@ def test_missing_kernel(artifacts):
 @pytest.mark.parametrize(
     ("change", "found", "expected"),
     [
-        ({"constants": (*ATTEND.constants[:-1], ("SPLIT", 256))}, "SPLIT=128", "SPLIT=256"),
+        ({"constants": tuple((dict(ATTEND.constants) | {"SPLIT": 256}).items())}, "SPLIT=64", "SPLIT=256"),
         ({"constants": ATTEND.constants[1:]}, "HEADS=32", "no HEADS"),
         ({"parameters": (("query", "*bf16"), *ATTEND.parameters[1:])}, r"query=\*fp16", r"query=\*bf16"),
         ({"parameters": ATTEND.parameters[1:]}, r"query=\*fp16", "no query"),
         ({"absent": ("scales",)}, "nothing absent", "scales absent"),
-        ({"warps": 8}, "warps 4", "warps 8"),
+        ({"warps": 8}, "warps 2", "warps 8"),
         ({"function": "elsewhere:attend"}, "function plugins.cached_attention", "function elsewhere:attend"),
     ],
 )
@@ -151,8 +176,8 @@ def test_foreign_files(data, tmp_path):
 
 
 def test_a_later_format():
-    data = zipped({"index.json": json.dumps({"format": 3})})
-    with pytest.raises(KernelError, match="format 3\n  expected: format 1 or 2"):
+    data = zipped({"index.json": json.dumps({"format": 4})})
+    with pytest.raises(KernelError, match="format 4\n  expected: format 1 to 3"):
         Artifacts.from_bytes(data)
 
 
@@ -176,11 +201,21 @@ def test_kernels_that_do_not_belong_together():
 
 @pytest.mark.parametrize(("int8", "file"), [(0, "format-1-float.zip"), (1, "format-1-int8.zip")])
 def test_format_1_holds_the_kernels_of_today(int8, file):
-    """There the kernels of int8 pages were functions, and symbols, of their own."""
+    """There the kernels of int8 pages were functions, and symbols, of their own; and their tiles were others."""
     old = Artifacts.read(OLD / file)
     kernels = kernels_of_model(OLD_SIZES | {"int8_pages": int8}, "float16")
     taken = old.subset(kernels, [86])
-    assert [c.kernel for c in taken.compiled] == kernels
+    assert tuple(c.kernel for c in taken.compiled) == old.on(kernels, 86)
+    for kernel, wanted in zip(old.on(kernels, 86), kernels, strict=True):
+        fixed = [
+            dict(each.constants).items() - {(n, v) for n, v in each.constants if n in wanted.tile}
+            for each in (kernel, wanted)
+        ]
+        assert fixed[0] == fixed[1] and kernel.name == wanted.name
+        if kernel.name in ("attend", "attend_pages", "combine"):
+            assert (kernel.constant("SPLIT"), wanted.constant("SPLIT"), kernel.warps) == (128, 64, 4)
+            with pytest.raises(KernelError, match="was compiled with SPLIT=128"):
+                old.get(wanted, 86)
     entries = {c.kernel.name: c.entry for c in taken.compiled}
     assert entries["attend_pages"] == ("attend_int8_pages" if int8 else "attend_pages")
     assert entries["project_pages"] == ("project_int8_pages" if int8 else "project_pages")
@@ -188,7 +223,7 @@ def test_format_1_holds_the_kernels_of_today(int8, file):
     others = kernels_of_model(OLD_SIZES | {"int8_pages": 1 - int8}, "float16")
     for kernel in others[-2:]:
         with pytest.raises(KernelError, match=f"pages was compiled with INT8={int8}\n  expected: INT8={1 - int8}"):
-            old.get(kernel)
+            old.on([kernel], 86)
 
 
 @pytest.mark.parametrize(("int8", "file"), [(0, "format-1-float.zip"), (1, "format-1-int8.zip")])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 from plugins.artifacts import Artifacts
-from plugins.compiler.kernels import compile_kernels
 from plugins.compiler.ptxas import SMS
 from tests.gpu import require_gpu
+from tests.on_gpu import compiled
 from tests.plugins.checks import (
     check_attention,
     check_int8_attention,
@@ -33,7 +33,7 @@ def launcher() -> Launcher:
     sms = (cuda.sm,) if cuda.sm in SMS else SMS[:1]  # of a GPU nobody has heard of the driver compiles the PTX
 
     def compile(kernels) -> Artifacts:
-        return compile_kernels(kernels, sms)
+        return compiled.compiled(kernels, sms)
 
     return Launcher(cuda, compile)
 
@@ -70,5 +70,5 @@ def test_ptx_alone_runs(launcher):
     """What a GPU without a cubin of its own loads: the driver compiles the PTX."""
     cuda = launcher.cuda
     other = next(sm for sm in SMS if sm != cuda.sm)
-    by_ptx = Launcher(cuda, lambda kernels: compile_kernels(kernels, (other,)))
+    by_ptx = Launcher(cuda, lambda kernels: compiled.compiled(kernels, (other,)))
     check_attention(ATTENTION_CASES["decode"], "float16", by_ptx, paged=True, bound=BOUND)

@@ -126,6 +126,14 @@ def test_one_step_serves_all(engine, monkeypatch):
     assert sum(shape[1] == 1 for shape in runs) <= 30
 
 
+def test_many_short_answers_fill_the_rows(bundle):
+    """Those that join together are prefilled before the next step, so that it is for all of them."""
+    questions = [(image, f"number {index}?") for index in range(6) for image in (PHOTO, OTHER)]
+    with Engine(bundle, threads=1, slots=SLOTS) as engine:
+        engine.generate_many(questions, max_new_tokens=3, stop_at_eos=False)
+        assert 12 * 3 / SLOTS <= engine.steps <= 1.5 * 12 * 3 / SLOTS
+
+
 def test_a_long_prompt_stops_nobody_for_longer_than_a_chunk(engine):
     running = engine.image(PHOTO).stream("and where?", max_new_tokens=60, stop_at_eos=False).steps()
     next(running)

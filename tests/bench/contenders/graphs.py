@@ -14,7 +14,7 @@ from functools import lru_cache
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+PRODUCTS = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _product(node: ir.Node, sizes: dict[str, int]) -> Work:
     left, right = (_shape(value, sizes) for value in node.inputs[:2])
     result = _shape(node.outputs[0], sizes)
     assert not (node.op_type == "Gemm" and node.attributes.get_int("transA", 0)), node.name
-    depth = math.prod(right[1:]) if node.op_type == "Conv" else left[-1]  # multiply-adds behind one result
+    depth = left[-1]  # multiply-adds behind one result
     moved = math.prod(left) + math.prod(right) + math.prod(result)
     return Work(2 * depth * math.prod(result), moved * node.outputs[0].dtype.itemsize)
 

@@ -94,7 +94,7 @@ class Way:
             pages = model.project(hires, self.begin)
         elif self.name == "exhaustive":  # the hi-res image follows the low-res one, row by row
             rows = hires.numpy().reshape(1, g.hires_side**2, g.hidden)[:, tile_order(g)]
-            low, count = model._value(np.concatenate((low.numpy(), rows), 1)), count + g.hires_side**2
+            low, count = model.buffers.of(np.concatenate((low.numpy(), rows), 1)), count + g.hires_side**2
         image = Image(low, pages, self.begin, np.zeros((1, 2), np.int64))
         ids = asked.prompt(count)
         return model.decoder(image, ids.shape[1] + len(asked.answer)), ids

@@ -350,7 +350,9 @@ def test_a_kernel_that_is_missing_is_told(plugin_bundle, monkeypatch):
     driver = Driver()
     install(driver, monkeypatch)
     engine = Engine(plugin_bundle)
-    monkeypatch.setattr(Artifacts, "get", lambda self, kernel: _raise(KernelError("no compiled kernel", fix="compile")))
+    monkeypatch.setattr(
+        Artifacts, "get", lambda self, *kernel: _raise(KernelError("no compiled kernel", fix="compile"))
+    )
     with pytest.raises(KernelError, match=r"decoder part: .*no compiled kernel(.|\n)*fix: compile"):
         engine.generate(None, "hello", max_new_tokens=2)
 

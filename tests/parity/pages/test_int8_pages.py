@@ -18,9 +18,7 @@ from engines.sizing.needs import Configuration, store_bytes
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once
-from tests.parity.gates import Bounds, failures, measure, replayed
-
-BOUNDS = Bounds(features=0, logits=0.2, agreeing=0.3, always=0.3, flips=0.0025)
+from tests.parity.gates import INT8_PAGES, failures, measure, replayed
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +38,7 @@ def test_bounds(case, int8_pages):
     steps = replayed(case, model, model.geometry)
     found = measure(case, steps)
     print(case.name, found)
-    assert failures(found, BOUNDS) == []
+    assert failures(found, INT8_PAGES) == []
     assert np.array_equal(steps[0].cells[0], case.cells(0)[0]) and found.other == 0
 
 

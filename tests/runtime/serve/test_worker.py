@@ -12,6 +12,7 @@ import pytest
 
 from engines.ort import OrtDecoder, OrtModel
 from runtime import Engine
+from runtime.serve import Settings, app
 from tests.runtime.questions import OTHER, PHOTO, QUESTION
 from tests.runtime.serve.asgi import Reply, data_url, get, png, post, post_request, user
 
@@ -304,6 +305,19 @@ def test_the_oldest_image_makes_room(made, engine, visions):
     runs = len(visions)
     post(app, question(images[2]))
     assert runs > 0 and len(visions) == 2 * runs
+
+
+def test_what_slots_put_aside_of_an_image_counts(chat_bundle):
+    """Also when that happens after the last question about it: another image took its row."""
+    with Engine(chat_bundle, threads=1, slots=2) as engine:
+        served = app(engine, Settings())
+        for shift in range(4):
+            assert post(served, question(data_url(png(np.roll(PHOTO, shift, 0))))).status == 200
+        views = [entry.view for entry in served.state.service.worker._views._kept.values()]
+        assert sum(engine._batch.kept_bytes(view._encoded) > 0 for view in views) == 3  # all came to the first row
+        bytes = sum(view.nbytes + PHOTO.shape[0] * PHOTO.shape[1] * 4 for view in views)
+        assert metric(served, "flex_view_cache_bytes") == bytes
+        served.state.service.worker.drain(0.0)
 
 
 def test_a_question_that_is_refused_costs_no_image(made, visions):
