@@ -19,6 +19,11 @@ class Software:
     tensorrt: str
     rtx: str | None = None  # TensorRT-RTX, where it serves the target
 
+    @property
+    def tensorrt_version(self) -> tuple[int, ...]:
+        """Of TensorRT, the oldest of a range: "10.3" is (10, 3)."""
+        return tuple(map(int, self.tensorrt.split("-")[0].split(".")))
+
 
 @dataclass(frozen=True)
 class Status:

@@ -115,7 +115,10 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
     recipe = read_recipe(request.options)
-    assessment = assess(recipe.configuration(request.batch, request.slots), room_for(recipe.backend, recipe.engines))
+    asked = recipe.configuration(request.batch, request.slots)
+    if recipe.engines:
+        require_sms(asked, recipe.engines.sms)  # what it warns of is said when they are built
+    assessment = assess(asked, room_for(recipe.backend, recipe.engines))
     console = console or Console(quiet=True)
     report(assessment, recipe.model.resolve().name, console)
     settings_outline(console, recipe.config)

@@ -74,7 +74,7 @@ class BuildOptions:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
         if self.calibrate is not None and not precision.quantises:
             raise OptionError(f"calibrate with {precision}", fix="add --int4 or --int8, or leave out --calibrate")
-        if self.calibrate is not None and not precision.calibrates(precision.block_size(size)):
+        if self.calibrate is not None and not precision.calibrates(precision.block_size(size, self.backend)):
             raise OptionError(
                 f"calibrate with {precision} and one scale for a column",
                 expected="--int4 or --int8 in blocks: scales are searched for those",
@@ -123,9 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         type=block_size,
         metavar="SIZE",
         help="weights that share a scale: "
-        + "; ".join(
-            f"--{each}: {_sizes(each)} ({block_name(each.default_block)} when not given)" for each in QUANTISING
-        )
+        + "; ".join(f"--{each}: {_sizes(each)} ({_default_sizes(each)} when not given)" for each in QUANTISING)
         + f"; {OWN}",
     )
     add("--quantize-head", action="store_true", help=f"with --{', --'.join(map(str, QUANTISING))}: lm_head, too")
@@ -190,6 +188,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
 
 def _sizes(precision: Precision) -> str:
     return ", ".join(map(block_name, precision.block_sizes))
+
+
+def _default_sizes(precision: Precision) -> str:
+    sizes = [block_name(precision.block_size())]
+    sizes += [f"{block_name(COLUMN)}, and no other, with {backend}" for backend in precision.columns_alone]
+    return "; ".join(sizes)
 
 
 def block_size(text: str) -> int:

@@ -109,7 +109,7 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
         precision = PRECISIONS[options.precision] if options.precision else DEFAULT
         scheme = None
         if precision.quantises:
-            scheme = Scheme(precision, precision.block_size(options.block_size), options.quantize_head)
+            scheme = Scheme(precision, precision.block_size(options.block_size, options.backend), options.quantize_head)
             require_blocks(g, scheme)
     else:  # its own groups were checked against its weights when it was packed, and are when it is opened
         scheme = _carried(config.packing, g, options)

@@ -235,6 +235,13 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
             if self.building:
                 return  # TensorRT times its only choice, on random numbers: random positions would write anywhere
             addresses = named(self.op.inputs, inputs) | named(self.op.outputs, outputs)
+            nowhere = [tensor.name for tensor in self.op.outputs if not addresses[tensor.name]]
+            if nowhere:  # an output that nobody reads is written all the same
+                raise KernelError(
+                    f"{self.op_name}: TensorRT gives no memory for {nowhere[0]}",
+                    expected="an address for each output, whether another node reads it or not",
+                    fix="build with --no-plugins, with TensorRT 10.15 or newer",
+                )
             for output, source in self.op.in_place.items():
                 if addresses[output] != addresses[source]:
                     raise KernelError(

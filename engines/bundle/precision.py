@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engines.bundle.kinds import TENSORRT
 from engines.errors import OptionError
 from plugins.op import ITEMSIZE
 
@@ -19,8 +20,9 @@ class Precision:
     wider where its CPU has no arithmetic of `dtype`, or none that is faster. bits: of each weight of the decoder's
     linear layers, None where these are not quantised. e4m3: those are floats of 8 bits (E4M3), not integers.
     block_sizes: values that may share a scale, some of BLOCK_SIZES and COLUMN. default_block: the one of them that is
-    meant when none is named. least_sm: the first GPUs that TensorRT has it for (89 is 8.9), None for all. smaller:
-    what to propose instead where memory is short, nearest first.
+    meant when none is named. columns_alone: backends that take one scale for a column and no blocks, and for which that
+    is meant. least_sm: the first GPUs that TensorRT has it for (89 is 8.9), None for all. smaller: what to propose
+    instead where memory is short, nearest first.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Precision:
     e4m3: bool = False
     block_sizes: tuple[int, ...] = ()
     default_block: int | None = None
+    columns_alone: tuple[str, ...] = ()
     least_sm: int | None = None
     smaller: tuple[Precision, ...] = field(default=(), repr=False)
 
@@ -51,22 +54,30 @@ class Precision:
         """Bytes of an activation, and of a stored weight that is not quantised."""
         return ITEMSIZE[self.dtype]
 
-    def block_size(self, asked: int | None = None) -> int:
-        """The block size that is meant, of a precision that quantises: the one asked for, else the default."""
+    def block_size(self, asked: int | None = None, backend: str | None = None) -> int:
+        """The block size that is meant, of a precision that quantises: the one asked for, else the default of the
+        backend."""
         assert self.default_block is not None, f"{self} does not quantise"
-        return self.default_block if asked is None else asked
+        default = COLUMN if backend in self.columns_alone else self.default_block
+        return default if asked is None else asked
+
+    def takes(self, block: int, backend: str) -> bool:
+        """Whether a backend takes weights of this precision in such blocks."""
+        return block in ((COLUMN,) if backend in self.columns_alone else self.block_sizes)
 
     def calibrates(self, block: int) -> bool:
         """Whether scales and clips can be searched for (AWQ): for integers in blocks."""
         return self.quantises and not self.e4m3 and block != COLUMN
 
 
+# TensorRT documents blocks for INT4, never for INT8; TensorRT-RTX builds them.
 # int4 with one scale for a column would lose too much; fp8 in blocks, like int8 in blocks, TensorRT-RTX 1.7 unpacks in
 # every step. The CPU has no bfloat16 arithmetic, and float16 is no faster there than float32.
 INT4 = Precision("int4", "float16", "float32", 4, block_sizes=BLOCK_SIZES, default_block=128)
 INT8 = Precision(
-    "int8", "float16", "float32", 8, block_sizes=(*BLOCK_SIZES, COLUMN), default_block=128, smaller=(INT4,)
-)
+    "int8", "float16", "float32", 8, block_sizes=(*BLOCK_SIZES, COLUMN), default_block=128, columns_alone=(TENSORRT,),
+    smaller=(INT4,),
+)  # fmt: skip
 FP8 = Precision(
     "fp8", "float16", "float32", 8, e4m3=True, block_sizes=(COLUMN,), default_block=COLUMN, least_sm=89,
     smaller=(INT4,),

@@ -12,7 +12,7 @@ from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.sizing.machine import look_at
-from engines.sizing.needs import Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
+from engines.sizing.needs import MAPS_WEIGHTS, Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
 from engines.targets import TARGETS, Target, target
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ ROOM = 256  # tokens of a question and its answer: no smaller context is propose
 @dataclass(frozen=True)
 class Room:
     """Memory to fit into, bytes. reserved: for others. bandwidth: GB/s, None when unknown. integrated: one memory for
-    host and device. precisions: of weights it serves besides float32, by name, None when unknown."""
+    host and device. precisions: of weights it serves besides float32, by name, None when unknown. copies: whether some
+    TensorRT for it copies the weights it builds from."""
 
     name: str
     memory: int
@@ -40,6 +41,7 @@ class Room:
     bandwidth: int | None = None
     integrated: bool = True
     precisions: tuple[str, ...] | None = None
+    copies: bool = False
 
     @property
     def usable(self) -> int:
@@ -95,7 +97,12 @@ class Assessment:
 def room_of(board: Target) -> Room:
     """The memory of a target."""
     reserved = SYSTEM_RESERVE if board.integrated else DISPLAY_RESERVE
-    return Room(board.name, board.memory, reserved, board.bandwidth, board.integrated, board.precisions)
+    return Room(board.name, board.memory, reserved, board.bandwidth, board.integrated, board.precisions, _copies(board))
+
+
+def _copies(board: Target) -> bool:
+    """Of what one installs oneself the newest is there: only what comes with a board is old."""
+    return any(each.jetpack and each.tensorrt_version < MAPS_WEIGHTS for each in board.software)
 
 
 def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
@@ -115,7 +122,9 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
     board = found.target
     reserved = SYSTEM_RESERVE if found.integrated else DISPLAY_RESERVE
     room = Room(f"this machine's {found.name}", found.memory, reserved, integrated=found.integrated)
-    return room if board is None else replace(room, bandwidth=board.bandwidth, precisions=board.precisions)
+    if board is None:
+        return room
+    return replace(room, bandwidth=board.bandwidth, precisions=board.precisions, copies=_copies(board))
 
 
 def assess(c: Configuration, room: Room) -> Assessment:
@@ -146,8 +155,8 @@ def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | Non
 
 
 def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None) -> list[str]:
-    """OptionError when TensorRT cannot build the precision for one of these SMs; what to know about the engines of
-    those it can build. again: see Again.
+    """OptionError when TensorRT cannot build the precision, or its blocks, for one of these SMs; what to know about the
+    engines of those it can build. again: see Again.
 
     What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
     """
@@ -166,7 +175,14 @@ def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None
             f"{p}: TensorRT-RTX unpacks gate_proj and up_proj of each layer in a kernel of its own in every step; "
             f"--int8 --block-size column takes as many bytes, is unpacked by the products alone, and rounds less"
         ]
-    if p == INT8 and p.block_size(c.block) != COLUMN:
+    if p.quantises and not p.takes(block := p.block_size(c.block, c.backend), c.backend):
+        own = "the checkpoint's own blocks need another backend: onnxruntime, or tensorrt-rtx where it serves the GPU"
+        raise OptionError(
+            f"{p} in blocks of {block_name(block)} with {c.backend}",
+            expected="one scale for each column: its documentation has no blocks of such weights",
+            fix=own if c.fixed else _other(c, replace(c, block=COLUMN), again),
+        )
+    if p == INT8 and p.block_size(c.block, c.backend) != COLUMN:
         return [
             f"{p} in blocks: TensorRT-RTX unpacks such weights in a kernel of its own in every step, and keeps some as "
             "float16; --block-size column is read as it is stored, by the product itself"
@@ -227,7 +243,8 @@ def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
-    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(max(weight_bytes(c).values()))
+    copied, largest = c.backend == TENSORRT and room.copies, max(weight_bytes(c).values())
+    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(largest, copied=copied)
     builds_here = c.backend == TENSORRT and room.integrated
     rate = None if room.bandwidth is None else speed(c, room.bandwidth)
     return Assessment(c, room, needs(c, integrated=room.integrated), builder, builds_here, rate, None, None)

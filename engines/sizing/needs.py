@@ -26,6 +26,8 @@ MAX_BATCH = 64
 # Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
 # memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
 BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
+# Read in the parser's source: that of TensorRT before 10.13 copies weights that lie beside a graph.
+MAPS_WEIGHTS = (10, 13)
 # Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
 # decoder has 28 MB more, 34 with two rows, small models 10.
 SCRATCH = 40_000_000
@@ -50,10 +52,10 @@ CUDA_CONTEXT = 400_000_000
 class Configuration:
     """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
 
-    block: one of the precision's block sizes, None = its default; head: lm_head is quantised, too; floats: weights of
-    linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots: requests that
-    share decode steps, a row each; more than one take engines of that batch. page_budget: None = every page. fixed: the
-    checkpoint comes quantised, in no other precision.
+    block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
+    weights of linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots:
+    requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
+    page. fixed: the checkpoint comes quantised, in no other precision.
     """
 
     geometry: Geometry
@@ -146,9 +148,12 @@ def store_bytes(c: Configuration) -> int:
     return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
 
 
-def builder_bytes(weights: int) -> int:
-    """Bytes of memory a TensorRT build of a part with these bytes of weights takes, the mapped weights not counted."""
-    return int(BUILDER_FACTOR * weights) + BUILDER_BASE
+def builder_bytes(weights: int, *, copied: bool = False) -> int:
+    """Bytes of memory a TensorRT build of a part with these bytes of weights takes, the mapped weights not counted.
+
+    copied: they are not mapped but read (see MAPS_WEIGHTS).
+    """
+    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + (weights if copied else 0)
 
 
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
@@ -217,7 +222,7 @@ def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, .
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
     p = c.precision
     if p.bits is not None and is_quantised(name, c.geometry, c.head) and name not in c.floats:
-        block = p.block_size(c.block)
+        block = p.block_size(c.block, c.backend)
         blocks = 1 if block is None or block == COLUMN else -(-shape[-1] // block)
         return prod(shape) * p.bits // 8, prod(shape[:-1]) * blocks * SCALE
     return (prod(shape) * p.itemsize,)

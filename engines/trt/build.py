@@ -66,13 +66,14 @@ def sms_to_build(options: EngineOptions) -> tuple[int, ...]:
 
 def elsewhere(options: EngineOptions) -> str | None:
     """Why the engines cannot be built on this machine but on a board; None if they can. BackendError when TensorRT-RTX,
-    which builds for other GPUs, is missing."""
+    which builds for other GPUs, is missing, or when this machine is the board, but its TensorRT too old."""
     try:
         sms_to_build(options)
     except FlexError as error:
         if options.backend == TENSORRT_RTX:
             raise
         return f"{error.found}; engines of tensorrt are built on the machine that runs them"
+    trt.require_operators(options.backend, plugins=options.plugins)
     return None
 
 
@@ -119,6 +120,7 @@ def build_engines(
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     sms = sms_to_build(options)
+    trt.require_operators(options.backend, plugins=options.plugins)
     asked = _configuration(bundle, options)
     again = partial(_again, manifest, name, options)
     for warning in (*require_boards(asked, options.boards, again), *require_sms(asked, sms, again)):
@@ -149,11 +151,11 @@ def build_engines(
                 )
                 log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
                 weights = manifest.files[manifest.parts[part].weights].bytes
-                needed, free = builder_bytes(weights), available_bytes()
+                needed, free = builder_bytes(weights, copied=not trt.maps_weights(options.backend)), available_bytes()
                 if needed > free:
                     there = f"{free / 1e9:.1f} GB are free"
                     logger.warning(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {there}: it may fail")
-                built = _run(job, part, log, weights, keep_log=options.keep_log, quiet=quiet)
+                built = _run(job, part, log, needed, keep_log=options.keep_log, quiet=quiet)
                 digest = sha256(file)
                 final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old stays until the manifest
                 files[final] = File(file.stat().st_size, digest)
@@ -198,7 +200,7 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         backend=options.backend,
         engines={**asdict(options), "batch": other.batch},
         precision=p.name,
-        block_size=p.block_size(other.block) if p.quantises else None,
+        block_size=p.block_size(other.block, options.backend) if p.quantises else None,
         context=other.geometry.context,
         kv="int8" if other.geometry.int8_pages else "model",
     )
@@ -263,8 +265,9 @@ def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
     return base / "flexattention" / f"timing-{backend}-{trt.load(backend).__version__}{gpu}.cache"
 
 
-def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet: bool) -> Built:
-    """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails."""
+def _run(job: Job, part: str, log: Path, needed: int, *, keep_log: bool, quiet: bool) -> Built:
+    """Run a job in its own process. BackendError, which names the kept log, when it fails however it fails. `needed`:
+    bytes of memory that it is said to take."""
     built, failure = None, None
     # Written under a name that nobody can guess, and then put in place: what has the log's own name is not written to.
     descriptor, draft = tempfile.mkstemp(dir=Path(job.plan).parent, prefix=f"{part}-", suffix=".log")
@@ -309,7 +312,7 @@ def _run(job: Job, part: str, log: Path, weights: int, *, keep_log: bool, quiet:
         where = f"no log: {log} cannot be written: {error.strerror}"
     if code == 0 and built:
         return built
-    told = _told(failure) if failure else _explained(code, part, weights, said)
+    told = _told(failure) if failure else _explained(code, part, needed, said)
     raise type(told)(f"{told.found}\n  {where}", expected=told.expected, fix=told.fix)
 
 
@@ -319,13 +322,13 @@ def _told(failure: dict[str, Any]) -> FlexError:
     return kind(failure["found"], expected=failure["expected"], fix=failure["fix"])
 
 
-def _explained(code: int, part: str, weights: int, said: str) -> FlexError:
-    """What the end of a process that could not speak for itself means. `said`: its log."""
+def _explained(code: int, part: str, needed: int, said: str) -> FlexError:
+    """What the end of a process that could not speak for itself means. `needed`: see _run. `said`: its log."""
     if code in (-KILLED, 128 + KILLED):
-        needed, there = (f"{count / 1e9:.1f} GB" for count in (builder_bytes(weights), available_bytes()))
+        wanted, there = (f"{count / 1e9:.1f} GB" for count in (needed, available_bytes()))
         return BackendError(
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
-            expected=f"{BUILDER_FACTOR}x the weights and more: {needed} free; there are {there}",
+            expected=f"{BUILDER_FACTOR}x the weights and more: {wanted} free; there are {there}",
             fix="close programs, add swap, build on a machine with more memory, or build the bundle again with a "
             "smaller --context (python export/build.py)",
         )

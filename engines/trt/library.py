@@ -21,6 +21,8 @@ from typing import Any
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import Plan
 from engines.errors import BackendError, FlexError
+from engines.sizing.needs import MAPS_WEIGHTS
+from plugins.registry import OPS
 from plugins.tensorrt import NAMESPACE, take_error
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
@@ -28,6 +30,7 @@ INSTALL = {
     TENSORRT: "pip install tensorrt (on a Jetson it is part of JetPack: sudo apt install nvidia-jetpack)",
     TENSORRT_RTX: "pip install tensorrt-rtx",
 }
+PLUGIN_FREE_SINCE = (10, 15)  # TensorScatter and RotaryEmbedding, which the graph without plugins consists of
 OLDEST = (10, 1)  # plugins written in Python, strongly typed networks, scratch memory of the caller
 
 
@@ -40,11 +43,33 @@ def load(backend: str) -> ModuleType:
         raise BackendError(f"{backend} is not installed ({error})", fix=INSTALL[backend]) from None
     except Exception as error:  # a shared library that is missing or does not fit; broken packages have no __version__
         raise BackendError(f"{backend} does not load: {error}", fix=INSTALL[backend]) from error
-    if backend == TENSORRT and tuple(map(int, version.split(".")[:2])) < OLDEST:
+    if backend == TENSORRT and _version(trt) < OLDEST:
         raise BackendError(
             f"TensorRT {version}", expected="TensorRT {}.{} or newer".format(*OLDEST), fix=INSTALL[backend]
         )
     return trt
+
+
+def _version(trt: ModuleType) -> tuple[int, ...]:
+    return tuple(map(int, trt.__version__.split(".")[:2]))
+
+
+def maps_weights(backend: str) -> bool:
+    """Whether the installed parser maps the weights beside a graph, or copies them. BackendError: see `load`."""
+    return backend != TENSORRT or _version(load(backend)) >= MAPS_WEIGHTS
+
+
+def require_operators(backend: str, *, plugins: bool) -> None:
+    """BackendError when the installed TensorRT lacks operators of the decoder without plugins, or see `load`."""
+    trt = load(backend)
+    if backend == TENSORRT and not plugins and _version(trt) < PLUGIN_FREE_SINCE:
+        raise BackendError(
+            f"a decoder without plugins with TensorRT {trt.__version__}",
+            expected="TensorRT {}.{} or newer (on a Jetson JetPack 7.2), for TensorScatter and RotaryEmbedding".format(
+                *PLUGIN_FREE_SINCE
+            ),
+            fix="leave out --no-plugins",
+        )
 
 
 def cuda_version(backend: str) -> str:
@@ -103,7 +128,7 @@ def _parse_error(graph: Path, errors: Sequence[Any], messages: Sequence[str], re
     first = errors[0]
     node, operator = first.node_name() or f"node {first.node()}", first.node_operator()
     found = f"TensorRT cannot parse {graph}: {node} ({operator or 'the file itself'}): {first.desc().strip()}"
-    if "plugin" in first.desc().lower() or "checkFallbackPluginImporter" in (first.func() or ""):
+    if operator in OPS and ("plugin" in first.desc().lower() or "checkFallbackPluginImporter" in (first.func() or "")):
         return BackendError(
             f"{found}\n  {NAMESPACE}::{operator} is one of this project's plugins, and they are not registered",
             fix="call plugins.tensorrt.register(trt, artifacts=...) before parsing, or build with --no-plugins",

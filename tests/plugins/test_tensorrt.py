@@ -140,6 +140,18 @@ def test_caches_in_two_buffers_are_refused(op):
     assert plugin.take_error(trt) is None
 
 
+def test_an_output_without_memory_is_told():
+    """The map of a layer that selects nothing has no reader: a TensorRT that therefore gave it no memory would have the
+    kernel write to address 0."""
+    op = next(op for op in OPS_OF_MODELS if op.name == "CachedAttention")
+    plugin.register(trt, artifacts=artifacts("float16"), sms=SMS)
+    made = restored(op, "float16")
+    plugin.register(trt, run=lambda *_: pytest.fail("launched"))
+    place = next(index for index, tensor in enumerate(op.outputs) if tensor.name == "map")
+    with pytest.raises(KernelError, match="gives no memory for map"):
+        call(made, op, "float16", buffers=[0 if index == place else 0x100 for index in range(len(op.outputs))])
+
+
 def test_nothing_runs_while_an_engine_is_built():
     op = ops_of_model(SIZES)[1]
     plugin.register(trt, artifacts=artifacts("float16"), sms=SMS, run=lambda *_: pytest.fail("launched"))

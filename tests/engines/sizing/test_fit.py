@@ -21,7 +21,7 @@ from engines.sizing.fit import (
     this_machine,
     verdict,
 )
-from engines.sizing.needs import Configuration, needs
+from engines.sizing.needs import Configuration, needs, weight_bytes
 from engines.targets import TARGETS, target
 from tests.emulator.driver import Driver
 from tests.geometries import official
@@ -53,11 +53,20 @@ def test_engines_that_fit_where_their_builder_does_not():
     found = on("orin-nx-16", precision=INT8)
     assert found.runs and not found.builds and not found.fits
     said = builder_advice(found)
-    assert "2 GB of swap" in said and "build on agx-orin-64" in said and "add --int4" in said
+    assert "8 GB of swap" in said and "build on agx-orin-64" in said and "add --int4" in said
     warnings = require_boards(found.configuration, ("orin-nx-16",))
     assert len(warnings) == 1 and "orin-nx-16: the builder needs" in warnings[0]
     card = on("rtx-4090")  # its engines are built anywhere: 29 GB of another memory
     assert card.builder > card.room.memory and card.builds and not card.builds_here
+
+
+def test_a_parser_that_copies_weights_is_counted():
+    """TensorRT 10.3 of JetPack 6 does; nothing that is installed on a card need be as old, and TensorRT-RTX maps."""
+    weights = max(weight_bytes(Configuration(official(), backend=TENSORRT)).values())
+    orin, thor, card = (on(name).builder for name in ("agx-orin-64", "agx-thor-128", "rtx-4090"))
+    assert orin - thor == weights and thor == card
+    server = target("h100-80")
+    assert assess(Configuration(official(), backend=TENSORRT), room_of(server)).builder == card
 
 
 def test_another_sm_does_not_build_for_this_one():

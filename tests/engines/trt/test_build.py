@@ -82,7 +82,7 @@ def job(bundle: Path, part: str = "vision", **changes) -> Job:
 
 
 def run(job: Job, log: Path) -> None:
-    building._run(job, "vision", log, weights=10**9, keep_log=False, quiet=True)
+    building._run(job, "vision", log, needed=3 * 10**9, keep_log=False, quiet=True)
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from engines.sizing.fit import require_boards, require_sms
 from engines.sizing.needs import Configuration
 from engines.trt.build import build_engines
 from engines.trt.options import EngineOptions
-from export.build import BuildOptions, build, parse_arguments
+from export.build import BuildOptions, build, parse_arguments, print_sizes, read_recipe
 from tests.conftest import once
 from tests.engines.trt.rtx_layers import layers_of, log_of, plugins_of
 from tests.geometries import official, tiny
@@ -109,9 +110,37 @@ def test_a_finished_bundle_is_refused_too(shared, random_model):
         build_engines(bundle.path, EngineOptions(TENSORRT_RTX), quiet=True)
 
 
-def test_blocks_of_int8_are_warned_of():
+def test_blocks_of_int8_are_warned_of_with_tensorrt_rtx():
     for block in (None, 32, 128):
-        (warning,) = require_sms(Configuration(official(), INT8, block), (86,))
+        (warning,) = require_sms(Configuration(official(), INT8, block, backend=TENSORRT_RTX), (86,))
         assert "--block-size column" in warning
-    assert require_sms(Configuration(official(), INT8, COLUMN), (86,)) == []
-    assert require_sms(Configuration(official(), INT4), (86,)) == require_sms(Configuration(official()), (86,)) == []
+    for backend in (TENSORRT, TENSORRT_RTX):
+        assert require_sms(Configuration(official(), INT8, COLUMN, backend=backend), (86,)) == []
+        assert require_sms(Configuration(official(), INT4, backend=backend), (86,)) == []
+        assert require_sms(Configuration(official(), backend=backend), (86,)) == []
+
+
+def test_blocks_of_int8_are_refused_with_tensorrt():
+    """Its documentation has blocks of INT4, never of INT8. What is meant without --block-size, it takes."""
+    assert require_sms(Configuration(official(), INT8, backend=TENSORRT), ()) == []
+    c = Configuration(official(), INT8, 128, backend=TENSORRT)
+    with pytest.raises(OptionError, match="int8 in blocks of 128 with tensorrt") as caught:
+        require_sms(c, ())
+    assert caught.value.fix == "add --block-size column"
+    with pytest.raises(OptionError, match="int8 in blocks of 128") as caught:
+        require_sms(replace(c, fixed=True), (87,))
+    assert "onnxruntime" in caught.value.fix and "column" not in caught.value.fix
+
+
+def test_int8_for_tensorrt_is_in_columns_unless_told_otherwise(random_model, tmp_path):
+    checkpoint, _ = random_model("wide", G)
+    arguments = ["--int8", "--model", str(checkpoint), "--out", str(tmp_path / "bundle"), "--check", "none"]
+    plain, rtx = (read_recipe(parse_arguments([*arguments, "--backend", name])) for name in (TENSORRT, TENSORRT_RTX))
+    assert plain.scheme.block == COLUMN and rtx.scheme.block == 128
+    for knob in (["--block-size", "128"], ["--block-size", "128", "--plan"]):
+        asked = parse_arguments([*arguments, "--backend", TENSORRT, "--target", "orin-nx-16", *knob])
+        with pytest.raises(OptionError, match="int8 in blocks of 128 with tensorrt"):
+            print_sizes(asked) if "--plan" in knob else build(asked)
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(OptionError, match="calibrate with int8 and one scale for a column"):
+        parse_arguments([*arguments, "--backend", TENSORRT, "--calibrate", "examples"])
