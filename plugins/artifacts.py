@@ -29,7 +29,7 @@ FORMAT = 3  # raised when an older reader would misread the file; 2 has one vari
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
-MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 1 MB
+MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 3 MB
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

@@ -176,6 +176,23 @@ def test_foreign_files(data, tmp_path):
         Artifacts.read(path)
 
 
+def test_format_2_knows_no_tiles(artifacts):
+    """There every kernel has one variant. Which of its constants are its tile, the op that asks knows."""
+    with zipfile.ZipFile(io.BytesIO(artifacts.to_bytes())) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    index = json.loads(files["index.json"]) | {"format": 2}
+    for record in index["kernels"]:
+        del record["kernel"]["tile"], record["kernel"]["arch"]
+        if record["kernel"]["name"] == "attend":
+            record["kernel"]["constants"] = [*(dict(record["kernel"]["constants"]) | {"SPLIT": 128}).items()]
+    old = Artifacts.from_bytes(zipped(files | {"index.json": json.dumps(index)}))
+    (kernel,) = old.on([ATTEND], 86)
+    assert kernel == replace(ATTEND, constants=kernel.constants, tile=()) and kernel.constant("SPLIT") == 128
+    assert old.subset(KERNELS, [120]).sms == (120,)
+    with pytest.raises(KernelError, match="HEADS=32\n  expected: HEADS=8"):
+        old.on([replace(ATTEND, constants=tuple((dict(ATTEND.constants) | {"HEADS": 8}).items()))], 86)
+
+
 def test_a_later_format():
     data = zipped({"index.json": json.dumps({"format": 4})})
     with pytest.raises(KernelError, match="format 4\n  expected: format 1 to 3"):
