@@ -108,7 +108,7 @@ def test_ptx_that_every_board_takes(artifacts, dtype, name):
     assert ".loc" not in text and ".file" not in text  # nothing of the machine it was made on
 
 
-@pytest.mark.parametrize("name", ["attend", "attend_pages", "prefill", "append"])
+@pytest.mark.parametrize("name", ["attend", "attend_pages", "prefill", "append", "project_pages"])
 def test_threads_load_16_bytes_at_once(artifacts, name):
     text = next(c for c in artifacts("float16").compiled if c.kernel.name == name).ptx.decode()
     assert re.search(
@@ -116,18 +116,23 @@ def test_threads_load_16_bytes_at_once(artifacts, name):
     )
 
 
+PRODUCTS = "prefill", "project_pages"  # the kernels that tensor cores are for
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensor_cores_do_the_prefill(artifacts, dtype):
-    text = next(c for c in artifacts(dtype).compiled if c.kernel.name == "prefill").ptx.decode()
+def test_tensor_cores_do_the_products(artifacts, dtype, name):
+    text = next(c for c in artifacts(dtype).compiled if c.kernel.name == name).ptx.decode()
     kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
     assert f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" in text
 
 
 @pytest.mark.parametrize(("sm", "instruction"), [(90, "wgmma.mma_async"), (100, "tcgen05.mma"), (110, "tcgen05.mma")])
+@pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_code_of_an_architecture_of_its_own(artifacts, dtype, sm, instruction):
+def test_code_of_an_architecture_of_its_own(artifacts, dtype, name, sm, instruction):
     """Where Triton has matrix instructions that only one architecture knows, its text names that one."""
-    compiled = artifacts(dtype).get(tiled(next(k for k in KERNELS_OF[dtype] if k.name == "prefill"), sm), sm)
+    compiled = artifacts(dtype).get(tiled(next(k for k in KERNELS_OF[dtype] if k.name == name), sm), sm)
     text = compiled.ptx.decode()
     assert list(compiled.cubins) == [sm] and compiled.kernel.arch == sm
     assert re.search(rf"^\.target sm_{sm}a$", text, re.MULTILINE) and instruction in text
