@@ -28,9 +28,9 @@ from runtime import Engine
 from tests.conftest import once
 from tests.emulator.tensorrt import rehearse, with_plans
 from tests.gpu import require_gpu
-from tests.parity.beside import require_features, require_layers
 from tests.parity.gates import GPU_BOUNDS, Bounds, on_int8_pages, require
 from tests.parity.official import CASES, recorded
+from tests.parity.tensorrt.beside import require_features, require_layers
 
 pytestmark = pytest.mark.gpu
 

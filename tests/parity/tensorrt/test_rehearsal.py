@@ -18,9 +18,9 @@ from export.build import BuildOptions, build
 from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
-from tests.parity.beside import require_features, require_layers
 from tests.parity.gates import BOUNDS, GPU_BOUNDS
 from tests.parity.requests import padded, request
+from tests.parity.tensorrt.beside import require_features, require_layers
 from tests.runtime.questions import GEOMETRY
 
 CASE = "small_150x200"
