@@ -42,8 +42,7 @@ from tests.shapes import sizes
 NAME = "flexattention"  # the folder in the archive
 MOST = 60_000_000  # bytes of an archive
 PROJECT = (
-    "engines", "export", "plugins", "runtime", "tests", "scripts/gpu.sh", "examples/poster.png", "checkpoints/default",
-    "flexattention_deploy.py", "pyproject.toml",
+    "engines", "export", "plugins", "runtime", "tests", "scripts/gpu.sh", "flexattention_deploy.py", "pyproject.toml",
 )  # fmt: skip
 NOT_NEEDED = ("__pycache__", "tests/parity/data/preprocess", "runtime/serve/page", "tests/campaign", "tests/typing")
 SMS = (90,)  # GPUs whose kernels for the tests are compiled beforehand; others compile them when they run
