@@ -9,7 +9,7 @@ from rich.table import Table
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.errors import OptionError
 from engines.sizing.fit import Assessment, Room, advice, builder_advice, builder_verdict, room_of, this_machine, verdict
-from engines.sizing.needs import MAPS_WEIGHTS, SHARE_OF_BANDWIDTH, Configuration, size
+from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
 
@@ -47,7 +47,7 @@ def report(a: Assessment, model: str, console: Console) -> None:
             place = "main memory, beside the card"
         weights = "mapped weights apart"
         if c.backend == TENSORRT and room.copies:
-            weights = "a copy of its weights with it, which TensorRT makes before {}.{}".format(*MAPS_WEIGHTS)
+            weights = "weights copied"  # by TensorRT before MAPS_WEIGHTS
         table.add_row("builder", size(a.builder), f"{place}, part by part, {weights}")
     console.print(table)
     _say(console, f"decode: {_speed(a)}")
