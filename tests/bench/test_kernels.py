@@ -56,9 +56,9 @@ def test_a_launch_by_hand():
     case = Case(official(), tokens=128, pages=2)
     token = 32 * 128 * 2
     own = token + 2 * 2 * token + 128 * 4  # query, key and value read and written, cos and sin
-    parts, scores = 32 * (128 + 2) * 4, 32 * 576 * 4
-    assert attend(case) == own + 128 * 2 * token + 2 * parts + scores  # two splits
-    assert attend_pages(case) == attend(case) + 2 * (64 * 2 * token + 16) + 2 * parts
+    parts, scores = 2 * 32 * (128 + 2) * 4, 32 * 576 * 4  # splits of 64 keys, or of one page: two of each
+    assert attend(case) == own + 128 * 2 * token + parts + scores
+    assert attend_pages(case) == attend(case) + 2 * (64 * 2 * token + 16) + parts
     assert project_pages(case, 0) == 3 * 81 * 8
     assert project_pages(case, 1) - project_pages(case, 0) == 2 * 4096 * 4096 * 2 + 64 * (4096 * 2 + 512 + 2 * token)
 
