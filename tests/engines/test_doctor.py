@@ -146,7 +146,7 @@ def test_a_card_that_ran_the_kernels(root, installed, monkeypatch):
     installed(("1.32.0", ["CUDAExecutionProvider", "CPUExecutionProvider"]), tensorrt_rtx="1.7.1")
     monkeypatch.setattr(Driver, "cuDeviceGetName", lambda *_: (0, b"NVIDIA H100 80GB HBM3\0"))
     text = examine(Cuda(Driver(sm=90, total=85_500_000_000)), root({}))
-    assert "h100-80: fp16, bf16, int8, int4, fp8; kernels run, engines untested" in text
+    assert "h100-80: fp16, bf16, int8, int4, fp8; kernels compiled, engines untested" in text
     assert "run onnxruntime on the GPU: yes" in text and "run tensorrt-rtx: no: 1.7.1 has nothing for SM 90" in text
 
 
