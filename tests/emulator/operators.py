@@ -7,7 +7,7 @@ each output. What says how large a result is has to be on the host: HOST_OPERAND
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,23 +37,6 @@ def _argmax(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: i
 def _constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
     fill = torch.zeros(1) if value is None else value
     return torch.full(shape.tolist(), fill.item(), dtype=fill.dtype)
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | int = 1,
-    group: int = 1,
-    kernel_shape: Sequence[int] = (),
-    pads: Sequence[int] = (),
-    strides: Sequence[int] | int = 1,
-) -> Tensor:
-    begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
-    _require(auto_pad == "NOTSET" and x.ndim == 4 and list(begin) == list(end), "Conv but of images, equally padded")
-    return F.conv2d(x, weight, bias, strides, tuple(begin) or 0, dilations, group)
 
 
 def _dequantize(
@@ -204,7 +187,6 @@ OPERATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Constant": lambda *, value: value,
     "ConstantOfShape": _constant_of_shape,
-    "Conv": _conv,
     "Cos": torch.cos,
     "DequantizeLinear": _dequantize,
     "Div": _divide,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import onnx_ir as ir
 import pytest
 
@@ -33,11 +31,9 @@ def built(shared, random_model):
         label = f"tiny {name}".replace(" ", "-")
 
         def make(folder):
-            if name == INT8:
-                checkpoint = random_model("tiny-heads-of-16", GEOMETRIES["heads of 16"], precision)[0]
-                build(BuildOptions(checkpoint, folder, precision, kv="int8", check="none"))
-            else:
-                shutil.copytree(random_model(label, GEOMETRIES[name], precision)[1], folder)
+            model, kv = ("tiny heads of 16", "int8") if name == INT8 else (f"tiny {name}", "model")
+            checkpoint = random_model(model.replace(" ", "-"), GEOMETRIES[model.removeprefix("tiny ")])[0]
+            build(BuildOptions(checkpoint, folder, precision, kv=kv, check="none"))
             options = EngineOptions(TENSORRT_RTX, plugins=False, keep_log=True, timing_cache=False)
             build_engines(folder, options, quiet=True)
 

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.bundle.manifest import PROMPT_TEMPLATE
@@ -156,7 +155,7 @@ def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, m
     for knob, value in (("precision", precision.name), ("block_size", format.group)):  # as the checkpoint decided
         assert getattr(manifest, knob) == manifest.options[knob] == value
     assert manifest.options["floats"] == [] and parity(bundle, checkpoint)[0].error == 0
-    monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)  # float32 products
+    monkeypatch.setattr("engines.ort.model.ACCURACY_LEVEL", 1)  # float32 products
     reference = ReferenceModel(G, Checkpoint.open(exact, exact / "clip"))
     stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(bundle), manifest.geometry, precision)}
     rounded = 1e-3 if projection == "lazy" else 1e-4  # k_proj_hd and v_proj_hd are float16 there
@@ -222,7 +221,6 @@ def sized(folder: Path, *arguments: str) -> str:
     ("settings", "texts"),
     [
         (Format("awq", group=128).config, (", int4,", "pages 398 MB, decoder 3.9 GB", "fits orin", "fits:")),
-        (Format("awq", group=128, symmetric=False).config, (", int8,", "decoder 7.1 GB")),
         (Format("gptq", group=128).config, (", int4,", "pages 1.5 GB, decoder 3.9 GB")),  # hi-res is not packed
         (
             Format("awq", group=128).config | {"modules_to_not_convert": ["k_proj_hd", "v_proj_hd", "lm_head"]},
@@ -237,6 +235,16 @@ def test_sizing_knows_the_precision(tmp_path, settings, texts):
     assert "--int" not in sized(tmp_path, "--context", "2048")  # no other precision is proposed
     with pytest.raises(OptionError, match="quantised already"):
         sized(tmp_path, "--fp16")
+
+
+def test_zero_points_need_a_backend_that_takes_blocks_of_int8(tmp_path):
+    settings = Format("awq", group=128, symmetric=False).config
+    write_config(tmp_path, official(), tower="openai/clip-vit-large-patch14-336", quantization_config=settings)
+    with pytest.raises(OptionError, match="int8 in blocks of 128 with tensorrt") as caught:  # what the board has
+        sized(tmp_path)
+    assert "onnxruntime, or tensorrt-rtx" in caught.value.fix
+    text = sized(tmp_path, "--target", "rtx-4090", "--backend", "tensorrt-rtx")
+    assert ", int8," in text and "decoder 7.1 GB" in text
 
 
 # What fails, and how.

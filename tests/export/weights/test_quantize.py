@@ -224,7 +224,7 @@ def test_with_exact_products_the_graphs_are_the_model(built, precision, block, p
     checkpoint, bundle = built(precision, block, projection)
     opened = Checkpoint.open(checkpoint, checkpoint / "clip")
     usual = parity(Bundle(bundle), opened)
-    monkeypatch.setattr(ort, "ACCURACY_LEVEL", 1)
+    monkeypatch.setattr("engines.ort.model.ACCURACY_LEVEL", 1)
     exact = {stage.name: stage.error for stage in parity(Bundle(bundle), opened)}
     assert 0.4 < exact.pop("weights, in steps") <= 0.5001
     decode = exact.pop("decode logits")
