@@ -54,7 +54,7 @@ def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
 
 @script(flex, default_opset=op)
 def GatheredAttention(
-    rows, low_scores, value, page_key, page_value, some, inside, last, kv_heads: int, head_dim: int
+    rows, low_scores, value, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
     """PageAttention with the pages `some` [B, n] of a store [B, Hkv, C*C, P, hd] for those rows that are `last`
     [B, 1, R, 1]. `inside`: which slots of a page are tokens [C*C + 1, P]."""
@@ -67,14 +67,17 @@ def GatheredAttention(
     index = op.Expand(op.Unsqueeze(some, op.Constant(value_ints=[1, 3])), op.Concat(one, key_heads, one, one, axis=0))
     keys = op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens)
     values = op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens)
-    return PageAttention(rows, low_scores, value, keys, values, op.And(used, last), op.Shape(value, start=2, end=3))
+    return PageAttention(rows, low_scores, value, keys, values, op.And(used, last), capacity)
 
 
 @script(flex, default_opset=op)
-def HeadGroup(kv_heads: int):
-    """How many key/value heads go together [1]: the largest power of two up to HEADS that divides them."""
-    several = op.BitwiseOr(op.Constant(value_int=kv_heads), op.Constant(value_int=HEADS))
-    return op.Unsqueeze(op.BitwiseAnd(several, op.Neg(several)), op.Constant(value_ints=[0]))
+def HeadGroups(kv_heads: int):
+    """How many key/value heads go together [1], the largest power of two up to HEADS that divides them, and how many
+    groups that makes [1]."""
+    heads = op.Constant(value_int=kv_heads)
+    several = op.BitwiseOr(heads, op.Constant(value_int=HEADS))
+    group = op.Unsqueeze(op.BitwiseAnd(several, op.Neg(several)), op.Constant(value_ints=[0]))
+    return group, op.Div(heads, group)
 
 
 @script(flex, default_opset=op)
@@ -93,29 +96,40 @@ def ForGroups(once, groups):
 
 
 @script(flex, default_opset=op)
+def Listed(store, pages, shape):
+    """Those pages [n] of what the heads of a group have of each [group, C*C, ...], in another `shape`."""
+    return op.Reshape(op.Gather(store, pages, axis=1), shape)
+
+
+@script(flex, default_opset=op)
+def JoinGroups(context, kv_heads: int):
+    """context [B*groups, 1, group, R, hd] -> [B, Hkv, R, hd]."""
+    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), op.Constant(value_ints=[0]))
+    to_heads = op.Concat(op.Constant(value_ints=[-1]), heads, op.Constant(value_ints=[0, 0]), axis=0)
+    return op.Reshape(op.Squeeze(context, op.Constant(value_ints=[1])), to_heads)
+
+
+@script(flex, default_opset=op)
 def GroupedAttention(
-    rows, low_scores, value, page_key, page_value, some, inside, last, kv_heads: int, head_dim: int
+    rows, low_scores, value, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
     """GatheredAttention, a few heads of one row of the batch at a time."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
-    group = HeadGroup(kv_heads=kv_heads)
-    groups = op.Div(heads, group)
+    group, groups = HeadGroups(kv_heads=kv_heads)
     to_stores = op.Concat(rest, group, keep, keep, keep, axis=0)
     to_tokens = op.Concat(one, group, rest, width, axis=0)
     to_used = op.Constant(value_ints=[1, 1, 1, -1])
-    capacity = op.Shape(value, start=2, end=3)
 
     @graph()
     def OfGroup(few_rows, few_scores, few_values, keys, values, listed, seen):
         those = op.Reshape(listed, rest)
-        page_keys = op.Reshape(op.Gather(keys, those, axis=1), to_tokens)
-        page_values = op.Reshape(op.Gather(values, those, axis=1), to_tokens)
-        used = op.And(op.Reshape(op.Gather(inside, those), to_used), seen)
-        few = PageAttention(few_rows, few_scores, few_values, page_keys, page_values, used, capacity)
+        few = PageAttention(
+            few_rows, few_scores, few_values, Listed(keys, those, to_tokens), Listed(values, those, to_tokens),
+            op.And(op.Reshape(op.Gather(inside, those), to_used), seen), capacity,
+        )  # fmt: skip
         return few
 
     context = op.Scan(
@@ -124,7 +138,7 @@ def GroupedAttention(
         ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups), ForGroups(last, groups),
         num_scan_inputs=7, body=OfGroup,
     )  # fmt: skip
-    return op.Reshape(op.Squeeze(context, one), op.Concat(rest, heads, keep, keep, axis=0))
+    return JoinGroups(context, kv_heads=kv_heads)
 
 
 @script(flex, default_opset=op)
@@ -156,12 +170,12 @@ def HierarchicalAttention(
         some = op.Slice(listed, keep, most, op.Constant(value_ints=[1]))
         if large:
             context = GroupedAttention(
-                rows, scores, present_value, page_key, page_value, some, inside, last,
+                rows, scores, present_value, page_key, page_value, some, inside, last, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
         else:
             context = GatheredAttention(
-                rows, scores, present_value, page_key, page_value, some, inside, last,
+                rows, scores, present_value, page_key, page_value, some, inside, last, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
     else:
@@ -178,5 +192,6 @@ def HierarchicalAttention(
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, HeadGroup, ByGroup, ForGroups
+GROUPS = HeadGroups, ByGroup, ForGroups, Listed, JoinGroups
+SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, *GROUPS
 FUNCTIONS = (*SHARED, PageAttention, GatheredAttention, GroupedAttention, HierarchicalAttention)

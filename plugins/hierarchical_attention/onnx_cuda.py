@@ -57,6 +57,7 @@ def Int8Pages(rows, low_scores, value, page_key, page_value, page_key_scale, pag
     return Int8PageAttention(
         rows, low_scores, value, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
         op.Reshape(page_key_scale, to_steps), op.Reshape(page_value_scale, to_steps), used,
+        op.Shape(value, start=2, end=3),
     )  # fmt: skip
 
 

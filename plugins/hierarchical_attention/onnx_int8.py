@@ -14,15 +14,22 @@ from onnxscript import graph, script
 
 from plugins.cached_attention import MASKED
 from plugins.cached_attention.onnx_body import JoinHeads, LowAttention, flex, op
-from plugins.hierarchical_attention.onnx_body import SHARED, ByGroup, ForGroups, HeadGroup, PageList
+from plugins.hierarchical_attention.onnx_body import (
+    SHARED,
+    ByGroup,
+    ForGroups,
+    HeadGroups,
+    JoinGroups,
+    Listed,
+    PageList,
+)
 
 
 @script(flex, default_opset=op)
-def Int8PageAttention(rows, low_scores, value, page_key, page_value, key_scale, value_scale, used):
+def Int8PageAttention(rows, low_scores, value, page_key, page_value, key_scale, value_scale, used, capacity):
     """PageAttention of plugins/hierarchical_attention/onnx_body.py for int8 page_key, page_value [B, Hkv, n, hd] and
     their steps [B, Hkv, 1, n] float32."""
     three = op.Constant(value_ints=[3])
-    capacity = op.Shape(value, start=2, end=3)
     # In float32 whatever the model's dtype: products of int8 keys are larger than scores, float16 might not hold them.
     keys = op.Transpose(op.Cast(page_key, to=1), perm=[0, 1, 3, 2])
     products = op.Mul(op.MatMul(op.Cast(rows, to=1), keys), key_scale)
@@ -35,18 +42,16 @@ def Int8PageAttention(rows, low_scores, value, page_key, page_value, key_scale, 
 
 
 @script(flex, default_opset=op)
-def SelectedInt8Attention(
-    rows, low_scores, value, page_key, page_value, page_key_scale, page_value_scale, some, inside, last,
+def GroupedInt8Attention(
+    rows, low_scores, value, page_key, page_value, page_key_scale, page_value_scale, some, inside, last, capacity,
     kv_heads: int, head_dim: int,
 ):  # fmt: skip
-    """SelectedAttention of plugins/hierarchical_attention/onnx_body.py for int8 stores and their steps."""
+    """GroupedAttention of plugins/hierarchical_attention/onnx_body.py for int8 stores and their steps."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
-    group = HeadGroup(kv_heads=kv_heads)
-    groups = op.Div(heads, group)
+    group, groups = HeadGroups(kv_heads=kv_heads)
     to_scales = op.Concat(rest, group, keep, keep, axis=0)
     to_stores = op.Concat(to_scales, keep, axis=0)
     to_tokens = op.Concat(one, group, rest, width, axis=0)
@@ -58,11 +63,9 @@ def SelectedInt8Attention(
         those = op.Reshape(listed, rest)
         few = Int8PageAttention(
             few_rows, few_scores, few_values,
-            op.Reshape(op.Gather(keys, those, axis=1), to_tokens),
-            op.Reshape(op.Gather(values, those, axis=1), to_tokens),
-            op.Reshape(op.Gather(key_scales, those, axis=1), to_steps),
-            op.Reshape(op.Gather(value_scales, those, axis=1), to_steps),
-            op.And(op.Reshape(op.Gather(inside, those), to_used), seen),
+            Listed(keys, those, to_tokens), Listed(values, those, to_tokens),
+            Listed(key_scales, those, to_steps), Listed(value_scales, those, to_steps),
+            op.And(op.Reshape(op.Gather(inside, those), to_used), seen), capacity,
         )  # fmt: skip
         return few
 
@@ -73,7 +76,7 @@ def SelectedInt8Attention(
         ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups), ForGroups(last, groups),
         num_scan_inputs=9, body=OfGroup,
     )  # fmt: skip
-    return op.Reshape(op.Squeeze(context, one), op.Concat(rest, heads, keep, keep, axis=0))
+    return JoinGroups(context, kv_heads=kv_heads)
 
 
 @script(flex, default_opset=op)
@@ -92,11 +95,11 @@ def HierarchicalAttention(
         context = op.MatMul(op.CastLike(weights, query), present_value)
     else:
         some = op.Slice(listed, op.Constant(value_ints=[0]), most, op.Constant(value_ints=[1]))
-        context = SelectedInt8Attention(
+        context = GroupedInt8Attention(
             rows, scores, present_value, page_key, page_value, page_key_scale, page_value_scale, some, inside, last,
-            kv_heads=kv_heads, head_dim=head_dim,
+            op.Shape(past_key, start=2, end=3), kv_heads=kv_heads, head_dim=head_dim,
         )  # fmt: skip
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-FUNCTIONS = (*SHARED, Int8PageAttention, SelectedInt8Attention, HierarchicalAttention)
+FUNCTIONS = (*SHARED, Int8PageAttention, GroupedInt8Attention, HierarchicalAttention)
