@@ -104,11 +104,13 @@ class Views:
 
     def _evict(self, most: int) -> None:
         """Free the oldest that nobody uses until at most so many bytes are left, or none of them."""
+        total = self._total()
         for key, entry in list(self._kept.items()):
-            if self._total() <= most:
+            if total <= most:
                 break
             if not entry.users:
                 del self._kept[key]
+                total -= entry.bytes
                 entry.view.close()
                 self._metrics.view_evictions.inc()
 
