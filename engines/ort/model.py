@@ -46,7 +46,6 @@ class OrtModel:
         self.device = device
         self._ort = import_library()
         self.buffers = Buffers(device)
-        self._provider = self.buffers.provider
         self._options = self._ort.SessionOptions()
         self._options.log_severity_level = 3
         # The level above only adds convolution layouts, and crashes ONNX Runtime 1.32 on float16 page graphs.
@@ -105,14 +104,14 @@ class OrtModel:
 
     def session(self, path: Path) -> ort.InferenceSession:
         """A session of the graph in `path` with this model's device and options; BackendError if it won't start."""
-        providers = [(self._provider, PROVIDER_OPTIONS[self.device])]
+        providers = [(self.buffers.provider, PROVIDER_OPTIONS[self.device])]
         try:
             session = self._ort.InferenceSession(path, self._options, providers=providers)
         except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
             raise BackendError(f"ONNX Runtime cannot open {path}: {error}") from error
-        if session.get_providers()[0] != self._provider:  # it falls back to the CPU without a word
+        if session.get_providers()[0] != self.buffers.provider:  # it falls back to the CPU without a word
             raise BackendError(
-                f"ONNX Runtime did not start {self._provider}, only {session.get_providers()}",
+                f"ONNX Runtime did not start {self.buffers.provider}, only {session.get_providers()}",
                 fix="check the CUDA and cuDNN installation, or pass device='cpu'",
             )
         return session
@@ -151,7 +150,7 @@ class OrtModel:
         """See Model.slots; on the CPU."""
         if self.device != "cpu":
             raise BackendError(
-                f"{count} slots on ONNX Runtime's {self._provider}",
+                f"{count} slots on ONNX Runtime's {self.buffers.provider}",
                 expected="one slot: rows are copied in the host's memory",
                 fix="leave slots out, or pass device='cpu'",
             )
@@ -336,13 +335,11 @@ class OrtSlots:
 
     def copy(self, source: int, target: int, tokens: int, *, image: bool) -> None:
         """See Slots.copy."""
-        for array in self._cache.values():
-            array[target, :, :tokens] = array[source, :, :tokens]
+        self.put(target, {name: array[source] for name, array in self._cache.items()}, tokens)
         if image:
             stores: list[np.ndarray] = [self._begin, self._margins, self._features, *self._pages.values()]
             for store in stores:
                 store[target] = store[source]
-        self.length[target] = tokens
 
     def keep(self, row: int, tokens: int) -> OrtKept | None:
         """See Slots.keep: on the CPU a copy takes far less time than a prefill."""
