@@ -24,8 +24,8 @@ from export.checkpoint.packed import PackedCheckpoint
 from export.network.reference import ReferenceDecoder, ReferenceModel, Weights
 from export.weights.scheme import Scheme
 from export.weights.stored import HALF_A_STEP, Stored, largest_rounding, require_others
-from plugins.project_pages import STEPS as STEPS_OF_A_PAGE
-from plugins.project_pages.reference import quantise
+from plugins.cached_attention import STEPS as STEPS_OF_A_PAGE
+from plugins.cached_attention.reference import quantise
 
 STEPS = 4  # decode steps compared, tokens forced to the reference's
 TAIL = 12  # prompt tokens around the image

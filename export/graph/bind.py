@@ -39,6 +39,7 @@ CUDA = (
 )
 STATIC = static_select_pages.FUNCTIONS, static_cached_attention.FUNCTIONS, static_hierarchical_attention.FUNCTIONS
 INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
+INT8_CACHE = "int8_cache"  # the same of an int8 cache
 IN_INT8 = {
     hierarchical_attention.FUNCTIONS: int8_hierarchical_attention.FUNCTIONS,
     cuda_hierarchical_attention.FUNCTIONS: cuda_hierarchical_attention.INT8_FUNCTIONS,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from onnxscript import script
 
+from plugins.cached_attention import LEAST, STEPS
 from plugins.cached_attention.onnx_body import flex, op
-from plugins.project_pages import LEAST, STEPS
 from plugins.project_pages.onnx_body import SHARED, NewHalves, Stored
 
 

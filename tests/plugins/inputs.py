@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from plugins.cached_attention.launch import CachedAttention
+from plugins.cached_attention.reference import quantise
 from plugins.hierarchical_attention.launch import HierarchicalAttention
 from plugins.op import Op
 from plugins.project_pages.launch import ProjectPages
-from plugins.project_pages.reference import quantise
 
 Arrays = dict[str, np.ndarray]
 

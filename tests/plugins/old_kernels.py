@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from plugins.project_pages import LEAST, STEPS
+from plugins.cached_attention import LEAST, STEPS
 
 SMALLEST, TOP = tl.constexpr(LEAST), tl.constexpr(float(STEPS))
 # Added to a number below 2^22 and taken off again, it leaves a float32 without a fraction, rounded to nearest even.
