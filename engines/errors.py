@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextError",
+    "DataError",
     "ExportError",
     "FlexError",
     "ImageError",
@@ -69,3 +70,7 @@ class ContextError(PromptError):
 
 class OptionError(FlexError):
     """A generation option is unknown or outside its range."""
+
+
+class DataError(FlexError):
+    """A data set, or a file of results, is missing, incomplete, or not in its layout."""

@@ -39,6 +39,8 @@ HOMES = {
     "uvicorn": ("runtime/serve/__main__.py",),
     "prometheus_client": ("runtime/serve/metrics.py",),
     "prompt_toolkit": ("runtime/terminal/*",),
+    "scipy": ("runtime/evaluate/significance.py",),
+    "lmms_eval": ("runtime/evaluate/lmms.py",),
     "ray": ("runtime/serve/ray/*",),
     "fsspec": ("runtime/serve/ray/bundles.py",),
 }

@@ -1,7 +1,8 @@
 """What the default model can do: `python -m export.default_model.evaluate`.
 
 Fresh scenes with digits that training never saw, answered by `runtime.Engine`. One table: rows are ways to look,
-columns the kinds of questions; then probes, which move away from what training showed.
+columns the kinds of questions; then probes, which move away from what training showed. With --write it leaves the
+scenes in a folder instead, for `python -m runtime.evaluate scenes` to ask any bundle about them.
 """
 
 from __future__ import annotations
@@ -86,6 +87,20 @@ def scenes_with_questions(count: int, seed: int, **options: object) -> list[tupl
         kinds = [kind for kind, times in ASKED.items() for _ in range(times) if kind != "two" or len(scene.things) > 1]
         made.append((scene, [ask(rng, scene.things, kind) for kind in kinds]))
     return made
+
+
+def write(folder: Path, asked: list[tuple[Scene, list[Question]]]) -> None:
+    """Leave scenes and questions in a folder, made if need be, in the layout of runtime/evaluate/scenes.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, (scene, questions) in enumerate(asked):
+        name = f"{index:04d}.png"
+        scene.image.save(folder / name)
+        rows += [
+            {"image": name, "question": question.text, "answer": question.answer, "kind": question.kind}
+            for question in questions
+        ]
+    (folder / "questions.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def measure(
@@ -187,7 +202,11 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, default=Path("checkpoints/lowres-only"), help="its low-res twin")
     parser.add_argument("--scenes", type=int, default=200, help="fresh scenes, nine questions each; probes take half")
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--write", type=Path, metavar="DIR", help="only leave the scenes and questions in this folder")
     given = parser.parse_args()
+    if given.write is not None:
+        write(given.write, scenes_with_questions(given.scenes, given.seed))
+        return
     rows, sentence = evaluate(given.model, given.baseline, given.scenes, given.seed)
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     print("\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]))

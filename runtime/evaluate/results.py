@@ -1,0 +1,217 @@
+"""The file of results: a line for the run, then one for each question as soon as it is answered, so that a run which is
+killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engines.errors import DataError, OptionError
+from plugins.files import parse_json, read_file
+from runtime.engine import Engine
+from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of
+
+FORMAT = 1  # of the file; raised when an older reader would misread it
+ANOTHER = "another --out FILE, or delete this one"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What results depend on; files of different runs are not mixed.
+
+    task: its name. data: digest of the questions. questions: how many there are. bundle: digest of the bundle. name,
+    precision, template: of its manifest. backend, device: that it ran on.
+    """
+
+    task: str
+    data: str
+    questions: int
+    bundle: str
+    name: str
+    precision: str
+    template: str
+    backend: str
+    device: str
+
+    @classmethod
+    def of(cls, task: Task, items: Sequence[Item], engine: Engine) -> Run:
+        """The run of all items of a task on an engine."""
+        manifest = engine.manifest
+        return cls(
+            task=task.name,
+            data=digest_of(items),
+            questions=len(items),
+            bundle=engine.digest,
+            name=manifest.name,
+            precision=manifest.precision,
+            template=manifest.prompt.template,
+            backend=engine.backend,
+            device=engine.device,
+        )
+
+    def require_same(self, other: Run, where: str) -> None:
+        """OptionError, which names the first difference, unless `other`, of the file `where`, is the same run."""
+        for each in fields(self):
+            mine, found = getattr(self, each.name), getattr(other, each.name)
+            if mine != found:
+                raise OptionError(
+                    f"{where} holds results of another run: {each.name} {found!s:.100}",
+                    expected=f"{each.name} {mine!s:.100}",
+                    fix=ANOTHER,
+                )
+
+
+class Results:
+    """Results on their way into a file, which holds each as soon as `add` returns."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        """Open `path`, and go on from what it holds of this run: what is cut off at its end, because the process was
+        killed, is dropped. OptionError for results of another run, DataError for what is no file of results."""
+        self.path, self.run = path, run
+        self._records: dict[int, Record] = {}
+        self._sorted = True
+        try:
+            whole = _whole_lines(path) if path.exists() else []
+            if whole:
+                found, records = _parsed(whole, path)
+                run.require_same(found, str(path))
+                self._records = {record.index: record for record in records}
+                self._sorted = [record.index for record in records] == sorted(self._records)
+            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close()
+            self._file.truncate(sum(map(len, whole)))
+            self._file.seek(0, os.SEEK_END)
+            if not whole:
+                self._write(_head(run))
+        except OSError as error:
+            raise OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours") from None
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @property
+    def records(self) -> list[Record]:
+        """In the order of the questions."""
+        return [self._records[index] for index in sorted(self._records)]
+
+    def pending(self, items: Iterable[Item]) -> list[Item]:
+        """Those that have no result yet."""
+        return [item for item in items if item.index not in self._records]
+
+    def add(self, record: Record) -> None:
+        """Write a result. OptionError where that fails: a full disk."""
+        self._sorted &= not self._records or record.index > max(self._records)
+        self._records[record.index] = record
+        self._write(asdict(record))
+
+    def settle(self) -> None:
+        """Put the lines into the order of the questions, so that a file does not show in how many runs it was made."""
+        if not self._sorted:
+            write_results(self.path, self.run, self.records)
+            self._sorted = True
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OptionError(
+                f"--out {self.path}: {error.strerror}", fix="make room, and start it again: it goes on from here"
+            ) from None
+
+
+def read_results(path: Path) -> tuple[Run, list[Record]]:
+    """A file of results, in the order of the questions; one that is still being written, too. DataError for any other
+    file."""
+    whole = _whole_lines(path)
+    if not whole:
+        raise DataError(f"{path} holds no results", expected="a file that --out wrote")
+    run, records = _parsed(whole, path)
+    return run, sorted(records, key=lambda record: record.index)
+
+
+def write_results(path: Path, run: Run, records: Iterable[Record]) -> None:
+    """A whole file of results, or none: an older one stays until the new one is there. OptionError where that fails."""
+    making = path.with_name(f".{path.name}.making")
+    try:
+        making.write_bytes(b"".join(map(_line, (_head(run), *map(asdict, records)))))
+        making.replace(path)
+    except OSError as error:
+        raise OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours") from None
+
+
+def merged(paths: Sequence[Path]) -> tuple[Run, list[Record]]:
+    """The results of several files of one run, such as its shards. OptionError for files of different runs, or with
+    different results of one question; DataError for what is no file of results."""
+    run, records = read_results(paths[0])
+    all_of = {record.index: record for record in records}
+    for path in paths[1:]:
+        found, more = read_results(path)
+        run.require_same(found, str(path))
+        for record in more:
+            if all_of.setdefault(record.index, record) != record:
+                raise OptionError(
+                    f"{path} has another result of {record.key}: {record.answer!r:.100}",
+                    expected=f"{all_of[record.index].answer!r:.100}, as in a file before it",
+                    fix="merge files whose questions differ: of --shard 1/2, 2/2",
+                )
+    return run, [all_of[index] for index in sorted(all_of)]
+
+
+def _head(run: Run) -> dict[str, Any]:
+    return {"evaluation": FORMAT, **asdict(run)}
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines that end with a line's end. DataError for what is no file."""
+    return [line for line in read_file(path, DataError, limit=LARGEST).splitlines(keepends=True) if line[-1:] == b"\n"]
+
+
+def _parsed(lines: Sequence[bytes], path: Path) -> tuple[Run, list[Record]]:
+    """DataError, which names the line, for what is no result."""
+    rows = [parse_json(line, f"{path}, line {number}", DataError, fix=ANOTHER) for number, line in enumerate(lines, 1)]
+    head = rows[0]
+    if not isinstance(head, dict) or head.pop("evaluation", None) != FORMAT:
+        raise DataError(f"{path} is no file of results", expected="one that --out wrote, of this version", fix=ANOTHER)
+    run = _made(Run, head, f"{path}, line 1")
+    records = [_made(Record, row, f"{path}, line {number}") for number, row in enumerate(rows[1:], 2)]
+    seen = set[int]()
+    for number, record in enumerate(records, 2):
+        if record.index in seen or not 0 <= record.index < run.questions:
+            raise DataError(
+                f"{path}, line {number}: question {record.index}",
+                expected=f"each once, 0 .. {run.questions - 1}",
+                fix=ANOTHER,
+            )
+        seen.add(record.index)
+    return run, records
+
+
+def _made(kind: type[Any], row: Any, where: str) -> Any:
+    """`row` as a Run or a Record."""
+    wanted = {each.name: _TYPES[str(each.type).split("[")[0]] for each in fields(kind)}
+    if (
+        not isinstance(row, dict)
+        or row.keys() != wanted.keys()
+        or not all(isinstance(row[name], of) and not isinstance(row[name], bool) for name, of in wanted.items())
+    ):
+        raise DataError(f"{where} is no line of results", expected=f"{', '.join(wanted)}", fix=ANOTHER)
+    return kind(**row)
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "str": str, "float": (int, float), "Mapping": dict}

@@ -1,0 +1,168 @@
+"""What a benchmark is: questions about images, how one is asked and judged, and the files its authors would write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.checks import shown
+from engines.errors import DataError
+from plugins.files import open_file, read_json
+from runtime.answer import Answer
+from runtime.view import ImageView
+
+LARGEST = 4 << 30  # bytes of a data set's JSON; MagnifierBench keeps all its images in one
+MAX_NEW_TOKENS = 512  # official: of every answer that is generated
+NAMED = 3  # files or questions that a message names; of the others it tells the number
+_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a data set.
+
+    index: its place among all of them. key: its name, unique. subset: part of the data set it is counted in. image: a
+    file, or an encoded image. question: as the data set has it. prompt: as the engine is asked. references: what
+    answers are compared with; of V* the options, the right one first.
+    """
+
+    index: int
+    key: str
+    subset: str
+    image: Path | bytes
+    question: str
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of one question.
+
+    index, key, subset, question: of its item. answer: text, without white space around it; of V* the option with the
+    lowest loss. score: 0 .. 1. pages_read: mean over the layers that read pages, and the tokens. details: what else the
+    benchmark's own files hold, as JSON.
+    """
+
+    index: int
+    key: str
+    subset: str
+    question: str
+    answer: str
+    score: float
+    pages_read: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark.
+
+    name: on the command line. title: in tables. graded: a score may lie between 0 and 1; else an answer is right or
+    wrong. read: the items of a data folder; raises DataError. ask: puts an item to the view of its image; raises what
+    the view does. answer_files: of records and the bundle's prompt template, the text of each file that the authors'
+    script would write, by what its name ends with. overall: subsets that the total is of; None = all.
+    """
+
+    name: str
+    title: str
+    graded: bool
+    read: Callable[[Path], list[Item]]
+    ask: Callable[[ImageView, Item], Record]
+    answer_files: Callable[[Sequence[Record], str], Mapping[str, str]]
+    overall: tuple[str, ...] | None = None
+
+
+def answered(item: Item, answer: Answer, score: Callable[[str], float], **details: Any) -> Record:
+    """The record of a generated answer; `score` is given its text, without white space around it."""
+    text = str(answer).strip()
+    return recorded(item, text, score(text), [answer.stats.pages_read], **details)
+
+
+def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], **details: Any) -> Record:
+    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers."""
+    counts = [count for each in pages_read for count in each.ravel().tolist()]
+    mean = round(sum(counts) / len(counts), 3) if counts else 0.0
+    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A line of JSON for each row."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """ "sha256:..." of the questions and what answers are compared with, and of the images' names and sizes in bytes:
+    hashing gigabytes of images before every run would take longer than it is worth."""
+    total = hashlib.sha256()
+    for item in items:
+        image: tuple[str, int] = (
+            (item.image.name, item.image.stat().st_size)
+            if isinstance(item.image, Path)
+            else (hashlib.sha256(item.image).hexdigest(), len(item.image))
+        )
+        total.update(json.dumps([item.key, item.subset, item.prompt, item.references, image]).encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def numbered(items: Iterable[Callable[[int], Item]], where: Path) -> list[Item]:
+    """The items with their places, from 0 on. DataError when there are none, or two of one name."""
+    made = [make(index) for index, make in enumerate(items)]
+    if not made:
+        raise DataError(f"{where} holds no questions", expected="at least one")
+    seen = set[str]()
+    for item in made:
+        if item.key in seen:
+            raise DataError(
+                f"{where}: the question {item.key!r:.100} comes twice", expected="a name of its own for each"
+            )
+        seen.add(item.key)
+    return made
+
+
+def read_data(path: Path, fix: str) -> Any:
+    """What a JSON file of a data set holds. DataError, with `fix`, where it is missing or broken."""
+    return read_json(path, DataError, limit=LARGEST, fix=fix)
+
+
+def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that holds text, not only white space. DataError, which says `where`, for anything else."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        found = f"has {name} {shown(value)}" if name in row else f"has no {name}"
+        raise DataError(f"{where} {found}", expected="text")
+    return value
+
+
+def texts_of(row: Mapping[str, Any], name: str, where: str, low: int, high: int) -> tuple[str, ...]:
+    """A field that holds a list of `low` to `high` texts. DataError, which says `where`, for anything else."""
+    value = row.get(name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value) or not low <= len(value) <= high:
+        count = f"{low}" if low == high else f"{low} to {high}"
+        found = f"has {name} {shown(value)}" if name in row else f"has no {name}"
+        raise DataError(f"{where} {found}", expected=f"a list of {count} texts")
+    return tuple(value)
+
+
+def require_images(items: Sequence[Item], fix: str) -> list[Item]:
+    """The items, all of whose image files are there. DataError, with `fix`, which counts those that are not, and names
+    the first; and for files that git keeps elsewhere."""
+    paths = list(dict.fromkeys(item.image for item in items if isinstance(item.image, Path)))
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(str(path) for path in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        raise DataError(f"{len(missing)} of {len(paths)} images are missing: {names}", expected="all of them", fix=fix)
+    for path in paths:
+        if path.stat().st_size < 1024:  # of a photo it would not be worth looking
+            with open_file(path, DataError, fix=fix) as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise DataError(
+                        f"{path} is a pointer of Git LFS, not the image",
+                        expected="the image",
+                        fix="git lfs install && git lfs pull, in the data set's folder",
+                    )
+    return list(items)
