@@ -1,2 +1,2 @@
-"""The benchmarks that the paper reports, on any bundle and backend: `python -m runtime.evaluate vstar --data DIR BUNDLE`.
-docs/evaluation.md tells the way from download to table."""
+"""The benchmarks that the paper reports, on any bundle and backend: `python -m runtime.evaluate`. docs/evaluation.md
+tells the way from download to table."""

@@ -51,7 +51,7 @@ def summary(task: Task, run: Run, records: Sequence[Record]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """A `summary` as a table, with the lines that it needs to be compared with another."""
-    head = ["", "questions", "score", f"{found['confidence']:.0%} interval", "pages read"]
+    head = ["", "questions", "score", f"{100 * found['confidence']:.0f} % interval", "pages read"]
     rows = [
         [row["subset"], f"{row['count']}", percent(row["mean"]), interval(row), f"{row['pages_read']:.1f}"]
         for row in found["scores"]

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 from engines.checks import require_integer, shown
 from engines.errors import FlexError, OptionError
 from runtime.engine import Engine
 from runtime.evaluate.results import Results
 from runtime.evaluate.task import Item, Record, Task
+
+Asked, Answered = TypeVar("Asked"), TypeVar("Answered")
 
 AHEAD = 2  # times the slots: so many images are on their way, for slots not to wait for the slowest
 
@@ -74,7 +77,7 @@ def evaluate(
     pending = results.pending(items)
     groups = (list(group) for _, group in groupby(pending, key=lambda item: item.image))
     done = 0
-    for records in _in_order(ask, groups, engine.slots):
+    for records in in_order(ask, groups, engine.slots):
         for record in records:
             results.add(record)
         done += len(records)
@@ -82,14 +85,12 @@ def evaluate(
     results.settle()
 
 
-def _in_order(
-    ask: Callable[[list[Item]], list[Record]], groups: Iterable[list[Item]], workers: int
-) -> Iterator[list[Record]]:
-    """`ask` of each group, `workers` at a time, in their order."""
+def in_order(ask: Callable[[Asked], Answered], groups: Iterable[Asked], workers: int) -> Iterator[Answered]:
+    """`ask` of each group, `workers` at a time, in their order. Raises what `ask` does; what waits is dropped then."""
     if workers == 1:  # here, where Ctrl-C ends it at once
         yield from map(ask, groups)
         return
-    waiting = deque[Future[list[Record]]]()
+    waiting = deque[Future[Answered]]()
     with ThreadPoolExecutor(workers, "flexattention-evaluate") as pool:
         try:
             for group in groups:

@@ -1,0 +1,156 @@
+"""A bundle as a model of lmms-eval: `python -m lmms_eval --model flexattention --model_args bundle=build/NAME --tasks ...`
+
+lmms-eval finds it by the entry point in pyproject.toml. Its tasks are its own: docs/evaluation.md tells how they differ
+from the paper's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import PIL.Image
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from engines.backend import Opening
+from engines.errors import OptionError
+from runtime.engine import Engine
+from runtime.evaluate.run import in_order
+from runtime.evaluate.task import MAX_NEW_TOKENS
+from runtime.text.prompter import PLACEHOLDER
+from runtime.view import ImageView
+
+NAME = "flexattention"
+# What tasks set, and what of it changes nothing here. The model has one way to fit an image, pad; others are of models
+# that have several.
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_USED = {"max_new_tokens", "until", "do_sample", *_SAMPLING}
+_ONLY: dict[str, tuple[object, ...]] = {
+    "num_beams": (1, None),
+    "repetition_penalty": (1, None),
+    "image_aspect_ratio": ("pad", "original", None),
+}
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives lmms-eval."""
+    return ModelManifest(NAME, simple_class_path=f"{__name__}.FlexAttention")
+
+
+class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
+    """A bundle. Requests that share an image encode it once; `batch_size` of them share decode steps."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        bundle: str,
+        backend: str | None = Opening.backend,
+        device: str | None = Opening.device,
+        threads: int | None = Opening.threads,
+        page_budget: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """Open a bundle folder; --model_args names these. `batch_size`: requests at a time, as the command line gives
+        it. `max_batch_size`: of an automatic batch size, which there is not. Raises what `Engine` does, and OptionError
+        under a launcher of several processes."""
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise OptionError(
+                f"{os.environ['WORLD_SIZE']} processes", expected="one", fix="--batch_size N shares one device's steps"
+            )
+        slots = str(batch_size or 1)
+        if not slots.isdecimal():
+            raise OptionError(f"--batch_size {slots}", expected="a number")
+        place = "cuda" if device == "cuda:0" else device  # as lmms-eval writes it
+        self.page_budget = page_budget
+        self.engine = Engine(str(bundle), backend=backend, device=place, threads=threads, slots=int(slots))
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers to requests of (context, generation settings, doc_to_visual, doc id, task, split)."""
+
+        def ask(request: Any) -> str:
+            context, settings, to_visual, doc, task, split = request.args
+            with self._view(to_visual(self.task_dict[task][split][doc])) as view:
+                return self._answer(view, context, settings)
+
+        return list(in_order(ask, requests, self.engine.slots))
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[tuple[str, ...]]:
+        """The answers of every round, for requests of (context, generation settings, doc_to_visual, doc_to_text, doc
+        id, task, split); doc_to_text gives the next round, until it says that there is none."""
+
+        def ask(request: Any) -> tuple[str, ...]:
+            context, settings, to_visual, to_text, doc, task, split = request.args
+            row, info = self.task_dict[task][split][doc], None
+            visuals, answers = to_visual(row), list[str]()
+            while True:
+                with self._view(visuals) as view:
+                    answers.append(self._answer(view, context, settings))
+                visuals, context, over, said, info = to_text(
+                    row, previous_output=answers, round_idx=len(answers), previous_round_info=info
+                )
+                if over:
+                    return tuple(said)
+
+        return list(in_order(ask, requests, self.engine.slots))
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether it is the greedy answer) for requests of (context,
+        continuation, doc_to_visual, doc id, task, split). The continuation brings the space before it."""
+
+        def ask(group: Sequence[Any]) -> list[tuple[float, bool]]:
+            context, _, to_visual, doc, task, split = group[0].args
+            row = self.task_dict[task][split][doc]
+            options = [given if isinstance(given, str) else given(row) for _, given, *_ in (r.args for r in group)]
+            with self._view(to_visual(row)) as view:
+                scores = view.score(_plain(context), options)
+                longest = max(len(score.tokens) for score in scores)
+                greedy = view.ask(
+                    _plain(context), max_new_tokens=longest, stop_at_eos=False, page_budget=self.page_budget
+                ).token_ids
+            return [(float(sum(score.logprobs)), list(score.tokens) == greedy[: len(score.tokens)]) for score in scores]
+
+        groups = (
+            list(found) for _, found in groupby(requests, key=lambda each: (each.args[0], *map(str, each.args[3:])))
+        )
+        return [each for scored in in_order(ask, groups, self.engine.slots) for each in scored]
+
+    def _view(self, visuals: Iterable[object] | None) -> ImageView:
+        """A view of what doc_to_visual gave. OptionError for anything but one image, or none."""
+        given = list(visuals or ())
+        if len(given) > 1 or not all(isinstance(each, PIL.Image.Image) for each in given):
+            kinds = ", ".join(type(each).__name__ for each in given)
+            raise OptionError(f"a question about {len(given)} visuals: {kinds:.100}", expected="one image, or none")
+        return self.engine.image(given[0] if given else None)  # type: ignore[arg-type] # as was just looked at
+
+    def _answer(self, view: ImageView, context: str, settings: dict[str, Any]) -> str:
+        return str(view.ask(_plain(context), page_budget=self.page_budget, **_options(settings)))
+
+
+def _plain(context: str) -> str:
+    """A context without the placeholder that some tasks put first: the bundle's template has its own."""
+    return context.removeprefix(PLACEHOLDER).lstrip("\n") if context.startswith(PLACEHOLDER) else context
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Generation settings of a task as options of a request. OptionError for what this would leave undone."""
+    for name, value in settings.items():
+        if name not in _USED and value not in _ONLY.get(name, ()):
+            raise OptionError(
+                f"generation_kwargs: {name}={value!r:.60}",
+                expected=f"some of {sorted(_USED | _ONLY.keys())}",
+                fix="leave it out of a copy of the task",
+            )
+    until = settings.get("until") or ()
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.get("max_new_tokens", MAX_NEW_TOKENS),
+        "stop": tuple(text for text in ((until,) if isinstance(until, str) else until) if text),
+    }
+    if settings.get("temperature") and settings.get("do_sample", True):
+        options |= {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+    return options
