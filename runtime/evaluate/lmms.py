@@ -1,4 +1,4 @@
-"""A bundle as a model of lmms-eval: `python -m lmms_eval --model flexattention --model_args bundle=build/NAME --tasks ...`
+"""A bundle as a model of lmms-eval: `python -m lmms_eval --model flexattention --model_args bundle=build/NAME ...`
 
 lmms-eval finds it by the entry point in pyproject.toml. Its tasks are its own: docs/evaluation.md tells how they differ
 from the paper's.
@@ -126,7 +126,7 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
         if len(given) > 1 or not all(isinstance(each, PIL.Image.Image) for each in given):
             kinds = ", ".join(type(each).__name__ for each in given)
             raise OptionError(f"a question about {len(given)} visuals: {kinds:.100}", expected="one image, or none")
-        return self.engine.image(given[0] if given else None)  # type: ignore[arg-type] # as was just looked at
+        return self.engine.image(given[0] if given else None, exif=False)  # type: ignore[arg-type] # as was just looked at
 
     def _answer(self, view: ImageView, context: str, settings: dict[str, Any]) -> str:
         return str(view.ask(_plain(context), page_budget=self.page_budget, **_options(settings)))
