@@ -20,6 +20,7 @@ from runtime.chat import Chat
 from runtime.decode import Stream
 from runtime.engine import Engine
 from runtime.request import Options
+from runtime.score.walk import Score
 from runtime.stats import Stats
 from runtime.view import ImageView
 
@@ -37,6 +38,7 @@ __all__ = [
     "OptionError",
     "Options",
     "PromptError",
+    "Score",
     "Stats",
     "Stream",
     "Token",

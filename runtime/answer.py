@@ -1,18 +1,18 @@
-"""What comes out of a request, and what there is of it while it is being made."""
+"""What comes out of a request, and what there is of it while it is being made, by whoever makes its steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from engines.backend import Step, chosen_pages
 from engines.bundle.geometry import Geometry
 from runtime.request import Request
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, require_finite
 from runtime.stats import Clock, Stats
 from runtime.text.stream import TextStream
 
@@ -59,9 +59,47 @@ class Answer:
         return self.text if self.text is not None else str(self.token_ids)
 
 
+class Decoding(Protocol):
+    """A request between two decode steps, whoever makes them: an answer (`Draft`), or given tokens (runtime.score).
+
+    clock: of this request alone.
+    """
+
+    @property
+    def request(self) -> Request:
+        """What is prefilled, all but its last id."""
+
+    @property
+    def clock(self) -> Clock:
+        """Takes the time of its stages."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to make."""
+
+    @property
+    def latest(self) -> int:
+        """The token that the next step takes. The prompt's last one is the first: it alone, and every token after it,
+        reads pages."""
+
+    @property
+    def fed(self) -> int:
+        """How many tokens the cache must hold of this request when that step is made, behind what was prefilled. Those
+        of steps that count no longer are forgotten."""
+
+    def take(self, step: Step) -> Token:
+        """Take what a step of one row says; what to tell of it. Raises BackendError when a logit is not finite."""
+
+    def rest(self) -> Iterator[Token]:
+        """What was held back, when no more steps come."""
+
+    def finish(self, reused_tokens: int) -> None:
+        """Make the result of what there is. `reused_tokens`: prompt tokens that were in the cache already."""
+
+
 @dataclass(eq=False)
 class Draft:
-    """An answer in the making: the state of one request between two decode steps, whoever runs them.
+    """An answer in the making: see Decoding.
 
     text: takes the tokens and gives the text they settle. clock: of this answer alone. geometry: of the model. sampler:
     chooses the tokens. answer: the whole, once `finish` was called.
@@ -88,9 +126,13 @@ class Draft:
 
     @property
     def latest(self) -> int:
-        """The token that the next step takes. The prompt's last one is the first: it alone, and every answer token
-        after it, reads pages."""
+        """See Decoding.latest."""
         return self.tokens[-1] if self.tokens else int(self.request.ids[-1])
+
+    @property
+    def fed(self) -> int:
+        """See Decoding.fed: the prompt's last token, and all but the last of the answer."""
+        return len(self.tokens)
 
     def take(self, step: Step) -> Token:
         """Choose a token after a step of one row, and take it. Raises BackendError when a logit is not finite: in the
@@ -104,16 +146,16 @@ class Draft:
         self.steps.append(step if self.request.options.trace else replace(step, fetch=_gone, pages=_NOTHING))
         text = "" if token in self.request.ends else self.text.push(token)
         if self.done:
-            self.sampler.check(step.logits[0])
+            require_finite(step.logits[0])
         return Token(token, text, step.pages[0], step.page_count[0])
 
     def rest(self) -> Iterator[Token]:
-        """What was held back of the text, when no more tokens come; at most one."""
+        """See Decoding.rest: of the text; at most one."""
         if text := self.text.finish():
             yield Token(None, text, np.zeros((0, self.geometry.pages), np.int64), np.zeros(0, np.int64))
 
     def finish(self, reused_tokens: int) -> None:
-        """Make the answer of what there is. `reused_tokens`: prompt tokens that were in the cache already."""
+        """See Decoding.finish."""
         counts = np.concatenate([step.page_count for step in self.steps])  # [T, M]
         stats = self.clock.stats(
             prompt_tokens=len(self.request.ids),

@@ -17,7 +17,7 @@ import numpy as np
 
 from engines.backend import Image, KeptCache, Model, Step
 from engines.errors import FlexError
-from runtime.answer import Draft, Token
+from runtime.answer import Decoding, Token
 from runtime.request import Request, shared_runs
 
 
@@ -28,7 +28,7 @@ class _Seat:
     it did then. told: tokens nobody has taken yet.
     """
 
-    draft: Draft
+    draft: Decoding
     image: Image[Any] | None
     row: int | None = None
     settled: bool = False
@@ -96,9 +96,15 @@ class Batch:
         """Requests that have a row."""
         return len(self._seats)
 
-    def decode(self, draft: Draft, image: Callable[[], Image[Any] | None]) -> Generator[Token | None]:
-        """Answer `draft.request` beside the others; like runtime.decode.decode. `image`: encodes it, of one row, when
-        the request gets in line; None for text alone."""
+    @property
+    def free(self) -> int:
+        """Rows that no request has or waits for."""
+        with self._changing:
+            return max(0, len(self._rows) - len(self._seats) - len(self._waiting))
+
+    def decode(self, draft: Decoding, image: Callable[[], Image[Any] | None]) -> Generator[Token | None]:
+        """Make the steps of `draft` beside the others; like runtime.decode.decode. `image`: encodes it, of one row,
+        when the request gets in line; None for text alone."""
         with self._seated(draft, image()) as seat:
             yield None
             while (token := self._next(seat)) is not None:
@@ -107,7 +113,7 @@ class Batch:
         draft.finish(seat.reused)
 
     @contextmanager
-    def _seated(self, draft: Draft, image: Image[Any] | None) -> Iterator[_Seat]:
+    def _seated(self, draft: Decoding, image: Image[Any] | None) -> Iterator[_Seat]:
         seat = _Seat(draft, image)
         with self._changing:
             self._waiting.append(seat)
@@ -278,7 +284,7 @@ class Batch:
         """Tokens that count in a row; who writes behind them does no harm."""
         if row.seat is None or not row.seat.settled:
             return len(row.ids)
-        return row.seat.known + len(row.seat.draft.tokens)
+        return row.seat.known + row.seat.draft.fed
 
     def _step(self, seats: list[_Seat]) -> None:
         """One step of the lowest rows that hold all of these seats; whoever else is among them stays as it is."""

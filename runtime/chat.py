@@ -8,6 +8,7 @@ from typing import Any
 from engines.checks import require_integer
 from runtime.answer import Answer
 from runtime.decode import Stream
+from runtime.score.walk import Score
 from runtime.text.conversation import History, Message
 
 
@@ -19,10 +20,15 @@ class Chat:
     text. The answer to a question is the one that a fresh request with the same messages gets.
     """
 
-    def __init__(self, stream: Callable[..., Stream], messages: Sequence[Mapping[str, object]] = ()) -> None:
-        """`stream`: `ImageView.stream` of the image. `messages`: what was said before, a "system" message, if any, then
-        those of "user" and "assistant" in turn, an answer to each question. Raises PromptError."""
-        self._stream = stream
+    def __init__(
+        self,
+        stream: Callable[..., Stream],
+        score: Callable[..., list[Score]],
+        messages: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        """`stream`, `score`: of the image's `ImageView`. `messages`: what was said before, a "system" message, if any,
+        then those of "user" and "assistant" in turn, an answer to each question. Raises PromptError."""
+        self._stream, self._score = stream, score
         self._history = History.read(messages)
         self._running: tuple[str, Stream] | None = None
 
@@ -45,6 +51,12 @@ class Chat:
         stream = self._stream([*history.messages, {"role": "user", "content": question}], **options)
         self._running = question, stream
         return stream
+
+    def score(self, question: str, continuations: Sequence[str], **options: Any) -> list[Score]:
+        """How likely each of several answers to the next question is; see ImageView.score. The conversation stays as it
+        is, without the question."""
+        asked: Message = {"role": "user", "content": question}
+        return self._score([*self._settled().messages, asked], continuations, **options)
 
     def keep(self, turns: int) -> None:
         """Forget all but the last so many turns, 0 .. all. What a system message said stays. Raises OptionError."""

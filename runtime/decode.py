@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -14,7 +14,7 @@ import numpy as np
 
 from engines.backend import Decoder
 from engines.errors import BackendError, OptionError
-from runtime.answer import Answer, Draft, Token
+from runtime.answer import Answer, Decoding, Draft, Token
 from runtime.request import Request
 
 
@@ -37,22 +37,35 @@ def prefill(decoder: Decoder, request: Request, known: int) -> None:
         decoder.run(request.ids[None, begin:end])
 
 
-def decode(lent: AbstractContextManager[Cache], draft: Draft) -> Generator[Token | None]:
-    """Answer `draft.request`: yields None before it begins, the tokens as they are chosen, and leaves the whole in
-    `draft.answer`.
+def decode(lent: AbstractContextManager[Cache], draft: Decoding) -> Generator[Token | None]:
+    """Make the steps of `draft`: yields None before it begins, what each step tells, and has it finish.
 
     `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
     raises, and BackendError when the device fails or a logit is not finite.
     """
     yield None
     with lent as cache:
+        prefilled = len(cache.request.ids) - 1
         while not draft.done:
             with draft.clock.stage("decode"):
+                cache.decoder.length[:] = prefilled + draft.fed
                 step = cache.decoder.run(np.array([[draft.latest]], np.int64), draft.request.page_budget)
                 token = draft.take(step)
             yield token
     yield from draft.rest()
     draft.finish(cache.reused)
+
+
+def exhaust(running: Iterable[Generator[Token | None]]) -> None:
+    """Make all steps of several generators of `decode`, or of a batch, where they get in line before the first begins.
+    Raises what one of them does; the others are closed."""
+    with ExitStack() as stack:
+        entered = [stack.enter_context(closing(each)) for each in running]
+        for each in entered:
+            next(each, None)
+        for each in entered:
+            for _ in each:
+                pass
 
 
 class InOneProcess:

@@ -20,6 +20,8 @@ from runtime.chat import Chat
 from runtime.decode import InOneProcess, Stream
 from runtime.image import EXIF, ImageSource
 from runtime.many import generate_many
+from runtime.request import Options
+from runtime.score.walk import Score
 from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
 from runtime.view import ImageView
@@ -142,6 +144,42 @@ class Engine(InOneProcess):
     ) -> Stream:
         """Like `generate`, as an iterator of text pieces; `.answer()` then gives the whole answer."""
         return self.image(image, exif=exif).stream(prompt, input_ids=input_ids, **options)
+
+    def score(
+        self,
+        image: ImageSource | None,
+        prompt: Prompt | None = None,
+        continuation: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        continuation_ids: Sequence[int] | None = None,
+        exif: bool = EXIF,
+        page_budget: int | None = Options.page_budget,
+        special_tokens: bool = Options.special_tokens,
+    ) -> Score:
+        """How likely `continuation` is as the answer to `prompt`: the log-probability of each of its tokens, given the
+        prompt and the tokens before it, none of them chosen by the model. Nothing is sampled, no end token is added.
+
+        `image`, `prompt`, `input_ids`, `exif`: see `generate`. `continuation`: the answer as text, which stands where
+        the bundle's conversations have one (officially behind a space, which is not part of it). Prompt and answer are
+        tokenised as one text, the official way: its tokens are those it has there, and one that spans the seam is the
+        answer's, not the prompt's. `continuation_ids`: token ids instead, which follow whatever the prompt is; after
+        `input_ids` nothing else can. `page_budget`, `special_tokens`: see `Options`; of both texts.
+
+        Each token is predicted by a decode step that reads its own pages, as when the model answers: the first by that
+        of the prompt's last token. Several answers to one question: `engine.image(photo).score(question, [...])`.
+        Raises PromptError (no continuation, ids out of range), ContextError when both do not fit together, ImageError,
+        OptionError or BackendError; the engine stays usable after each.
+        """
+        (score,) = self.image(image, exif=exif).score(
+            prompt,
+            None if continuation is None else [continuation],
+            input_ids=input_ids,
+            continuation_ids=None if continuation_ids is None else [continuation_ids],
+            page_budget=page_budget,
+            special_tokens=special_tokens,
+        )
+        return score
 
     def chat(
         self, image: ImageSource | None, messages: Sequence[Mapping[str, object]] = (), *, exif: bool = EXIF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -141,28 +141,58 @@ def read_request(
     Raises OptionError for options that are unknown or out of range, PromptError for a prompt that is no prompt or does
     not go with the image (or the lack of one), and ContextError for one that leaves no room for the answer.
     """
-    options, geometry = Options.parse(given), manifest.geometry
-    budget, most = options.page_budget, manifest.page_budget
+    options, context = Options.parse(given), manifest.geometry.context
+    asked, turns = read_prompt(prompt, input_ids), list[int]()
+
+    def room(shorter: Conversation) -> int:
+        ids, _ = prompter.encode_turns(shorter, has_image, special_tokens=options.special_tokens)
+        return len(prompter.expand(ids, has_image)[0]) + options.max_new_tokens - 1
+
+    if asked is not None:
+        if not may_fit(asked.characters, prompter, context):  # before it is made tokens, which takes memory
+            raise too_many_characters(asked, room, asked.characters, prompter, context)
+        input_ids, turns = prompter.encode_turns(asked, has_image, special_tokens=options.special_tokens)
+    else:
+        check_count(input_ids, "input_ids", context)
+    given_ids = () if input_ids is None else input_ids
+    request = request_of(given_ids, turns, options, has_image=has_image, prompter=prompter, manifest=manifest)
+    if request.room > context:
+        prompt_tokens, answer = len(request.ids), options.max_new_tokens
+        others = [f"max_new_tokens={left}"] if (left := context - prompt_tokens + 1) > 0 else []
+        raise too_long(asked, room, prompt_tokens, f"up to {answer} answer tokens", prompter, context, others)
+    return request
+
+
+def read_prompt(prompt: Prompt | None, input_ids: Sequence[int] | None) -> Conversation | None:
+    """What is asked, as text; None for raw ids. PromptError unless one of the two is given, and for no prompt."""
+    if prompt is None and input_ids is None:
+        raise PromptError("no prompt", expected="one of prompt and input_ids")
+    if prompt is not None and input_ids is not None:
+        raise PromptError("both prompt and input_ids", expected="one of them")
+    return None if prompt is None else Conversation.read(prompt)
+
+
+def request_of(
+    input_ids: Sequence[int],
+    turns: Sequence[int],
+    options: Options,
+    *,
+    has_image: bool,
+    prompter: Prompter,
+    manifest: Manifest,
+) -> Request:
+    """A request of token ids, -200 for the image, with `options`; whether it fits is left to see. `turns`: how many of
+    the ids come before each earlier answer. Raises OptionError for a page budget above the bundle's, PromptError for
+    ids that are out of range or do not go with the image (or the lack of one)."""
+    geometry, budget, most = manifest.geometry, options.page_budget, manifest.page_budget
     if budget is not None and budget > most:
         raise OptionError(f"page_budget={shown(budget)}", expected=f"at most the bundle's {most}")
-    asked, turns = None, list[int]()
-    if input_ids is None:
-        if prompt is None:
-            raise PromptError("no prompt", expected="one of them")
-        asked = Conversation.read(prompt)
-        if not _may_fit(asked, prompter, geometry.context):  # before it is made tokens, which takes memory
-            raise _too_many_characters(asked, options, prompter, has_image, geometry.context)
-        input_ids, turns = prompter.encode_turns(asked, has_image, special_tokens=options.special_tokens)
-    elif prompt is not None:
-        raise PromptError("both prompt and input_ids", expected="one of them")
-    else:
-        _check_count(input_ids, geometry.context)
     ids, begin = prompter.expand(input_ids, has_image)
     image_end = begin + geometry.image_tokens if has_image else 0
     # What the image adds to the ids lies before the turns that come after it.
     shift = geometry.image_tokens - 1 if has_image else 0
     ends = {image_end, *(end + (shift if end > begin else 0) - 1 for end in turns), len(ids) - 1}
-    request = Request(
+    return Request(
         ids,
         begin,
         tuple(sorted(end for end in ends if 0 < end < len(ids))),
@@ -170,68 +200,68 @@ def read_request(
         frozenset(manifest.prompt.eos_token_ids if options.stop_at_eos else ()),
         options,
     )
-    if request.room > geometry.context:
-        raise _too_long(request, asked, prompter, has_image, geometry.context)
-    return request
 
 
-def _too_long(
-    request: Request, asked: Conversation | None, prompter: Prompter, has_image: bool, context: int
+Room = Callable[[Conversation], int]  # tokens a cache must have room for, of a conversation and what is to follow it
+
+
+def too_long(
+    asked: Conversation | None,
+    room: Room,
+    prompt: int,
+    behind: str,
+    prompter: Prompter,
+    context: int,
+    others: Sequence[str] = (),
 ) -> ContextError:
-    """What to say of a request that has no room for its answer."""
-    prompt, answer = len(request.ids), request.options.max_new_tokens
-    left, turns = context - prompt + 1, len(asked.history.turns) if asked else 0
-    kept = _turns_that_fit(asked, request.options, prompter, has_image, context) if asked else None
+    """What to say of a request that has no room. `asked`: None for raw ids. `prompt`: its tokens. `behind`: what is to
+    follow them. `others`: fixes beside forgetting the turns before."""
+    turns = len(asked.history.turns) if asked else 0
     what = f"a conversation of {turns + 1} questions in" if turns else "a prompt of"
     return _context_error(
-        f"{what} {prompt} tokens (image included) and up to {answer} answer tokens",
+        f"{what} {prompt} tokens (image included) and {behind}",
         f"at most {context} tokens together",
-        kept,
-        [f"max_new_tokens={left}"] if left > 0 else [],
+        _turns_that_fit(asked, room, prompter, context) if asked else None,
+        others,
     )
 
 
-def _may_fit(asked: Conversation, prompter: Prompter, context: int) -> bool:
+def may_fit(characters: int, prompter: Prompter, context: int) -> bool:
     """Whether that many characters can be as few tokens as the context has; True where no token has any."""
-    return not prompter.longest or asked.characters <= context * prompter.longest
+    return not prompter.longest or characters <= context * prompter.longest
 
 
-def _too_many_characters(
-    asked: Conversation, options: Options, prompter: Prompter, has_image: bool, context: int
+def too_many_characters(
+    asked: Conversation, room: Room, characters: int, prompter: Prompter, context: int
 ) -> ContextError:
     """What to say of text that cannot fit, however it is cut into tokens."""
     return _context_error(
-        f"a prompt of {asked.characters} characters",
+        f"a prompt of {characters} characters",
         f"at most {context * prompter.longest}: {context} tokens of at most {prompter.longest} characters",
-        _turns_that_fit(asked, options, prompter, has_image, context),
-        [],
+        _turns_that_fit(asked, room, prompter, context),
+        (),
     )
 
 
-def _context_error(found: str, expected: str, kept: int | None, others: list[str]) -> ContextError:
+def _context_error(found: str, expected: str, kept: int | None, others: Sequence[str]) -> ContextError:
     """`kept`: of _turns_that_fit. `others`: fixes beside forgetting the turns before."""
     forget = [] if kept is None else [f"chat.keep({kept}), which forgets all but the last {kept} turns"]
     error = ContextError(
         found,
         expected=expected + ("" if kept is None else f": with {kept} earlier turns it fits"),
-        fix=", or ".join(forget + others) or SHORTEN,
+        fix=", or ".join([*forget, *others]) or SHORTEN,
     )
     error.turns = kept
     return error
 
 
-def _turns_that_fit(
-    asked: Conversation, options: Options, prompter: Prompter, has_image: bool, context: int
-) -> int | None:
-    """How many turns of the history fit with the question and its answer, the last ones, given that not all do; None
-    when the question alone does not."""
+def _turns_that_fit(asked: Conversation, room: Room, prompter: Prompter, context: int) -> int | None:
+    """How many turns of the history fit with the question and what follows it, the last ones, given that not all do;
+    None when the question alone does not."""
 
     def fits(kept: int) -> bool:
         shorter = replace(asked, history=asked.history.last(kept))
-        if not _may_fit(shorter, prompter, context):
-            return False
-        ids, _ = prompter.encode_turns(shorter, has_image, special_tokens=options.special_tokens)
-        return len(prompter.expand(ids, has_image)[0]) + options.max_new_tokens - 1 <= context
+        return may_fit(shorter.characters, prompter, context) and room(shorter) <= context
 
     fit, more = -1, len(asked.history.turns)  # so many turns fit, or not even none; so many do not
     while more - fit > 1:
@@ -240,17 +270,18 @@ def _turns_that_fit(
     return fit if fit >= 0 else None
 
 
-def _check_count(input_ids: Sequence[int], context: int) -> None:
-    """ContextError for more ids than `context`, before they are made an array: that of a range takes memory."""
+def check_count(ids: object, name: str, context: int) -> None:
+    """ContextError for more ids, which it calls by `name`, than `context`, before they are made an array: that of a
+    range takes memory."""
     try:
-        count = len(input_ids) if isinstance(input_ids, Sized) else 0  # what has no length is refused as no list
+        count = len(ids) if isinstance(ids, Sized) else 0  # what has no length is refused as no list
     except OverflowError:
         count = sys.maxsize
     except TypeError:  # an array without dimensions
         count = 0
     if count > context:
         raise ContextError(
-            f"{count} input_ids",
+            f"{count} {name}",
             expected=f"at most {context} tokens, image and answer included",
             fix="shorten the prompt",
         )

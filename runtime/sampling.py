@@ -50,17 +50,12 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def check(self, logits: np.ndarray) -> None:
-        """BackendError when one of the logits [V] is not finite."""
-        if not np.isfinite(logits).all():
-            raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
-
     def pick(self, logits: np.ndarray) -> int:
         """One token id from logits [V] float32; greedy takes the first of equal ones.
 
         Raises BackendError when a logit is not finite: the engine is broken, and any token would be a lie.
         """
-        self.check(logits)
+        require_finite(logits)
         options = self._sampling
         if options.temperature == 0:
             return int(logits.argmax())
@@ -72,6 +67,12 @@ class Sampler:
             tokens = _nucleus(tokens, weights[tokens], options.top_p)
         kept = weights[tokens]
         return int(tokens[self._random.choice(len(tokens), p=kept / kept.sum())])
+
+
+def require_finite(logits: np.ndarray) -> None:
+    """BackendError when one of the logits [V] is not finite."""
+    if not np.isfinite(logits).all():
+        raise BackendError("the model produced logits that are not finite", fix="rebuild with --bf16 or --fp32")
 
 
 def _likeliest(scores: np.ndarray, count: int) -> np.ndarray:

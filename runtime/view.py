@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,14 +14,16 @@ from engines.backend import Image, Model
 from engines.bundle.manifest import Manifest
 from engines.bundle.pages import margins
 from engines.errors import OptionError
-from runtime.answer import Answer, Draft
+from runtime.answer import Answer, Decoding, Draft, Token
 from runtime.batch import Batch
 from runtime.chat import Chat
-from runtime.decode import Cache, InOneProcess, Stream, decode, prefill
+from runtime.decode import Cache, InOneProcess, Stream, decode, exhaust, prefill
 from runtime.image import EXIF, ImageSource, load_image
 from runtime.preprocess import preprocess
-from runtime.request import Request, read_request
+from runtime.request import Options, Request, read_request
 from runtime.sampling import Sampler
+from runtime.score.continuations import ContinuationReader, Continuations
+from runtime.score.walk import Score, walks
 from runtime.stats import Clock
 from runtime.text.conversation import Prompt
 from runtime.text.prompter import Prompter
@@ -90,7 +92,7 @@ class ImageView(InOneProcess):
 
     def chat(self, messages: Sequence[Mapping[str, object]] = ()) -> Chat:
         """A conversation about the image, which goes on from `messages`: see Chat. Raises PromptError."""
-        return Chat(self.stream, messages)
+        return Chat(self.stream, self.score, messages)
 
     def ask(self, prompt: Prompt | None = None, *, input_ids: Sequence[int] | None = None, **options: Any) -> Answer:
         """Answer one question; arguments and errors of `Engine.generate`."""
@@ -105,9 +107,44 @@ class ImageView(InOneProcess):
         request = self._request(prompt, input_ids, options)
         text, clock = self._prompter.text_stream(request.options.stop), Clock(model.device_ms)
         draft = Draft(request, text, clock, model.geometry, Sampler(request.options.sampling()))
+        return Stream(draft, self._steps(draft))
+
+    def score(
+        self,
+        prompt: Prompt | None = None,
+        continuations: Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        continuation_ids: Sequence[Sequence[int]] | None = None,
+        page_budget: int | None = Options.page_budget,
+        special_tokens: bool = Options.special_tokens,
+    ) -> list[Score]:
+        """How likely each of several answers to one question is: a Score for each, in their order. `Engine.score` says
+        what they are; here they are lists.
+
+        The image is encoded and the prompt prefilled once, where they are not yet, and tokens that several answers
+        begin with are fed once. With slots, answers that begin with different tokens are scored side by side, in as
+        many rows as are free. What was asked, and what is asked next, is not changed by it. Errors of `Engine.score`.
+        """
+        model = self._opened()
+        options = Options(page_budget=page_budget, special_tokens=special_tokens)
+        reader = ContinuationReader(options, self._has_image, self._prompter, self._manifest)
+        scorings = reader.read(prompt, input_ids, Continuations(continuations, continuation_ids))
+        rows = 1 if self._batch is None else self._batch.free
+        walking = [
+            walk
+            for scoring in scorings
+            for walk in walks(scoring, rows, self._prompter, model.geometry, lambda: Clock(model.device_ms))
+        ]
+        exhaust(map(self._steps, walking))
+        found = {place: score for walk in walking for place, score in walk.scores.items()}
+        return [found[place] for place in sorted(found)]
+
+    def _steps(self, draft: Decoding) -> Generator[Token | None]:
+        """Makes the steps of a request, alone or in the batch, once asked for the first."""
         if self._batch is None:
-            return Stream(draft, decode(self._prefilled(request, clock), draft))
-        return Stream(draft, self._batch.decode(draft, partial(self._image_of, request, clock)))
+            return decode(self._prefilled(draft.request, draft.clock), draft)
+        return self._batch.decode(draft, partial(self._image_of, draft.request, draft.clock))
 
     def _request(self, prompt: Prompt | None, input_ids: Sequence[int] | None, options: Mapping[str, Any]) -> Request:
         return read_request(

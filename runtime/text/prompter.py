@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from engines.checks import is_integer
+from engines.checks import is_integer, shown
 from engines.errors import FlexError, PromptError, TokenizerError
 from engines.tokenizer_file import read_tokenizer_file
 from runtime.text.control import SPECIAL, PlainTokenizer, more_than, unknown_id, without_control
@@ -86,9 +86,13 @@ class Prompter:
         return self.encode_turns(Conversation.read(prompt), has_image, special_tokens=special_tokens)[0]
 
     def encode_turns(
-        self, asked: Conversation, has_image: bool, *, special_tokens: bool = False
+        self, asked: Conversation, has_image: bool, *, special_tokens: bool = False, answer: str | None = None
     ) -> tuple[list[int], list[int]]:
         """(token ids with -200 for the image, for each turn of the history how many ids came before its answer).
+
+        `answer`: of the question, behind it as the answers of the history are behind theirs (officially a space is
+        between them; nothing where the bundle knows no turns); it is one more turn. A token that spans the seam belongs
+        to the answer.
 
         What a user types is text: "</s>" is four characters, and "<image>" a word. With `special_tokens` it is read as
         the official code reads it: control tokens are those, and a prompt may place "<image>" itself; then the
@@ -96,7 +100,7 @@ class Prompter:
         each of them whole, all turns of a conversation together, and BOS comes once. Raises PromptError.
         """
         ids, ends = [] if self._bos_id is None else [self._bos_id], list[int]()
-        for index, piece in enumerate(self._pieces(asked, has_image, special_tokens)):
+        for index, piece in enumerate(self._pieces(asked, answer, has_image, special_tokens)):
             if index:
                 ids.append(IMAGE_TOKEN)
             found, turns = self._ids_of(piece, special_tokens)
@@ -104,9 +108,11 @@ class Prompter:
             ids += found
         return ids, ends
 
-    def _pieces(self, asked: Conversation, has_image: bool, special_tokens: bool) -> list[list[_Part]]:
+    def _pieces(
+        self, asked: Conversation, answer: str | None, has_image: bool, special_tokens: bool
+    ) -> list[list[_Part]]:
         """The parts of the text before the image and of the text behind it; of all the text without an image."""
-        parts = self._parts(asked)
+        parts = self._parts(asked, answer)
         for part in parts:
             _require_characters(part.text)
         placed = sum(part.text.count(PLACEHOLDER) for part in parts if part.typed) if special_tokens else 0
@@ -125,8 +131,8 @@ class Prompter:
             pieces += [[replace(part, text=text, turn=False)] for text in split[1:]]
         return pieces
 
-    def _parts(self, asked: Conversation) -> list[_Part]:
-        """The template with everything in its place."""
+    def _parts(self, asked: Conversation, answer: str | None) -> list[_Part]:
+        """The template with everything in its place, and the answer behind it."""
         questions = [*(question for question, _ in asked.history.turns), asked.question]
         typed = {_QUESTION: questions[0]}
         if asked.history.system is not None:
@@ -137,15 +143,18 @@ class Prompter:
                 )
             typed[self._system] = asked.history.system
         parts = _filled(self._template, typed)
-        for (_, answer), question in zip(asked.history.turns, questions[1:], strict=True):
+        for (_, earlier), question in zip(asked.history.turns, questions[1:], strict=True):
             if self._turn is None:
                 raise PromptError(
                     "a conversation, but this bundle's template is for one question",
                     fix="ask each question alone; or name extra.turn_template in the checkpoint's config.json, if the "
                     "model was trained for conversations, and rebuild",
                 )
-            first, *others = _filled(self._turn, {_QUESTION: question, _ANSWER: answer})
+            first, *others = _filled(self._turn, {_QUESTION: question, _ANSWER: earlier})
             parts += [replace(first, turn=True), *others]
+        if answer is not None:
+            between = "" if self._turn is None else self._turn[: self._turn.index(_ANSWER)]
+            parts += [_Part(between, False, turn=True), _Part(answer, True)]
         return parts
 
     def _ids_of(self, piece: Sequence[_Part], special_tokens: bool) -> tuple[list[int], list[int]]:
@@ -184,14 +193,8 @@ class Prompter:
 
         Raises PromptError for ids outside the vocabulary, and unless -200 comes once with an image, never without.
         """
-        given = _array(ids)
-        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
-            raise PromptError(f"input_ids {ids!r:.60}", expected="a non-empty list of integers")
-        outside = given[((given < 0) & (given != IMAGE_TOKEN)) | (given >= self._vocab)]
-        if outside.size:
-            raise PromptError(
-                f"token id {outside[0]}", expected=f"0 .. {self._vocab - 1}, or {IMAGE_TOKEN} where the image goes"
-            )
+        given = self._integers(ids, "input_ids")
+        self._require_known(given[given != IMAGE_TOKEN], f", or {IMAGE_TOKEN} where the image goes")
         given = given.astype(np.int64)  # only now: a large unsigned id would wrap around, to -200 for instance
         at = np.flatnonzero(given == IMAGE_TOKEN)
         if at.size > 1:
@@ -207,6 +210,33 @@ class Prompter:
             return given, 0
         begin = int(at[0])
         return np.concatenate((given[:begin], -1 - np.arange(self._image_tokens), given[begin + 1 :])), begin
+
+    def continuation(self, ids: Sequence[int]) -> np.ndarray:
+        """Token ids that follow a prompt, checked: [n] int64. PromptError for none, and for ids outside the vocabulary,
+        of which an image is one."""
+        given = self._integers(ids, "continuation_ids")
+        self._require_known(given, ": an image stands in a prompt alone" if IMAGE_TOKEN in given else "")
+        return given.astype(np.int64)
+
+    def _integers(self, ids: Sequence[int], name: str) -> np.ndarray:
+        """`ids`, which an error calls by `name`, as an array. PromptError for anything but a list of integers."""
+        given = _array(ids)
+        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+            raise PromptError(f"{name} {shown(ids)}", expected="a non-empty list of integers")
+        return given
+
+    def _require_known(self, ids: np.ndarray, besides: str) -> None:
+        """PromptError, which says what is allowed `besides`, when one of the ids is outside the vocabulary."""
+        outside = ids[(ids < 0) | (ids >= self._vocab)]
+        if outside.size:
+            raise PromptError(f"token id {outside[0]}", expected=f"0 .. {self._vocab - 1}{besides}")
+
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
+        """Each token as the vocabulary spells it, bytes and spaces with its marks; "" for an id that the tokenizer does
+        not know. None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        return [self._tokenizer.id_to_token(token) or "" for token in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text, special tokens left out, one U+FFFD for each byte token that is in no whole character (as
