@@ -46,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         add("--subset", action="append", default=[], help="a part of the data; may be repeated; none = all")
         add("--limit", type=int, default=Selection.limit, help="the first questions of each subset; None = all")
         add("--shard", default="1/1", metavar="I/N", help="each N-th question, from the I-th on; see merge")
+        add("--page-budget", type=int, help="pages each layer reads at most; None = bundle's")
         add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="bundles, or results of them, in BUNDLE's place")
         add("--pictures", type=Path, metavar="FOLDER", help=PICTURED)
         add_opening_options(one)
@@ -91,7 +92,10 @@ def _evaluated(
     """The results of a bundle on the chosen questions, which are in `out` then."""
     _require_jsonl(out)
     chosen = _selection(given).of(items)
-    with Engine(bundle, **opening_options(given)) as engine, Results(out, Run.of(task, items, engine)) as results:
+    with (
+        Engine(bundle, **opening_options(given)) as engine,
+        Results(out, Run.of(task, items, engine, given.page_budget)) as results,
+    ):
         left = len(results.pending(chosen))
         with progress(f"{task.name}: {left} of {len(chosen)} questions", quiet=not left) as report:
             evaluate(task, chosen, engine, results, report)
@@ -130,7 +134,7 @@ def _compare(task: Task, items: Sequence[Item], given: argparse.Namespace) -> No
         opening = opening_options(given)
         with Engine(given.compare[0], **opening) as first, Engine(given.compare[1], **opening) as second:
             engines = list(zip([f"A: {names[0]}", f"B: {names[1]}"], (first, second), strict=True))
-            written += draw_changes(changes[:PICTURES], items, engines, given.pictures)
+            written += draw_changes(task, changes[:PICTURES], items, engines, given.pictures, given.page_budget)
     _say_written(written)
 
 

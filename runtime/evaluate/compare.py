@@ -12,7 +12,7 @@ from PIL import ImageDraw, ImageFont
 
 from engines.errors import OptionError
 from runtime.engine import Engine
-from runtime.evaluate.report import counted, percent, table
+from runtime.evaluate.report import counted, described, percent, table
 from runtime.evaluate.results import Run
 from runtime.evaluate.significance import exact_p
 from runtime.evaluate.task import Item, Record, Task
@@ -21,7 +21,6 @@ from runtime.terminal.show import draw_selection, write_picture
 
 TEST = "McNemar's exact test, two-sided"
 SIGN_TEST = "exact sign test, two-sided"  # what McNemar's is for graded scores
-SHOWN_TOKENS = 8  # of an answer, in a picture
 TITLE = 24  # pixels
 
 
@@ -119,10 +118,7 @@ def comparison_markdown(found: dict[str, Any]) -> str:
         ]
         for row in found["scores"]
     ]
-    sides = [
-        f"{letter}: {run['name']} ({run['precision']}) on {run['backend']}, {run['device']}; bundle {run['bundle']}."
-        for letter, run in (("A", found["first"]), ("B", found["second"]))
-    ]
+    sides = [f"{letter}: {described(found[side])}" for letter, side in (("A", "first"), ("B", "second"))]
     lines = [f"### {found['title']}: A and B", "", *table(head, rows), "", *sides]
     lines.append(f"Scores in %; p: {found['test']}. {found['other_answers']} answers differ.")
     if found["changed"]:
@@ -139,10 +135,15 @@ def _answer(changed: dict[str, Any], side: int) -> str:
 
 
 def draw_changes(
-    changes: Iterable[Change], items: Sequence[Item], engines: Sequence[tuple[str, Engine]], folder: Path
+    task: Task,
+    changes: Iterable[Change],
+    items: Sequence[Item],
+    engines: Sequence[tuple[str, Engine]],
+    folder: Path,
+    page_budget: int | None = None,
 ) -> list[Path]:
-    """A picture for each change, with where each engine looked while it answered the prompt freely. Returns the files,
-    FOLDER/INDEX.png. `engines`: each with what to call it. Raises what an engine does, and OptionError."""
+    """A picture for each change, of where each engine looked. Returns the files, FOLDER/INDEX.png. `engines`: each with
+    what to call it. Raises what an engine does, and OptionError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,18 +151,14 @@ def draw_changes(
     by_index, written = {item.index: item for item in items}, []
     for change in changes:
         item = by_index[change.before.index]
-        image = load_image(item.image, exif=False)
-        panels = [(name, _panel(engine, image, item)) for name, engine in engines]
+        image, panels = load_image(item.image, exif=False), []
+        for name, engine in engines:
+            with engine.image(image, exif=False) as view:
+                panels.append((name, draw_selection(image, *task.look(engine, view, item, page_budget))))
         path = folder / f"{item.index:05d}.png"
         write_picture(_stacked(panels), path, "--pictures")
         written.append(path)
     return written
-
-
-def _panel(engine: Engine, image: PIL.Image.Image, item: Item) -> PIL.Image.Image:
-    answer = engine.generate(image, item.prompt, max_new_tokens=SHOWN_TOKENS, trace=True)
-    assert answer.trace is not None  # as it was asked for
-    return draw_selection(image, answer.trace.cells, [engine.prompter.decode([token]) for token in answer.token_ids])
 
 
 def _stacked(panels: Sequence[tuple[str, PIL.Image.Image]]) -> PIL.Image.Image:

@@ -101,19 +101,17 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy answer) for requests of (context,
-        continuation, doc_to_visual, doc id, task, split). The continuation brings the space before it."""
+        continuation, doc_to_visual, doc id, task, split). The continuation may bring the space that the bundle's
+        template has before it."""
 
         def ask(group: Sequence[Any]) -> list[tuple[float, bool]]:
             context, _, to_visual, doc, task, split = group[0].args
             row = self.task_dict[task][split][doc]
-            options = [given if isinstance(given, str) else given(row) for _, given, *_ in (r.args for r in group)]
+            given = [each.args[1] for each in group]
+            options = [(text if isinstance(text, str) else text(row)).removeprefix(" ") for text in given]
             with self._view(to_visual(row)) as view:
-                scores = view.score(_plain(context), options)
-                longest = max(len(score.tokens) for score in scores)
-                greedy = view.ask(
-                    _plain(context), max_new_tokens=longest, stop_at_eos=False, page_budget=self.page_budget
-                ).token_ids
-            return [(float(sum(score.logprobs)), list(score.tokens) == greedy[: len(score.tokens)]) for score in scores]
+                scores = view.score(_plain(context), options, page_budget=self.page_budget)
+            return [(score.sum, score.greedy) for score in scores]
 
         groups = (
             list(found) for _, found in groupby(requests, key=lambda each: (each.args[0], *map(str, each.args[3:])))

@@ -25,6 +25,7 @@ from runtime.evaluate.task import (
     Task,
     answered,
     json_lines,
+    look_at_answer,
     numbered,
     read_data,
     text_of,
@@ -84,9 +85,9 @@ def letter_of(answer: str) -> str:
     return next((letter for text in (answer, answer.upper()) for letter in LETTERS if letter in text), OTHER)
 
 
-def ask(view: ImageView, item: Item) -> Record:
+def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
-    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS)
+    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS, page_budget=page_budget)
     (right,) = item.references
     return answered(item, answer, lambda text: float(letter_of(text) == right), right=right)
 
@@ -108,4 +109,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("magnifier", "MagnifierBench, multiple choice", False, read, ask, answer_files)
+TASK = Task("magnifier", "MagnifierBench, multiple choice", False, read, ask, look_at_answer, answer_files)

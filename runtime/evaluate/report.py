@@ -57,7 +57,7 @@ def markdown(found: dict[str, Any]) -> str:
         for row in found["scores"]
     ]
     notes = [
-        f"{found['name']} ({found['precision']}) on {found['backend']}, {found['device']}; bundle {found['bundle']}.",
+        described(found),
         f"Scores in %, {found['interval']}. Pages: mean of a layer and a token. Data {found['data']}.",
     ]
     if found["answered"] < found["questions"]:
@@ -74,6 +74,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
         for row in (head, rule, *rows)
     ]
+
+
+def described(run: dict[str, Any]) -> str:
+    """A line that says what ran, of a Run as JSON."""
+    place = f"{run['backend']}, {run['device']}, at most {run['page_budget']} pages a layer"
+    return f"{run['name']} ({run['precision']}) on {place}; bundle {run['bundle']}."
 
 
 def percent(share: float) -> str:

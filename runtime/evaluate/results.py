@@ -24,7 +24,7 @@ class Run:
     """What results depend on; files of different runs are not mixed.
 
     task: its name. data: digest of the questions. questions: how many there are. bundle: digest of the bundle. name,
-    precision, template: of its manifest. backend, device: that it ran on.
+    precision, template: of its manifest. backend, device: that it ran on. page_budget: pages each layer may read.
     """
 
     task: str
@@ -36,10 +36,11 @@ class Run:
     template: str
     backend: str
     device: str
+    page_budget: int
 
     @classmethod
-    def of(cls, task: Task, items: Sequence[Item], engine: Engine) -> Run:
-        """The run of all items of a task on an engine."""
+    def of(cls, task: Task, items: Sequence[Item], engine: Engine, page_budget: int | None = None) -> Run:
+        """The run of all items of a task on an engine; `page_budget`: None = the bundle's."""
         manifest = engine.manifest
         return cls(
             task=task.name,
@@ -51,6 +52,7 @@ class Run:
             template=manifest.prompt.template,
             backend=engine.backend,
             device=engine.device,
+            page_budget=manifest.page_budget if page_budget is None else page_budget,
         )
 
     def require_same(self, other: Run, where: str) -> None:

@@ -16,7 +16,8 @@ from runtime.engine import Engine
 from runtime.evaluate.results import Results
 from runtime.evaluate.task import Item, Record, Task
 
-Asked, Answered = TypeVar("Asked"), TypeVar("Answered")
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 AHEAD = 2  # times the slots: so many images are on their way, for slots not to wait for the slowest
 
@@ -69,7 +70,7 @@ def evaluate(
         try:
             with engine.image(item.image, exif=False) as view:
                 for item in group:
-                    records.append(task.ask(view, item))
+                    records.append(task.ask(view, item, results.run.page_budget))
         except FlexError as error:
             raise error.within(item.key) from error
         return records

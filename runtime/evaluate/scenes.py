@@ -12,7 +12,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engines.errors import DataError
-from runtime.evaluate.task import Item, Record, Task, answered, json_lines, numbered, read_data, require_images, text_of
+from runtime.evaluate.task import (
+    Item,
+    Record,
+    Task,
+    answered,
+    json_lines,
+    look_at_answer,
+    numbered,
+    read_data,
+    require_images,
+    text_of,
+)
 from runtime.view import ImageView
 
 QUESTIONS = "questions.json"
@@ -39,10 +50,11 @@ def _item(path: Path, row: Mapping[str, Any], index: int) -> Item:
     return Item(index, f"{index} {image}", kind, path.parent / inside, question, question, (right,))
 
 
-def ask(view: ImageView, item: Item) -> Record:
+def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
     (right,) = item.references
-    return answered(item, view.ask(item.prompt, max_new_tokens=LONGEST), lambda text: float(text == right), right=right)
+    answer = view.ask(item.prompt, max_new_tokens=LONGEST, page_budget=page_budget)
+    return answered(item, answer, lambda text: float(text == right), right=right)
 
 
 def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
@@ -53,4 +65,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("scenes", "scenes", False, read, ask, answer_files)
+TASK = Task("scenes", "scenes", False, read, ask, look_at_answer, answer_files)

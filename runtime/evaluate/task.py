@@ -9,15 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engines.checks import shown
 from engines.errors import DataError
 from plugins.files import open_file, read_json
 from runtime.answer import Answer
+from runtime.engine import Engine
 from runtime.view import ImageView
 
 LARGEST = 4 << 30  # bytes of a data set's JSON; MagnifierBench keeps all its images in one
 MAX_NEW_TOKENS = 512  # official: of every answer that is generated
+LOOKED_AT = 8  # tokens of a generated answer that a picture shows
 NAMED = 3  # files or questions that a message names; of the others it tells the number
+Looked = tuple[np.ndarray, list[str]]
 _POINTER = b"version https://git-lfs"
 
 
@@ -63,18 +68,27 @@ class Task:
     """One benchmark.
 
     name: on the command line. title: in tables. graded: a score may lie between 0 and 1; else an answer is right or
-    wrong. read: the items of a data folder; raises DataError. ask: puts an item to the view of its image; raises what
-    the view does. answer_files: of records and the bundle's prompt template, the text of each file that the authors'
-    script would write, by what its name ends with. overall: subsets that the total is of; None = all.
+    wrong. read: the items of a data folder; raises DataError. ask: puts an item to the view of its image, with a page
+    budget (None: the bundle's); raises what the view does. look: where the model looked, bool [T, M, C, C] of T tokens
+    of its answer, and these as text. answer_files: of records and the bundle's prompt template, the text of each file
+    that the authors' script would write, by what its name ends with. overall: subsets that the total is of; None = all.
     """
 
     name: str
     title: str
     graded: bool
     read: Callable[[Path], list[Item]]
-    ask: Callable[[ImageView, Item], Record]
+    ask: Callable[[ImageView, Item, int | None], Record]
+    look: Callable[[Engine, ImageView, Item, int | None], Looked]
     answer_files: Callable[[Sequence[Record], str], Mapping[str, str]]
     overall: tuple[str, ...] | None = None
+
+
+def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Looked:
+    """`Task.look` where an answer is generated; of its first tokens."""
+    answer = view.ask(item.prompt, max_new_tokens=LOOKED_AT, page_budget=page_budget, trace=True)
+    assert answer.trace is not None  # as it was asked for
+    return answer.trace.cells, [engine.prompter.decode([token]) for token in answer.token_ids]
 
 
 def answered(item: Item, answer: Answer, score: Callable[[str], float], **details: Any) -> Record:

@@ -18,6 +18,7 @@ from runtime.evaluate.task import (
     Task,
     answered,
     json_lines,
+    look_at_answer,
     numbered,
     read_data,
     require_images,
@@ -65,10 +66,10 @@ def _item(folder: Path, row: Mapping[str, Any], answers: tuple[str, ...], index:
     return Item(index, key, "validation", image, question, question + INSTRUCTION, answers)
 
 
-def ask(view: ImageView, item: Item) -> Record:
+def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
     assert isinstance(item.image, Path)
-    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS)
+    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS, page_budget=page_budget)
     return answered(item, answer, lambda text: accuracy(text, item.references), image=item.image.name)
 
 
@@ -88,4 +89,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("textvqa", "TextVQA", True, read, ask, answer_files)
+TASK = Task("textvqa", "TextVQA", True, read, ask, look_at_answer, answer_files)

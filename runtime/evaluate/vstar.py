@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from engines.errors import DataError
-from runtime.evaluate.task import Item, Record, Task, numbered, read_data, recorded, require_images, text_of, texts_of
+from runtime.engine import Engine
+from runtime.evaluate.task import (
+    Item,
+    Looked,
+    Record,
+    Task,
+    numbered,
+    read_data,
+    recorded,
+    require_images,
+    text_of,
+    texts_of,
+)
 from runtime.view import ImageView
 
 SUBSETS = ("direct_attributes", "relative_position", "GPT4V-hard", "OCR")
@@ -56,10 +68,10 @@ def _item(path: Path, subset: str, index: int) -> Item:
     return Item(index, f"{subset}/{path.stem}", subset, image, question, question + INSTRUCTION, options)
 
 
-def ask(view: ImageView, item: Item) -> Record:
+def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Score every option. Raises what `ImageView.score` does."""
-    scores = view.score(item.prompt, [f" {option}" for option in item.references])
-    losses = [-float(score.mean) for score in scores]
+    scores = view.score(item.prompt, item.references, page_budget=page_budget)
+    losses = [-score.mean for score in scores]
     chosen = int(np.argmin(losses))
     return recorded(
         item,
@@ -68,6 +80,13 @@ def ask(view: ImageView, item: Item) -> Record:
         [score.pages_read for score in scores],
         losses=[round(loss, 6) for loss in losses],
     )
+
+
+def look(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Looked:
+    """See Task.look: of the option that it finds likeliest."""
+    scores = view.score(item.prompt, item.references, page_budget=page_budget)
+    best = max(scores, key=lambda score: score.mean)  # the first of equal ones
+    return best.cells, [engine.prompter.decode([token]) for token in best.token_ids]
 
 
 def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
@@ -81,4 +100,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return texts
 
 
-TASK = Task("vstar", "V* Bench", False, read, ask, answer_files, PAPER)
+TASK = Task("vstar", "V* Bench", False, read, ask, look, answer_files, PAPER)
