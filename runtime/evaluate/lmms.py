@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import PIL.Image
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -80,11 +81,11 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
 
         return list(in_order(ask, requests, self.engine.slots))
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[tuple[str, ...]]:
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """The answers of every round, for requests of (context, generation settings, doc_to_visual, doc_to_text, doc
         id, task, split); doc_to_text gives the next round, until it says that there is none."""
 
-        def ask(request: Any) -> tuple[str, ...]:
+        def ask(request: Any) -> list[str]:
             context, settings, to_visual, to_text, doc, task, split = request.args
             row, info = self.task_dict[task][split][doc], None
             visuals, answers = to_visual(row), list[str]()
@@ -95,23 +96,27 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
                     row, previous_output=answers, round_idx=len(answers), previous_round_info=info
                 )
                 if over:
-                    return tuple(said)
+                    return list(said)
 
         return list(in_order(ask, requests, self.engine.slots))
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is the greedy answer) for requests of (context,
-        continuation, doc_to_visual, doc id, task, split). The continuation may bring the space that the bundle's
-        template has before it."""
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """(mean loss of the continuation's tokens, whether they are what the model would answer) for requests of
+        (context, continuation, doc_to_visual, doc id, task, split). The continuation may bring the space that the
+        bundle's template has before it.
 
-        def ask(group: Sequence[Any]) -> list[tuple[float, bool]]:
+        The loss, in spite of the name: lmms-eval's own models return that, and its multiple choice takes the smallest.
+        And not as the bare pair, of which lmms-eval 0.7 would make text.
+        """
+
+        def ask(group: Sequence[Any]) -> list[GenerationResult]:
             context, _, to_visual, doc, task, split = group[0].args
             row = self.task_dict[task][split][doc]
             given = [each.args[1] for each in group]
             options = [(text if isinstance(text, str) else text(row)).removeprefix(" ") for text in given]
             with self._view(to_visual(row)) as view:
                 scores = view.score(_plain(context), options, page_budget=self.page_budget)
-            return [(score.sum, score.greedy) for score in scores]
+            return [GenerationResult((-score.mean, score.greedy)) for score in scores]
 
         groups = (
             list(found) for _, found in groupby(requests, key=lambda each: (each.args[0], *map(str, each.args[3:])))

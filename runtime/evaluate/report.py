@@ -99,7 +99,7 @@ def write_beside(results: Path, texts: dict[str, str]) -> list[Path]:
     for suffix, text in texts.items():
         path = results.with_name(f"{results.stem}.{suffix}")
         try:
-            path.write_text(text, encoding="utf-8", errors="surrogatepass")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise OptionError(f"{path} cannot be written: {error.strerror}", expected="a folder of yours") from None
         written.append(path)

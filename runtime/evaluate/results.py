@@ -176,7 +176,7 @@ def _head(run: Run) -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    return json.dumps(row).encode() + b"\n"
 
 
 def _whole_lines(path: Path) -> list[bytes]:
