@@ -80,8 +80,8 @@ def test_textvqa(tmp_path):
     assert (written["question_id"], written["text"]) == ("abc.jpg", "Nokia")
     assert written["prompt"] == (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the human's questions. USER: <image>\nWhat brand is it?\nAnswer the question using a "
-        "single word or phrase. ASSISTANT:"
+        "detailed, and polite answers to the human's questions. USER: <image>\nWhat brand is it?\n"
+        "Answer the question using a single word or phrase. ASSISTANT:"
     )
     assert written["prompt"].split("\n")[1].lower() == "what brand is it?"  # how the official scorer finds the question
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,7 +13,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from engines.bundle.manifest import PROMPT_TEMPLATE
-from engines.progress import progress
 from runtime import Engine
 from runtime.evaluate import vstar
 from runtime.evaluate.results import Results, Run
@@ -31,62 +33,65 @@ def model(random_model):
     return random_model("serve", TALKATIVE, tokenizer=True, template=PROMPT_TEMPLATE)
 
 
-def official_loss(checkpoint, reference, image: PIL.Image.Image, question: str, option: str) -> tuple[float, int]:
-    """(mean cross entropy of an option's tokens, how many there are), by the official script's own prompt."""
-    g = TALKATIVE
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    prompt = PROMPT_TEMPLATE.replace("{prompt}", f"{question}\n{INSTRUCTION}")
-    before, after = prompt.split("<image>")
-    first, rest, whole = (
-        tokenizer.encode(text, add_special_tokens=False).ids for text in (before, after, f"{after} {option}")
-    )
-    assert whole[: len(rest)] == rest, "what the option is put behind stays as it was"
-    features = reference.vision(preprocess(image, g))
-    side, zoom = g.grid, g.zoom
-    hires = features[1:].view(zoom, zoom, side, side, -1).transpose(1, 2).reshape(g.hires_side**2, -1)
-    begin = 1 + len(first)
-    weights = load_file(checkpoint / "model.safetensors")
-    official = Official(weights, g, features[0], hires, begin, image.size)
-    ids = [BOS, *first, *(-1 - np.arange(g.image_tokens)).tolist(), *whole]
-    option_ids = whole[len(rest) :]
-    official.run(ids[: -len(option_ids) - 1])
-    losses = []
-    for fed, target in zip(ids[-len(option_ids) - 1 : -1], option_ids, strict=True):
-        logits, _ = official.run([fed])
-        losses.append(-float(torch.log_softmax(logits, -1)[target]))
-    return sum(losses) / len(losses), len(losses)
+@pytest.fixture(scope="module")
+def official(model, tmp_path_factory) -> tuple[Path, dict[str, list[tuple[float, int]]]]:
+    """(data folder, for each question the mean cross entropy of each option's tokens, and how many they are), by the
+    official script's own prompt."""
+    g, folder = TALKATIVE, write_vstar(tmp_path_factory.mktemp("vstar_bench"))
+    tokenizer = Tokenizer.from_file(str(model[0] / "tokenizer.json"))
+    reference, weights = load(model[0]), load_file(model[0] / "model.safetensors")
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    losses = {}
+    for subset, name, (suffix, *_), _, question, options in VSTAR:
+        with PIL.Image.open(folder / subset / f"{name}.{suffix}") as stored:
+            image = stored.convert("RGB")  # as the official script: its EXIF says to turn it
+        features = reference.vision(preprocess(image, g))
+        side, zoom = g.grid, g.zoom
+        hires = features[1:].view(zoom, zoom, side, side, -1).transpose(1, 2).reshape(g.hires_side**2, -1)
+        before, after = PROMPT_TEMPLATE.replace("{prompt}", f"{question}\n{INSTRUCTION}").split("<image>")
+        first, rest = [BOS, *tokens(before)], tokens(after)
+        prompt = Official(weights, g, features[0], hires, len(first), image.size)
+        prompt.run([*first, *(-1 - np.arange(g.image_tokens)).tolist(), *rest[:-1]])
+        of_question = []
+        for option in options:
+            whole = tokens(f"{after} {option}")
+            assert whole[: len(rest)] == rest, "what the option is put behind stays as it was"
+            run, found = copy(prompt), []
+            run.cache = list(prompt.cache)
+            for fed, target in zip([rest[-1], *whole[len(rest) : -1]], whole[len(rest) :], strict=True):
+                found.append(-float(torch.log_softmax(run.run([fed])[0], -1)[target]))
+            of_question.append((sum(found) / len(found), len(found)))
+        losses[f"{subset}/{name}"] = of_question
+    return folder, losses
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_losses_are_those_of_the_official_script(model, tmp_path, slots):
-    checkpoint, bundle = model
-    items = vstar.read(write_vstar(tmp_path / "vstar_bench"))
-    with Engine(bundle, slots=slots) as engine, Results(tmp_path / "r.jsonl", Run.of(vstar.TASK, items, engine)) as out:
-        with progress("", quiet=True) as report:
-            evaluate(vstar.TASK, items, engine, out, report)
-        records = out.records
-    reference, lengths, pages = load(checkpoint), set(), 0.0
+def test_losses_are_those_of_the_official_script(model, official, tmp_path, slots):
+    folder, expected = official
+    items = vstar.read(folder)
+    with (
+        Engine(model[1], slots=slots) as engine,
+        Results(tmp_path / "r.jsonl", Run.of(vstar.TASK, items, engine)) as results,
+    ):
+        evaluate(vstar.TASK, items, engine, results, lambda part: None)
+        records = results.records
     for item, record in zip(items, records, strict=True):
-        with PIL.Image.open(item.image) as stored:
-            image = stored.convert("RGB")  # as the official script: its EXIF says to turn it
-        expected = [official_loss(checkpoint, reference, image, item.question, option) for option in item.references]
-        losses = [loss for loss, _ in expected]
+        losses = [loss for loss, _ in expected[item.key]]
         assert record.details["losses"] == pytest.approx(losses, abs=LOGITS)
         best = losses.index(min(losses))
         assert (record.answer, record.score) == (item.references[best], float(best == 0))
-        lengths |= {length for _, length in expected}
-        pages += record.pages_read
-    assert 1 in lengths and max(lengths) > 3 and pages > 0
+    lengths = {length for of_question in expected.values() for _, length in of_question}
+    assert 1 in lengths and max(lengths) > 3 and all(record.pages_read > 0 for record in records)
     assert {record.score for record in records} == {0.0, 1.0}, "some are right, some are not"
-    scores = {
-        subset: [r.score for r in records if r.subset == subset]
-        for subset in ("direct_attributes", "relative_position")
-    }
     files = vstar.answer_files(records, PROMPT_TEMPLATE)
-    for subset, found in scores.items():
+    for subset in vstar.PAPER:
+        scores = [record.score for record in records if record.subset == subset]
         name, right, count, share = files[f"vbench_{subset}.txt"].split()
-        assert (name, int(right), int(count)) == (subset, sum(found), len(found))
-        assert float(share) == pytest.approx(np.mean(found))
+        assert (name, int(right), int(count)) == (subset, sum(scores), len(scores))
+        assert float(share) == pytest.approx(np.mean(scores))
 
 
 def test_of_equal_options_the_first_counts(model, tmp_path):
