@@ -18,11 +18,12 @@ from typing import Any
 
 from engines.checks import shown
 from engines.errors import DataError
+from runtime.engine import Engine
 from runtime.evaluate.task import (
-    MAX_NEW_TOKENS,
     Item,
     Record,
     Task,
+    answer_to,
     answered,
     json_lines,
     look_at_answer,
@@ -85,9 +86,9 @@ def letter_of(answer: str) -> str:
     return next((letter for text in (answer, answer.upper()) for letter in LETTERS if letter in text), OTHER)
 
 
-def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
+def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
-    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS, page_budget=page_budget)
+    answer = answer_to(engine, view, item.prompt, page_budget)
     (right,) = item.references
     return answered(item, answer, lambda text: float(letter_of(text) == right), right=right)
 

@@ -43,6 +43,7 @@ def summary(task: Task, run: Run, records: Sequence[Record]) -> dict[str, Any]:
         **asdict(run),
         "official_template": run.template == PROMPT_TEMPLATE,
         "answered": len(records),
+        "cut_off": sum(record.details.get("finish_reason") == "length" for record in records),
         "confidence": CONFIDENCE,
         "interval": MEANS if task.graded else SHARES,
         "scores": rows,
@@ -60,6 +61,8 @@ def markdown(found: dict[str, Any]) -> str:
         described(found),
         f"Scores in %, {found['interval']}. Pages: mean of a layer and a token. Data {found['data']}.",
     ]
+    if found["cut_off"]:
+        notes.append(f"{found['cut_off']} answers were cut off, at their most tokens or the end of the context.")
     if found["answered"] < found["questions"]:
         notes.append(f"{found['answered']} of {found['questions']} questions: not the whole benchmark.")
     if not found["official_template"]:

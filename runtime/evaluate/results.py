@@ -84,8 +84,10 @@ class Results:
                 self._records = {record.index: record for record in records}
                 self._sorted = [record.index for record in records] == sorted(self._records)
             self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close()
-            self._file.truncate(sum(map(len, whole)))
-            self._file.seek(0, os.SEEK_END)
+            end = sum(map(len, whole))
+            if self._file.seek(0, os.SEEK_END) > end:
+                self._file.truncate(end)
+                self._file.seek(end)
             if not whole:
                 self._write(_head(run))
         except OSError as error:

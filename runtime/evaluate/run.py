@@ -70,7 +70,7 @@ def evaluate(
         try:
             with engine.image(item.image, exif=False) as view:
                 for item in group:
-                    records.append(task.ask(view, item, results.run.page_budget))
+                    records.append(task.ask(engine, view, item, results.run.page_budget))
         except FlexError as error:
             raise error.within(item.key) from error
         return records

@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engines.errors import DataError
+from runtime.engine import Engine
 from runtime.evaluate.task import (
     Item,
     Record,
     Task,
+    answer_to,
     answered,
     json_lines,
     look_at_answer,
@@ -27,7 +29,6 @@ from runtime.evaluate.task import (
 from runtime.view import ImageView
 
 QUESTIONS = "questions.json"
-LONGEST = 64  # answer tokens
 FIX = "python -m export.default_model.evaluate --write DIR, then --data DIR"
 
 
@@ -50,10 +51,10 @@ def _item(path: Path, row: Mapping[str, Any], index: int) -> Item:
     return Item(index, f"{index} {image}", kind, path.parent / inside, question, question, (right,))
 
 
-def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
+def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
     (right,) = item.references
-    answer = view.ask(item.prompt, max_new_tokens=LONGEST, page_budget=page_budget)
+    answer = answer_to(engine, view, item.prompt, page_budget)
     return answered(item, answer, lambda text: float(text == right), right=right)
 
 

@@ -78,7 +78,7 @@ class Task:
     title: str
     graded: bool
     read: Callable[[Path], list[Item]]
-    ask: Callable[[ImageView, Item, int | None], Record]
+    ask: Callable[[Engine, ImageView, Item, int | None], Record]
     look: Callable[[Engine, ImageView, Item, int | None], Looked]
     answer_files: Callable[[Sequence[Record], str], Mapping[str, str]]
     overall: tuple[str, ...] | None = None
@@ -91,10 +91,19 @@ def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int
     return answer.trace.cells, [engine.prompter.decode([token]) for token in answer.token_ids]
 
 
+def answer_to(engine: Engine, view: ImageView, prompt: str, page_budget: int | None) -> Answer:
+    """The greedy answer, of MAX_NEW_TOKENS at most, or what the bundle's context has room for. Raises what
+    `ImageView.ask` does."""
+    ids, _ = engine.prompter.expand(engine.prompter.encode(prompt, True), True)
+    room = max(1, engine.geometry.context - len(ids) + 1)
+    return view.ask(prompt, max_new_tokens=min(MAX_NEW_TOKENS, room), page_budget=page_budget)
+
+
 def answered(item: Item, answer: Answer, score: Callable[[str], float], **details: Any) -> Record:
     """The record of a generated answer; `score` is given its text, without white space around it."""
     text = str(answer).strip()
-    return recorded(item, text, score(text), [answer.stats.pages_read], **details)
+    ended = {"finish_reason": answer.finish_reason}
+    return recorded(item, text, score(text), [answer.stats.pages_read], **details, **ended)
 
 
 def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], **details: Any) -> Record:

@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engines.errors import DataError
+from runtime.engine import Engine
 from runtime.evaluate.task import (
-    MAX_NEW_TOKENS,
     Item,
     Record,
     Task,
+    answer_to,
     answered,
     json_lines,
     look_at_answer,
@@ -66,10 +67,10 @@ def _item(folder: Path, row: Mapping[str, Any], answers: tuple[str, ...], index:
     return Item(index, key, "validation", image, question, question + INSTRUCTION, answers)
 
 
-def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
+def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Answer it. Raises what `ImageView.ask` does."""
     assert isinstance(item.image, Path)
-    answer = view.ask(item.prompt, max_new_tokens=MAX_NEW_TOKENS, page_budget=page_budget)
+    answer = answer_to(engine, view, item.prompt, page_budget)
     return answered(item, answer, lambda text: accuracy(text, item.references), image=item.image.name)
 
 

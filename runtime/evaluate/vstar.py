@@ -68,7 +68,7 @@ def _item(path: Path, subset: str, index: int) -> Item:
     return Item(index, f"{subset}/{path.stem}", subset, image, question, question + INSTRUCTION, options)
 
 
-def ask(view: ImageView, item: Item, page_budget: int | None) -> Record:
+def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
     """Score every option. Raises what `ImageView.score` does."""
     scores = view.score(item.prompt, item.references, page_budget=page_budget)
     losses = [-score.mean for score in scores]

@@ -139,7 +139,7 @@ def test_two_bundles_are_compared(data, whole, default_bundle, tmp_path, capsys)
 
 
 def test_pictures_of_where_each_looked(data, default_bundle, tmp_path, capsys):
-    bundles = default_bundle("fp16"), default_bundle("int4")
+    bundles = default_bundle("fp16"), default_bundle("int8")
     out, folder = tmp_path / "c.json", tmp_path / "pictures"
     evaluate("scenes", "--data", data, "--compare", *bundles, "--out", out, "--pictures", folder, "--slots", 4)
     told = json.loads(out.read_text())
@@ -162,6 +162,8 @@ def test_other_benchmarks_run(default_bundle, tmp_path, capsys):
         (answer,) = map(json.loads, out.with_name(f"{name}.answers.jsonl").read_text().splitlines())
         (row,) = [json.loads(line) for line in out.read_text().splitlines()[1:]]
         assert answer["text"] == row["answer"] and answer["prompt"].startswith("<image>\nwhat")
+        cut = row["details"]["finish_reason"] == "length"  # its context has no room for the official 512
+        assert ("1 answers were cut off" in out.with_suffix(".md").read_text()) == cut
     assert "Student's t" in (tmp_path / "textvqa.md").read_text()
 
 

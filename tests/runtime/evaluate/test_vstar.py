@@ -101,7 +101,7 @@ def test_of_equal_options_the_first_counts(model, tmp_path):
     path.write_text('{"question": "which?", "options": ["red", "red"]}')
     item = vstar.read(folder)[0]
     with Engine(model[1]) as engine, engine.image(item.image, exif=False) as view:
-        record = vstar.ask(view, item, None)
+        record = vstar.ask(engine, view, item, None)
     first, second = record.details["losses"]
     assert first == second and record.score == 1.0
 
@@ -110,11 +110,11 @@ def test_where_it_looked(model, tmp_path):
     """The cells and the tokens of the option that it finds likeliest."""
     item = vstar.read(write_vstar(tmp_path))[0]
     with Engine(model[1]) as engine, engine.image(item.image, exif=False) as view:
-        record = vstar.ask(view, item, None)
+        record = vstar.ask(engine, view, item, None)
         cells, captions = vstar.look(engine, view, item, None)
         assert "".join(captions).strip() == record.answer
         assert cells.shape == (len(captions), len(TALKATIVE.selecting_layers), *2 * (TALKATIVE.cells,))
-        assert vstar.ask(view, item, 0).pages_read == 0 < record.pages_read
+        assert vstar.ask(engine, view, item, 0).pages_read == 0 < record.pages_read
 
 
 def test_the_paper_counts_two_subsets():
