@@ -13,9 +13,11 @@ import PIL.Image
 import pytest
 
 from engines.errors import FlexError, OptionError
+from export.build import BuildOptions, build
 from export.default_model.evaluate import AT_ONCE, measure, scenes_with_questions, write
 from runtime import Engine
-from runtime.evaluate.__main__ import parse_arguments, run
+from runtime.evaluate.__main__ import PICTURES, parse_arguments, run
+from tests.conftest import once
 from tests.paths import ROOT
 from tests.runtime.evaluate.datasets import (
     magnifier_row,
@@ -138,14 +140,16 @@ def test_two_bundles_are_compared(data, whole, default_bundle, tmp_path, capsys)
     assert "at most 0 pages a layer" in text and f"| {changed[0]} |" in text
 
 
-def test_pictures_of_where_each_looked(data, default_bundle, tmp_path, capsys):
-    bundles = default_bundle("fp16"), default_bundle("int8")
+def test_pictures_of_where_each_looked(data, shared, default_bundle, tmp_path, capsys):
+    built = BuildOptions(out=shared / "default-one-page", precision="fp16", page_budget=1)
+    bundles = default_bundle("fp16"), once(built.out, lambda _: build(built))
     out, folder = tmp_path / "c.json", tmp_path / "pictures"
     evaluate("scenes", "--data", data, "--compare", *bundles, "--out", out, "--pictures", folder, "--slots", 4)
     told = json.loads(out.read_text())
     assert told["first"]["bundle"] != told["second"]["bundle"]
+    assert told["scores"][-1]["p"] < 0.05 and told["second"]["page_budget"] == 1
     written = sorted(folder.glob("*.png"))
-    assert len(written) == len(told["changed"])
+    assert 5 < len(written) == min(PICTURES, len(told["changed"]))
     for path in written:
         with PIL.Image.open(path) as image:
             assert min(image.size) > 100
