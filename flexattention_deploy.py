@@ -17,7 +17,7 @@ EXTRAS = {  # modules by the extra of pyproject.toml that brings them
     "train": ("sklearn", "safetensors"),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "chat": ("prompt_toolkit",),
-    "evaluate": ("scipy",),
+    "evaluate": ("scipy", "rich"),
     "ray": ("ray", "fastapi", "fsspec"),  # fastapi: of ray[serve], which ray alone lacks
 }
 

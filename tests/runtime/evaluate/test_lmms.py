@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import tomllib
 from export.default_model.evaluate import scenes_with_questions, write
 from runtime.evaluate import scenes, vstar
 from runtime.evaluate.__main__ import parse_arguments, run
+from runtime.evaluate.vqa_accuracy import CONTRACTIONS, normalised
 from tests.paths import ROOT
 
 if find_spec("lmms_eval") is None:
@@ -119,6 +121,21 @@ def evaluated(task: str, data: Path, bundle: Path, out: Path) -> float:
     """The score of all, by our own command."""
     run(parse_arguments([task, "--data", str(data), str(bundle), "--out", str(out), "--threads", "1"]))
     return json.loads(out.with_suffix(".json").read_text())["scores"][-1]["mean"]
+
+
+def test_answers_are_compared_in_the_form_of_the_published_evaluator():
+    """On made-up answers of the words and marks that its rules are about."""
+    path = Path(find_spec("lmms_eval").origin).parent / "tasks" / "_task_utils" / "vqa_eval_metric.py"
+    spec = spec_from_file_location("vqa_eval_metric", path)
+    published = module_from_spec(spec)
+    spec.loader.exec_module(published)
+    processor = published.EvalAIAnswerProcessor()
+    words = [*CONTRACTIONS, *processor.NUMBER_MAP, *processor.ARTICLES, *processor.PUNCTUATIONS, "'", "It's", "U.S.A."]
+    words += ["3.5", "1,000", ".", "." * 40, "\n", "\t", "a-b", "\u00a0", "Straße", "日本"]
+    rng = random.Random(0)
+    for _ in range(20_000):
+        answer = "".join(rng.choice(words) + rng.choice(("", " ", "  ")) for _ in range(rng.randint(0, 6)))
+        assert normalised(answer) == processor(answer), repr(answer)
 
 
 def test_generated_answers(scored, data, default_bundle, tmp_path):
