@@ -151,7 +151,7 @@ def int8_attention_inputs(sizes: Sizes, dtype: str, poison: float = 1e3) -> Arra
 def with_int8_cache(arrays: Arrays) -> Arrays:
     """Inputs of an attention op, its pages stored however, as those of the same op on an int8 cache. Poison of the
     cache stays poison: a step is NaN where a value was, and 1 / 127 of it where that was a number."""
-    whole, steps = in_int8(*(arrays[name].astype(np.float32) for name in CACHE))
+    whole, steps = in_int8(*(arrays[name] for name in CACHE))
     return arrays | dict(zip((*CACHE, *CACHE_SCALES), (*whole, *steps), strict=True))
 
 
