@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_dataclass():
         (["--fp16", "--fp32"], "not allowed"),
         (["--int3"], "--int3"),
         (["--kv", "int4"], "--kv"),
+        (["--kv-cache", "int4"], "--kv-cache"),
     ],
 )
 def test_errors_are_messages(arguments, text):
