@@ -103,14 +103,15 @@ def append(
     slot = position[:, None] * HEAD_DIM + dim
     room = position < capacity
     stored = real & room[:, None]
-    copied = tl.load(value + new + token[:, None] + dim, mask=real, other=0.0)
+    kept: tl.constexpr = cache_key.dtype.element_ty
     if INT8_CACHE:
         turned, key_step = quantise(turned)
-        copied, value_step = quantise(copied.to(tl.float32))
         tl.store(past_key_scale + first + position, key_step, mask=inside & room)
-        tl.store(past_value_scale + first + position, value_step, mask=inside & room)
-    kept: tl.constexpr = cache_key.dtype.element_ty
     tl.store(cache_key + cache + slot, turned.to(kept), mask=stored)
+    copied = tl.load(value + new + token[:, None] + dim, mask=real, other=0.0)
+    if INT8_CACHE:
+        copied, value_step = quantise(copied.to(tl.float32))
+        tl.store(past_value_scale + first + position, value_step, mask=inside & room)
     tl.store(cache_value + cache + slot, copied.to(kept), mask=stored)
 
 
