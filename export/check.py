@@ -116,7 +116,7 @@ def parity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None = None) -
     tests.parity.report). Of calibrated bundles, a step between: that the checkpoint with their scales folded in is
     still the same network. int8 pages likewise: what is stored with the reference's pages, to half a step beyond the
     limit of the precision, and what it leads to with a reference that reads what is stored (with lazy pages: its own,
-    so rounded).
+    so rounded). With an int8 cache that of the reference is int8, too: what it costs is another question again.
     Where transformers is installed, its own Llama and CLIP are asked as well (export/second_opinion.py).
     Raises ParityError naming the first stage that misses its limit. Needs both models in memory.
     """
@@ -152,12 +152,13 @@ def _all_stages(
         return
     asked = second_opinion.request(g)
     ours = []
-    if weights is checkpoint:
+    if weights is checkpoint and not g.int8_cache:
         ours.append((FP32, "", second_opinion.of_model(reference, asked)))
         ours.append((precision, ", the bundle", second_opinion.of_model(model, asked)))
     del reference, model  # their memory is needed
-    if not ours:  # rounded weights are no opinion about the checkpoint's own
-        ours.append((FP32, "", second_opinion.of_model(ReferenceModel(g, checkpoint), asked)))
+    if not ours:  # what rounds weights or keys is no opinion about the checkpoint's own network
+        plain = ReferenceModel(replace(g, int8_cache=False), checkpoint)
+        ours.append((FP32, "", second_opinion.of_model(plain, asked)))
     yield from _second_opinion(bundle, checkpoint, asked, ours)
 
 
@@ -196,7 +197,8 @@ def _second_opinion(
 def _folding(g: Geometry, checkpoint: Checkpoint, folded: Weights) -> Iterator[Stage]:
     """The reference with the checkpoint's weights beside one with scales folded in, both float32. Page values differ:
     scales are in them."""
-    for stage in _stages(ReferenceModel(g, checkpoint), ReferenceModel(g, folded), g, FP32):
+    plain = replace(g, int8_cache=False)  # where a last bit that differs would be a step of 127
+    for stage in _stages(ReferenceModel(plain, checkpoint), ReferenceModel(plain, folded), plain, FP32):
         if not stage.name.startswith(("vision ", "page ")):
             yield Stage(f"scales folded in: {stage.name}", stage.error, stage.limit)
 
