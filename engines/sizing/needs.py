@@ -50,7 +50,7 @@ CUDA_CONTEXT = 400_000_000
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is to be built and asked. The geometry holds the context, how pages are projected, and how they and the cache
+    """What is to be built and asked. The geometry holds the context, how pages are projected, and how pages and cache
     are kept.
 
     block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
