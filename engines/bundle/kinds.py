@@ -17,9 +17,9 @@ def kinds(part: str, g: Geometry) -> tuple[str, ...]:
     """The kinds of graphs a bundle holds of a part.
 
     The vision and pages parts hold no flex:: nodes: one graph serves every provider of ONNX Runtime, and the traced one
-    needs no plugins. Which pages are new is known to plugins alone.
+    needs no plugins. Which pages are new is known to plugins alone, and TensorRT itself updates no int8 cache in place.
     """
     if part != "decoder":
         return TRACED, ONNXRUNTIME
-    plugin_free = () if g.lazy_pages else (PLUGIN_FREE,)
+    plugin_free = () if g.lazy_pages or g.int8_cache else (PLUGIN_FREE,)
     return (TRACED, ONNXRUNTIME, ONNXRUNTIME_CUDA, *plugin_free)

@@ -12,11 +12,10 @@ import numpy as np
 
 from engines.backend import Image, Opening, Step
 from engines.bundle.folder import Bundle
-from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA
 from engines.bundle.mapped import MappedFiles
 from engines.bundle.rebuild import rebuild
-from engines.bundle.specs import TensorSpec, in_place, page_inputs
+from engines.bundle.specs import TensorSpec, cache_inputs, in_place, page_inputs
 from engines.checks import require_integer
 from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
@@ -68,6 +67,7 @@ class OrtModel:
         self._mapped.require_mapped()
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
+        self._cache_specs = [spec for spec in described.inputs if spec.name in cache_inputs(self.geometry)]
         self._in_place = in_place(described.outputs)
         self._model_dtype = numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
 
@@ -168,8 +168,12 @@ class OrtModel:
         """See Model.device_ms: ONNX Runtime does not measure."""
         return 0.0
 
-    def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
-        return self.buffers.zeros(spec.of_batch(batch), spec.dtype)
+    def cache(self, batch: int, capacity: int) -> dict[str, ort.OrtValue]:
+        """An empty cache for so many rows of `capacity` tokens: what the decoder takes of it, by name."""
+        return {spec.name: self._blank(spec, batch, capacity) for spec in self._cache_specs}
+
+    def _blank(self, spec: TensorSpec, batch: int, capacity: int | None = None) -> ort.OrtValue:
+        return self.buffers.zeros(spec.of_batch(batch, capacity), spec.dtype)
 
     def _run(self, part: str, inputs: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
         session = self._sessions[part]
@@ -211,8 +215,7 @@ class OrtDecoder:
             "margins": model.buffers.of(image.margins),
         }
         self._inputs |= image.pages
-        shape = batch, g.kv_heads, capacity, g.head_dim
-        self._cache = {name: model.zeros(shape) for name in _cache_names(g)} if cache is None else cache
+        self._cache = model.cache(batch, capacity) if cache is None else cache
         selecting = len(g.selecting_layers)
         empty = model.buffers.empty
         self._outputs = {
@@ -280,8 +283,9 @@ class OrtDecoder:
         """See Decoder.enlarged; the cache is copied."""
         other, used = self._model.decoder(self._image, capacity), int(self.length.max())
         for name, value in self._cache.items():
-            cache = np.zeros(other._cache[name].shape(), self._model._model_dtype)
-            cache[:, :, :used] = value.numpy()[:, :, :used]
+            kept = value.numpy()
+            cache = np.zeros(other._cache[name].shape(), kept.dtype)
+            cache[:, :, :used] = kept[:, :, :used]
             other._cache[name].update_inplace(cache)
         other.length[:] = self.length
         return other
@@ -289,7 +293,7 @@ class OrtDecoder:
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
         binding = self._session.io_binding()
         named = {"input_ids": ids, "past_length": self._past_length, "page_budget": self._budget}
-        named |= self._inputs | {f"past_{name}": value for name, value in self._cache.items()}
+        named |= self._inputs | self._cache
         for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in self._outputs.items():
@@ -315,8 +319,9 @@ class OrtSlots:
         self._begin, self._margins = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
         self._features: np.ndarray = np.zeros((count, g.image_tokens, g.hidden), model._model_dtype)
         self._pages = {spec.name: np.zeros(spec.of_batch(count), spec.dtype) for spec in model._page_specs}
-        shape = count, g.kv_heads, self._capacity, g.head_dim
-        self._cache: dict[str, np.ndarray] = {name: np.zeros(shape, model._model_dtype) for name in _cache_names(g)}
+        self._cache: dict[str, np.ndarray] = {
+            spec.name: np.zeros(spec.of_batch(count, self._capacity), spec.dtype) for spec in model._cache_specs
+        }
         self._rows = [self._decoder(slice(row, row + 1)) for row in range(count)]
         self._first = [self._decoder(slice(0, rows + 1)) for rows in range(count)]
 
@@ -349,7 +354,7 @@ class OrtSlots:
             return None
 
     def put(self, row: int, cache: dict[str, np.ndarray], tokens: int) -> None:
-        """Keys and values [Hkv, tokens or more, hd] by name -> the first tokens of a row, and nothing else."""
+        """A cache by name, [Hkv, tokens or more, ...] -> the first tokens of a row, and nothing else."""
         for name, array in cache.items():
             self._cache[name][row, :, :tokens] = array[:, :tokens]
         self.length[row] = tokens
@@ -379,7 +384,7 @@ class OrtKept:
     """engines.backend.KeptCache in the host's memory."""
 
     def __init__(self, slots: OrtSlots, cache: dict[str, np.ndarray]) -> None:
-        """`cache`: keys and values [Hkv, tokens, hd] by name."""
+        """`cache`: of a row, by name: [Hkv, tokens, ...]."""
         self._slots, self._cache = slots, cache
 
     @property
@@ -390,8 +395,3 @@ class OrtKept:
     def restore(self, row: int, tokens: int) -> None:
         """See KeptCache.restore."""
         self._slots.put(row, self._cache, tokens)
-
-
-def _cache_names(g: Geometry) -> list[str]:
-    """Of a decoder's keys and values."""
-    return [f"{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]

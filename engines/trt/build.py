@@ -203,6 +203,7 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         block_size=p.block_size(other.block, options.backend) if p.quantises else None,
         context=other.geometry.context,
         kv="int8" if other.geometry.int8_pages else "model",
+        kv_cache="int8" if other.geometry.int8_cache else "model",
     )
 
 

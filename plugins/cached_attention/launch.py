@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from plugins.op import ALIGNMENT, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, blocks, power_of_two
+from plugins.op import (
+    ALIGNMENT,
+    CACHE_SCALES,
+    TRITON_TYPES,
+    Kernel,
+    Launch,
+    Op,
+    Shapes,
+    Tensor,
+    blocks,
+    in_int8,
+    power_of_two,
+)
 from plugins.tiles import tiled
 
 # How `attend` shares its work out, the same on every SM: `combine` must know it, and scratch memory depends on it. One
@@ -23,7 +35,10 @@ FOLDER = "plugins.cached_attention.kernel"
 
 class CachedAttention(Op):
     name = "CachedAttention"
-    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "grid")
+    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "grid", "int8_cache")
+    defaults: ClassVar[dict[str, int]] = {"int8_cache": 0}
+    # What an attribute keeps in 8 bits: inputs of this prefix, whose scales follow the others in this order.
+    int8_stores: ClassVar[dict[str, str]] = {"int8_cache": "past"}
     inputs: tuple[Tensor, ...] = (
         Tensor("query", "model"),
         Tensor("key", "model"),
@@ -43,17 +58,31 @@ class CachedAttention(Op):
     )
     in_place: Mapping[str, str] = {"present_key": "past_key", "present_value": "past_value"}
 
-    # What flex::HierarchicalAttention changes: the kernel and its function; what it takes and is compiled for beside.
+    # What flex::HierarchicalAttention changes: the kernel and its function; what it takes and is compiled for beside,
+    # and what of that it does without.
     attend: ClassVar[tuple[str, str]] = ("attend", f"{FOLDER}:attend")
     page_parameters: tuple[str, ...] = ()
     page_constants: tuple[tuple[str, int], ...] = ()
-    absent: tuple[str, ...] = ()
+    page_absent: tuple[str, ...] = ()
+
+    def __init__(self, **attributes: int) -> None:
+        super().__init__(**attributes)
+        for attribute, prefix in self.int8_stores.items():
+            if self.attributes[attribute]:
+                inputs, scales = in_int8(self.inputs, prefix)
+                self.inputs = *inputs, *scales
+        if self.attributes["int8_cache"]:
+            outputs, scales = in_int8(self.outputs, "present")
+            self.outputs = *outputs, *scales
+            scales_in_place = {f"{output}_scale": f"{store}_scale" for output, store in self.in_place.items()}
+            self.in_place = {**self.in_place, **scales_in_place}
 
     def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
-        query, cache, side = tuple(shapes["query"]), tuple(shapes["past_key"]), self.attributes["grid"]
-        return {"context": query, "present_key": cache, "present_value": cache, "map": (query[0], side, side)}
+        query, side = tuple(shapes["query"]), self.attributes["grid"]
+        updated = {output: tuple(shapes[source]) for output, source in self.in_place.items()}
+        return {"context": query, "map": (query[0], side, side), **updated}
 
-    def kernels(self, dtype: str) -> tuple[Kernel, ...]:
+    def make_kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a = self.attributes
         heads, group = ("HEADS", a["heads"]), ("GROUP", a["heads"] // a["kv_heads"])
         width = ("HEAD_DIM", a["head_dim"]), ("WIDTH", max(16, power_of_two(a["head_dim"])))  # tensor cores take 16
@@ -76,29 +105,33 @@ class CachedAttention(Op):
             typed = tuple((each, types[each]) for each in parameters)
             return tiled(Kernel(name, function, typed, constants, absent=absent, tile=tile))
 
-        new, cache, turn = ("key", "value"), ("cache_key", "cache_value"), ("positions", "cos", "sin")
+        int8_cache = "INT8_CACHE", a["int8_cache"]
+        scales, absent = (CACHE_SCALES, ()) if a["int8_cache"] else ((), CACHE_SCALES)
+        new, cache, turn = ("key", "value"), ("cache_key", "cache_value", *scales), ("positions", "cos", "sin")
         sizes = "steps", "capacity"
         return (
             kernel(
                 "append",
                 f"{FOLDER}:append",
                 (*new, *cache, *turn, *sizes),
-                (("KV_HEADS", a["kv_heads"]), *width),
+                (("KV_HEADS", a["kv_heads"]), *width, int8_cache),
                 ("ROWS",),
+                absent,
             ),
             kernel(
                 "prefill",
                 f"{FOLDER}:prefill",
                 ("query", *cache, *turn, "context", *sizes),
-                (heads, group, *width),
+                (heads, group, *width, int8_cache),
                 ("ROWS", "BLOCK"),
+                absent,
             ),
             kernel(
                 *self.attend,
                 ("query", *new, *cache, *turn, "image_begin", *self.page_parameters, *PARTS, *sizes),
-                (heads, group, *width, image, splits[0], *self.page_constants),
+                (heads, group, *width, image, splits[0], *self.page_constants, int8_cache),
                 ("BLOCK", "SPLIT", "PAGES_PER_SPLIT"),
-                self.absent,
+                (*self.page_absent, *absent),
             ),
             kernel(
                 "combine",

@@ -48,6 +48,9 @@ def test_defaults_of_block_sizes_and_engines():
 def test_the_geometry_is_the_bundles():
     g = settled(context=1024, projection="lazy", kv="int8").geometry
     assert g == replace(official(), context=1024, lazy_pages=True, int8_pages=True)
+    recipe = settled(kv_cache="int8")  # of ordinary tokens alone
+    assert recipe.geometry == replace(official(), int8_cache=True)
+    assert recipe.record(None)["kv_cache"] == "int8" and recipe.record(None)["kv"] == "model"
 
 
 def test_a_packed_checkpoint_brings_its_own():

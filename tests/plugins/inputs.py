@@ -11,10 +11,11 @@ import torch
 from plugins.cached_attention.launch import CachedAttention
 from plugins.cached_attention.reference import quantise
 from plugins.hierarchical_attention.launch import HierarchicalAttention
-from plugins.op import Op
+from plugins.op import CACHE_SCALES, Op
 from plugins.project_pages.launch import ProjectPages
 
 Arrays = dict[str, np.ndarray]
+CACHE = "past_key", "past_value"
 
 
 def to_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -145,6 +146,13 @@ def int8_attention_inputs(sizes: Sizes, dtype: str, poison: float = 1e3) -> Arra
     pages = dict(zip(("page_key", "page_value"), whole, strict=True))
     scales = dict(zip(("page_key_scale", "page_value_scale"), steps, strict=True))
     return rounded(sizes.hierarchical(int8_pages=1), dtype, arrays | pages | scales)
+
+
+def with_int8_cache(arrays: Arrays) -> Arrays:
+    """Inputs of an attention op, its pages stored however, as those of the same op on an int8 cache. Poison of the
+    cache stays poison: a step is NaN where a value was, and 1 / 127 of it where that was a number."""
+    whole, steps = in_int8(*(arrays[name] for name in CACHE))
+    return arrays | dict(zip((*CACHE, *CACHE_SCALES), (*whole, *steps), strict=True))
 
 
 def in_int8(*stores: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:

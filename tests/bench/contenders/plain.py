@@ -80,10 +80,10 @@ class PlainDecoder(OrtDecoder):
         outputs = {value.name for value in self._session.get_outputs()}
         binding = self._session.io_binding()
         named = {"input_ids": ids, "past_length": self._past_length, **self._inputs}
-        named |= {f"past_{name}": value for name, value in self._cache.items()}
+        named |= self._cache
         for name in inputs:
             binding.bind_ortvalue_input(name, named[name])
-        results = self._outputs | {f"present_{name}": value for name, value in self._cache.items()}
+        results = self._outputs | {name.replace("past_", "present_"): value for name, value in self._cache.items()}
         for name in outputs:
             binding.bind_ortvalue_output(name, results[name])
         for name in ("pages", "page_count"):  # this graph has none

@@ -29,19 +29,24 @@ from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, s
 
 STEPS, COUNT = 4, 4
 ODD = replace(GEOMETRY, context=201)  # a row of its cache is no multiple of 256 bytes
+KINDS = {
+    "lazy": {"projection": "lazy"},
+    "lazy-int8": {"projection": "lazy", "kv": "int8"},
+    "lazy-int8-both": {"projection": "lazy", "kv": "int8", "kv_cache": "int8"},
+    "odd-int8-cache": {"kv_cache": "int8"},
+}
 
 
 @pytest.fixture(scope="module")
 def bundles(random_model, shared):
-    """bundles(kind, **change) -> a bundle with emulated engines for COUNT rows, "odd" with a context of ODD; `change`:
-    of with_plans."""
+    """bundles(kind, **change) -> a bundle with emulated engines for COUNT rows, its build's knobs those of KINDS, "odd"
+    ones with a context of ODD; `change`: of with_plans."""
 
     def get(kind: str, **change: object):
-        odd = kind == "odd"
+        odd = kind.startswith("odd")
         checkpoint, plain = random_model(f"engine{'-odd' if odd else ''}", ODD if odd else GEOMETRY, tokenizer=True)
-        if kind.startswith("lazy"):
-            kv = "int8" if kind.endswith("int8") else "model"
-            options = BuildOptions(checkpoint, shared / f"engine-{kind}", precision="fp32", projection="lazy", kv=kv)
+        if kind in KINDS:
+            options = BuildOptions(checkpoint, shared / f"engine-{kind}", precision="fp32", **KINDS[kind])
             plain = once(options.out, lambda _: build(options))
         change = {"backend": "tensorrt", "most": COUNT, **change}
         folder = shared / "-".join(map(str, ("slots", kind, *change.values())))
@@ -138,7 +143,7 @@ def held(model: TrtModel, slots, row: int) -> dict[str, np.ndarray]:
     return {name: array.numpy(model.stream) for name, array in slots._of(row).items()}
 
 
-@pytest.mark.parametrize("kind", ["eager", "odd"])
+@pytest.mark.parametrize("kind", ["eager", "odd", "odd-int8-cache"])
 def test_rows_come_and_go(driver, bundles, kind):
     model = TrtModel(Bundle(bundles(kind)), "tensorrt")
     slots = model.slots(COUNT)
@@ -180,9 +185,10 @@ def test_rows_of_the_reference(random_model):
     assert slots.length[0] == second.ids.shape[1] + 1 and slots.nbytes > slots.first(3).nbytes > slots.row(0).nbytes
 
 
-def test_a_row_writes_into_itself_alone(driver, bundles):
+@pytest.mark.parametrize("kind", ["odd", "odd-int8-cache"])
+def test_a_row_writes_into_itself_alone(driver, bundles, kind):
     """Prefill and single steps of a row, and a load, leave every byte of its neighbours as it was."""
-    model = TrtModel(Bundle(bundles("odd")), "tensorrt")
+    model = TrtModel(Bundle(bundles(kind)), "tensorrt")
     slots, it = model.slots(3), asked(model, 0, 16)
     poison(model, slots, 0, 2)
     before = [held(model, slots, row) for row in (0, 2)]
@@ -195,8 +201,9 @@ def test_a_row_writes_into_itself_alone(driver, bundles):
     assert slots.length.tolist() == [0, it.ids.shape[1], 0]
 
 
-def test_what_is_copied_goes_on_as_its_source(driver, bundles):
-    model = TrtModel(Bundle(bundles("odd")), "tensorrt")
+@pytest.mark.parametrize("kind", ["odd", "odd-int8-cache"])
+def test_what_is_copied_goes_on_as_its_source(driver, bundles, kind):
+    model = TrtModel(Bundle(bundles(kind)), "tensorrt")
     slots = model.slots(3)
     first = asked(model, 0, 16)
     other, shared = request(model.geometry, 3)[1], first.ids.shape[1] - 6  # another question about the image
@@ -290,7 +297,7 @@ def test_what_is_refused(bundles, monkeypatch):
         Engine(folder, slots=4)
 
 
-@pytest.mark.parametrize("kind", ["lazy", "lazy-int8"])
+@pytest.mark.parametrize("kind", ["lazy", "lazy-int8", "lazy-int8-both"])
 def test_with_kernels(driver, bundles, kind):
     """Pages of each row are projected into its own store when it selects them, and go along when it is copied."""
     folder = bundles(kind, backend="tensorrt-rtx", most=2, plugins=True)
