@@ -64,6 +64,7 @@ def _projection(rows: int, width: int, lanes: int, programs: int) -> tuple[tuple
 # The first row that holds is taken: those for some SMs or smaller sizes stand before those for all.
 TILES: tuple[Tile, ...] = (
     Tile("append", (("ROWS", 32),), 4, 2, "chosen: small, and not measured against others"),
+    Tile("dequantise", (("ROWS", 32),), 4, 2, "as `append`"),
     Tile("prefill", (("ROWS", 16), ("BLOCK", 16)), 4, 2, "no tensor cores: products are unrolled", dtypes=("float32",)),
     Tile(
         "prefill", (("ROWS", 64), ("BLOCK", 64)), 4, 3, sms=(90,), dtypes=HALVES, native=True,
