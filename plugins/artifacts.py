@@ -31,7 +31,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
 MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 3 MB
 PAGE_KERNELS = "attend_pages", "project_pages"  # those that read or write pages, and those of the cache
-CACHE_KERNELS = "append", "prefill", "attend", "attend_pages"
+CACHE_KERNELS = "append", "attend", "attend_pages"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

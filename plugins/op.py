@@ -141,8 +141,8 @@ class Op(ABC):
         """What `kernels` returns: it follows from the attributes and `dtype` alone."""
 
     @abstractmethod
-    def workspace(self, shapes: Shapes[int]) -> int:
-        """Bytes of scratch memory a call with these (or smaller) shapes needs."""
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
+        """Bytes of scratch memory a call with these (or smaller) shapes needs when the model computes in `dtype`."""
 
     @abstractmethod
     def launches_of(

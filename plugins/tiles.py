@@ -64,6 +64,7 @@ def _projection(rows: int, width: int, lanes: int, programs: int) -> tuple[tuple
 # The first row that holds is taken: those for some SMs or smaller sizes stand before those for all.
 TILES: tuple[Tile, ...] = (
     Tile("append", (("ROWS", 32),), 4, 2, "chosen: small, and not measured against others"),
+    Tile("dequantise", (("ROWS", 32),), 4, 2, "as `append`"),
     Tile("prefill", (("ROWS", 16), ("BLOCK", 16)), 4, 2, "no tensor cores: products are unrolled", dtypes=("float32",)),
     Tile(
         "prefill", (("ROWS", 64), ("BLOCK", 64)), 4, 3, sms=(90,), dtypes=HALVES, native=True,
@@ -85,6 +86,13 @@ TILES: tuple[Tile, ...] = (
         "prefill", (("ROWS", 128), ("BLOCK", 64)), 8, 3, dtypes=HALVES,
         source="measured on an H100, head size 128: 48 us at 717 tokens, 90 at 1,199; 64x64 by 4 warps: 51 and 97. Its "
         "96 KB of shared memory fit every SM, and none has registers for a second program of 8 warps",
+    ),
+    Tile(
+        "attend", (("BLOCK", 64),), 4, 2, dtypes=("float32",),
+        source="chosen: at head size 128 a tile of float32 keys and values takes the registers of four warps",
+    ),
+    Tile(
+        "attend_pages", (("BLOCK", 64),), 4, 2, dtypes=("float32",), source="as `attend`",
     ),
     Tile("attend", (("BLOCK", 64),), 2, 2, "measured on an H100: 9.5 us, of 128 keys by 4 warps 10.3 (1,200 tokens)"),
     Tile("attend_pages", (("BLOCK", 64),), 2, 2, "as `attend`"),

@@ -115,6 +115,45 @@ def append(
 
 
 @triton.jit
+def dequantise(
+    cache_key,  # [B, Hkv, L, hd] int8
+    cache_value,
+    past_key_scale,  # [B, Hkv, L] float32
+    past_value_scale,
+    positions,  # [B, S] int64
+    float_key,  # [B, Hkv, L, hd] in the model dtype, slots of all tokens but the last written
+    float_value,
+    steps,
+    capacity,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The int8 cache as `prefill` reads it. Programs: (blocks of ROWS slots, Hkv, B); those past the end do nothing.
+
+    Each number is rounded to the model dtype once, as that of a cache that is not int8. Within `prefill` it would be
+    done again for each block of queries, by every warp, in registers that its tiles have no room for.
+    """
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(0) * ROWS
+    end = tl.minimum(tl.load(positions + row * steps + steps - 1).to(tl.int32), capacity)
+    if begin < end:
+        slot = begin + tl.arange(0, ROWS)
+        inside = slot < end
+        dim = tl.arange(0, WIDTH)[None, :]
+        real = inside[:, None] & (dim < HEAD_DIM)
+        first = (row * KV_HEADS + head) * capacity
+        cache, at = first * HEAD_DIM, slot[:, None] * HEAD_DIM + dim
+        key = tl.load(cache_key + cache + at, mask=real, other=0).to(tl.float32)
+        key *= tl.load(past_key_scale + first + slot, mask=inside, other=0.0)[:, None]
+        tl.store(float_key + cache + at, key.to(float_key.dtype.element_ty), mask=real)
+        value = tl.load(cache_value + cache + at, mask=real, other=0).to(tl.float32)
+        value *= tl.load(past_value_scale + first + slot, mask=inside, other=0.0)[:, None]
+        tl.store(float_value + cache + at, value.to(float_value.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def load_tile(store, tile, real, dim, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Keys or values at the offsets `tile` of one head: all of them with WHOLE, else the `real` ones, and 0."""
     if not WHOLE:
@@ -125,44 +164,24 @@ def load_tile(store, tile, real, dim, HEAD_DIM: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def load_steps(scale, slot, last, WHOLE: tl.constexpr):
-    """The steps of the tokens in `slot`: of all of them with WHOLE, else of those up to `last`, and 0."""
-    if WHOLE:
-        return tl.load(scale + slot)
-    return tl.load(scale + slot, mask=slot <= last, other=0.0)
-
-
-@triton.jit
 def prefill_tile(
-    q, store, slot, position, last, largest, total, read,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, INT8: tl.constexpr,
+    q, keys, values, slot, position, last, largest, total, read,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Attend queries to the keys in `slot`: the running maximum, sum and weighted values. WHOLE: all see all of them.
 
-    store: where keys and values of one head begin, and with INT8 the steps of both. Every int8 number is one of the
-    model's dtype, too: the products of queries and keys are those of whole steps, and each score is multiplied by its
-    token's step after the sum. Values are multiplied by theirs before, and rounded to the model's dtype, as they were
-    before they were int8; to multiply the weights instead would take them where float16 has few digits, or none, when
-    values are small.
-
     The exponent's base is 2: GPUs have no other, and its factor is multiplied in the same instruction that subtracts.
     """
-    keys, values, key_scale, value_scale = store
-    kind: tl.constexpr = q.dtype
     dim = tl.arange(0, WIDTH)
     tile = slot[:, None] * HEAD_DIM + dim[None, :]
     k = load_tile(keys, tile, slot <= last, dim, HEAD_DIM, WIDTH, WHOLE)
-    score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee")
-    if INT8:
-        score *= load_steps(key_scale, slot, last, WHOLE)[None, :]
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if not WHOLE:
         score = tl.where(slot[None, :] <= position[:, None], score, EMPTY)
     highest = tl.maximum(largest, tl.max(score, 1))
     weight = tl.exp2(score * LOG2_E - (highest * LOG2_E)[:, None])
     keep = tl.exp2((largest - highest) * LOG2_E)
     v = load_tile(values, tile, slot <= last, dim, HEAD_DIM, WIDTH, WHOLE)
-    if INT8:
-        v = (v.to(tl.float32) * load_steps(value_scale, slot, last, WHOLE)[:, None]).to(kind)
     total = total * keep + tl.sum(weight, 1)
     read = tl.dot(weight.to(v.dtype), v, read * keep[:, None], input_precision="ieee")
     return highest, total, read
@@ -171,10 +190,8 @@ def prefill_tile(
 @triton.jit
 def prefill(
     query,  # [B, S, H*hd]
-    cache_key,  # [B, Hkv, L, hd]
+    cache_key,  # [B, Hkv, L, hd]; of an int8 cache what `dequantise` made of it
     cache_value,
-    past_key_scale,  # [B, Hkv, L] float32
-    past_value_scale,
     positions,  # [B, S] int64
     cos,  # [context, hd/2] float32
     sin,
@@ -187,7 +204,6 @@ def prefill(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    INT8_CACHE: tl.constexpr,
 ):
     """Causal attention of ROWS queries, tile by tile (FlashAttention). Programs: (blocks of ROWS tokens, H, B).
 
@@ -200,14 +216,12 @@ def prefill(
     position = tl.load(positions + row * steps + step, mask=inside, other=0).to(tl.int32)
     token = (step * HEADS + head) * HEAD_DIM
     new = row * steps * HEADS * HEAD_DIM
-    kind: tl.constexpr = query.dtype.element_ty
+    kind: tl.constexpr = cache_key.dtype.element_ty
     q = load_rotated(query + new, cos, sin, token, position, inside, HEAD_DIM, WIDTH)
     q = (q * (HEAD_DIM**-0.5)).to(kind)
 
-    first = (row * (HEADS // GROUP) + head // GROUP) * capacity
-    store = cache_key + first * HEAD_DIM, cache_value + first * HEAD_DIM, None, None
-    if INT8_CACHE:
-        store = store[0], store[1], past_key_scale + first, past_value_scale + first
+    cache = (row * (HEADS // GROUP) + head // GROUP) * capacity * HEAD_DIM
+    keys, values = cache_key + cache, cache_value + cache
     last = tl.minimum(tl.max(position, 0), capacity - 1)
     whole = (tl.min(tl.where(inside, position, last), 0) + 1) // BLOCK * BLOCK
     column = tl.arange(0, BLOCK)
@@ -216,11 +230,11 @@ def prefill(
     read = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, whole, BLOCK):
         largest, total, read = prefill_tile(
-            q, store, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, True, INT8_CACHE
+            q, keys, values, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, True
         )
     for start in range(whole, last + 1, BLOCK):
         largest, total, read = prefill_tile(
-            q, store, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, False, INT8_CACHE
+            q, keys, values, start + column, position, last, largest, total, read, HEAD_DIM, WIDTH, False
         )
     dim = tl.arange(0, WIDTH)
     result = (read / total[:, None]).to(kind)

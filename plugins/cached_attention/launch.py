@@ -1,17 +1,20 @@
 """flex::CachedAttention as a plugin, and what both attention plugins share. Tensors: see the package docstring.
 
 The last query goes through `attend` (one program per head and split of its keys) and `combine` (merges the splits, sums
-the map); in a decode step it is the only one. The queries before it go through `append` and `prefill` first.
+the map); in a decode step it is the only one. The queries before it go through `append` and `prefill` first, over an
+int8 cache with `dequantise` between, which makes a cache of floats in scratch memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from plugins.op import (
     ALIGNMENT,
     CACHE_SCALES,
+    ITEMSIZE,
     TRITON_TYPES,
     Kernel,
     Launch,
@@ -22,7 +25,7 @@ from plugins.op import (
     in_int8,
     power_of_two,
 )
-from plugins.tiles import tiled
+from plugins.tiles import dtype_of, tiled
 
 # How `attend` shares its work out, the same on every SM: `combine` must know it, and scratch memory depends on it. One
 # tile of keys a program, by two warps, was measured on an H100: 9.5 us, where 128 keys by four warps took 10.3. On few
@@ -30,6 +33,7 @@ from plugins.tiles import tiled
 SPLIT = 64  # keys of one program
 PAGES_PER_SPLIT = 1
 PARTS = "part", "part_max", "part_sum", "scores"  # what `attend` hands to `combine`
+FLOATS = "float_key", "float_value"  # what `dequantise` hands to `prefill`
 FOLDER = "plugins.cached_attention.kernel"
 
 
@@ -91,7 +95,7 @@ class CachedAttention(Op):
 
         types = {tensor.name: f"*{TRITON_TYPES[tensor.kind(dtype)]}" for tensor in (*self.inputs, *self.outputs)}
         types |= {"cache_key": types["past_key"], "cache_value": types["past_value"], "page_count": "*i64"}
-        types |= dict.fromkeys(PARTS, "*fp32")
+        types |= dict.fromkeys(PARTS, "*fp32") | dict.fromkeys(FLOATS, types["query"])
         types |= dict.fromkeys(("steps", "capacity", "page_total", "page_splits"), "i32")
 
         def kernel(
@@ -101,34 +105,44 @@ class CachedAttention(Op):
             constants: tuple[tuple[str, int], ...],
             tile: tuple[str, ...],
             absent: tuple[str, ...] = (),
+            types: Mapping[str, str] = types,
         ) -> Kernel:
             typed = tuple((each, types[each]) for each in parameters)
             return tiled(Kernel(name, function, typed, constants, absent=absent, tile=tile))
 
-        int8_cache = "INT8_CACHE", a["int8_cache"]
-        scales, absent = (CACHE_SCALES, ()) if a["int8_cache"] else ((), CACHE_SCALES)
-        new, cache, turn = ("key", "value"), ("cache_key", "cache_value", *scales), ("positions", "cos", "sin")
+        int8 = a["int8_cache"]
+        scales, absent = (CACHE_SCALES, ()) if int8 else ((), CACHE_SCALES)
+        new, cache, turn = ("key", "value"), ("cache_key", "cache_value"), ("positions", "cos", "sin")
+        int8_cache, kv_heads = ("INT8_CACHE", int8), ("KV_HEADS", a["kv_heads"])
         sizes = "steps", "capacity"
+        append = kernel(
+            "append",
+            f"{FOLDER}:append",
+            (*new, *cache, *scales, *turn, *sizes),
+            (kv_heads, *width, int8_cache),
+            ("ROWS",),
+            absent,
+        )
+        dequantise = kernel(
+            "dequantise",
+            f"{FOLDER}:dequantise",
+            (*cache, *CACHE_SCALES, "positions", *FLOATS, *sizes),
+            (kv_heads, *width),
+            ("ROWS",),
+        )
+        prefill = kernel(
+            "prefill",
+            f"{FOLDER}:prefill",
+            ("query", *cache, *turn, "context", *sizes),
+            (heads, group, *width),
+            ("ROWS", "BLOCK"),
+            types=types | dict.fromkeys(cache, types["query"]),  # an int8 cache as `dequantise` leaves it
+        )
         return (
-            kernel(
-                "append",
-                f"{FOLDER}:append",
-                (*new, *cache, *turn, *sizes),
-                (("KV_HEADS", a["kv_heads"]), *width, int8_cache),
-                ("ROWS",),
-                absent,
-            ),
-            kernel(
-                "prefill",
-                f"{FOLDER}:prefill",
-                ("query", *cache, *turn, "context", *sizes),
-                (heads, group, *width, int8_cache),
-                ("ROWS", "BLOCK"),
-                absent,
-            ),
+            *((append, dequantise, prefill) if int8 else (append, prefill)),
             kernel(
                 *self.attend,
-                ("query", *new, *cache, *turn, "image_begin", *self.page_parameters, *PARTS, *sizes),
+                ("query", *new, *cache, *scales, *turn, "image_begin", *self.page_parameters, *PARTS, *sizes),
                 (heads, group, *width, image, splits[0], *self.page_constants, int8_cache),
                 ("BLOCK", "SPLIT", "PAGES_PER_SPLIT"),
                 (*self.page_absent, *absent),
@@ -142,7 +156,8 @@ class CachedAttention(Op):
             ),
         )
 
-    # Scratch: for every row, head and split the unnormalised context, its maximum and sum; the scores of image tokens.
+    # Scratch: for every row, head and split the unnormalised context, its maximum and sum; the scores of image tokens;
+    # for a prompt over an int8 cache, that cache in the model's dtype.
 
     @staticmethod
     def _splits(combine: Kernel, shapes: Shapes[int]) -> tuple[int, int]:
@@ -151,22 +166,25 @@ class CachedAttention(Op):
         keys, pages = combine.constant("SPLIT"), combine.constant("PAGES_PER_SPLIT")
         return blocks(shapes["past_key"][2], keys), blocks(page_total, pages)
 
-    def _scratch(self, splits: int, shapes: Shapes[int]) -> dict[str, int]:
-        """Bytes of each of PARTS, rounded up to ALIGNMENT."""
-        batch, heads = shapes["query"][0], self.attributes["heads"]
+    def _scratch(self, dtype: str, splits: int, shapes: Shapes[int]) -> dict[str, int]:
+        """Bytes of each of PARTS, and of FLOATS where a launch needs them, rounded up to ALIGNMENT."""
+        (batch, steps, _), heads = shapes["query"], self.attributes["heads"]
         partial = batch * heads * splits
         counts = partial * self.attributes["head_dim"], partial, partial, batch * heads * self.attributes["grid"] ** 2
-        return {name: blocks(4 * count, ALIGNMENT) * ALIGNMENT for name, count in zip(PARTS, counts, strict=True)}
+        sizes = {name: 4 * count for name, count in zip(PARTS, counts, strict=True)}
+        if self.attributes["int8_cache"] and steps > 1:
+            sizes |= dict.fromkeys(FLOATS, ITEMSIZE[dtype] * math.prod(shapes["past_key"]))
+        return {name: blocks(size, ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}
 
-    def workspace(self, shapes: Shapes[int]) -> int:
-        combine = self.kernels("float32")[-1]  # its tile has no dtype
-        return sum(self._scratch(sum(self._splits(combine, shapes)), shapes).values())
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
+        combine = self.kernels(dtype)[-1]
+        return sum(self._scratch(dtype, sum(self._splits(combine, shapes)), shapes).values())
 
     def launches_of(
         self, kernels: Sequence[Kernel], shapes: Shapes[int], addresses: Mapping[str, int], workspace: int
     ) -> list[Launch]:
         a = self.attributes
-        append, prefill, attend, combine = kernels
+        append, *dequantise, prefill, attend, combine = kernels
         (batch, steps, _), capacity = shapes["query"], shapes["past_key"][2]
         low, high = self._splits(combine, shapes)
         values = {
@@ -181,16 +199,20 @@ class CachedAttention(Op):
         if "page_lengths" in shapes:
             values["page_total"] = shapes["page_lengths"][0]
         at = workspace
-        for name, size in self._scratch(low + high, shapes).items():
+        for name, size in self._scratch(dtype_of(append), low + high, shapes).items():
             values[name] = at
             at += size
 
         launches, before = [], steps - 1
         if before:
-            launches = [
-                append.launch((blocks(before, append.constant("ROWS")), a["kv_heads"], batch), values),
-                prefill.launch((blocks(before, prefill.constant("ROWS")), a["heads"], batch), values),
-            ]
+            launches.append(append.launch((blocks(before, append.constant("ROWS")), a["kv_heads"], batch), values))
+            floats = values
+            for kernel in dequantise:
+                launches.append(
+                    kernel.launch((blocks(capacity, kernel.constant("ROWS")), a["kv_heads"], batch), values)
+                )
+                floats = {**values, "cache_key": values["float_key"], "cache_value": values["float_value"]}
+            launches.append(prefill.launch((blocks(before, prefill.constant("ROWS")), a["heads"], batch), floats))
         programs = a["heads"] + blocks(a["grid"] ** 2, combine.constant("MAP_BLOCK"))
         return [
             *launches,

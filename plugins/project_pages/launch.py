@@ -70,7 +70,7 @@ class ProjectPages(Op):
         )
         return (tiled(kernel),)
 
-    def workspace(self, shapes: Shapes[int]) -> int:
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
         return 0
 
     def launches_of(

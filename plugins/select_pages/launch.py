@@ -37,7 +37,7 @@ class SelectPages(Op):
         )
         return (kernel,)
 
-    def workspace(self, shapes: Shapes[int]) -> int:
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
         return 0
 
     def launches_of(
