@@ -95,7 +95,7 @@ class CachedAttention(Op):
 
         types = {tensor.name: f"*{TRITON_TYPES[tensor.kind(dtype)]}" for tensor in (*self.inputs, *self.outputs)}
         types |= {"cache_key": types["past_key"], "cache_value": types["past_value"], "page_count": "*i64"}
-        types |= dict.fromkeys(PARTS, "*fp32") | dict.fromkeys(FLOATS, types["query"])
+        types |= dict.fromkeys((*PARTS, *CACHE_SCALES), "*fp32") | dict.fromkeys(FLOATS, types["query"])
         types |= dict.fromkeys(("steps", "capacity", "page_total", "page_splits"), "i32")
 
         def kernel(

@@ -17,6 +17,7 @@ from tests.plugins.inputs import (
     attention_inputs,
     int8_attention_inputs,
     int8_projection_inputs,
+    on_int8_cache,
     projection_inputs,
     projection_op,
     rounded,
@@ -72,6 +73,14 @@ def check_int8_attention(sizes: Sizes, dtype: str, run: Run, *, bound: Mapping[s
     assert np.isnan(poisoned["page_value_scale"]).any() or sizes.counts == (sizes.pages,)
     tame = int8_attention_inputs(sizes, dtype, poison=0.0)
     compare_attention(sizes, by_reference(op, dtype, tame), run(op, dtype, poisoned), bound[dtype])
+
+
+def check_int8_cache(sizes: Sizes, dtype: str, run: Run, *, bound: Mapping[str, float] = ATTENTION_BOUND) -> None:
+    """Both ops over an int8 cache, with pages of floats and int8 ones. Scales of whatever nobody may look at are NaN,
+    before and after."""
+    tame, poisoned = (on_int8_cache(sizes, dtype, poison=poison) for poison in (0.0, np.nan))
+    for (op, given), (_, arrays) in zip(poisoned, tame, strict=True):
+        compare_int8_cache(sizes, given, by_reference(op, dtype, arrays), run(op, dtype, given), bound[dtype])
 
 
 def compare_int8_cache(

@@ -1,8 +1,7 @@
-"""Attention over an int8 cache: the ONNX bodies against the references, and those against first principles."""
+"""Attention over an int8 cache: the ONNX bodies against the references, and those against first principles; what the
+kernels must show, too."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,20 +9,11 @@ import pytest
 from plugins.cached_attention import LEAST, STEPS
 from plugins.cached_attention import onnx_int8 as cached
 from plugins.hierarchical_attention import onnx_body, onnx_cuda, onnx_int8
-from plugins.op import Op
+from tests.emulator.interpreter import call
 from tests.plugins.checks import ATTENTION_BOUND, compare_int8_cache, dequantised
 from tests.plugins.harness import by_body, by_reference
-from tests.plugins.inputs import (
-    ATTENTION_CASES,
-    Arrays,
-    Sizes,
-    attention_inputs,
-    int8_attention_inputs,
-    rounded,
-    with_int8_cache,
-)
+from tests.plugins.inputs import ATTENTION_CASES, Arrays, Sizes, on_int8_cache
 
-JUNK = 1e3  # in unused cache slots and unlisted pages
 CASES = {
     name: ATTENTION_CASES[name]
     for name in (
@@ -41,19 +31,6 @@ BODIES = {  # without pages, with pages of floats, with int8 pages
 }
 
 
-def ops(sizes: Sizes, dtype: str, seed: int = 7) -> Iterator[tuple[Op, Arrays]]:
-    """Attention over an int8 cache without pages, with pages of floats and with int8 pages, and inputs of each."""
-    attributes = sizes.hierarchical().attributes | {"int8_cache": 1}
-    hierarchical = type(sizes.hierarchical())
-    arrays = with_int8_cache(rounded(sizes.hierarchical(), dtype, attention_inputs(sizes, seed=seed, poison=JUNK)))
-    yield type(sizes.cached())(**sizes.cached().attributes | {"int8_cache": 1}), arrays
-    yield hierarchical(**attributes), arrays
-    yield (
-        hierarchical(**attributes | {"int8_pages": 1}),
-        with_int8_cache(int8_attention_inputs(sizes, dtype, poison=JUNK)),
-    )
-
-
 IN_FLOAT16 = "decode", "batch", "prefill, batch, grouped", "many heads, batch"
 
 
@@ -62,12 +39,14 @@ IN_FLOAT16 = "decode", "batch", "prefill, batch, grouped", "many heads, batch"
 )
 @pytest.mark.parametrize("body", BODIES)
 def test_bodies_equal_reference(case, body, dtype):
-    for (op, arrays), functions in zip(ops(CASES[case], dtype), BODIES[body], strict=True):
+    for (op, arrays), functions in zip(on_int8_cache(CASES[case], dtype), BODIES[body], strict=True):
         expected, found = by_reference(op, dtype, arrays), by_body(functions)(op, dtype, arrays)
         compare_int8_cache(CASES[case], arrays, expected, found, ATTENTION_BOUND[dtype])
 
 
-RUNS = {"reference": (by_reference,) * 3} | {name: tuple(map(by_body, body)) for name, body in BODIES.items()}
+RUNS = {"reference": (by_reference,) * 3, "kernels": (call,) * 3} | {
+    name: tuple(map(by_body, body)) for name, body in BODIES.items()
+}
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
@@ -75,7 +54,7 @@ def test_ties_and_zeros(runs):
     """A token whose numbers are ties, one of zeros."""
     sizes = Sizes(heads=2, kv_heads=2, past=(5,), steps=2)
     pattern = np.array([127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 3] * 2, np.float32)
-    for (op, arrays), run in zip(ops(sizes, "float32"), runs, strict=True):
+    for (op, arrays), run in zip(on_int8_cache(sizes, "float32"), runs, strict=True):
         arrays |= {"cos": np.ones_like(arrays["cos"]), "sin": np.zeros_like(arrays["sin"])}  # no rotation
         for name in ("key", "value"):
             arrays[name] = np.stack([np.tile(pattern, 2), np.zeros(32, np.float32)])[None]
@@ -90,7 +69,7 @@ def test_ties_and_zeros(runs):
 def test_float16_products_with_large_keys_do_not_overflow(runs):
     """Small keys have small steps: in steps they are 127, and products with them beyond what float16 holds."""
     sizes = Sizes(head_dim=128)
-    for (op, arrays), run in zip(ops(sizes, "float16"), runs, strict=True):
+    for (op, arrays), run in zip(on_int8_cache(sizes, "float16"), runs, strict=True):
         arrays["query"] = (300 * np.sign(arrays["query"])).astype(np.float16)
         arrays["past_key"][:] = np.where(np.arange(128) % 2, 127, -127)
         arrays["past_key_scale"][:] = 1e-6
@@ -104,7 +83,7 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(runs):
     """Every query reads what is stored, the new tokens' own keys and values too."""
     steps, past = 6, 20
     whole = Sizes(heads=8, kv_heads=2, past=(past,), steps=steps, counts=(0,))
-    for (op, arrays), run in zip(ops(whole, "float32"), runs, strict=True):
+    for (op, arrays), run in zip(on_int8_cache(whole, "float32"), runs, strict=True):
         at_once = run(op, "float32", arrays)
         cache = {name: arrays[name] for name in arrays if name.startswith("past_")}
         for step in range(steps):
@@ -122,7 +101,7 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token(runs):
 def test_reference_is_attention_to_the_values_that_are_stored(case):
     """Plain attention in float64, a query at a time, over integers times steps; what is stored is rounded right."""
     sizes = CASES[case]
-    for op, arrays in ops(sizes, "float32"):
+    for op, arrays in on_int8_cache(sizes, "float32"):
         found = by_reference(op, "float32", arrays)
         present = {
             half: dequantised(found[f"present_{half}"], found[f"present_{half}_scale"]).double().numpy()
