@@ -256,12 +256,14 @@ def _nearest(found: Assessment) -> Assessment | None:
     slots, or the batch where there are none, then int8 pages, then an int8 cache, then the precision, int8 before int4.
     Each knob is changed as little as fits.
 
-    The page budget and lazy projection are not among them: they save reading and computing, not memory.
+    The page budget and lazy projection are not among them: they save reading and computing, not memory. Nor is an int8
+    cache for TensorRT without plugins, which has none.
     """
     c, room, g = found.configuration, found.room, found.configuration.geometry
     steps = [] if c.fixed else [each for each in c.precision.smaller if room.serves(each)]
     precisions, either = (c.precision, *steps), (False, True)
-    ways = product(precisions, either[: 2 - g.int8_cache], either[: 2 - g.int8_pages], either, either)
+    caches = either if not g.int8_cache and (c.plugins or c.backend == ONNXRUNTIME) else (False,)
+    ways = product(precisions, caches, either[: 2 - g.int8_pages], either, either)
     # Of equally many, ways that change their last knobs come first; but a smaller context before fewer rows.
     order = sorted(
         (way for way in ways if way != (c.precision, False, False, False, False)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engines import cuda
@@ -105,6 +107,15 @@ def test_the_nearest_configuration(room, knobs, proposed):
         return
     other = found.proposal.configuration
     assert changes(c, other) == proposed and total(other) <= room < total(c)
+
+
+def test_no_int8_cache_is_proposed_where_there_is_none():
+    c = Configuration(official(context=832, int8_pages=True), backend=TENSORRT_RTX)
+    proposed = []
+    for plugins in (True, False):
+        asked = replace(c, plugins=plugins)
+        proposed.append(changes(asked, assess(asked, Room("a room", total(asked) - 10**8)).proposal.configuration))
+    assert proposed == ["--kv-cache int8", "--int8"]
 
 
 def test_a_smaller_context_is_the_largest_that_fits():

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ KINDS = {
     "lazy-int8-both": {"projection": "lazy", "kv": "int8", "kv_cache": "int8"},
     "odd-int8-cache": {"kv_cache": "int8"},
 }
+FEW_STEPS = 0.02  # of logits, where a key that differs in its last bit may be stored a step of 127 away
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +149,24 @@ def held(model: TrtModel, slots, row: int) -> dict[str, np.ndarray]:
 def test_rows_come_and_go(driver, bundles, kind):
     model = TrtModel(Bundle(bundles(kind)), "tensorrt")
     slots = model.slots(COUNT)
+    step_all = partial(step, slots, within=FEW_STEPS if kind.endswith("int8-cache") else 1e-5)
     first, second = asked(model, 0, 16), asked(model, 1, 3, text=14)
     third, fourth = asked(model, 2, 16, text=5), asked(model, 4, 7)
     poison(model, slots, 0, 1, 2, 3)
     join(slots, first, 2, 5, 1, 20)
-    step(slots, first)  # beside rows that nobody has
+    step_all(first)  # beside rows that nobody has
     join(slots, second, 0)
-    step(slots, first, second)
+    step_all(first, second)
     join(slots, third, 1, 1)
-    step(slots, third, second)  # the other waits
-    step(slots, first, second, third)
+    step_all(third, second)  # the other waits
+    step_all(first, second, third)
     join(slots, fourth, 2, 30)  # in place of one that leaves in the middle
-    step(slots, fourth, third)
+    step_all(fourth, third)
     fifth = replace(first)  # the same question again, about the same image
     join(slots, fifth, 3)
-    step(slots, second, fourth)
-    step(slots, third, fourth, fifth)
-    step(slots, fifth, fourth)
+    step_all(second, fourth)
+    step_all(third, fourth, fifth)
+    step_all(fifth, fourth)
     assert [it.at for it in (first, second, third, fourth, fifth)] == [3, 4, 4, 4, 2]
     assert slots.nbytes == sum(array.nbytes for array in slots._arrays.values())
 
@@ -194,7 +197,7 @@ def test_a_row_writes_into_itself_alone(driver, bundles, kind):
     before = [held(model, slots, row) for row in (0, 2)]
     join(slots, it, 1, 7)
     found = slots.row(1).run(np.array([[it.token]]), it.budget)
-    assert np.abs(found.logits - it.alone[0].logits).max() <= 1e-5
+    assert np.abs(found.logits - it.alone[0].logits).max() <= (FEW_STEPS if kind.endswith("int8-cache") else 1e-5)
     for row, kept in zip((0, 2), before, strict=True):
         for name, array in held(model, slots, row).items():
             assert np.array_equal(array, kept[name], equal_nan=True), (row, name)
@@ -205,20 +208,21 @@ def test_a_row_writes_into_itself_alone(driver, bundles, kind):
 def test_what_is_copied_goes_on_as_its_source(driver, bundles, kind):
     model = TrtModel(Bundle(bundles(kind)), "tensorrt")
     slots = model.slots(3)
+    step_all = partial(step, slots, within=FEW_STEPS if kind.endswith("int8-cache") else 1e-5)
     first = asked(model, 0, 16)
     other, shared = request(model.geometry, 3)[1], first.ids.shape[1] - 6  # another question about the image
     second = asked(model, 3, 16, image=first.image, ids=np.concatenate((first.ids[:, :shared], other[:, shared:]), 1))
     join(slots, first, 2)
-    step(slots, first)
+    step_all(first)
     poison(model, slots, 0)
     slots.copy(2, 0, shared, image=True)
     assert slots.length.tolist() == [shared, 0, first.ids.shape[1]]
     join(slots, second, 0, load=False)
-    step(slots, first, second)
+    step_all(first, second)
     again = replace(first, at=0, row=0)
     slots.copy(2, 0, first.ids.shape[1] - 1, image=False)  # it has the image
     for _ in range(2):
-        step(slots, again, first)
+        step_all(again, first)
 
 
 @pytest.mark.parametrize("integrated", [False, True])
@@ -310,12 +314,13 @@ def test_with_kernels(driver, bundles, kind):
     poison(model, slots, 0, 1)
     join(slots, first, 1)
     join(slots, second, 0)
-    step(slots, first, within=2e-4)
-    step(slots, first, second, within=2e-4)
+    within = FEW_STEPS if kind.endswith("both") else 2e-4
+    step(slots, first, within=within)
+    step(slots, first, second, within=within)
     done = [held(model, slots, row)["projected"] for row in (0, 1)]
     assert done[0].any() and done[1].any() and not np.array_equal(*done)
     slots.copy(1, 0, int(slots.length[1]), image=True)
-    step(slots, first, replace(first, row=0), within=2e-4)
+    step(slots, first, replace(first, row=0), within=within)
 
 
 # Through the public interface, from several threads.

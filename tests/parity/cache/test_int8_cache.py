@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
+from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.bundle.precision import FP32
+from engines.errors import OptionError
 from engines.ort import OrtModel
 from engines.sizing.needs import Configuration, cache_bytes, store_bytes
+from engines.trt.build import build_engines
 from engines.trt.model import TrtModel
+from engines.trt.options import EngineOptions
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
@@ -135,6 +138,12 @@ def test_rows_are_copied_and_put_back_whole(model):
     slots.row(2).run(ids[:, used - 5 : -1])
     step = slots.first(3).run(np.repeat(ids[:, -1:], 3, axis=0), np.array([16, 0, 16]))
     assert np.abs(step.logits[0] - step.logits[2]).max() <= FEW_STEPS
+
+
+def test_tensorrt_alone_has_none(bundles):
+    with pytest.raises(OptionError, match="built with --kv-cache int8: TensorRT alone updates no int8 cache") as caught:
+        build_engines(bundles(), EngineOptions(TENSORRT_RTX, plugins=False), quiet=True)
+    assert "leave out --no-plugins" in caught.value.fix
 
 
 @pytest.mark.parametrize(
