@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.backend import Opening
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
@@ -87,11 +87,13 @@ class BuildOptions:
                 f"options of {self.engines.backend} engines for the backend {self.backend}",
                 fix=f"add --backend {self.engines.backend}, or leave them out",
             )
-        if self.projection == "lazy" and self.engines is not None and not self.engines.plugins:
-            raise OptionError(
-                "--projection lazy with --no-plugins: TensorRT alone cannot tell which pages are new",
-                fix="--projection eager, or leave out --no-plugins",
-            )
+        if self.engines is not None and not self.engines.plugins:
+            asked = {"lazy_pages": self.projection == "lazy", "int8_cache": self.kv_cache == "int8"}
+            for choice, (option, why) in PLUGINS_ALONE.items():
+                if asked[choice]:
+                    raise OptionError(
+                        f"{option} with --no-plugins: TensorRT alone {why}", fix=f"leave out {option}, or --no-plugins"
+                    )
 
 
 @dataclass(frozen=True)

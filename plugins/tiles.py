@@ -87,6 +87,13 @@ TILES: tuple[Tile, ...] = (
         source="measured on an H100, head size 128: 48 us at 717 tokens, 90 at 1,199; 64x64 by 4 warps: 51 and 97. Its "
         "96 KB of shared memory fit every SM, and none has registers for a second program of 8 warps",
     ),
+    Tile(
+        "attend", (("BLOCK", 64),), 4, 2, dtypes=("float32",),
+        source="chosen: at head size 128 a tile of float32 keys and values takes the registers of four warps",
+    ),
+    Tile(
+        "attend_pages", (("BLOCK", 64),), 4, 2, dtypes=("float32",), source="as `attend`",
+    ),
     Tile("attend", (("BLOCK", 64),), 2, 2, "measured on an H100: 9.5 us, of 128 keys by 4 warps 10.3 (1,200 tokens)"),
     Tile("attend_pages", (("BLOCK", 64),), 2, 2, "as `attend`"),
     Tile("combine", (("MAP_BLOCK", 64),), 4, 2, "chosen: small, and not measured against others"),

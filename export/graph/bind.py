@@ -122,8 +122,15 @@ def _bind(model: ir.Model, bodies: Bodies) -> None:
             f"no ONNX body for {sorted(map(' of '.join, unbound))}",
             expected="flex:: nodes of export/graph/bind.py's bodies",
         )
+    named: dict[str, OnnxFunction] = {}
     for key in used:
         for function in bodies[key]:
+            if named.setdefault(function.name, function) is not function:
+                raise ExportError(
+                    f"two ONNX functions {function.name} in the bodies of {sorted(map(' of '.join, used))}",
+                    expected="a name of its own for each function",
+                    fix="rename one of them in plugins/",
+                )
             bound = ir.serde.deserialize_function(function.to_function_proto())
             model.functions[bound.identifier()] = bound
     # Inlined here, not by the backend: it would keep what nobody reads (the maps of the first layers), and compute in

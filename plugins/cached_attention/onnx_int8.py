@@ -45,7 +45,7 @@ def Floats(store, step):
 
 
 @script(flex, default_opset=op)
-def Stored(past, past_scale, new, first):
+def Kept(past, past_scale, new, first):
     """An int8 cache and its steps, with `new` [B, Hkv, S, hd] float32 written from `first` [B] on."""
     whole, step = InSteps(new)
     steps = op.Squeeze(step, op.Constant(value_ints=[3]))
@@ -104,8 +104,8 @@ def low_attention(Read: OnnxFunction) -> OnnxFunction:
         turned, turned_key, v, first = Turn(
             query, key, value, positions, query_cos, query_sin, cos, sin, head_dim=head_dim
         )
-        present_key, present_key_scale = Stored(past_key, past_key_scale, turned_key, first)
-        present_value, present_value_scale = Stored(past_value, past_value_scale, op.Cast(v, to=1), first)
+        present_key, present_key_scale = Kept(past_key, past_key_scale, turned_key, first)
+        present_value, present_value_scale = Kept(past_value, past_value_scale, op.Cast(v, to=1), first)
         rows, at, visible = Rows(turned, past_key, positions, heads=heads, kv_heads=kv_heads)
         scores, context = Read(
             rows, visible, present_key, present_value, present_key_scale, present_value_scale,
@@ -139,7 +139,7 @@ def attention(Low: OnnxFunction) -> OnnxFunction:
 
 
 ByGroups, Whole = low_attention(GroupedRead), low_attention(WholeRead)
-SHARED = *body.STEPS, InSteps, Stored
+SHARED = *body.STEPS, InSteps, Kept
 LOW = *SHARED, *GROUPS, Scores, Floats, GroupedRead, ByGroups
 CUDA_LOW = *SHARED, WholeRead, Whole
 FUNCTIONS = (*LOW, attention(ByGroups))

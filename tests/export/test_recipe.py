@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.kinds import ONNXRUNTIME, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8
 from engines.errors import OptionError
@@ -107,6 +107,16 @@ def test_the_advice_is_taken(options):
     else:
         command = advice + ([f"--{options['precision']}"] if "precision" in options else [])
     settle(replace(parse_arguments(command), model=model), config)
+
+
+@pytest.mark.parametrize(("option", "why"), PLUGINS_ALONE.values())
+def test_what_needs_plugins(option, why):
+    line = ["--backend", TENSORRT, "--no-plugins", *option.split()]
+    with pytest.raises(OptionError, match=f"{option} with --no-plugins: TensorRT alone {why}") as caught:
+        parse_arguments(line)
+    assert caught.value.fix == f"leave out {option}, or --no-plugins"
+    assert parse_arguments(line[:3]).engines.plugins is False
+    assert parse_arguments([*line[:2], *line[3:]]).engines.plugins
 
 
 def test_a_context_that_holds_no_image_and_question():

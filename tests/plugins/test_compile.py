@@ -184,6 +184,14 @@ def test_slow_code_is_told(monkeypatch, caplog):
     assert "(C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized" in record.message
 
 
+def test_float32():
+    """The tiles of its attention fit the registers where the ptxas of CUDA 13 gives them out."""
+    kernels = (kernels_of_model(OFFICIAL_7B | change, "float32") for change in ({}, VARIANTS["int8-pages"]))
+    attention = {kernel for each in kernels for kernel in each if kernel.name in ("attend", "attend_pages")}
+    for kernel in attention:
+        assert compile_kernels([kernel], (100, 110, 120)).sms == (100, 110, 120)
+
+
 def test_float32_compiles_for_boards_too():
     """It ships nowhere, but the kernels' reference precision must not be one that only the interpreter runs."""
     kernels = {kernel.name: kernel for kernel in kernels_of_model(OFFICIAL_7B, "float32")}
