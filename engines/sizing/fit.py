@@ -272,8 +272,8 @@ def _nearest(found: Assessment) -> Assessment | None:
     goals: list[Callable[[Assessment], bool]] = [lambda a: a.fits, lambda a: a.runs]
     for wanted in goals[:1] if found.runs else goals:  # with the builder if that is possible
         for precision, int8_cache, int8_pages, rows, context in order:
-            kept = {"int8_cache": g.int8_cache or int8_cache, "int8_pages": g.int8_pages or int8_pages}
-            geometry = replace(g, **kept)
+            cache, pages = g.int8_cache or int8_cache, g.int8_pages or int8_pages
+            geometry = replace(g, int8_cache=cache, int8_pages=pages)
             for fewer in _fewer_rows(c) if rows else (c,):
                 block = c.block if c.block in precision.block_sizes else None
                 other = replace(fewer, precision=precision, block=block, geometry=geometry)

@@ -255,6 +255,7 @@ def _activations(c: Configuration) -> dict[str, int]:
     pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)
     if g.lazy_pages:
         pages = hires * g.head_dim * 32
+    # The MLP's, which takes more than attention does, a prompt's over an int8 cache, made float for it, too.
     decoder = rows * g.context * 3 * (g.intermediate + g.hidden) * item
     if ort or not c.plugins:  # no kernel of ours: keys and values laid out again, the last query in float32
         decoder += rows * g.context * g.heads * g.head_dim * (2 * item + 4)
