@@ -133,7 +133,7 @@ def test_it_computes_what_the_cpu_graph_computes(built, name):
 
 def steps(bundle: Bundle, kind: str) -> list[Step]:
     model = OrtModel(bundle, threads=1)
-    model._sessions["decoder"] = model.session(bundle.graph("decoder", kind))
+    model.part.session = model.session(bundle.graph("decoder", kind))
     requests = [made_up(model.geometry, seed) for seed in (3, 4)]
     tiles, ids, begin = (np.stack(each) for each in zip(*requests, strict=True))
     low, high = model.vision(tiles[:, 0]), model.vision(tiles[:, 1:].reshape(-1, *tiles.shape[2:]))
