@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,19 +29,28 @@ class OneThread(Thread):
 
     def __init__(self, name: str) -> None:
         """`name`: of the thread, which starts with the first work."""
-        self._executor, self._own = ThreadPoolExecutor(1, name), threading.local()
+        self._name, self._own, self._starting = name, threading.local(), threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
 
     def do(self, work: Callable[[], T]) -> T:
         """See Thread.do. Who is interrupted while it waits, by Ctrl-C, waits for the end of the work all the same:
         nothing changes behind the back of whoever goes on."""
         if getattr(self._own, "here", False):
             return work()
-        future = self._executor.submit(self._marked, work)
+        executor = self._started()
         try:
-            return future.result()
-        finally:
-            wait([future])
-            del future  # which knows the error that knows this frame: a circle would keep what the work was about
+            return executor.submit(self._marked, work).result()
+        except BaseException:
+            executor.submit(int).result()  # comes after the work
+            raise
+
+    def _started(self) -> ThreadPoolExecutor:
+        with self._starting:
+            if self._executor is None:
+                executor = ThreadPoolExecutor(1, self._name)
+                executor.submit(int).result()  # interrupted while its thread starts, it would start another one
+                self._executor = executor
+            return self._executor
 
     def _marked(self, work: Callable[[], T]) -> T:
         self._own.here = True

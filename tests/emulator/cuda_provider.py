@@ -187,7 +187,7 @@ class Session:
             nodes = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
             refused = "as the model has control flow nodes" if nodes & BRANCHES else self._provider.refuses
             if refused:
-                raise RuntimeError(f"This session cannot use the graph capture feature as requested by the user {refused}")
+                raise RuntimeError(f"This session cannot use the graph capture feature as requested {refused}")
         self.real = real.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
         self._graphs: dict[str, tuple[int, dict]] = {}  # the thread, and what was bound
