@@ -3,9 +3,9 @@
 `Provider()` takes the place of the module onnxruntime. Tensors on "cuda" have memory of their own, filled with 0xFF
 (NaN) when nobody has written it. A session with enable_cuda_graph refuses branches and loops, runs a new gpu_graph_id
 three times, and from then on launches it. Where ONNX Runtime would compute something else without a word, or record
-again, or fail, this fails: when other memory is bound than was recorded, or the host's; when a graph that is known to
-one thread is asked for by another; when anybody uses the device while a graph is recorded, or another run works in the
-arena.
+again, or fail, this raises RuleBroken: when other memory is bound than was recorded, or the host's; when a graph that
+is known to one thread is asked for by another; when anybody uses the device while a graph is recorded, or another run
+works in the arena.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ import onnxruntime as real
 PROVIDER, DEFAULT = "CUDAExecutionProvider", "0"
 BRANCHES = {"If", "Loop", "Scan"}
 RUNS = 3  # of a step until it is recorded, and has happened: twice to warm up, and as a graph
+
+
+class RuleBroken(BaseException):
+    """No Exception: nobody takes it for an error of ONNX Runtime, and goes on without graphs."""
+
+
+def require(holds: bool, rule: str) -> None:
+    """RuleBroken unless it holds."""
+    if not holds:
+        raise RuleBroken(rule)
 
 
 @dataclass(eq=False)
@@ -75,7 +85,7 @@ class Provider:
 
     def used(self) -> None:
         """Somebody uses the device."""
-        assert self._busy in (None, threading.get_ident()), "the device was used by another thread during a run"
+        require(self._busy in (None, threading.get_ident()), "the device was used by another thread during a run")
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -204,8 +214,8 @@ class Session:
             if not self.recording or number == "-1":
                 self._run(binding, number, "run")
                 return
-            assert number != DEFAULT, "ONNX Runtime's own"
-            assert None not in binding.bound.values(), "a graph reads no memory of the host's"
+            require(number != DEFAULT, "the default id is ONNX Runtime's own")
+            require(None not in binding.bound.values(), "a graph reads no memory of the host's")
             if number not in self._graphs:
                 if self._provider.breaks:
                     self._run(binding, number, "run")
@@ -216,8 +226,8 @@ class Session:
                 self._run(binding, number, "recorded")
                 return
             thread, bound = self._graphs[number]
-            assert thread == threading.get_ident(), "graphs are known to the thread that recorded them"
-            assert bound == binding.bound, "a graph works where it was recorded"
+            require(thread == threading.get_ident(), "a graph is known to the thread that recorded it")
+            require(bound == binding.bound, "a graph works where it was recorded")
             self._run(binding, number, "launched")
 
     def _run(self, binding: Binding, number: str, what: str) -> None:
