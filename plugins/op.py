@@ -15,7 +15,9 @@ FIRST_SM = 80  # what code that all SMs share is written for: older GPUs cannot 
 ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
 MODEL_DTYPES = "float32", "float16", "bfloat16"  # what a model may compute in
-PAGE_SCALES = "page_key_scale", "page_value_scale"  # inputs of ops on int8 pages, which ops on other pages lack
+# Inputs of ops on an int8 store of pages, or on an int8 cache, which ops on other stores lack.
+PAGE_SCALES = "page_key_scale", "page_value_scale"
+CACHE_SCALES = "past_key_scale", "past_value_scale"
 
 
 def power_of_two(number: int) -> int:
@@ -94,8 +96,8 @@ def named(tensors: Iterable[Tensor], values: Iterable[T]) -> dict[str, T]:
 
 
 def in_int8(tensors: Iterable[Tensor], prefix: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What a store of pages in 8 bits changes: `tensors` with PREFIX_key and PREFIX_value int8, and those that hold the
-    steps of both (how: plugins/project_pages)."""
+    """What a store in 8 bits changes, of pages or the cache: `tensors` with PREFIX_key and PREFIX_value int8, and those
+    that hold the steps of both (how: plugins/cached_attention)."""
     stores = f"{prefix}_key", f"{prefix}_value"
     kept = tuple(replace(tensor, dtype="int8") if tensor.name in stores else tensor for tensor in tensors)
     return kept, tuple(Tensor(f"{store}_scale", "float32") for store in stores)
@@ -122,18 +124,25 @@ class Op(ABC):
         if set(attributes) != set(self.attribute_names):
             raise ValueError(f"{self.name}: attributes {sorted(attributes)}, expected {sorted(self.attribute_names)}")
         self.attributes = attributes
+        self._kernels: dict[str, tuple[Kernel, ...]] = {}
 
     @abstractmethod
     def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
         """Each output's dimensions: dimensions of inputs (numbers, or a builder's symbols) and constants."""
 
-    @abstractmethod
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
-        """Every kernel a launch may need when the model computes in `dtype`."""
+        """Every kernel a launch may need when the model computes in `dtype`: `make_kernels`, asked once for each."""
+        if dtype not in self._kernels:
+            self._kernels[dtype] = self.make_kernels(dtype)
+        return self._kernels[dtype]
 
     @abstractmethod
-    def workspace(self, shapes: Shapes[int]) -> int:
-        """Bytes of scratch memory a call with these (or smaller) shapes needs."""
+    def make_kernels(self, dtype: str) -> tuple[Kernel, ...]:
+        """What `kernels` returns: it follows from the attributes and `dtype` alone."""
+
+    @abstractmethod
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
+        """Bytes of scratch memory a call with these (or smaller) shapes needs when the model computes in `dtype`."""
 
     @abstractmethod
     def launches_of(

@@ -53,6 +53,8 @@ class Geometry:
     # Another: keep keys and values of the pages in 8 bits, with a step for each head of each token. The answers differ
     # as far as rounding reaches.
     int8_pages: bool = False
+    # And the same for the cache of ordinary tokens.
+    int8_cache: bool = False
 
     @property
     def highres(self) -> int:

@@ -23,9 +23,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def of_batch(self, batch: int) -> tuple[int, ...]:
-        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers."""
-        return (batch, *map(int, self.shape[1:]))
+    def of_batch(self, batch: int, capacity: int | None = None) -> tuple[int, ...]:
+        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers, or the
+        capacity of a cache, which is given then."""
+        sizes = {} if capacity is None else {"capacity": capacity}
+        return (batch, *(int(sizes.get(str(size), size)) for size in self.shape[1:]))
 
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -54,7 +56,8 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
         TensorSpec("margins", "int64", ("batch", 2)),
         TensorSpec("page_budget", "int64", ("batch",)),
     ]
-    inputs += _cache("past_key", g) + _cache("past_value", g) + _pages("page_key", g) + _pages("page_value", g)
+    inputs += _cache("past_key", g) + _cache("past_value", g)
+    inputs += _pages("page_key", g) + _pages("page_value", g)
     selecting = len(g.selecting_layers)
     lazy: list[TensorSpec] = []
     if g.lazy_pages:
@@ -73,11 +76,17 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
     """Outputs of a decoder that share the buffer of an input, and that input: the cache, and lazily projected pages."""
-    prefixes = {"present_key": "past_key", "present_value": "past_value"}
+    caches = "key", "value", "key_scale", "value_scale"
+    prefixes = {f"present_{cache}": f"past_{cache}" for cache in caches}
     stores = "page_key", "page_value", "page_key_scale", "page_value_scale"
     prefixes |= {f"present_{store}": store for store in stores}
     split = ((spec.name, *spec.name.partition(".")) for spec in outputs)
     return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
+
+
+def cache_inputs(g: Geometry) -> tuple[str, ...]:
+    """Names of what a decoder takes of the ordinary tokens it has seen: the cache."""
+    return tuple(spec.name for spec in _cache("past_key", g) + _cache("past_value", g))
 
 
 def page_inputs(g: Geometry) -> tuple[str, ...]:
@@ -94,17 +103,22 @@ def _page_sources(g: Geometry) -> list[TensorSpec]:
 
 
 def _cache(name: str, g: Geometry) -> list[TensorSpec]:
-    shape = ("batch", g.kv_heads, "capacity", g.head_dim)
-    return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in range(g.layers)]
+    """The cache of every layer; where it is int8, then the steps that each token's head is counted in."""
+    return _stores(name, range(g.layers), ("batch", g.kv_heads, "capacity", g.head_dim), int8=g.int8_cache)
 
 
 def _pages(name: str, g: Geometry) -> list[TensorSpec]:
-    """Stores of every reading layer; where they are int8, then the steps that each token's head is counted in."""
+    """Pages of every reading layer; where they are int8, as in _cache."""
     shape = ("batch", g.kv_heads, g.pages, page_size(g), g.head_dim)
-    if not g.int8_pages:
-        return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in g.reading_layers]
-    scales = [TensorSpec(f"{name}_scale.{layer}", "float32", shape[:-1]) for layer in g.reading_layers]
-    return [TensorSpec(f"{name}.{layer}", "int8", shape) for layer in g.reading_layers] + scales
+    return _stores(name, g.reading_layers, shape, int8=g.int8_pages)
+
+
+def _stores(name: str, layers: range, shape: tuple[int | str, ...], *, int8: bool) -> list[TensorSpec]:
+    """One for each of `layers`; int8 ones are followed by their scales."""
+    if not int8:
+        return [TensorSpec(f"{name}.{layer}", "model", shape) for layer in layers]
+    scales = [TensorSpec(f"{name}_scale.{layer}", "float32", shape[:-1]) for layer in layers]
+    return [TensorSpec(f"{name}.{layer}", "int8", shape) for layer in layers] + scales
 
 
 def graph_io(

@@ -48,11 +48,11 @@ class CapturedPart(DecoderPart):
     """
 
     def __init__(
-        self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, in_place: dict[str, str],
-        thread: Thread,
+        self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, cache: list[TensorSpec],
+        in_place: dict[str, str], thread: Thread,
     ) -> None:  # fmt: skip
         """See DecoderPart. `session`: records."""
-        super().__init__(session, g, buffers, dtype, in_place, thread)
+        super().__init__(session, g, buffers, dtype, cache, in_place, thread)
         self.captures = True
         self.unrecorded = run_options({GRAPH_ID: "-1"})
         self._recorded = 0  # graphs

@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
+from engines.bundle.specs import TensorSpec
 from engines.errors import BackendError
 from engines.ort.buffers import Buffers
 from engines.ort.library import failed
@@ -24,7 +25,7 @@ ROUND = 64  # cache capacities are multiples of this many tokens, so that simila
 @dataclass(eq=False)
 class Desk:
     """What a decoder works with beside the pages of its image. about: features, image_begin and margins, by name.
-    cache: keys and values [B, Hkv, capacity, hd] by name. ids: of a single step [B, 1]. results: outputs by name."""
+    cache: by name, [B, Hkv, capacity, ...]. ids: of a single step [B, 1]. results: outputs by name."""
 
     capacity: int
     about: dict[str, ort.OrtValue]
@@ -45,13 +46,13 @@ class DecoderPart:
     """The decoder's session, and what all decoders of a model share."""
 
     def __init__(
-        self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, in_place: dict[str, str],
-        thread: Thread,
+        self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, cache: list[TensorSpec],
+        in_place: dict[str, str], thread: Thread,
     ) -> None:  # fmt: skip
-        """`dtype`: the graph computes in. `in_place`: outputs that take the place of inputs. `thread`: that asks the
-        device."""
+        """`dtype`: the graph computes in. `cache`: what it takes of one. `in_place`: outputs that take the place of
+        inputs. `thread`: that asks the device."""
         self.session, self.geometry, self.buffers, self.dtype = session, g, buffers, dtype
-        self.in_place, self.thread = in_place, thread
+        self.cache_specs, self.in_place, self.thread = cache, in_place, thread
         # Its parts are joined last, when nobody reads `projected` any more; one part alone might not wait.
         self.projected_in_place = g.lazy_pages and len(g.reading_layers) > 1
 
@@ -74,12 +75,8 @@ class DecoderPart:
 
     def cache(self, batch: int, capacity: int) -> dict[str, ort.OrtValue]:
         """An empty cache for so many rows of so many tokens. Zeroed, because weight 0 times stale NaN is NaN."""
-        shape = batch, self.geometry.kv_heads, capacity, self.geometry.head_dim
-        return {name: self.buffers.zeros(shape, self.dtype) for name in self.cache_names()}
-
-    def cache_names(self) -> list[str]:
-        """Of a decoder's keys and values."""
-        return [f"{half}.{layer}" for half in ("key", "value") for layer in range(self.geometry.layers)]
+        zeros = self.buffers.zeros
+        return {spec.name: zeros(spec.of_batch(batch, capacity), spec.dtype) for spec in self.cache_specs}
 
     def desk(self, image: Image[ort.OrtValue], cache: dict[str, ort.OrtValue]) -> Desk:
         """A desk for an image's rows, with the image's own features."""
@@ -172,8 +169,9 @@ class OrtDecoder:
     def _enlarged(self, capacity: int) -> OrtDecoder:
         other, used = self._part.decoder(self._image, capacity), int(self.length.max())
         for name, value in self._cache.items():
-            cache = np.zeros(other._cache[name].shape(), self._part.dtype)
-            cache[:, :, :used] = value.numpy()[:, :, :used]
+            kept = value.numpy()
+            cache = np.zeros(other._cache[name].shape(), kept.dtype)
+            cache[:, :, :used] = kept[:, :, :used]
             other._cache[name].update_inplace(cache)
         other.length[:] = self.length
         return other
@@ -181,7 +179,7 @@ class OrtDecoder:
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
         part, desk, binding = self._part, self._desk, self._part.session.io_binding()
         named = {"input_ids": ids, "past_length": desk.past_length, "page_budget": desk.budget}
-        named |= self._inputs | {f"past_{name}": value for name, value in self._cache.items()}
+        named |= self._inputs | self._cache
         for name, value in named.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in desk.results.items():

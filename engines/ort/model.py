@@ -17,7 +17,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA
 from engines.bundle.mapped import MappedFiles
 from engines.bundle.rebuild import rebuild
-from engines.bundle.specs import TensorSpec, in_place, page_inputs
+from engines.bundle.specs import TensorSpec, cache_inputs, in_place, page_inputs
 from engines.checks import require_integer
 from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
@@ -78,10 +78,12 @@ class OrtModel:
         self._mapped.require_mapped()
         described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
+        cache = [spec for spec in described.inputs if spec.name in cache_inputs(self.geometry)]
         dtype = numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
         self.part = (CapturedPart if self._captures else DecoderPart)(
-            self._sessions.pop("decoder"), self.geometry, self.buffers, dtype, in_place(described.outputs), self._thread
-        )
+            self._sessions.pop("decoder"), self.geometry, self.buffers, dtype, cache, in_place(described.outputs),
+            self._thread,
+        )  # fmt: skip
 
     def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
         """The session of a part; its graph is the one the manifest describes, or this is a BundleError."""

@@ -28,8 +28,10 @@ class OrtSlots:
         self._begin, self._margins = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
         self._features: np.ndarray = np.zeros((count, g.image_tokens, g.hidden), part.dtype)
         self._pages = {spec.name: np.zeros(spec.of_batch(count), spec.dtype) for spec in stores}
-        shape = count, g.kv_heads, part.rounded(g.context), g.head_dim
-        self._cache: dict[str, np.ndarray] = {name: np.zeros(shape, part.dtype) for name in part.cache_names()}
+        capacity = part.rounded(g.context)
+        self._cache: dict[str, np.ndarray] = {
+            spec.name: np.zeros(spec.of_batch(count, capacity), spec.dtype) for spec in part.cache_specs
+        }
         self._rows = [self._decoder(slice(row, row + 1)) for row in range(count)]
         self._first = [self._decoder(slice(0, rows + 1)) for rows in range(count)]
 
@@ -62,7 +64,7 @@ class OrtSlots:
             return None
 
     def put(self, row: int, cache: dict[str, np.ndarray], tokens: int) -> None:
-        """Keys and values [Hkv, tokens or more, hd] by name -> the first tokens of a row, and nothing else."""
+        """A cache by name, [Hkv, tokens or more, ...] -> the first tokens of a row, and nothing else."""
         for name, array in cache.items():
             self._cache[name][row, :, :tokens] = array[:, :tokens]
         self.length[row] = tokens
@@ -92,7 +94,7 @@ class OrtKept:
     """engines.backend.KeptCache in the host's memory."""
 
     def __init__(self, slots: OrtSlots, cache: dict[str, np.ndarray]) -> None:
-        """`cache`: keys and values [Hkv, tokens, hd] by name."""
+        """`cache`: of a row, by name: [Hkv, tokens, ...]."""
         self._slots, self._cache = slots, cache
 
     @property

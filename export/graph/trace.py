@@ -26,15 +26,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
 from engines.bundle.specs import IO_OF_PART
-from export.graph.bind import INT8_PAGES, PLUGIN_ATTRIBUTES
+from export.graph.bind import INT8_CACHE, INT8_PAGES, PLUGIN_ATTRIBUTES
 from export.network.parts import module_of
 
 TRACED_OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses; the flex:: functions bring what is newer
 OP_NAMES = {
     "select_pages": ("SelectPages", 2),
     "cached_attention": ("CachedAttention", 4),
+    "cached_attention_int8_cache": ("CachedAttention", 6, {INT8_CACHE: 1}),
     "hierarchical_attention": ("HierarchicalAttention", 4),
     "hierarchical_attention_int8": ("HierarchicalAttention", 4, {INT8_PAGES: 1}),
+    "hierarchical_attention_int8_cache": ("HierarchicalAttention", 6, {INT8_CACHE: 1}),
+    "hierarchical_attention_int8_both": ("HierarchicalAttention", 6, {INT8_PAGES: 1, INT8_CACHE: 1}),
     "project_pages": ("ProjectPages", 3),
     "project_pages_int8": ("ProjectPages", 5, {INT8_PAGES: 1}),
 }  # in torch -> in ONNX: op, number of outputs, attributes that torch's op has not
@@ -95,20 +98,23 @@ def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
     def floats(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
+    def stores(layers: int, shape: tuple[int, ...], int8: bool) -> list[torch.Tensor]:
+        if not int8:
+            return [floats(*shape) for _ in range(layers)]
+        kept = [torch.zeros(shape, dtype=torch.int8) for _ in range(layers)]
+        return kept + [torch.zeros(shape[:-1]) for _ in range(layers)]
+
     def cache() -> list[torch.Tensor]:
-        return [floats(batch, g.kv_heads, capacity, g.head_dim) for _ in range(g.layers)]
+        return stores(g.layers, (batch, g.kv_heads, capacity, g.head_dim), g.int8_cache)
 
     def store() -> list[torch.Tensor]:
-        shape = batch, g.kv_heads, g.pages, page_size(g), g.head_dim
-        if not g.int8_pages:
-            return [floats(*shape) for _ in range(reading)]
-        stores = [torch.zeros(shape, dtype=torch.int8) for _ in range(reading)]
-        return stores + [torch.zeros(shape[:-1]) for _ in range(reading)]
+        return stores(reading, (batch, g.kv_heads, g.pages, page_size(g), g.head_dim), g.int8_pages)
 
     features = floats(batch, g.image_tokens, g.hidden)
     rows = integers(batch), integers(batch, 2), integers(batch)
     args = (integers(batch, steps), integers(batch), features, *rows, cache(), cache(), store(), store())
-    by_cache, by_store = [{0: BATCH, 2: CAPACITY}] * g.layers, [{0: BATCH}] * (reading * (1 + g.int8_pages))
+    by_cache = [{0: BATCH, 2: CAPACITY}] * (g.layers * (1 + g.int8_cache))
+    by_store = [{0: BATCH}] * (reading * (1 + g.int8_pages))
     shapes = {0: BATCH, 1: STEPS}, *[{0: BATCH}] * 5, by_cache, by_cache, by_store, by_store
     if not g.lazy_pages:
         return args, shapes

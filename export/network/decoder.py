@@ -13,10 +13,23 @@ from torch import Tensor, nn
 
 from engines.bundle import pages as layout
 from engines.bundle.geometry import Geometry
-from plugins.cached_attention.reference import cached_attention, rotary
-from plugins.hierarchical_attention.reference import hierarchical_attention, hierarchical_attention_int8
-from plugins.project_pages.reference import project_pages, project_pages_int8, quantise
+from plugins.cached_attention.reference import cached_attention, cached_attention_int8_cache, quantise, rotary
+from plugins.hierarchical_attention.reference import (
+    hierarchical_attention,
+    hierarchical_attention_int8,
+    hierarchical_attention_int8_both,
+    hierarchical_attention_int8_cache,
+)
+from plugins.project_pages.reference import project_pages, project_pages_int8
 from plugins.select_pages.reference import select_pages
+
+CACHED = {False: cached_attention, True: cached_attention_int8_cache}  # by Geometry.int8_cache
+HIERARCHICAL = {
+    (False, False): hierarchical_attention,
+    (True, False): hierarchical_attention_int8,
+    (False, True): hierarchical_attention_int8_cache,
+    (True, True): hierarchical_attention_int8_both,
+}  # by Geometry.int8_pages, int8_cache
 
 
 class RMSNorm(nn.Module):
@@ -71,20 +84,26 @@ class Layer(nn.Module):
         return project(features, *weights, cos, sin, *store, *sizes)
 
     def forward(
-        self, x: Tensor, cache: tuple[Tensor, ...], shared: tuple[Tensor, ...], pages: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns x, present_key, present_value, map; `cache`, `shared`, `pages` are inputs of the attention op."""
+        self,
+        x: Tensor,
+        cache: tuple[Tensor, ...],
+        shared: tuple[Tensor, ...],
+        pages: tuple[Tensor, ...],
+        scales: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Returns x, the present cache as `cache` and then `scales` have it, map; `cache`, `shared`, `pages` and
+        `scales` are inputs of the attention op."""
         attend, y = self.self_attn, self.input_layernorm(x)
         projected = attend.q_proj(y), attend.k_proj(y), attend.v_proj(y)
-        g, inputs = self.geometry, (*projected, *cache, *shared, *pages)
+        g, inputs = self.geometry, (*projected, *cache, *shared, *pages, *scales)
         sizes = g.heads, g.kv_heads, g.head_dim
         if self.reads:
-            attention = hierarchical_attention_int8 if g.int8_pages else hierarchical_attention
-            context, key, value, map = attention(*inputs, *sizes, layout.page_size(g), g.grid)
+            attention = HIERARCHICAL[g.int8_pages, g.int8_cache]
+            context, key, value, map, *changed = attention(*inputs, *sizes, layout.page_size(g), g.grid)
         else:
-            context, key, value, map = cached_attention(*inputs, *sizes, g.grid)
+            context, key, value, map, *changed = CACHED[g.int8_cache](*inputs, *sizes, g.grid)
         x = x + attend.o_proj(context)
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value, map
+        return x + self.mlp(self.post_attention_layernorm(x)), (key, value, *changed), map
 
 
 class FlexDecoder(nn.Module):
@@ -111,7 +130,7 @@ class FlexDecoder(nn.Module):
         image_begin: Tensor,  # [B] int64: position of image token 0
         margins: Tensor,  # [B, 2] int64: rows, columns of the map zeroed at each end
         page_budget: Tensor,  # [B] int64: 0 = the last token sees no pages
-        past_key: list[Tensor],  # layers x [B, kv_heads, L, hd]
+        past_key: list[Tensor],  # layers x [B, kv_heads, L, hd]; int8 cache: and layers x their scales, without hd
         past_value: list[Tensor],
         page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]; int8 pages: and R x their scales, without hd
         page_value: list[Tensor],
@@ -134,9 +153,9 @@ class FlexDecoder(nn.Module):
         positions = past_length[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         shared = (positions, self.cos, self.sin, image_begin)
         selected: list[tuple[Tensor, Tensor]] = []
-        present_key, present_value, maps, hidden = [], [], [], []
+        present, maps, hidden = [], [], []
         lazy: list[tuple[Tensor, ...]] = []  # what each reading layer's projection changed
-        reading = len(g.reading_layers)
+        layers, reading = g.layers, len(g.reading_layers)
         for index, layer in enumerate(self.model.layers):
             pages: tuple[Tensor, ...] = ()
             if layer.reads:
@@ -149,9 +168,10 @@ class FlexDecoder(nn.Module):
                     lazy.append(new)
                     stored, scales = new[:2], new[2:-1]
                 pages = (*stored, self.page_lengths, *selected[-1], *scales)
-            x, key, value, map = layer(x, (past_key[index], past_value[index]), shared, pages)
-            present_key.append(key)
-            present_value.append(value)
+            cache = past_key[index], past_value[index]
+            steps = (past_key[layers + index], past_value[layers + index]) if g.int8_cache else ()
+            x, changed, map = layer(x, cache, shared, pages, steps)
+            present.append(changed)
             hidden.append(x[:, -1])
             if index in g.selecting_layers:
                 maps.append(map)
@@ -160,11 +180,18 @@ class FlexDecoder(nn.Module):
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden[-1], head).float()
         chosen, count = (torch.stack(tensors, 1) for tensors in zip(*selected, strict=True))
-        changed: tuple[Tensor | list[Tensor], ...] = ()
+        projected_pages: tuple[Tensor | list[Tensor], ...] = ()
         if g.lazy_pages:
-            *stores, done = zip(*lazy, strict=True)  # keys, values; of int8 pages the scales of keys, of values
-            changed = ([*sum(stores[::2], ())], [*sum(stores[1::2], ())], torch.stack(done, 1))
-        return logits, logits.argmax(-1), chosen, count, present_key, present_value, *changed, maps, hidden
+            *stores, done = zip(*lazy, strict=True)
+            projected_pages = (*_by_half(stores), torch.stack(done, 1))
+        present_key, present_value = _by_half([*zip(*present, strict=True)])
+        return logits, logits.argmax(-1), chosen, count, present_key, present_value, *projected_pages, maps, hidden
+
+
+def _by_half(stores: list[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of every layer the keys, then the values; where they are int8, then the scales of the keys, of the values: to
+    all keys and then their scales, and the same of values."""
+    return [*sum(stores[::2], ())], [*sum(stores[1::2], ())]
 
 
 class PageLayout(nn.Module):

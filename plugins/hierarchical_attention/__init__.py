@@ -18,9 +18,9 @@ The store is never made float: a token's score is the product of the query and i
 a token's weight is multiplied by the step of its value before it meets the int8 value; both in float32.
 
 Outputs and attributes: those of flex::CachedAttention, and the attributes `page_size` (P) and `int8_pages` (0 where a
-node lacks it). The last query's context
-comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and the map, from
-the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
+node lacks it). With `int8_cache` = 1 the scales of the cache follow all other inputs, those of the pages, too. The last
+query's context comes from one softmax over the ordinary keys and the keys of the selected pages; all other queries, and
+the map, from the ordinary keys alone (official: attn_output[:, :, -1:] = attn_output_select).
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_int8.py` (the same of int8
 pages), `onnx_cuda.py` (for its CUDA provider, of either), `onnx_static.py` (for TensorRT without plugins, of either),

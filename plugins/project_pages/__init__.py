@@ -23,14 +23,9 @@ lacks it).
 
 With `int8_pages` = 1 the store takes 8 bits a value: page_* and present_* are int8, two inputs page_key_scale and
 page_value_scale [B, Hkv, N, P] float32 follow, and after present_value the outputs present_key_scale and
-present_value_scale, which share their buffers. Each head of each token has a step of its own: its largest magnitude
-divided by STEPS (at least LEAST). A value is stored as the nearest whole number of steps, ties to even; what is rounded
-is the projection in T, keys after the rotation in float32. The steps stay float32: in T they would be subnormal where
-features are small, and 4 bytes for hd values are little.
+present_value_scale, which share their buffers. How numbers are kept in 8 bits: plugins/cached_attention; what is
+rounded is the projection in T, keys after the rotation in float32.
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` and `onnx_int8.py` (ONNX functions), `kernel.py` (Triton), `launch.py`
 (its launches, as a TensorRT plugin asks for them).
 """
-
-STEPS = 127  # on each side of zero: symmetric, -128 is not used
-LEAST = 1e-30  # taken as the largest magnitude of a token that is all zeros, whose step would be 0

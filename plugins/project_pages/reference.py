@@ -6,28 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugins.cached_attention.reference import rotary
-from plugins.project_pages import LEAST, STEPS
-
-
-@torch.library.custom_op("flex::to_int8", mutates_args=())
-def to_int8(x: Tensor) -> Tensor:
-    """x, float32 within -127 .. 127, rounded to nearest even: int8. An op because ONNX has one for it, QuantizeLinear,
-    which every TensorRT knows; a cast to int8 is not among what TensorRT 10.3's parser lists."""
-    return x.round().to(torch.int8)
-
-
-@to_int8.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int8)
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values [..., hd] -> int8 [..., hd] and the steps they are counted in [...] float32."""
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    step = torch.where(largest < LEAST, LEAST, largest) / STEPS  # NaN stays NaN
-    return to_int8(x / step), step[..., 0]
+from plugins.cached_attention.reference import quantise, rotary
 
 
 def _new_pages(

@@ -227,7 +227,7 @@ def test_the_cache_is_updated_in_place(random_model, capfd):
     for name in (value.name for value in session.get_inputs()):
         desk = decoder._desk
         known = {"input_ids": desk.ids, "past_length": desk.past_length, "page_budget": desk.budget}
-        cache = decoder._cache.get(name.removeprefix("past_"))
+        cache = decoder._cache.get(name)
         unbound.bind_ortvalue_input(name, known.get(name) or decoder._inputs.get(name) or cache)
     for value in session.get_outputs():
         unbound.bind_output(value.name, "cpu")

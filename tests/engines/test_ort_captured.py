@@ -166,11 +166,11 @@ def test_what_an_earlier_request_left_is_gone(cuda, small):
     cuda()
     model = OrtModel(small, device="cuda", threads=1)
     decoder = model.decoder(model.no_image(1), 64)
-    cache = decoder._cache["value.0"]
+    cache = decoder._cache["past_value.0"]
     cache.update_inplace(np.full(cache.shape(), np.nan, np.float32))
     del decoder
     again = model.decoder(model.no_image(1), 64)
-    assert again._cache["value.0"] is cache and not cache.numpy().any()
+    assert again._cache["past_value.0"] is cache and not cache.numpy().any()
     assert np.isfinite(again.run(np.array([[5]])).logits).all()
 
 

@@ -13,8 +13,13 @@ from onnxscript import OnnxFunction
 
 from engines.cuda import Buffer, Cuda
 from plugins.artifacts import Artifacts
-from plugins.cached_attention.reference import cached_attention
-from plugins.hierarchical_attention.reference import hierarchical_attention, hierarchical_attention_int8
+from plugins.cached_attention.reference import cached_attention, cached_attention_int8_cache
+from plugins.hierarchical_attention.reference import (
+    hierarchical_attention,
+    hierarchical_attention_int8,
+    hierarchical_attention_int8_both,
+    hierarchical_attention_int8_cache,
+)
 from plugins.op import Kernel, Launch, Op, named
 from plugins.project_pages.reference import project_pages, project_pages_int8
 from plugins.select_pages.reference import select_pages
@@ -30,18 +35,24 @@ TYPES = {
     "int8": TensorProto.INT8,
     "int64": TensorProto.INT64,
 }
-REFERENCES = {  # of floats, of int8 pages
-    "SelectPages": (select_pages, None),
-    "CachedAttention": (cached_attention, None),
-    "ProjectPages": (project_pages, project_pages_int8),
-    "HierarchicalAttention": (hierarchical_attention, hierarchical_attention_int8),
+REFERENCES = {  # by what is stored in 8 bits
+    ("SelectPages",): select_pages,
+    ("CachedAttention",): cached_attention,
+    ("CachedAttention", "int8_cache"): cached_attention_int8_cache,
+    ("ProjectPages",): project_pages,
+    ("ProjectPages", "int8_pages"): project_pages_int8,
+    ("HierarchicalAttention",): hierarchical_attention,
+    ("HierarchicalAttention", "int8_pages"): hierarchical_attention_int8,
+    ("HierarchicalAttention", "int8_cache"): hierarchical_attention_int8_cache,
+    ("HierarchicalAttention", "int8_pages", "int8_cache"): hierarchical_attention_int8_both,
 }
+STORES = "int8_pages", "int8_cache"  # attributes that say how something is stored, which no function has
 
 
 def by_reference(op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
     """What the op's PyTorch reference makes of the inputs; bfloat16 as its bits."""
-    attributes = dict(op.attributes)
-    function = REFERENCES[op.name][attributes.pop("int8_pages", 0)]
+    attributes = {name: value for name, value in op.attributes.items() if name not in STORES}
+    function = REFERENCES[(op.name, *(store for store in STORES if op.attributes.get(store)))]
     given = {tensor.name: to_torch(np.array(inputs[tensor.name])) for tensor in op.inputs}
     return named(op.outputs, map(to_bits, function(**given, **attributes)))
 
@@ -51,7 +62,7 @@ def by_body(functions: Sequence[OnnxFunction]) -> Run:
 
     def run(op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
         names, results = ([tensor.name for tensor in tensors] for tensors in (op.inputs, op.outputs))
-        attributes = {name: value for name, value in op.attributes.items() if name != "int8_pages"}
+        attributes = {name: value for name, value in op.attributes.items() if name not in STORES}
         node = helper.make_node(functions[-1].name, names, results, domain="flex", **attributes)
         kinds = {tensor.name: TYPES[tensor.kind(dtype)] for tensor in (*op.inputs, *op.outputs)}
         shapes = {name: [f"{name}_{axis}" for axis in range(inputs[name].ndim)] for name in names}
@@ -97,7 +108,7 @@ class Launcher:
                 buffers[tensor.name] = buffers[op.in_place[tensor.name]]
             else:
                 buffers[tensor.name] = self._empty(self._result(op, dtype, shapes, tensor.name).nbytes)
-        buffers["workspace"] = self._empty(max(1, op.workspace(shapes)))
+        buffers["workspace"] = self._empty(max(1, op.workspace(dtype, shapes)))
         addresses = {name: buffer.address for name, buffer in buffers.items()}
         kernels = self.artifacts(op, dtype).on(op.kernels(dtype), self.cuda.sm)
         return op.launches(dtype, shapes, addresses, addresses["workspace"], kernels), buffers

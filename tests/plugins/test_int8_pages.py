@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from plugins.cached_attention import LEAST, STEPS
+from plugins.cached_attention.reference import quantise
 from plugins.hierarchical_attention import onnx_int8 as attention
 from plugins.hierarchical_attention import onnx_static as static_attention
-from plugins.project_pages import LEAST, STEPS, onnx_int8
-from plugins.project_pages.reference import quantise
+from plugins.project_pages import onnx_int8
 from tests.emulator.interpreter import call
 from tests.plugins.checks import (
     ATTENTION_BOUND,

@@ -82,10 +82,10 @@ class PlainDecoder(OrtDecoder):
         outputs = {value.name for value in session.get_outputs()}
         binding = session.io_binding()
         named = {"input_ids": ids, "past_length": desk.past_length, **self._inputs}
-        named |= {f"past_{name}": value for name, value in self._cache.items()}
+        named |= self._cache
         for name in inputs:
             binding.bind_ortvalue_input(name, named[name])
-        results = desk.results | {f"present_{name}": value for name, value in self._cache.items()}
+        results = desk.results | {name.replace("past_", "present_"): value for name, value in self._cache.items()}
         for name in outputs:
             binding.bind_ortvalue_output(name, results[name])
         for name in ("pages", "page_count"):  # this graph has none
