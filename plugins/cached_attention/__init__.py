@@ -38,7 +38,7 @@ it meets the int8 value. (The kernels give a prompt's queries keys and values th
 multiply; the last query's are not.)
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins). `kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
+plugins). `kernel.py` and `int8_kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """
 
 STEPS = 127  # of an int8 number, on each side of zero: symmetric, -128 is not used

@@ -125,7 +125,7 @@ class CachedAttention(Op):
         )
         dequantise = kernel(
             "dequantise",
-            f"{FOLDER}:dequantise",
+            "plugins.cached_attention.int8_kernel:dequantise",
             (*cache, *CACHE_SCALES, "positions", *FLOATS, *sizes),
             (kv_heads, *width),
             ("ROWS",),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from plugins.cached_attention.kernel import larger, magnitude, step_of, whole_steps
+from plugins.cached_attention.int8_kernel import larger, magnitude, step_of, whole_steps
 
 
 @triton.jit
