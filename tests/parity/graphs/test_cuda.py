@@ -29,13 +29,14 @@ ANY = NUMBERS | {BOOL, ir.DataType.INT8}
 # What CUDA kernels exist for, of the types that our graphs hold: docs/OperatorKernels.md of ONNX Runtime. The type is
 # that of the first input, for Where of the second.
 KERNELS = {
-    "Add": NUMBERS, "And": {BOOL}, "ArgMax": FLOATS, "Cast": ANY, "CastLike": ANY, "Concat": ANY, "Div": NUMBERS,
-    "Equal": NUMBERS | {BOOL}, "Expand": ANY, "Gather": ANY, "GatherElements": ANY, "Gemm": FLOATS, "Greater": NUMBERS,
-    "GreaterOrEqual": NUMBERS, "Less": NUMBERS, "LessOrEqual": NUMBERS, "MatMul": FLOATS, "Min": NUMBERS,
-    "Mul": NUMBERS, "Pow": NUMBERS, "Range": {FLOAT, LONG}, "ReduceMax": NUMBERS, "ReduceMean": FLOATS,
-    "ReduceMin": NUMBERS, "ReduceSum": NUMBERS, "Reshape": ANY, "RotaryEmbedding": FLOATS, "ScatterElements": ANY,
-    "Shape": ANY, "Sigmoid": FLOATS, "Slice": ANY, "Softmax": FLOATS, "Sqrt": FLOATS, "Squeeze": ANY, "Sub": NUMBERS,
-    "TensorScatter": ANY, "Tile": NUMBERS, "TopK": NUMBERS, "Transpose": ANY, "Unsqueeze": ANY, "Where": NUMBERS,
+    "Abs": FLOATS, "Add": NUMBERS, "And": {BOOL}, "ArgMax": FLOATS, "Cast": ANY, "CastLike": ANY, "Concat": ANY,
+    "Div": NUMBERS, "Equal": NUMBERS | {BOOL}, "Expand": ANY, "Gather": ANY, "GatherElements": ANY, "Gemm": FLOATS,
+    "Greater": NUMBERS, "GreaterOrEqual": NUMBERS, "Less": NUMBERS, "LessOrEqual": NUMBERS, "MatMul": FLOATS,
+    "Max": NUMBERS, "Min": NUMBERS, "Mul": NUMBERS, "Pow": NUMBERS, "Range": {FLOAT, LONG}, "ReduceMax": NUMBERS,
+    "ReduceMean": FLOATS, "ReduceMin": NUMBERS, "ReduceSum": NUMBERS, "Reshape": ANY, "RotaryEmbedding": FLOATS,
+    "Round": FLOATS, "ScatterElements": ANY, "Shape": ANY, "Sigmoid": FLOATS, "Slice": ANY, "Softmax": FLOATS,
+    "Sqrt": FLOATS, "Squeeze": ANY, "Sub": NUMBERS, "TensorScatter": ANY, "Tile": NUMBERS, "TopK": NUMBERS,
+    "Transpose": ANY, "Unsqueeze": ANY, "Where": NUMBERS,
 }  # fmt: skip
 # Inputs that CUDA kernels read in the host's memory: what is computed from shapes is there, what is computed from data
 # would be copied.
@@ -54,6 +55,8 @@ MODELS = {
     # What the CPU's graph reads in a Scan: large pages, here 576 tokens of 256 numbers, and int8 pages of any size.
     "large-pages": (tiny(hidden=256, head_dim=64, cells=1), {"precision": "fp32"}),
     "int8-pages": (tiny(), {"precision": "fp32", "kv": "int8"}),
+    "int8-cache": (tiny(kv_heads=2), {"precision": "fp16", "kv_cache": "int8"}),
+    "int8-both": (tiny(), {"precision": "fp32", "kv": "int8", "kv_cache": "int8"}),
     "lazy": (tiny(), {"precision": "fp32", "projection": "lazy"}),
 }
 EAGER = [
