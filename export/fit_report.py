@@ -67,8 +67,9 @@ def report(a: Assessment, model: str, console: Console) -> None:
 
 def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
-    pages = ", int8 pages" if c.geometry.int8_pages else ""
-    return f"{model}, {c.precision}{pages}, {c.backend}{page_budget}, on {place}"
+    kept = ", int8 pages" if c.geometry.int8_pages else ""
+    kept += ", int8 cache" if c.geometry.int8_cache else ""
+    return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 
 
 def _limited(c: Configuration) -> bool:

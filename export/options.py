@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.backend import Opening
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
@@ -26,9 +26,9 @@ PROJECTIONS = {
     "lazy": "a page when a layer first selects it, so that short answers never pay for pages nobody looks at",
 }
 OWN = "a checkpoint that comes quantised (AWQ, GPTQ) brings its own"
-KV = {
+KV = {  # of hi-res pages, and of the cache of ordinary tokens
     "model": "in the dtype of activations",
-    "int8": "in 8 bits, with a scale for each head of each hi-res token: half of float16, a quarter of float32",
+    "int8": "in 8 bits, with a scale for each head of each token: half of float16, a quarter of float32",
 }
 
 
@@ -45,7 +45,8 @@ class BuildOptions:
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
-    kv: str = "model"  # of hi-res pages; the cache of tokens stays as it is
+    kv: str = "model"  # of hi-res pages
+    kv_cache: str = "model"  # of ordinary tokens
     backend: str = ONNXRUNTIME
     check: str = "parity"
     engines: EngineOptions | None = None  # of TensorRT; None: their defaults
@@ -55,6 +56,7 @@ class BuildOptions:
         for knob, known in (
             ("projection", PROJECTIONS),
             ("kv", KV),
+            ("kv_cache", KV),
             ("backend", BACKENDS),
             ("check", CHECKS),
         ):
@@ -85,11 +87,13 @@ class BuildOptions:
                 f"options of {self.engines.backend} engines for the backend {self.backend}",
                 fix=f"add --backend {self.engines.backend}, or leave them out",
             )
-        if self.projection == "lazy" and self.engines is not None and not self.engines.plugins:
-            raise OptionError(
-                "--projection lazy with --no-plugins: TensorRT alone cannot tell which pages are new",
-                fix="--projection eager, or leave out --no-plugins",
-            )
+        if self.engines is not None and not self.engines.plugins:
+            asked = {"lazy_pages": self.projection == "lazy", "int8_cache": self.kv_cache == "int8"}
+            for choice, (option, why) in PLUGINS_ALONE.items():
+                if asked[choice]:
+                    raise OptionError(
+                        f"{option} with --no-plugins: TensorRT alone {why}", fix=f"leave out {option}, or --no-plugins"
+                    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,14 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         "--kv",
         choices=KV,
         default=default.kv,
-        help="how keys and values of hi-res pages are kept; " + "; ".join(f"{key}: {text}" for key, text in KV.items()),
+        help="how keys and values of hi-res pages are kept, and of nothing else; "
+        + "; ".join(f"{key}: {text}" for key, text in KV.items()),
+    )
+    add(
+        "--kv-cache",
+        choices=KV,
+        default=default.kv_cache,
+        help="the same of ordinary tokens, which are the low-res image, questions and answers: the cache of a request",
     )
     add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
     text = "print what a build and a request need, and whether the board in --target (else this machine) has it"

@@ -55,9 +55,10 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
             names = [name for name in dropped if dropped[name] == reason]
             more = ", ..." if len(names) > 1 else ""
             console.print(f"  {len(names)} x {reason}: {names[0]:.200}{more}", soft_wrap=True, markup=False)
+    cache, pages = (" in int8" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     console.print(
-        f"memory of a request: cache {size(cache_bytes(c))} at the full context of {g.context} tokens, "
-        f"hi-res pages {size(store_bytes(c))}; "
+        f"memory of a request: cache {size(cache_bytes(c))}{cache} at the full context of {g.context} tokens, "
+        f"hi-res pages {size(store_bytes(c))}{pages}; "
         f"of the parity check: {size(parity_check)}"
     )
     if scheme:

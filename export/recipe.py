@@ -88,6 +88,7 @@ class Recipe:
             "context": g.context,
             "projection": "lazy" if g.lazy_pages else "eager",
             "kv": "int8" if g.int8_pages else "model",
+            "kv_cache": "int8" if g.int8_cache else "model",
             "backend": self.backend,
             "check": self.check,
             "floats": list(scheme.floats) if scheme else [],
@@ -153,7 +154,8 @@ def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
-    return replace(g, context=context, lazy_pages=lazy, int8_pages=options.kv == "int8")
+    int8_pages, int8_cache = options.kv == "int8", options.kv_cache == "int8"
+    return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache)
 
 
 def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:

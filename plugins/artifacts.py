@@ -23,13 +23,15 @@ from typing import Any
 
 from plugins.errors import Error, KernelError
 from plugins.files import read_file
-from plugins.op import FIRST_SM, PAGE_SCALES, Kernel
+from plugins.op import CACHE_SCALES, FIRST_SM, PAGE_SCALES, Kernel
 
-FORMAT = 3  # raised when an older reader would misread the file; 2 has one variant of each kernel, 1: `_upgraded`
+FORMAT = 4  # raised when an older reader would misread the file; what the others lack: `_upgraded`
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
 MOST_BYTES = 1 << 30  # of a file: it is read whole. A 7B model's kernels, for every board, have 3 MB
+PAGE_KERNELS = "attend_pages", "project_pages"  # those that read or write pages, and those of the cache
+CACHE_KERNELS = "append", "attend", "attend_pages"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -187,10 +189,9 @@ class Artifacts:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 files = {info.filename: _stored(archive, info) for info in archive.infolist()}
             index = json.loads(files[_INDEX])
-            if index["format"] in (1, 2, FORMAT):
-                records = index["kernels"]
-                if index["format"] == 1:
-                    records = [record | {"kernel": _upgraded(record["kernel"])} for record in records]
+            number = index["format"]
+            if type(number) is int and 1 <= number <= FORMAT:
+                records = [record | {"kernel": _upgraded(record["kernel"], number)} for record in index["kernels"]]
                 return cls(tuple(_compiled(record, files) for record in records), dict(index["versions"]))
         except (
             zipfile.BadZipFile, struct.error, LookupError, ValueError, TypeError, AttributeError, EOFError,
@@ -201,9 +202,7 @@ class Artifacts:
                 expected="a file as plugins.compile writes it",
                 fix=f"copy it again, or {REBUILD_KERNELS}",
             ) from error
-        raise KernelError(
-            f"{name} has format {index['format']!r}", expected=f"format 1 to {FORMAT}", fix=REBUILD_KERNELS
-        )
+        raise KernelError(f"{name} has format {number!r}", expected=f"format 1 to {FORMAT}", fix=REBUILD_KERNELS)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Artifacts:
@@ -247,21 +246,30 @@ def kernel_of(record: Mapping[str, Any]) -> Kernel:
     return Kernel(name, function, parameters, constants, warps, stages, absent, tile, record.get("arch", FIRST_SM))
 
 
-def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a kernel in a file of format 1, as format 2 has it; its code is the same.
+def _upgraded(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """The record of a kernel in a file of format `number`, as today's has it; its code is the same.
 
-    There the kernels of int8 pages were functions of their own, without a constant that says so, and two parameters
-    of `select_pages` had other names than the op's tensors.
+    Up to format 3 no kernel knows an int8 cache, and of int8 pages a constant of another name says whether they are.
+    In format 1 the kernels of int8 pages are functions of their own, without that constant, and two parameters of
+    `select_pages` have other names than the op's tensors. Format 2 has one variant of each kernel and no tiles.
     """
-    name = record["name"].replace("_int8_pages", "_pages")
-    upgraded = {**record, "name": name, "function": record["function"].replace("_int8_pages", "_pages"), "absent": []}
-    if name in ("attend_pages", "project_pages"):
-        int8 = name != record["name"]
-        upgraded["constants"] = [*record["constants"], ["INT8", int(int8)]]
-        upgraded["absent"] = [] if int8 else list(PAGE_SCALES)
-    if name == "select_pages":
-        names = {"budget": "page_budget", "count": "page_count"}
-        upgraded["parameters"] = [[names.get(each, each), kind] for each, kind in record["parameters"]]
+    name, upgraded = record["name"], {"absent": [], **record}
+    if number == 1:
+        name = name.replace("_int8_pages", "_pages")
+        upgraded |= {"name": name, "function": record["function"].replace("_int8_pages", "_pages")}
+        if name in PAGE_KERNELS:
+            int8 = name != record["name"]
+            upgraded["constants"] = [*record["constants"], ["INT8", int(int8)]]
+            upgraded["absent"] = [] if int8 else [*PAGE_SCALES]
+        if name == "select_pages":
+            names = {"budget": "page_budget", "count": "page_count"}
+            upgraded["parameters"] = [[names.get(each, each), kind] for each, kind in record["parameters"]]
+    if number <= 3:
+        constants = [["INT8_PAGES" if each == "INT8" else each, value] for each, value in upgraded["constants"]]
+        if name in CACHE_KERNELS:
+            constants.append(["INT8_CACHE", 0])
+            upgraded["absent"] = [*upgraded["absent"], *CACHE_SCALES]
+        upgraded["constants"] = constants
     return upgraded
 
 

@@ -124,18 +124,25 @@ class Op(ABC):
         if set(attributes) != set(self.attribute_names):
             raise ValueError(f"{self.name}: attributes {sorted(attributes)}, expected {sorted(self.attribute_names)}")
         self.attributes = attributes
+        self._kernels: dict[str, tuple[Kernel, ...]] = {}
 
     @abstractmethod
     def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
         """Each output's dimensions: dimensions of inputs (numbers, or a builder's symbols) and constants."""
 
-    @abstractmethod
     def kernels(self, dtype: str) -> tuple[Kernel, ...]:
-        """Every kernel a launch may need when the model computes in `dtype`."""
+        """Every kernel a launch may need when the model computes in `dtype`: `make_kernels`, asked once for each."""
+        if dtype not in self._kernels:
+            self._kernels[dtype] = self.make_kernels(dtype)
+        return self._kernels[dtype]
 
     @abstractmethod
-    def workspace(self, shapes: Shapes[int]) -> int:
-        """Bytes of scratch memory a call with these (or smaller) shapes needs."""
+    def make_kernels(self, dtype: str) -> tuple[Kernel, ...]:
+        """What `kernels` returns: it follows from the attributes and `dtype` alone."""
+
+    @abstractmethod
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
+        """Bytes of scratch memory a call with these (or smaller) shapes needs when the model computes in `dtype`."""
 
     @abstractmethod
     def launches_of(

@@ -192,7 +192,8 @@ def _creators(trt: ModuleType, state: _Registration) -> tuple[Any, ...]:
 
         @_kept
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return self.op.workspace(named(self.op.inputs, (tuple(tensor.max) for tensor in inputs)))
+            shapes = named(self.op.inputs, (tuple(tensor.max) for tensor in inputs))
+            return self.op.workspace(self.dtype or MODEL_DTYPES[0], shapes)
 
         def get_valid_tactics(self) -> list[int]:
             return []  # one way to run, TensorRT's tactic 0

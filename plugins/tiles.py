@@ -64,6 +64,7 @@ def _projection(rows: int, width: int, lanes: int, programs: int) -> tuple[tuple
 # The first row that holds is taken: those for some SMs or smaller sizes stand before those for all.
 TILES: tuple[Tile, ...] = (
     Tile("append", (("ROWS", 32),), 4, 2, "chosen: small, and not measured against others"),
+    Tile("dequantise", (("ROWS", 32),), 4, 2, "as `append`"),
     Tile("prefill", (("ROWS", 16), ("BLOCK", 16)), 4, 2, "no tensor cores: products are unrolled", dtypes=("float32",)),
     Tile(
         "prefill", (("ROWS", 64), ("BLOCK", 64)), 4, 3, sms=(90,), dtypes=HALVES, native=True,
@@ -86,6 +87,13 @@ TILES: tuple[Tile, ...] = (
         source="measured on an H100, head size 128: 48 us at 717 tokens, 90 at 1,199; 64x64 by 4 warps: 51 and 97. Its "
         "96 KB of shared memory fit every SM, and none has registers for a second program of 8 warps",
     ),
+    Tile(
+        "attend", (("BLOCK", 64),), 4, 2, dtypes=("float32",),
+        source="chosen: at head size 128 a tile of float32 keys and values takes the registers of four warps",
+    ),
+    Tile(
+        "attend_pages", (("BLOCK", 64),), 4, 2, dtypes=("float32",), source="as `attend`",
+    ),
     Tile("attend", (("BLOCK", 64),), 2, 2, "measured on an H100: 9.5 us, of 128 keys by 4 warps 10.3 (1,200 tokens)"),
     Tile("attend_pages", (("BLOCK", 64),), 2, 2, "as `attend`"),
     Tile("combine", (("MAP_BLOCK", 64),), 4, 2, "chosen: small, and not measured against others"),
@@ -94,7 +102,8 @@ TILES: tuple[Tile, ...] = (
         source="no tensor cores: products are unrolled",
     ),
     Tile(
-        "project_pages", _projection(128, 64, lanes=8, programs=132), 8, 4, sms=(90,), most=(("INT8", 0),), native=True,
+        "project_pages", _projection(128, 64, lanes=8, programs=132), 8, 4, sms=(90,), most=(("INT8_PAGES", 0),),
+        native=True,
         source="tile measured on an H100: 124 us for 10 pages, 936 for 81; its 128 KB of shared memory leave each "
         "of the 132 multiprocessors room for one program",
     ),

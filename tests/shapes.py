@@ -9,7 +9,8 @@ from engines.bundle.pages import page_size
 def sizes(g: Geometry) -> dict[str, int]:
     """The attributes of the ops of a model."""
     names = "hidden", "heads", "kv_heads", "head_dim", "grid", "cells", "threshold"
-    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g), "int8_pages": int(g.int8_pages)}
+    stores = {"int8_pages": int(g.int8_pages), "int8_cache": int(g.int8_cache)}
+    return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)} | stores
 
 
 def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -21,6 +22,7 @@ def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, di
     weight, turned = (g.kv_heads * g.head_dim, g.hidden), (batch, *slots, g.head_dim // 2)
     stores = {"page_key": store, "page_value": store}
     scales = {"page_key_scale": store[:-1], "page_value_scale": store[:-1]} if g.int8_pages else {}
+    cache_scales = {"past_key_scale": cache[:-1], "past_value_scale": cache[:-1]} if g.int8_cache else {}
     listed = {"pages": (batch, g.pages), "page_count": (batch,)}
     attention = {
         "query": query,
@@ -42,7 +44,7 @@ def input_shapes(g: Geometry, *, batch: int = 1, steps: int = 1) -> dict[str, di
     }
     return {
         "SelectPages": {"map": (batch, g.grid, g.grid), "margins": (batch, 2), "page_budget": (batch,)},
-        "CachedAttention": attention,
+        "CachedAttention": attention | cache_scales,
         "ProjectPages": projection | stores | {"projected": (batch, g.pages)} | listed | scales,
-        "HierarchicalAttention": attention | stores | {"page_lengths": (g.pages,)} | listed | scales,
+        "HierarchicalAttention": attention | stores | {"page_lengths": (g.pages,)} | listed | scales | cache_scales,
     }

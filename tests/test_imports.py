@@ -30,7 +30,7 @@ HOMES = {
     "safetensors": ("export/default_model/*", "export/second_opinion.py"),
     "transformers": ("export/second_opinion.py",),
     "sklearn": ("export/default_model/*",),
-    "triton": ("plugins/*/kernel.py", "plugins/compiler/*"),
+    "triton": ("plugins/*/*kernel.py", "plugins/compiler/*"),
     "onnxruntime": ("engines/ort/*",),
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),
@@ -112,7 +112,7 @@ def test_plugins_need_no_package_to_run():
     """Of what a board runs of plugins, only numpy is not Python's own."""
     for path in files("plugins"):
         if (
-            path.name in ("kernel.py", "reference.py")
+            path.name in ("kernel.py", "int8_kernel.py", "reference.py")
             or path.name.startswith("onnx_")
             or path.parent.name == "compiler"
         ):

@@ -11,15 +11,25 @@ TRACED, ONNXRUNTIME, ONNXRUNTIME_CUDA, PLUGIN_FREE = "traced", "onnxruntime", "o
 OPTIONAL = (ONNXRUNTIME_CUDA,)  # bundles of before there were any lack them, and do without
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
+# What TensorRT can do with this project's plugins alone, by field of Geometry: the option of a build, and why.
+PLUGINS_ALONE = {
+    "lazy_pages": ("--projection lazy", "cannot tell which pages are new"),
+    "int8_cache": ("--kv-cache int8", "updates no int8 cache in place"),
+}
+
+
+def needing_plugins(g: Geometry) -> list[str]:
+    """The options of a model that TensorRT cannot serve without plugins."""
+    return [option for field, (option, _) in PLUGINS_ALONE.items() if getattr(g, field)]
 
 
 def kinds(part: str, g: Geometry) -> tuple[str, ...]:
     """The kinds of graphs a bundle holds of a part.
 
     The vision and pages parts hold no flex:: nodes: one graph serves every provider of ONNX Runtime, and the traced one
-    needs no plugins. Which pages are new is known to plugins alone.
+    needs no plugins.
     """
     if part != "decoder":
         return TRACED, ONNXRUNTIME
-    plugin_free = () if g.lazy_pages else (PLUGIN_FREE,)
+    plugin_free = () if needing_plugins(g) else (PLUGIN_FREE,)
     return (TRACED, ONNXRUNTIME, ONNXRUNTIME_CUDA, *plugin_free)

@@ -23,9 +23,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def of_batch(self, batch: int) -> tuple[int, ...]:
-        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers."""
-        return (batch, *map(int, self.shape[1:]))
+    def of_batch(self, batch: int, capacity: int | None = None) -> tuple[int, ...]:
+        """The shape for so many rows, of a tensor whose first size is the batch and whose others are numbers, or the
+        capacity of a cache, which is given then."""
+        sizes = {} if capacity is None else {"capacity": capacity}
+        return (batch, *(int(sizes.get(str(size), size)) for size in self.shape[1:]))
 
 
 def vision_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -80,6 +82,11 @@ def in_place(outputs: Iterable[TensorSpec]) -> dict[str, str]:
     prefixes |= {f"present_{store}": store for store in stores}
     split = ((spec.name, *spec.name.partition(".")) for spec in outputs)
     return {name: f"{prefixes[prefix]}.{layer}" for name, prefix, _, layer in split if prefix in prefixes}
+
+
+def cache_inputs(g: Geometry) -> tuple[str, ...]:
+    """Names of what a decoder takes of the ordinary tokens it has seen: the cache."""
+    return tuple(spec.name for spec in _cache("past_key", g) + _cache("past_value", g))
 
 
 def page_inputs(g: Geometry) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Shape = tuple[int, ...]
-PIECE = 1 << 30  # bytes cleared at once: CUDA's kernel counts them in 32 bits
+PIECE = 1 << 30  # bytes cleared or copied at once: CUDA's kernel counts them in 32 bits
+UINT8, INT64 = 2, 7  # types of elements, as ONNX numbers them
 
 
 class Buffers:
@@ -26,7 +27,7 @@ class Buffers:
         self.device = device
         self._ort = import_library()
         self.provider = provider_of(self._ort, device)
-        self._clearing: ort.InferenceSession | None = None
+        self._filling: dict[str, ort.InferenceSession] = {}  # by operator
 
     def of(self, array: np.ndarray) -> ort.OrtValue:
         """A tensor with what the array holds. On the CPU it is a view: it shares the array's memory and keeps it
@@ -53,27 +54,47 @@ class Buffers:
 
     def clear(self, value: ort.OrtValue) -> None:
         """Zero a tensor of this device where it lies. Raises BackendError."""
-        if self._clearing is None:
+        size = value.tensor_size_in_bytes()
+        for begin in range(0, size, PIECE):
+            count = min(PIECE, size - begin)
+            binding = self._session("ConstantOfShape").io_binding()
+            binding.bind_cpu_input("given", np.array([count], np.int64))
+            self._fill("ConstantOfShape", binding, value.data_ptr() + begin, count)
+
+    def copy(self, source: ort.OrtValue, target: ort.OrtValue) -> None:
+        """Copy a tensor of this device into another one of as many bytes, on the device. Raises BackendError."""
+        size = target.tensor_size_in_bytes()
+        if source.tensor_size_in_bytes() != size:
+            raise BackendError(f"{source.tensor_size_in_bytes()} bytes for a tensor of {size}")
+        for begin in range(0, size, PIECE):
+            count = min(PIECE, size - begin)
+            binding = self._session("Identity").io_binding()
+            binding.bind_input("given", self.device, 0, np.uint8, [count], source.data_ptr() + begin)
+            self._fill("Identity", binding, target.data_ptr() + begin, count)
+
+    def _session(self, operator: str) -> ort.InferenceSession:
+        """That of a graph which fills memory, kept."""
+        if operator not in self._filling:
             options = self._ort.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 1
             providers = [(self.provider, PROVIDER_OPTIONS[self.device])]
-            self._clearing = self._ort.InferenceSession(_clearing_graph(), options, providers=providers)
-        address, size = value.data_ptr(), value.tensor_size_in_bytes()
-        for begin in range(0, size, PIECE):
-            count = min(PIECE, size - begin)
-            binding = self._clearing.io_binding()
-            binding.bind_cpu_input("shape", np.array([count], np.int64))
-            binding.bind_output("zeros", self.device, 0, np.uint8, [count], address + begin)
-            try:
-                self._clearing.run_with_iobinding(binding)
-            except Exception as error:
-                raise failed("clearing", error) from error
-            binding.synchronize_outputs()
+            self._filling[operator] = self._ort.InferenceSession(_filling_graph(operator), options, providers=providers)
+        return self._filling[operator]
+
+    def _fill(self, operator: str, binding: ort.IOBinding, address: int, count: int) -> None:
+        """Run the graph of an operator, its input bound, into `count` bytes of the device."""
+        binding.bind_output("filled", self.device, 0, np.uint8, [count], address)
+        try:
+            self._session(operator).run_with_iobinding(binding)
+        except Exception as error:
+            raise failed(f"{operator} of buffers", error) from error
+        binding.synchronize_outputs()
 
 
-def _clearing_graph() -> bytes:
-    """shape [1] int64 -> zeros [shape] uint8, as a file of ONNX: a ConstantOfShape is ONNX Runtime's way to fill memory
-    on a device. Fields of protobuf by their numbers in onnx.proto; the engines need no library that writes them."""
+def _filling_graph(operator: str) -> bytes:
+    """given -> filled [size] uint8, as a file of ONNX: ONNX Runtime's ways to fill memory on a device. ConstantOfShape,
+    of a shape [1] int64, clears it; Identity copies as many bytes. Fields of protobuf by their numbers in onnx.proto;
+    the engines need no library that writes them."""
 
     def varint(number: int) -> bytes:
         return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
@@ -86,10 +107,12 @@ def _clearing_graph() -> bytes:
     def tensor(name: bytes, element: int, size: bytes) -> bytes:  # of one dimension
         return field(1, name) + field(2, field(1, field(1, element) + field(2, field(1, field(2, size)))))
 
-    uint8, int64 = 2, 7
-    zero = field(1, 1) + field(2, uint8) + field(9, bytes(1))
-    value = field(1, b"value") + field(5, zero) + field(20, 4)  # the attribute, a tensor
-    node = field(1, b"shape") + field(2, b"zeros") + field(4, b"ConstantOfShape") + field(5, value)
-    inputs, outputs = field(11, tensor(b"shape", int64, b"rank")), field(12, tensor(b"zeros", uint8, b"size"))
-    graph = field(1, node) + field(2, b"clear") + inputs + outputs
+    node = field(1, b"given") + field(2, b"filled") + field(4, operator.encode())
+    given = tensor(b"given", UINT8, b"size")
+    if operator == "ConstantOfShape":
+        zero = field(1, 1) + field(2, UINT8) + field(9, bytes(1))
+        node += field(5, field(1, b"value") + field(5, zero) + field(20, 4))  # the attribute, a tensor
+        given = tensor(b"given", INT64, b"rank")
+    inputs, outputs = field(11, given), field(12, tensor(b"filled", UINT8, b"size"))
+    graph = field(1, node) + field(2, b"fill") + inputs + outputs
     return field(1, 8) + field(7, graph) + field(8, field(2, 19))  # the version of the format, and of the operators

@@ -6,15 +6,24 @@ import os
 import re
 from importlib.metadata import packages_distributions
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engines.errors import BackendError
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OLDEST = 1, 25
 # On the GPU a float32 bundle means float32, not TF32's 10-bit mantissa.
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+
+
+# From here on what a CUDA graph copies from the host's memory stays there; before, other runs wrote over it (its pull
+# request 32121; of the wheels, those from 1.30 on have it).
+CAPTURES = 1, 30
 
 
 def installed() -> tuple[str, list[str]]:
@@ -36,16 +45,39 @@ def import_library() -> ModuleType:
             fix="try again; if it stays, reinstall it: pip install --force-reinstall onnxruntime",
         ) from error
     module: ModuleType = onnxruntime
-    found = str(getattr(module, "__version__", "of no version"))
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
+    if _version(module) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
+        found, place = getattr(module, "__version__", "of no version"), getattr(module, "__file__", "an unknown place")
         raise BackendError(
-            f"onnxruntime {found} in {getattr(module, '__file__', 'an unknown place')}",
+            f"onnxruntime {found} in {place}",
             expected=f"{oldest} or newer: older ones lack TensorScatter, which keeps the cache in place",
             fix=f"upgrade it: pip install --upgrade '{_package()}>={oldest}'",
         )
     return module
+
+
+def captures() -> str | None:
+    """Why this ONNX Runtime cannot be trusted to record CUDA graphs, and what would help; None where it can."""
+    module, needed = import_library(), ".".join(map(str, CAPTURES))
+    if _version(module) >= CAPTURES:
+        return None
+    return (
+        f"onnxruntime {module.__version__} writes over what graphs still read; {needed} or newer does not: "
+        f"pip install --upgrade '{_package()}>={needed}'"
+    )
+
+
+def run_options(entries: dict[str, str]) -> ort.RunOptions:
+    """Options of a run, by their keys in onnxruntime_run_options_config_keys.h."""
+    options: ort.RunOptions = import_library().RunOptions()
+    for key, value in entries.items():
+        options.add_run_config_entry(key, value)
+    return options
+
+
+def _version(module: ModuleType) -> tuple[int, int]:
+    numbers = re.match(r"(\d+)\.(\d+)", str(getattr(module, "__version__", "")))
+    return (0, 0) if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def _package() -> str:

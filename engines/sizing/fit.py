@@ -223,6 +223,7 @@ def changes(old: Configuration, new: Configuration) -> str:
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
     options += [f"--slots {new.slots}"] if new.slots != old.slots else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
+    options += ["--kv-cache int8"] if new.geometry.int8_cache != old.geometry.int8_cache else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
     options += [f"--block-size {block_name(new.block)}"] if new.block not in (None, old.block) else []
     return " ".join(options)
@@ -252,23 +253,27 @@ def _assess(c: Configuration, room: Room) -> Assessment:
 
 def _nearest(found: Assessment) -> Assessment | None:
     """What fits with the fewest knobs changed; of equally many, first those that change a smaller context, then the
-    slots, or the batch where there are none, then int8 pages, then the precision, int8 before int4. Each knob is
-    changed as little as fits.
+    slots, or the batch where there are none, then int8 pages, then an int8 cache, then the precision, int8 before int4.
+    Each knob is changed as little as fits.
 
-    The page budget and lazy projection are not among them: they save reading and computing, not memory.
+    The page budget and lazy projection are not among them: they save reading and computing, not memory. Nor is an int8
+    cache for TensorRT without plugins, which has none.
     """
-    c, room = found.configuration, found.room
+    c, room, g = found.configuration, found.room, found.configuration.geometry
     steps = [] if c.fixed else [each for each in c.precision.smaller if room.serves(each)]
-    precisions, kept = (c.precision, *steps), c.geometry.int8_pages
-    ways = product((False, True), (False, True), (False,) if kept else (False, True), precisions)
+    precisions, either = (c.precision, *steps), (False, True)
+    caches = either if not g.int8_cache and (c.plugins or c.backend == ONNXRUNTIME) else (False,)
+    ways = product(precisions, caches, either[: 2 - g.int8_pages], either, either)
+    # Of equally many, ways that change their last knobs come first; but a smaller context before fewer rows.
     order = sorted(
-        (way for way in ways if way != (False, False, False, c.precision)),
-        key=lambda way: (sum(way[:3]) + (way[3] != c.precision), precisions.index(way[3]), way[2], not way[0]),
+        (way for way in ways if way != (c.precision, False, False, False, False)),
+        key=lambda way: ((way[0] != c.precision) + sum(way[1:]), precisions.index(way[0]), way[1:3], not way[4]),
     )
     goals: list[Callable[[Assessment], bool]] = [lambda a: a.fits, lambda a: a.runs]
     for wanted in goals[:1] if found.runs else goals:  # with the builder if that is possible
-        for context, rows, int8_pages, precision in order:
-            geometry = replace(c.geometry, int8_pages=kept or int8_pages)
+        for precision, int8_cache, int8_pages, rows, context in order:
+            cache, pages = g.int8_cache or int8_cache, g.int8_pages or int8_pages
+            geometry = replace(g, int8_cache=cache, int8_pages=pages)
             for fewer in _fewer_rows(c) if rows else (c,):
                 block = c.block if c.block in precision.block_sizes else None
                 other = replace(fewer, precision=precision, block=block, geometry=geometry)

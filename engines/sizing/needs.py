@@ -20,7 +20,7 @@ from engines.errors import OptionError
 from plugins.op import ALIGNMENT
 
 SCALE = 2  # bytes of the float16 scale of a block of quantised weights
-PAGE_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page
+TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
 # Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
@@ -50,7 +50,8 @@ CUDA_CONTEXT = 400_000_000
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is to be built and asked. The geometry holds the context and how pages are projected and kept.
+    """What is to be built and asked. The geometry holds the context, how pages are projected, and how pages and cache
+    are kept.
 
     block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
     weights of linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots:
@@ -138,14 +139,14 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
 def cache_bytes(c: Configuration) -> int:
     """Bytes of the key/value cache at the full context."""
     g = c.geometry
-    return c.rows * g.layers * g.context * _token_bytes(c)
+    return c.rows * g.layers * g.context * _token_bytes(c, g.int8_cache)
 
 
 def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
     not, since any may be selected (TrtModel.project, OrtModel.project)."""
     g = c.geometry
-    return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _page_token_bytes(c)
+    return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c, g.int8_pages)
 
 
 def builder_bytes(weights: int, *, copied: bool = False) -> int:
@@ -175,12 +176,12 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     else:
         what = "CUDA context (assumed), kernels" + (", Python, TensorRT" if integrated else "")
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
-    kept = ", int8 and scales" if g.int8_pages else ""
+    cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need("weights", held, _list(weights) + (", and copies" if ort else "")),
-        Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers"),
+        Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
         Need("hi-res pages", store_bytes(c), f"{whose} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
         Need("image, logits", image, f"{whose} x pixels, features{lazy}, logits"),
         Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
@@ -197,7 +198,8 @@ def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
         decoder -= (g.vocab - c.rows) * g.hidden * item
     if g.lazy_pages:  # read when a page is new, not in every step
         decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
-    read = g.layers * tokens * _token_bytes(c) + len(g.reading_layers) * pages * page_size(g) * _page_token_bytes(c)
+    read = g.layers * tokens * _token_bytes(c, g.int8_cache)
+    read += len(g.reading_layers) * pages * page_size(g) * _token_bytes(c, g.int8_pages)
     return decoder + c.rows * read
 
 
@@ -253,6 +255,7 @@ def _activations(c: Configuration) -> dict[str, int]:
     pages = hires * (g.hidden * item + g.kv_heads * g.head_dim * (item + 4 * floats) + g.head_dim * 8)
     if g.lazy_pages:
         pages = hires * g.head_dim * 32
+    # The MLP's, which takes more than attention does, a prompt's over an int8 cache, made float for it, too.
     decoder = rows * g.context * 3 * (g.intermediate + g.hidden) * item
     if ort or not c.plugins:  # no kernel of ours: keys and values laid out again, the last query in float32
         decoder += rows * g.context * g.heads * g.head_dim * (2 * item + 4)
@@ -263,15 +266,10 @@ def _activations(c: Configuration) -> dict[str, int]:
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 
-def _token_bytes(c: Configuration) -> int:
-    """Bytes of a token's key and value in one layer."""
-    return 2 * c.geometry.kv_heads * c.geometry.head_dim * c.item
-
-
-def _page_token_bytes(c: Configuration) -> int:
-    """Bytes of a hi-res token's key and value in one layer."""
+def _token_bytes(c: Configuration, int8: bool) -> int:
+    """Bytes of a token's key and value in one layer, in 8 bits or not."""
     g = c.geometry
-    return 2 * g.kv_heads * (g.head_dim + PAGE_SCALE) if g.int8_pages else _token_bytes(c)
+    return 2 * g.kv_heads * (g.head_dim + TOKEN_SCALE if int8 else g.head_dim * c.item)
 
 
 def _list(sizes: dict[str, int]) -> str:

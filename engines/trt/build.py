@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from engines import errors
 from engines.bundle.folder import Bundle, sha256
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRACED
+from engines.bundle.kinds import PARTS, PLUGIN_FREE, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX, TRACED, needing_plugins
 from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
 from engines.bundle.pages import page_size
 from engines.bundle.rebuild import rebuild
@@ -119,6 +119,13 @@ def build_engines(
     """
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
+    if not options.plugins and (only := needing_plugins(manifest.geometry)):
+        why = "; ".join(why for option, why in PLUGINS_ALONE.values() if option in only)
+        raise OptionError(
+            f"{name} was built with {' and '.join(only)}: TensorRT alone {why}",
+            expected="plugins",
+            fix="leave out --no-plugins, or build the bundle without",
+        )
     sms = sms_to_build(options)
     trt.require_operators(options.backend, plugins=options.plugins)
     asked = _configuration(bundle, options)
@@ -203,6 +210,7 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         block_size=p.block_size(other.block, options.backend) if p.quantises else None,
         context=other.geometry.context,
         kv="int8" if other.geometry.int8_pages else "model",
+        kv_cache="int8" if other.geometry.int8_cache else "model",
     )
 
 
@@ -249,10 +257,11 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
     except KernelError as error:  # which bundle, and how to build just this one
         unknown = [sm for sm in sms if sm not in SMS]
         if unknown:
+            only = needing_plugins(manifest.geometry)
             again = (
                 f"this project has no kernels for sm_{unknown[0]}: "
                 + command(name, replace(options, plugins=False))
-                + "; a bundle with lazily projected pages needs --projection eager for that, when it is built"
+                + "".join(f"; the bundle must be built without {option} for that" for option in only)
             )
         raise error.within(str(name), fix=again) from error
     return manifest.files[manifest.kernels].sha256

@@ -8,14 +8,14 @@ end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
-from engines.bundle.specs import in_place, page_inputs
+from engines.bundle.specs import cache_inputs, in_place, page_inputs
 from engines.cuda import Buffer, Cuda, Graph, Shared
 from engines.errors import BackendError
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, padded
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 class DecoderPart:
     """The decoder's engine, and what all decoders of a model share. captures: until recording a step fails."""
 
-    def __init__(self, engine: PartEngine, g: Geometry, dtype: str, cuda: Cuda, queue: Queue, scratch: Buffer) -> None:
-        """`dtype`: of the model. `scratch`: what all runs in `queue` work in."""
+    def __init__(self, engine: PartEngine, g: Geometry, cuda: Cuda, queue: Queue, scratch: Buffer) -> None:
+        """`scratch`: what all runs in `queue` work in."""
         self.engine, self.geometry, self.cuda, self.queue, self.captures = engine, g, cuda, queue, True
         self.in_place = in_place(engine.plan.outputs)
-        self.cache_names = [f"past_{half}.{layer}" for half in ("key", "value") for layer in range(g.layers)]
-        self._dtype, self._scratch = dtype, scratch
+        self.cache_names = cache_inputs(g)
+        self._scratch = scratch
         self._prefill: dict[int, Context] = {}  # by profile
 
     def step_context(self, batch: int) -> Context:
@@ -48,13 +48,14 @@ class DecoderPart:
         return self._prefill[profile]
 
     def cache_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of both halves of every layer's cache."""
-        g = self.geometry
-        return dict.fromkeys(self.cache_names, ((batch, g.kv_heads, g.context, g.head_dim), self._dtype))
+        """Shape and dtype of what the decoder takes of the cache."""
+        return self._shapes(self.cache_names, batch)
 
     def image_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of what the decoder takes about images: features, and `Image.pages`."""
-        names = ("features", *page_inputs(self.geometry))
+        return self._shapes(("features", *page_inputs(self.geometry)), batch)
+
+    def _shapes(self, names: Iterable[str], batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (self.engine.specs[name].of_batch(batch), self.engine.specs[name].dtype) for name in names}
 
     def cache(self, batch: int) -> dict[str, DeviceArray]:

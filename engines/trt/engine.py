@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import PLUGIN_FREE, TENSORRT, TENSORRT_RTX
+from engines.bundle.kinds import PLUGIN_FREE, TENSORRT, TENSORRT_RTX, needing_plugins
 from engines.bundle.manifest import Plan, Profile
 from engines.bundle.rebuild import rebuild
 from engines.cuda import Buffer, Cuda, Stream
@@ -46,7 +46,8 @@ def rebuild_command(bundle: Bundle, backend: str, *, sm: int | None = None, batc
     if not options.plugins:
         if PLUGIN_FREE in manifest.parts["decoder"].graphs:
             return command(bundle.path, options)
-        return "open the bundle with backend='onnxruntime': its lazily projected pages need kernels, and there are none"
+        options_of_it = " and ".join(needing_plugins(manifest.geometry))
+        return f"open the bundle with backend='onnxruntime': {options_of_it} needs kernels, and there are none"
     missing = set(options.sms if sm is None else (*options.sms, sm)) - set(_kernels_of(bundle))
     if missing or manifest.kernels is None:
         return rebuild(manifest, bundle.path, backend=backend, engines=asdict(options))

@@ -43,7 +43,7 @@ class TrtModel:
         size = padded(max(1, *(engine.scratch for engine in self._engines.values())))
         engine, g = self._engines["decoder"], self.geometry
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
-        self._decoder = DecoderPart(engine, g, self._model_dtype, self.cuda, self._queue, self._scratch)
+        self._decoder = DecoderPart(engine, g, self.cuda, self._queue, self._scratch)
         self._contexts: dict[tuple[str, int], Context] = {}
         self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
         self._blank: dict[int, Image[DeviceArray]] = {}

@@ -26,8 +26,8 @@ def write_config(
 ) -> None:
     """Write config.json into `folder`, which is made if need be, and with it the config of the vision tower.
 
-    What a build chooses (lazy_pages, int8_pages) is in neither. tower: a folder to make inside; or the name of a
-    published one, whose numbers are known, and must be g's. inside: no folder, the tower's config becomes
+    What a build chooses (lazy_pages, int8_pages, int8_cache) is in neither. tower: a folder to make inside; or the name
+    of a published one, whose numbers are known, and must be g's. inside: no folder, the tower's config becomes
     `vision_config`, as where its weights are the checkpoint's own. spare_blocks: blocks of the tower after the selected
     one, which nothing needs: the official -2 leaves one. turn_template, system_prompt: None for those that belong to
     prompt_template (config.py). dtype: of the weights. entries: further keys of config.json, or others in place of g's.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -16,6 +18,7 @@ from engines.bundle.precision import Precision
 from engines.errors import ExportError
 from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
+from plugins.cached_attention import onnx_int8 as int8_cached_attention
 from plugins.cached_attention import onnx_static as static_cached_attention
 from plugins.hierarchical_attention import onnx_body as hierarchical_attention
 from plugins.hierarchical_attention import onnx_cuda as cuda_hierarchical_attention
@@ -28,23 +31,35 @@ from plugins.select_pages import onnx_static as static_select_pages
 
 BOUND_OPSET = 24  # TensorScatter
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
-DYNAMIC = (
-    select_pages.FUNCTIONS, cached_attention.FUNCTIONS, project_pages.FUNCTIONS, hierarchical_attention.FUNCTIONS,
-)  # fmt: skip
-CUDA = (
-    select_pages.FUNCTIONS,
-    cached_attention.FUNCTIONS,
-    project_pages.FUNCTIONS,
-    cuda_hierarchical_attention.FUNCTIONS,
-)
-STATIC = static_select_pages.FUNCTIONS, static_cached_attention.FUNCTIONS, static_hierarchical_attention.FUNCTIONS
-INT8_PAGES = "int8_pages"  # the attribute of flex:: nodes on int8 pages, and the bodies that take the place of others
-INT8_CACHE = "int8_cache"  # the same of an int8 cache
-IN_INT8 = {
-    hierarchical_attention.FUNCTIONS: int8_hierarchical_attention.FUNCTIONS,
-    cuda_hierarchical_attention.FUNCTIONS: cuda_hierarchical_attention.INT8_FUNCTIONS,
-    static_hierarchical_attention.FUNCTIONS: static_hierarchical_attention.INT8_FUNCTIONS,
-    project_pages.FUNCTIONS: int8_project_pages.FUNCTIONS,
+INT8_PAGES, INT8_CACHE = "int8_pages", "int8_cache"  # attributes of flex:: nodes that say what is kept in 8 bits
+STORES = INT8_PAGES, INT8_CACHE
+Bodies = Mapping[tuple[str, ...], tuple[OnnxFunction, ...]]  # op, then those of STORES it has -> its functions
+SHARED: Bodies = {
+    ("SelectPages",): select_pages.FUNCTIONS,
+    ("CachedAttention",): cached_attention.FUNCTIONS,
+    ("ProjectPages",): project_pages.FUNCTIONS,
+    ("ProjectPages", INT8_PAGES): int8_project_pages.FUNCTIONS,
+}  # of ONNX Runtime's CPU and its CUDA provider
+DYNAMIC: Bodies = SHARED | {
+    ("CachedAttention", INT8_CACHE): int8_cached_attention.FUNCTIONS,
+    ("HierarchicalAttention",): hierarchical_attention.FUNCTIONS,
+    ("HierarchicalAttention", INT8_PAGES): int8_hierarchical_attention.FUNCTIONS,
+    ("HierarchicalAttention", INT8_CACHE): hierarchical_attention.INT8_CACHE,
+    ("HierarchicalAttention", INT8_PAGES, INT8_CACHE): int8_hierarchical_attention.INT8_CACHE,
+}
+CUDA: Bodies = SHARED | {
+    ("CachedAttention", INT8_CACHE): int8_cached_attention.CUDA_FUNCTIONS,
+    ("HierarchicalAttention",): cuda_hierarchical_attention.FUNCTIONS,
+    ("HierarchicalAttention", INT8_PAGES): cuda_hierarchical_attention.INT8_FUNCTIONS,
+    ("HierarchicalAttention", INT8_CACHE): cuda_hierarchical_attention.INT8_CACHE,
+    ("HierarchicalAttention", INT8_PAGES, INT8_CACHE): cuda_hierarchical_attention.INT8_BOTH,
+}
+# None for an int8 cache: what updates a cache in place, TensorRT's IKVCacheUpdateLayer, takes floats alone.
+STATIC: Bodies = {
+    ("SelectPages",): static_select_pages.FUNCTIONS,
+    ("CachedAttention",): static_cached_attention.FUNCTIONS,
+    ("HierarchicalAttention",): static_hierarchical_attention.FUNCTIONS,
+    ("HierarchicalAttention", INT8_PAGES): static_hierarchical_attention.INT8_FUNCTIONS,
 }
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
 # only admit more types.
@@ -85,8 +100,8 @@ def for_plugin_free(model: ir.Model, capacity: int) -> ir.Model:
     return model
 
 
-def _bind(model: ir.Model, bodies: tuple[tuple[OnnxFunction, ...], ...]) -> None:
-    """Replace the flex:: nodes by `bodies`, each the functions of one op, and tidy up."""
+def _bind(model: ir.Model, bodies: Bodies) -> None:
+    """Replace the flex:: nodes by `bodies`, and tidy up. ExportError for a node that has none."""
     unknown = {node.op_type for node in model.graph if not node.domain} - STABLE_SINCE_20
     if unknown:
         raise ExportError(
@@ -95,26 +110,29 @@ def _bind(model: ir.Model, bodies: tuple[tuple[OnnxFunction, ...], ...]) -> None
             fix="check them against the ONNX changelog and add them to STABLE_SINCE_20 in export/graph/bind.py",
         )
     model.opset_imports[""] = BOUND_OPSET
-    used, int8 = set(), False
+    used: set[tuple[str, ...]] = set()
     for node in model.graph:
         if node.domain == "flex":
-            used.add(node.op_type)
-            int8 = int8 or INT8_PAGES in node.attributes
-            for name in (*PLUGIN_ATTRIBUTES, INT8_PAGES):  # no function has them
+            used.add((node.op_type, *(store for store in STORES if node.attributes.get_int(store, 0))))
+            for name in (*PLUGIN_ATTRIBUTES, *STORES):  # no function has them
                 node.attributes.pop(name, None)
-    if int8:
-        bodies = tuple(IN_INT8.get(body, body) for body in bodies)
-    for body in bodies:
-        names = [function.name for function in body]
-        if used.intersection(names):
-            for function in body:
-                bound = ir.serde.deserialize_function(function.to_function_proto())
-                model.functions[bound.identifier()] = bound
-    unbound = used - {function.name for body in bodies for function in body}
+    unbound = used - bodies.keys()
     if unbound:
         raise ExportError(
-            f"no ONNX body for {sorted(unbound)}", expected="flex:: nodes of export/graph/bind.py's bodies"
+            f"no ONNX body for {sorted(map(' of '.join, unbound))}",
+            expected="flex:: nodes of export/graph/bind.py's bodies",
         )
+    named: dict[str, OnnxFunction] = {}
+    for key in used:
+        for function in bodies[key]:
+            if named.setdefault(function.name, function) is not function:
+                raise ExportError(
+                    f"two ONNX functions {function.name} in the bodies of {sorted(map(' of '.join, used))}",
+                    expected="a name of its own for each function",
+                    fix="rename one of them in plugins/",
+                )
+            bound = ir.serde.deserialize_function(function.to_function_proto())
+            model.functions[bound.identifier()] = bound
     # Inlined here, not by the backend: it would keep what nobody reads (the maps of the first layers), and compute in
     # every layer what is the same in all.
     InlinePass()(model)

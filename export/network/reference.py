@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
@@ -26,7 +25,7 @@ class Weights(Protocol):
 
 class ReferenceModel:
     """engines.backend.Model in PyTorch on the CPU. All pages are projected at once and kept as they are, whatever the
-    geometry says."""
+    geometry says; the cache is kept as it says."""
 
     def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
@@ -98,8 +97,10 @@ class ReferenceDecoder:
         self.hidden: list[np.ndarray] = []  # layers + 1 x [B, hidden]
         self.image = image
         self._module, self._reading = model._decoder, g.reading_layers
-        shape = (batch, g.kv_heads, capacity, g.head_dim)
-        self._key, self._value = ([torch.zeros(shape, dtype=model.dtype)] * g.layers for _ in range(2))
+        shape = batch, g.kv_heads, capacity, g.head_dim
+        empty = [torch.zeros(shape, dtype=torch.int8 if g.int8_cache else model.dtype)] * g.layers
+        empty += [torch.zeros(shape[:-1])] * g.layers if g.int8_cache else []  # the scales
+        self._key, self._value = empty, empty  # a run makes new ones
 
     @property
     def nbytes(self) -> int:
@@ -108,14 +109,14 @@ class ReferenceDecoder:
 
     def take(self, other: ReferenceDecoder) -> None:
         """Hold what another of the same capacity holds in its cache, whatever that does afterwards."""
-        self._key, self._value = other._key, other._value  # a run makes new ones
+        self._key, self._value = other._key, other._value
 
     def enlarged(self, capacity: int) -> ReferenceDecoder:
         """See Decoder.enlarged: this decoder, with empty slots behind those it has."""
         more = capacity - self.capacity
         if more > 0:
             self._key, self._value = (
-                [functional.pad(cache, (0, 0, 0, more)) for cache in caches] for caches in (self._key, self._value)
+                [_lengthened(cache, more) for cache in caches] for caches in (self._key, self._value)
             )
             self.capacity = capacity
         return self
@@ -211,6 +212,11 @@ class ReferenceRows:
         """See Decoder.enlarged: these rows, which have room for the whole context, or an error."""
         require_room(self, capacity - int(self.length.max()))
         return self
+
+
+def _lengthened(cache: Tensor, more: int) -> Tensor:
+    """A cache [B, Hkv, L, ...] with empty slots behind those it has."""
+    return torch.cat((cache, cache.new_zeros(*cache.shape[:2], more, *cache.shape[3:])), dim=2)
 
 
 def require_room(decoder: ReferenceDecoder | ReferenceRows, more: int) -> None:

@@ -34,10 +34,11 @@ rotation in float32. The steps stay float32: in T they would be subnormal where 
 values are little. What is stored is what every query reads, the new tokens' own keys and values, too: it makes no
 difference whether a prompt comes at once or token by token. Scores, and sums over values, are float32: a score is the
 product of the query and the int8 key times the step of the key, a weight is multiplied by the step of its value before
-it meets the int8 value.
+it meets the int8 value. (The kernels give a prompt's queries keys and values that are rounded to T, which tensor cores
+multiply; the last query's are not.)
 
 Faces: `reference.py` (PyTorch), `onnx_body.py` (ONNX function for ONNX Runtime), `onnx_static.py` (for TensorRT without
-plugins). `kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
+plugins). `kernel.py` and `int8_kernel.py` (Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """
 
 STEPS = 127  # of an int8 number, on each side of zero: symmetric, -128 is not used

@@ -2,11 +2,14 @@
 
 B rows, S = `steps` new tokens each, L = `capacity`; hd = HEAD_DIM, WIDTH the power of two above it. All arithmetic is
 in float32; rotated queries and keys are rounded to the model dtype, as in the reference. Addresses are 64-bit, indices
-inside one row's cache or output 32-bit.
+inside one row's cache or output 32-bit. INT8_CACHE: whether the cache is stored in 8 bits; without it the two
+parameters that hold its steps are absent.
 """
 
 import triton
 import triton.language as tl
+
+from plugins.cached_attention.int8_kernel import quantise
 
 EMPTY = tl.constexpr(-1e30)  # maximum of no scores: finite, so that no difference is NaN
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x is 2^(x * LOG2_E)
@@ -36,6 +39,8 @@ def append(
     value,
     cache_key,  # [B, Hkv, L, hd], slots of all new tokens but the last written
     cache_value,
+    past_key_scale,  # [B, Hkv, L] float32, of the same slots written
+    past_value_scale,
     positions,  # [B, S] int64
     cos,  # [context, hd/2] float32
     sin,
@@ -45,6 +50,7 @@ def append(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    INT8_CACHE: tl.constexpr,
 ):
     """Rotate and store the keys, store the values. Programs: (blocks of ROWS tokens, Hkv, B)."""
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -57,12 +63,21 @@ def append(
 
     dim = tl.arange(0, WIDTH)[None, :]
     real = inside[:, None] & (dim < HEAD_DIM)
-    cache = (row * KV_HEADS + head) * capacity * HEAD_DIM
+    first = (row * KV_HEADS + head) * capacity
+    cache = first * HEAD_DIM
     slot = position[:, None] * HEAD_DIM + dim
-    stored = real & (position < capacity)[:, None]
-    tl.store(cache_key + cache + slot, turned.to(cache_key.dtype.element_ty), mask=stored)
+    room = position < capacity
+    stored = real & room[:, None]
+    kept: tl.constexpr = cache_key.dtype.element_ty
+    if INT8_CACHE:
+        turned, key_step = quantise(turned)
+        tl.store(past_key_scale + first + position, key_step, mask=inside & room)
+    tl.store(cache_key + cache + slot, turned.to(kept), mask=stored)
     copied = tl.load(value + new + token[:, None] + dim, mask=real, other=0.0)
-    tl.store(cache_value + cache + slot, copied, mask=stored)
+    if INT8_CACHE:
+        copied, value_step = quantise(copied.to(tl.float32))
+        tl.store(past_value_scale + first + position, value_step, mask=inside & room)
+    tl.store(cache_value + cache + slot, copied.to(kept), mask=stored)
 
 
 @triton.jit
@@ -102,7 +117,7 @@ def prefill_tile(
 @triton.jit
 def prefill(
     query,  # [B, S, H*hd]
-    cache_key,  # [B, Hkv, L, hd]
+    cache_key,  # [B, Hkv, L, hd]; of an int8 cache what `dequantise` made of it
     cache_value,
     positions,  # [B, S] int64
     cos,  # [context, hd/2] float32
@@ -209,25 +224,31 @@ def store_part(
 def attend_cache(
     query, new, cache, position, turn, image_begin, parts, scores, row, head, split, splits, steps, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    IMAGE_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    IMAGE_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One program of `attend`: the last query on its split of the keys cached before it.
 
-    new, cache: (key, value); turn: (cos, sin); parts: (part, part_max, part_sum). The first split also takes the last
-    token's own key and value, straight from the inputs, and stores them: nobody reads that slot in this launch.
+    new: (key, value); cache: (cache_key, cache_value, past_key_scale, past_value_scale), the scales None without INT8;
+    turn: (cos, sin); parts: (part, part_max, part_sum). The first split also takes the last token's own key and value,
+    straight from the inputs, and stores them: nobody reads that slot in this launch. With INT8 each head of a group
+    takes them as they are stored.
     """
     key, value = new
-    cache_key, cache_value = cache
+    cache_key, cache_value, key_scale, value_scale = cache
     cos, sin = turn
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, position)
     if (begin < end) | (split == 0):
-        kind: tl.constexpr = cache_key.dtype.element_ty
+        kind: tl.constexpr = query.dtype.element_ty
         kv_heads: tl.constexpr = HEADS // GROUP
         q_at = ((row * steps + steps - 1) * HEADS + head) * HEAD_DIM
         q = load_last_query(query, cos, sin, position, q_at, HEAD_DIM, WIDTH, kind)
         dim = tl.arange(0, WIDTH)
-        first = (row * kv_heads + head // GROUP) * capacity * HEAD_DIM
+        first = (row * kv_heads + head // GROUP) * capacity
+        keys, values = cache_key + first * HEAD_DIM, cache_value + first * HEAD_DIM
+        store = keys, values, None, None
+        if INT8:
+            store = keys, values, key_scale + first, value_scale + first
         image = scores + (row * HEADS + head) * IMAGE_TOKENS
         first_image = tl.load(image_begin + row).to(tl.int32)
         largest = tl.full([], EMPTY, tl.float32)
@@ -238,23 +259,36 @@ def attend_cache(
             one = tl.full([1], 0, tl.int32)
             own = ((row * steps + steps - 1) * kv_heads + head // GROUP) * HEAD_DIM
             turned = load_rotated(key + own, cos, sin, one, one + position, one == 0, HEAD_DIM, WIDTH)
-            own_key = tl.sum(turned.to(kind).to(tl.float32), 0)
-            read = tl.load(value + own + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-            largest = tl.sum(own_key * q, 0)
+            own_value = tl.load(value + own + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+            stored = (head % GROUP == 0) & (position < capacity)  # one head of the group stores for all
+            if INT8:
+                turned, key_steps = quantise(turned)
+                copied, value_steps = quantise(own_value[None, :])
+                own_key, key_step = tl.sum(turned, 0), tl.sum(key_steps, 0)
+                own_value, value_step = tl.sum(copied, 0), tl.sum(value_steps, 0)
+                largest = tl.sum(own_key * q, 0) * key_step
+                read = own_value * value_step
+                if stored:
+                    tl.store(key_scale + first + position, key_step)
+                    tl.store(value_scale + first + position, value_step)
+            else:
+                own_key = tl.sum(turned.to(kind).to(tl.float32), 0)
+                largest = tl.sum(own_key * q, 0)
+                read = own_value
             total = tl.full([], 1.0, tl.float32)
-            slot = position * HEAD_DIM + dim
-            if (head % GROUP == 0) & (position < capacity):  # one head of the group stores for all
-                tl.store(cache_key + first + slot, own_key.to(kind), mask=dim < HEAD_DIM)
-                tl.store(cache_value + first + slot, read.to(kind), mask=dim < HEAD_DIM)
+            if stored:
+                slot = position * HEAD_DIM + dim
+                kept: tl.constexpr = cache_key.dtype.element_ty
+                tl.store(keys + slot, own_key.to(kept), mask=dim < HEAD_DIM)
+                tl.store(values + slot, own_value.to(kept), mask=dim < HEAD_DIM)
             token = position - first_image
             if (token >= 0) & (token < IMAGE_TOKENS):
                 tl.store(image + token, largest)
 
-        keys_and_values = cache_key + first, cache_value + first, None, None
         for start in range(begin, end, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             score, largest, total, read = read_tile(
-                q, keys_and_values, slot, slot < end, largest, total, read, HEAD_DIM, WIDTH, False
+                q, store, slot, slot < end, largest, total, read, HEAD_DIM, WIDTH, INT8
             )
             token = slot - first_image
             tl.store(image + token, score, mask=(slot < end) & (token >= 0) & (token < IMAGE_TOKENS))
@@ -268,6 +302,8 @@ def attend(
     value,
     cache_key,  # [B, Hkv, L, hd], the slot of the last token written
     cache_value,
+    past_key_scale,  # [B, Hkv, L] float32, of the same slot written
+    past_value_scale,
     positions,  # [B, S] int64
     cos,  # [context, hd/2] float32
     sin,
@@ -285,14 +321,15 @@ def attend(
     IMAGE_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    INT8_CACHE: tl.constexpr,
 ):
     """The last query on the cache. Programs: (splits of the capacity, H, B); those past the position do nothing."""
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.load(positions + row * steps + steps - 1).to(tl.int32)
     attend_cache(
-        query, (key, value), (cache_key, cache_value), position, (cos, sin), image_begin, (part, part_max, part_sum),
-        scores, row, head, split, tl.num_programs(0), steps, capacity,
-        HEADS, GROUP, HEAD_DIM, WIDTH, IMAGE_TOKENS, BLOCK, SPLIT,
+        query, (key, value), (cache_key, cache_value, past_key_scale, past_value_scale), position, (cos, sin),
+        image_begin, (part, part_max, part_sum), scores, row, head, split, tl.num_programs(0), steps, capacity,
+        HEADS, GROUP, HEAD_DIM, WIDTH, IMAGE_TOKENS, BLOCK, SPLIT, INT8_CACHE,
     )  # fmt: skip
 
 

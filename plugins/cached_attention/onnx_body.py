@@ -6,7 +6,7 @@ Opset 24, for TensorScatter: with past_* and present_* bound to one buffer it wr
 
 from __future__ import annotations
 
-from onnxscript import script
+from onnxscript import OnnxFunction, script
 from onnxscript.values import Opset
 
 from plugins.cached_attention import MASKED
@@ -16,10 +16,9 @@ flex = Opset("flex", 1)
 
 
 @script(flex, default_opset=op)
-def TurnAndStore(
-    query, key, value, past_key, past_value, positions, query_cos, query_sin, cos, sin, head_dim: int,
-):  # fmt: skip
-    """Rotary embedding and cache update: the rotated query [B, H, S, hd], and the present cache."""
+def Turn(query, key, value, positions, query_cos, query_sin, cos, sin, head_dim: int):
+    """Rotary embedding: the rotated query [B, H, S, hd] T and key [B, Hkv, S, hd] float32, the value [B, Hkv, S, hd] T,
+    and each row's first position [B]."""
     keep = op.Constant(value_ints=[0])
     rest = op.Constant(value_ints=[-1])
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
@@ -30,11 +29,57 @@ def TurnAndStore(
     k = op.Transpose(op.Reshape(op.Cast(key, to=1), to_heads), perm=[0, 2, 1, 3])
     v = op.Transpose(op.Reshape(value, to_heads), perm=[0, 2, 1, 3])
     turned = op.CastLike(op.RotaryEmbedding(q, query_cos, query_sin, positions), query)
-    turned_key = op.CastLike(op.RotaryEmbedding(k, cos, sin, positions), key)
-    first = op.Gather(positions, op.Constant(value_int=0), axis=1)
-    present_key = op.TensorScatter(past_key, turned_key, first, axis=2)
+    turned_key = op.RotaryEmbedding(k, cos, sin, positions)
+    return turned, turned_key, v, op.Gather(positions, op.Constant(value_int=0), axis=1)
+
+
+@script(flex, default_opset=op)
+def TurnAndStore(
+    query, key, value, past_key, past_value, positions, query_cos, query_sin, cos, sin, head_dim: int,
+):  # fmt: skip
+    """Rotary embedding and cache update: the rotated query [B, H, S, hd], and the present cache."""
+    turned, turned_key, v, first = Turn(
+        query, key, value, positions, query_cos, query_sin, cos, sin, head_dim=head_dim
+    )  # fmt: skip
+    present_key = op.TensorScatter(past_key, op.CastLike(turned_key, key), first, axis=2)
     present_value = op.TensorScatter(past_value, v, first, axis=2)
     return turned, present_key, present_value
+
+
+@script(flex, default_opset=op)
+def QueryTables(cos, sin, head_dim: int):
+    """Rotary tables of the query, which takes the softmax scale along: ONNX Runtime scales them when it loads them.
+    Next to a MatMul the scale would become that operator's factor, with which single rows are multiplied at half the
+    speed (on the CPU)."""
+    scale = op.Div(op.Constant(value_float=1.0), op.Sqrt(op.Cast(op.Constant(value_int=head_dim), to=1)))
+    return op.Mul(cos, scale), op.Mul(sin, scale)
+
+
+@script(flex, default_opset=op)
+def Rows(turned, past_key, positions, heads: int, kv_heads: int):
+    """The heads of a group share one key/value head, and their queries `turned` [B, H, S, hd] lie one after the other
+    in R = group*S rows. Returns those [B, Hkv, R, hd]; the position of each [B, R]; the slots it sees [B, 1, R, L].
+
+    What depends on `positions` alone is the same in every layer, and ONNX Runtime computes it once.
+    """
+    keep = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
+    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
+    rows = op.Reshape(turned, op.Concat(keep, key_heads, op.Constant(value_ints=[-1]), keep, axis=0))
+    at = op.Tile(positions, op.Concat(one, op.Div(all_heads, key_heads), axis=0))
+    capacity = op.Squeeze(op.Shape(past_key, start=2, end=3))
+    slot = op.Range(op.Constant(value_int=0), capacity, op.Constant(value_int=1))
+    return rows, at, op.LessOrEqual(slot, op.Unsqueeze(at, op.Constant(value_ints=[1, 3])))
+
+
+@script(flex, default_opset=op)
+def LastOfHeads(each, heads: int):
+    """[B, Hkv, R, n] -> what the last query has of it [B, H, n]."""
+    keep = op.Constant(value_ints=[0])
+    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
+    by_head = op.Reshape(each, op.Concat(keep, all_heads, op.Constant(value_ints=[-1]), keep, axis=0))
+    return op.Gather(by_head, op.Constant(value_int=-1), axis=2)
 
 
 @script(flex, default_opset=op)
@@ -62,38 +107,19 @@ def LowAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     heads: int, kv_heads: int, head_dim: int, grid: int,
 ):  # fmt: skip
-    """What both attention ops share. The heads of a group share one key/value head, and their queries lie one after the
-    other in R = group*S rows. Returns those, rotated and scaled [B, Hkv, R, hd]; the position of each row [B, R]; the
-    present cache; masked scores and weights [B, Hkv, R, L] float32; and the map.
-
-    What depends on `positions` and `image_begin` alone is the same in every layer, and ONNX Runtime computes it once.
-    """
-    # The query takes the softmax scale along, from tables that ONNX Runtime scales when it loads them: next to a MatMul
-    # it would become that operator's factor, with which single rows are multiplied at half the speed (on the CPU).
-    scale = op.Div(op.Constant(value_float=1.0), op.Sqrt(op.Cast(op.Constant(value_int=head_dim), to=1)))
+    """What both attention ops share: causal attention over the whole cache. Returns the queries in rows (Rows), rotated
+    and scaled [B, Hkv, R, hd]; the position of each [B, R]; the present cache; masked scores [B, Hkv, R, L] float32;
+    the context [B, Hkv, R, hd]; and the map."""
+    query_cos, query_sin = QueryTables(cos, sin, head_dim=head_dim)
     turned, present_key, present_value = TurnAndStore(
-        query, key, value, past_key, past_value, positions, op.Mul(cos, scale), op.Mul(sin, scale), cos, sin,
-        head_dim=head_dim,
-    )  # fmt: skip
-    keep = op.Constant(value_ints=[0])
-    one = op.Constant(value_ints=[1])
-    rest = op.Constant(value_ints=[-1])
-    zero = op.Constant(value_int=0)
-    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
-    key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
-    group = op.Div(all_heads, key_heads)
-
-    # Causal attention over the whole cache.
-    rows = op.Reshape(turned, op.Concat(keep, key_heads, rest, keep, axis=0))
-    at = op.Tile(positions, op.Concat(one, group, axis=0))
-    slot = op.Range(zero, op.Squeeze(op.Shape(past_key, start=2, end=3)), op.Constant(value_int=1))
-    visible = op.LessOrEqual(slot, op.Unsqueeze(at, op.Constant(value_ints=[1, 3])))  # [B, 1, R, L]
+        query, key, value, past_key, past_value, positions, query_cos, query_sin, cos, sin, head_dim=head_dim
+    )
+    rows, at, visible = Rows(turned, past_key, positions, heads=heads, kv_heads=kv_heads)
     scores = Scores(rows, present_key, visible)
     weights = op.Softmax(scores, axis=-1)
-
-    by_head = op.Reshape(weights, op.Concat(keep, all_heads, rest, keep, axis=0))
-    map = ImageMap(op.Gather(by_head, op.Constant(value_int=-1), axis=2), image_begin, grid=grid)
-    return rows, at, present_key, present_value, scores, weights, map
+    context = op.MatMul(op.CastLike(weights, query), present_value)
+    map = ImageMap(LastOfHeads(weights, heads=heads), image_begin, grid=grid)
+    return rows, at, present_key, present_value, scores, context, map
 
 
 @script(flex, default_opset=op)
@@ -110,12 +136,18 @@ def CachedAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     heads: int, kv_heads: int, head_dim: int, grid: int,
 ):  # fmt: skip
-    rows, at, present_key, present_value, scores, weights, map = LowAttention(
+    rows, at, present_key, present_value, scores, context, map = LowAttention(
         query, key, value, past_key, past_value, positions, cos, sin, image_begin,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
     )  # fmt: skip
-    context = op.MatMul(op.CastLike(weights, query), present_value)
     return JoinHeads(context, heads=heads), present_key, present_value, map
 
 
-FUNCTIONS = (TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, CachedAttention)
+def once(*functions: OnnxFunction) -> tuple[OnnxFunction, ...]:
+    """The functions of a body, each once: steps may share what they call. The op itself comes last."""
+    return tuple(dict.fromkeys(functions))
+
+
+STEPS = Turn, QueryTables, Rows, LastOfHeads, ImageMap, JoinHeads  # whatever the cache holds
+LOW = *STEPS, TurnAndStore, Scores, LowAttention
+FUNCTIONS = (*LOW, CachedAttention)

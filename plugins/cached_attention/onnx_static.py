@@ -17,7 +17,7 @@ from __future__ import annotations
 from onnxscript import script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import ImageMap, TurnAndStore, flex, op
+from plugins.cached_attention.onnx_body import ImageMap, Turn, TurnAndStore, flex, op
 
 
 @script(flex, default_opset=op)
@@ -97,4 +97,4 @@ def CachedAttention(
     return JoinLast(context, last_context, positions), present_key, present_value, map
 
 
-FUNCTIONS = (TurnAndStore, ImageMap, StaticAttention, JoinLast, CachedAttention)
+FUNCTIONS = (Turn, TurnAndStore, ImageMap, StaticAttention, JoinLast, CachedAttention)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ from plugins.errors import KernelError
 from plugins.op import FIRST_SM, Kernel
 from plugins.tiles import LEAST_SHARED, SHARED_LIMIT, tiled
 
+_log = logging.getLogger(__name__)
+
 
 def compile_kernels(
     kernels: Iterable[Kernel], sms: Sequence[int] = SMS, progress: Callable[[int, int, str], None] | None = None
@@ -32,7 +35,8 @@ def compile_kernels(
     """Compile kernels (of one model and dtype) for the SMs; `progress` is told (steps done, steps, what was done).
 
     Takes seconds, and about 200 MB for each core. Raises KernelError: no compiler, an unknown SM, a kernel that does
-    not compile, spills registers, or needs more shared memory than a board has.
+    not compile, spills registers, or needs more shared memory than a board has. Code that ptxas calls slow is logged
+    as a warning: it is right, and a model of odd sizes may have no better.
     """
     kernels, sms = list(kernels), sorted(set(sms))
     if not sms or not set(sms) <= set(SMS):
@@ -74,6 +78,8 @@ def compile_kernels(
         for done, ((variant, _, sm), code) in enumerate(zip(jobs, pool.map(run, jobs), strict=True), len(variants) + 1):
             if sm in wanted_of[variant]:
                 codes[variant][sm] = code
+                for slow in code.slow:
+                    _log.warning("kernel %s for SM %d is right but slow, says ptxas: %s", variant.name, sm, slow)
             report(done, total, f"{variant.name}: SM {sm}")
 
     compiled = tuple(

@@ -32,11 +32,13 @@ class Assembler:
 
 @dataclass(frozen=True)
 class Code:
-    """What ptxas made. registers: per thread. shared: bytes, static and dynamic."""
+    """What ptxas made. registers: per thread. shared: bytes, static and dynamic. slow: what it says of its own accord
+    about code that is right and slower than it could be."""
 
     cubin: bytes
     registers: int
     shared: int
+    slow: tuple[str, ...] = ()
 
 
 def find_assemblers() -> dict[str, Assembler]:
@@ -75,9 +77,11 @@ def assemble(assembler: Assembler, ptx: Path, sm: int, arch: int, shared: int, l
     """
     gpu = f"sm_{sm}" if arch == FIRST_SM else f"sm_{sm}a"
     name = ptx.name.partition(".")[0]
-    cubin, (registers, spills, static) = _run(assembler, ptx, gpu)
+    cubin, log = _run(assembler, ptx, gpu)
+    registers, spills, static = read_log(log)
     if spills:  # ptxas may choose a few spills so that one more program fits on an SM: tell it that one is enough
-        cubin, (registers, spills, static) = _run(assembler, ptx, gpu, "--minnctapersm=1")
+        cubin, log = _run(assembler, ptx, gpu, "--minnctapersm=1")
+        registers, spills, static = read_log(log)
     if spills:
         raise KernelError(
             f"{name} for SM {sm} spills {spills} bytes of registers to memory (ptxas {assembler.version})",
@@ -90,11 +94,11 @@ def assemble(assembler: Assembler, ptx: Path, sm: int, arch: int, shared: int, l
             expected=f"at most {limit}",
             fix="smaller tiles, or fewer stages, in its row of plugins/tiles.py",
         )
-    return Code(cubin, registers, static + shared)
+    return Code(cubin, registers, static + shared, read_slow(log))
 
 
-def _run(assembler: Assembler, ptx: Path, gpu: str, *options: str) -> tuple[bytes, tuple[int, int, int]]:
-    """The cubin, and what `read_log` finds."""
+def _run(assembler: Assembler, ptx: Path, gpu: str, *options: str) -> tuple[bytes, str]:
+    """The cubin, and what ptxas reports."""
     with tempfile.TemporaryDirectory(prefix="cubin-") as folder:
         cubin = Path(folder) / "cubin"
         command = [assembler.path, "-v", *assembler.options, *options, f"--gpu-name={gpu}", ptx, "-o", cubin]
@@ -106,7 +110,13 @@ def _run(assembler: Assembler, ptx: Path, gpu: str, *options: str) -> tuple[byte
                 f"{log.strip()[:1000]}",
                 expected="PTX that every ptxas from 12.6 on takes",
             )
-        return cubin.read_bytes(), read_log(log)
+        return cubin.read_bytes(), log
+
+
+def read_slow(log: str) -> tuple[str, ...]:
+    """Each "potential performance loss" in the output of ptxas, with its code: C7514, for one, where it runs wgmma one
+    at a time."""
+    return tuple(re.findall(r"\(C\d+\) Potential Performance Loss: [^\n]+", log))
 
 
 def read_log(log: str) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ Used by the layers after the start layer. Takes the inputs of flex::CachedAttent
 | pages | [B, C*C] | int64 | page indices; the first page_count[b] are read (flex::SelectPages of the layer before) |
 | page_count | [B] | int64 | 0 = plain causal attention |
 
-With the attribute `int8_pages` = 1 the pages are stored in 8 bits (how: plugins/project_pages), and two inputs follow:
+With the attribute `int8_pages` = 1 the pages are stored in 8 bits (how: plugins/cached_attention); two inputs follow:
 
 | page_key, page_value | [B, Hkv, C*C, P, hd] | int8 | each value is that many steps of its token and head |
 | page_key_scale, page_value_scale | [B, Hkv, C*C, P] | float32 | those steps |

@@ -51,16 +51,18 @@ def attend_pages(
     value,
     cache_key,  # [B, Hkv, L, hd], the slot of the last token written
     cache_value,
+    past_key_scale,  # [B, Hkv, L] float32, of the same slot written; absent without INT8_CACHE
+    past_value_scale,
     positions,  # [B, S] int64
     cos,  # [context, hd/2] float32
     sin,
     image_begin,  # [B] int64
-    page_key,  # [B, Hkv, page_total, P, hd]; with INT8 int8
+    page_key,  # [B, Hkv, page_total, P, hd]; with INT8_PAGES int8
     page_value,
     page_lengths,  # [page_total] int64
     pages,  # [B, page_total] int64
     page_count,  # [B] int64
-    page_key_scale,  # [B, Hkv, page_total, P] float32; absent without INT8
+    page_key_scale,  # [B, Hkv, page_total, P] float32; absent without INT8_PAGES
     page_value_scale,
     page_total,
     part,  # as in plugins.cached_attention.kernel.attend, page splits after those of the cache
@@ -78,7 +80,8 @@ def attend_pages(
     SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_SPLIT: tl.constexpr,
-    INT8: tl.constexpr,  # whether the pages are stored in 8 bits
+    INT8_PAGES: tl.constexpr,  # whether the pages are stored in 8 bits
+    INT8_CACHE: tl.constexpr,  # whether the cache is
 ):
     """The last query on the cache and on the listed pages, read in place.
 
@@ -92,13 +95,13 @@ def attend_pages(
     parts = part, part_max, part_sum
     if split < cache_splits:
         attend_cache(
-            query, (key, value), (cache_key, cache_value), position, turn, image_begin, parts, scores,
-            row, head, split, splits, steps, capacity,
-            HEADS, GROUP, HEAD_DIM, WIDTH, IMAGE_TOKENS, BLOCK, SPLIT,
+            query, (key, value), (cache_key, cache_value, past_key_scale, past_value_scale), position, turn,
+            image_begin, parts, scores, row, head, split, splits, steps, capacity,
+            HEADS, GROUP, HEAD_DIM, WIDTH, IMAGE_TOKENS, BLOCK, SPLIT, INT8_CACHE,
         )  # fmt: skip
     else:
         attend_listed(
             query, turn, (page_key, page_value, page_key_scale, page_value_scale), page_lengths, pages, page_count,
             page_total, parts, position, row, head, split, splits, split - cache_splits, steps,
-            cache_key.dtype.element_ty, HEADS, GROUP, HEAD_DIM, WIDTH, BLOCK, PAGE_SIZE, PAGES_PER_SPLIT, INT8,
+            query.dtype.element_ty, HEADS, GROUP, HEAD_DIM, WIDTH, BLOCK, PAGE_SIZE, PAGES_PER_SPLIT, INT8_PAGES,
         )  # fmt: skip

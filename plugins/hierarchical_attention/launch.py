@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 from plugins.cached_attention.launch import PAGES_PER_SPLIT, CachedAttention
-from plugins.op import PAGE_SCALES, Tensor, in_int8
+from plugins.op import PAGE_SCALES, Tensor
 
 FOLDER = "plugins.hierarchical_attention.kernel"
 
 
 class HierarchicalAttention(CachedAttention):
     name = "HierarchicalAttention"
-    attribute_names: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages")
-    defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
+    attribute_names: ClassVar[tuple[str, ...]] = (
+        "heads", "kv_heads", "head_dim", "page_size", "grid", "int8_pages", "int8_cache",
+    )  # fmt: skip
+    defaults: ClassVar[dict[str, int]] = {"int8_pages": 0, **CachedAttention.defaults}
+    int8_stores: ClassVar[dict[str, str]] = {"int8_pages": "page", **CachedAttention.int8_stores}
     inputs: tuple[Tensor, ...] = (
         *CachedAttention.inputs,
         Tensor("page_key", "model"),
@@ -26,14 +29,11 @@ class HierarchicalAttention(CachedAttention):
 
     def __init__(self, **attributes: int) -> None:
         super().__init__(**attributes)
-        int8 = self.attributes["int8_pages"]
-        if int8:
-            inputs, scales = in_int8(self.inputs, "page")
-            self.inputs = *inputs, *scales
-        self.page_parameters = *(tensor.name for tensor in self.inputs[len(CachedAttention.inputs) :]), "page_total"
+        int8, inputs = self.attributes["int8_pages"], HierarchicalAttention.inputs[len(CachedAttention.inputs) :]
+        scales, self.page_absent = (PAGE_SCALES, ()) if int8 else ((), PAGE_SCALES)
+        self.page_parameters = *(tensor.name for tensor in inputs), *scales, "page_total"
         self.page_constants = (
             ("PAGE_SIZE", self.attributes["page_size"]),
             ("PAGES_PER_SPLIT", PAGES_PER_SPLIT),
-            ("INT8", int8),
+            ("INT8_PAGES", int8),
         )
-        self.absent = () if int8 else PAGE_SCALES

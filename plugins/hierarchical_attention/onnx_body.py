@@ -12,24 +12,33 @@ from __future__ import annotations
 
 from onnxscript import graph, script
 
-from plugins.cached_attention.onnx_body import ImageMap, JoinHeads, LowAttention, Scores, TurnAndStore, flex, op
+from plugins.cached_attention import onnx_int8 as int8_cache
+from plugins.cached_attention.onnx_body import LOW, JoinHeads, LowAttention, Scores, flex, once, op
+from plugins.cached_attention.onnx_groups import GROUPS, ByGroup, ForGroups, HeadGroups, JoinGroups
+from plugins.hierarchical_attention.onnx_op import over_float_cache, over_int8_cache
 
 LARGE = 1 << 17  # numbers in a page, of all heads
-HEADS = 8  # whose pages are copied at a time: 5.8 MB of keys for 22 pages of 64 tokens, head size 128, float32
 
 
 @script(flex, default_opset=op)
-def PageAttention(rows, low_scores, value, page_key, page_value, used, capacity):
+def JoinPages(context, weights, read):
+    """Context of one softmax over ordinary keys and pages: what pages give, `read` [B, Hkv, R, hd], beside the ordinary
+    `context`, which is scaled by the share that their `weights` [B, Hkv, R, n] float32 leave over."""
+    one = op.Constant(value_float=1.0)
+    share = op.Sub(one, op.ReduceSum(weights, op.Constant(value_ints=[-1]), keepdims=1))
+    return op.CastLike(op.Add(op.Mul(share, op.Cast(context, to=1)), op.Cast(read, to=1)), context)
+
+
+@script(flex, default_opset=op)
+def PageAttention(rows, low_scores, context, page_key, page_value, used, capacity):
     """Context [B, Hkv, R, hd] of `rows` [B, Hkv, R, hd] from one softmax over their ordinary keys, of which they have
-    the masked scores [B, Hkv, R, L] float32, and the page keys [B, Hkv, n, hd]; `value` and `page_value` likewise.
-    `used`: which page tokens a row sees, bool, broadcast to [B, Hkv, R, n]. `capacity`: [L].
+    the masked scores [B, Hkv, R, L] float32 and the `context`, and the page keys [B, Hkv, n, hd]; `page_value`
+    likewise. `used`: which page tokens a row sees, bool, broadcast to [B, Hkv, R, n]. `capacity`: [L].
     """
     three = op.Constant(value_ints=[3])
-    scores = op.Concat(low_scores, Scores(rows, page_key, used), axis=3)
-    weights = op.CastLike(op.Softmax(scores, axis=-1), rows)
-    low = op.MatMul(op.Slice(weights, op.Constant(value_ints=[0]), capacity, three), value)
-    end = op.Constant(value_ints=[9223372036854775807])
-    return op.Add(low, op.MatMul(op.Slice(weights, capacity, end, three), page_value))
+    joint = op.Softmax(op.Concat(low_scores, Scores(rows, page_key, used), axis=3), axis=-1)
+    weights = op.Slice(joint, capacity, op.Constant(value_ints=[9223372036854775807]), three)
+    return JoinPages(context, weights, op.MatMul(op.CastLike(weights, rows), page_value))
 
 
 @script(flex, default_opset=op)
@@ -54,7 +63,7 @@ def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
 
 @script(flex, default_opset=op)
 def GatheredAttention(
-    rows, low_scores, value, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
+    rows, low_scores, context, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
     """PageAttention with the pages `some` [B, n] of a store [B, Hkv, C*C, P, hd] for those rows that are `last`
     [B, 1, R, 1]. `inside`: which slots of a page are tokens [C*C + 1, P]."""
@@ -67,32 +76,7 @@ def GatheredAttention(
     index = op.Expand(op.Unsqueeze(some, op.Constant(value_ints=[1, 3])), op.Concat(one, key_heads, one, one, axis=0))
     keys = op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens)
     values = op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens)
-    return PageAttention(rows, low_scores, value, keys, values, op.And(used, last), capacity)
-
-
-@script(flex, default_opset=op)
-def HeadGroups(kv_heads: int):
-    """How many key/value heads go together [1], the largest power of two up to HEADS that divides them, and how many
-    groups that makes [1]."""
-    heads = op.Constant(value_int=kv_heads)
-    several = op.BitwiseOr(heads, op.Constant(value_int=HEADS))
-    group = op.Unsqueeze(op.BitwiseAnd(several, op.Neg(several)), op.Constant(value_ints=[0]))
-    return group, op.Div(heads, group)
-
-
-@script(flex, default_opset=op)
-def ByGroup(each, group):
-    """What each head has, [B, Hkv, X, Y], by groups of heads: [B*Hkv/group, 1, group, X, Y]."""
-    to_groups = op.Concat(op.Constant(value_ints=[-1, 1]), group, op.Constant(value_ints=[0, 0]), axis=0)
-    return op.Reshape(op.Unsqueeze(each, op.Constant(value_ints=[1])), to_groups)
-
-
-@script(flex, default_opset=op)
-def ForGroups(once, groups):
-    """What a row of the batch has once, [B, 1, X, Y], for each of its groups of heads: [B*groups, 1, X, Y]."""
-    one = op.Constant(value_ints=[1])
-    repeated = op.Expand(once, op.Concat(one, groups, one, one, axis=0))
-    return op.Reshape(repeated, op.Constant(value_ints=[-1, 1, 0, 0]))
+    return PageAttention(rows, low_scores, context, keys, values, op.And(used, last), capacity)
 
 
 @script(flex, default_opset=op)
@@ -102,16 +86,8 @@ def Listed(store, pages, shape):
 
 
 @script(flex, default_opset=op)
-def JoinGroups(context, kv_heads: int):
-    """context [B*groups, 1, group, R, hd] -> [B, Hkv, R, hd]."""
-    heads = op.Unsqueeze(op.Constant(value_int=kv_heads), op.Constant(value_ints=[0]))
-    to_heads = op.Concat(op.Constant(value_ints=[-1]), heads, op.Constant(value_ints=[0, 0]), axis=0)
-    return op.Reshape(op.Squeeze(context, op.Constant(value_ints=[1])), to_heads)
-
-
-@script(flex, default_opset=op)
 def GroupedAttention(
-    rows, low_scores, value, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
+    rows, low_scores, context, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
     """GatheredAttention, a few heads of one row of the batch at a time."""
     keep = op.Constant(value_ints=[0])
@@ -124,33 +100,30 @@ def GroupedAttention(
     to_used = op.Constant(value_ints=[1, 1, 1, -1])
 
     @graph()
-    def OfGroup(few_rows, few_scores, few_values, keys, values, listed, seen):
+    def OfGroup(few_rows, few_scores, few_context, keys, values, listed, seen):
         those = op.Reshape(listed, rest)
         few = PageAttention(
-            few_rows, few_scores, few_values, Listed(keys, those, to_tokens), Listed(values, those, to_tokens),
+            few_rows, few_scores, few_context, Listed(keys, those, to_tokens), Listed(values, those, to_tokens),
             op.And(op.Reshape(op.Gather(inside, those), to_used), seen), capacity,
         )  # fmt: skip
         return few
 
-    context = op.Scan(
-        ByGroup(rows, group), ByGroup(low_scores, group), ByGroup(value, group),
+    joint = op.Scan(
+        ByGroup(rows, group), ByGroup(low_scores, group), ByGroup(context, group),
         op.Reshape(page_key, to_stores), op.Reshape(page_value, to_stores),
         ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups), ForGroups(last, groups),
         num_scan_inputs=7, body=OfGroup,
     )  # fmt: skip
-    return JoinGroups(context, kv_heads=kv_heads)
+    return JoinGroups(joint, kv_heads=kv_heads)
 
 
 @script(flex, default_opset=op)
-def HierarchicalAttention(
-    query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-    page_key, page_value, page_lengths, pages, page_count,
-    heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
+def FloatPages(
+    rows, at, low_scores, low_context, positions, past_key,
+    page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
+    heads: int, kv_heads: int, head_dim: int, page_size: int,
 ):  # fmt: skip
-    rows, at, present_key, present_value, scores, weights, map = LowAttention(
-        query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
-    )  # fmt: skip
+    """`Pages` of onnx_op.py where pages are not int8."""
     keep = op.Constant(value_ints=[0])
     rest = op.Constant(value_ints=[-1])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
@@ -170,28 +143,29 @@ def HierarchicalAttention(
         some = op.Slice(listed, keep, most, op.Constant(value_ints=[1]))
         if large:
             context = GroupedAttention(
-                rows, scores, present_value, page_key, page_value, some, inside, last, capacity,
+                rows, low_scores, low_context, page_key, page_value, some, inside, last, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
         else:
             context = GatheredAttention(
-                rows, scores, present_value, page_key, page_value, some, inside, last, capacity,
+                rows, low_scores, low_context, page_key, page_value, some, inside, last, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
     else:
         if few:
-            context = op.MatMul(op.CastLike(weights, query), present_value)
+            context = op.Identity(low_context)
         else:
             # Single pages are gathered and read at half the speed of the whole store in place (measured on the CPU).
             by_page = op.ScatterElements(op.Expand(rest, op.Shape(pages)), pages, listed, axis=1)
             used = op.Reshape(op.Gather(inside, by_page), op.Constant(value_ints=[0, 1, 1, -1]))
             context = PageAttention(
-                rows, scores, present_value, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
+                rows, low_scores, low_context, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
                 op.And(used, last), capacity,
             )  # fmt: skip
-    return JoinHeads(context, heads=heads), present_key, present_value, map
+    return JoinHeads(context, heads=heads)
 
 
-GROUPS = HeadGroups, ByGroup, ForGroups, Listed, JoinGroups
-SHARED = TurnAndStore, ImageMap, Scores, LowAttention, JoinHeads, PageList, *GROUPS
-FUNCTIONS = (*SHARED, PageAttention, GatheredAttention, GroupedAttention, HierarchicalAttention)
+SHARED = PageList, Scores, JoinPages, PageAttention, JoinHeads
+FLOAT_PAGES = *SHARED, *GROUPS, Listed, GatheredAttention, GroupedAttention, FloatPages
+FUNCTIONS = once(*LOW, *FLOAT_PAGES, over_float_cache(LowAttention, FloatPages))
+INT8_CACHE = once(*int8_cache.LOW, *FLOAT_PAGES, over_int8_cache(int8_cache.ByGroups, FloatPages))

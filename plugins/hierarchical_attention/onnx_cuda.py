@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from onnxscript import OnnxFunction, script
 
-from plugins.cached_attention.onnx_body import FUNCTIONS as CACHED
-from plugins.cached_attention.onnx_body import LowAttention, flex, op
+from plugins.cached_attention import MASKED
+from plugins.cached_attention import onnx_int8 as int8_cache
+from plugins.cached_attention.onnx_body import LOW, LastOfHeads, LowAttention, Scores, flex, once, op
 from plugins.cached_attention.onnx_static import JoinLast
-from plugins.hierarchical_attention.onnx_body import PageAttention
-from plugins.hierarchical_attention.onnx_int8 import Int8PageAttention
+from plugins.hierarchical_attention.onnx_body import JoinPages, PageAttention
+from plugins.hierarchical_attention.onnx_op import over_float_cache, over_int8_both, over_int8_cache
 
 
 @script(flex, default_opset=op)
@@ -40,66 +41,65 @@ def SelectedTokens(page_lengths, pages, page_count, page_size: int):
 
 
 @script(flex, default_opset=op)
-def FloatPages(rows, low_scores, value, page_key, page_value, page_key_scale, page_value_scale, used):
+def FloatReads(rows, low_scores, context, page_key, page_value, page_key_scale, page_value_scale, used, capacity):
     """PageAttention with whole stores [B, Hkv, C*C, P, hd]; no scale is read."""
     to_tokens = op.Concat(op.Constant(value_ints=[0, 0, -1]), op.Shape(page_key, start=4, end=5), axis=0)
     return PageAttention(
-        rows, low_scores, value, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens), used,
-        op.Shape(value, start=2, end=3),
-    )  # fmt: skip
+        rows, low_scores, context, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens), used, capacity
+    )
 
 
 @script(flex, default_opset=op)
-def Int8Pages(rows, low_scores, value, page_key, page_value, page_key_scale, page_value_scale, used):
-    """FloatPages for int8 stores and their steps [B, Hkv, C*C, P]; both are cast as a whole."""
+def Int8Reads(rows, low_scores, context, page_key, page_value, page_key_scale, page_value_scale, used, capacity):
+    """FloatReads for int8 stores and their steps [B, Hkv, C*C, P]; both are cast as a whole. In float32 whatever the
+    model's dtype: products of int8 keys are larger than scores, float16 might not hold them."""
+    three = op.Constant(value_ints=[3])
     to_tokens = op.Concat(op.Constant(value_ints=[0, 0, -1]), op.Shape(page_key, start=4, end=5), axis=0)
     to_steps = op.Constant(value_ints=[0, 0, 1, -1])
-    return Int8PageAttention(
-        rows, low_scores, value, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
-        op.Reshape(page_key_scale, to_steps), op.Reshape(page_value_scale, to_steps), used,
-        op.Shape(value, start=2, end=3),
-    )  # fmt: skip
+    keys = op.Transpose(op.Cast(op.Reshape(page_key, to_tokens), to=1), perm=[0, 1, 3, 2])
+    products = op.Mul(op.MatMul(op.Cast(rows, to=1), keys), op.Reshape(page_key_scale, to_steps))
+    scores = op.Where(used, products, op.Constant(value_float=MASKED))
+    joint = op.Softmax(op.Concat(low_scores, scores, axis=3), axis=-1)
+    weights = op.Slice(joint, capacity, op.Constant(value_ints=[9223372036854775807]), three)
+    shared = op.Mul(weights, op.Reshape(page_value_scale, to_steps))
+    return JoinPages(context, weights, op.MatMul(shared, op.Cast(op.Reshape(page_value, to_tokens), to=1)))
 
 
-def attention(Pages: OnnxFunction) -> OnnxFunction:
-    """The op; `Pages` depends on how pages are stored. A node on pages that are not int8 has no scales, and nobody
-    reads them."""
+def whole_store(Reads: OnnxFunction) -> OnnxFunction:
+    """`Pages` of onnx_op.py; `Reads` depends on how pages are stored."""
 
     @script(flex, default_opset=op)
-    def HierarchicalAttention(
-        query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-        page_key, page_value, page_lengths, pages, page_count, page_key_scale, page_value_scale,
-        heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
+    def WholeStore(
+        rows, at, low_scores, low_context, positions, past_key,
+        page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
+        heads: int, kv_heads: int, head_dim: int, page_size: int,
     ):  # fmt: skip
-        rows, at, present_key, present_value, scores, weights, map = LowAttention(
-            query, key, value, past_key, past_value, positions, cos, sin, image_begin,
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
-        )  # fmt: skip
         keep = op.Constant(value_ints=[0])
+        one = op.Constant(value_ints=[1])
         rest = op.Constant(value_ints=[-1])
         all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
         key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
-        group = op.Div(all_heads, key_heads)
-        to_heads = op.Concat(keep, all_heads, rest, keep, axis=0)  # [B, H, S, ...]
-        to_groups = op.Concat(keep, key_heads, group, rest, axis=0)  # [B, Hkv, group, ...]
-
-        # The rows of the last query, one for each head of a group.
-        end = op.Constant(value_int=-1)
-        last_rows = op.Reshape(op.Gather(op.Reshape(rows, to_heads), end, axis=2), to_groups)
-        last_scores = op.Reshape(op.Gather(op.Reshape(scores, to_heads), end, axis=2), to_groups)
-        used = SelectedTokens(page_lengths, pages, page_count, page_size=page_size)
-        last = Pages(
-            last_rows, last_scores, present_value, page_key, page_value, page_key_scale, page_value_scale, used
-        )
-        plain = op.MatMul(op.CastLike(weights, query), present_value)  # of all queries
-        one = op.Constant(value_ints=[1])
+        to_groups = op.Concat(keep, key_heads, op.Div(all_heads, key_heads), rest, axis=0)  # [B, Hkv, group, ...]
+        last = Reads(
+            op.Reshape(LastOfHeads(rows, heads=heads), to_groups),
+            op.Reshape(LastOfHeads(low_scores, heads=heads), to_groups),
+            op.Reshape(LastOfHeads(low_context, heads=heads), to_groups),
+            page_key, page_value, page_key_scale, page_value_scale,
+            SelectedTokens(page_lengths, pages, page_count, page_size=page_size),
+            op.Shape(past_key, start=2, end=3),
+        )  # fmt: skip
         last_context = op.Reshape(last, op.Concat(keep, all_heads, one, rest, axis=0))
-        context = JoinLast(op.Reshape(plain, to_heads), last_context, positions)
-        return context, present_key, present_value, map
+        of_all = op.Reshape(low_context, op.Concat(keep, all_heads, rest, keep, axis=0))  # [B, H, S, hd]
+        return JoinLast(of_all, last_context, positions)
 
-    return HierarchicalAttention
+    return WholeStore
 
 
-SHARED = *CACHED[:-1], JoinLast, SelectedTokens
-FUNCTIONS = (*SHARED, PageAttention, FloatPages, attention(FloatPages))
-INT8_FUNCTIONS = (*SHARED, Int8PageAttention, Int8Pages, attention(Int8Pages))
+FloatStore, Int8Store = whole_store(FloatReads), whole_store(Int8Reads)
+SHARED = Scores, JoinPages, PageAttention, JoinLast, SelectedTokens
+FLOAT_PAGES = *SHARED, FloatReads, FloatStore
+INT8_PAGES = *SHARED, Int8Reads, Int8Store
+FUNCTIONS = once(*LOW, *FLOAT_PAGES, over_float_cache(LowAttention, FloatStore))
+INT8_FUNCTIONS = once(*LOW, *INT8_PAGES, over_float_cache(LowAttention, Int8Store))
+INT8_CACHE = once(*int8_cache.CUDA_LOW, *FLOAT_PAGES, over_int8_cache(int8_cache.Whole, FloatStore))
+INT8_BOTH = once(*int8_cache.CUDA_LOW, *INT8_PAGES, over_int8_both(int8_cache.Whole, Int8Store))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from onnxscript import OnnxFunction, script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import ImageMap, TurnAndStore, flex, op
+from plugins.cached_attention.onnx_body import ImageMap, Turn, TurnAndStore, flex, op
 from plugins.cached_attention.onnx_static import JoinLast, StaticAttention
 
 
@@ -130,6 +130,6 @@ def attention(Products: OnnxFunction, Weights: OnnxFunction) -> OnnxFunction:
     return HierarchicalAttention
 
 
-SHARED = TurnAndStore, ImageMap, StaticAttention, JoinLast, PageBias, PageProducts, PageWeights, PageValues
+SHARED = Turn, TurnAndStore, ImageMap, StaticAttention, JoinLast, PageBias, PageProducts, PageWeights, PageValues
 FUNCTIONS = (*SHARED, attention(PageProducts, PageWeights))
 INT8_FUNCTIONS = (*SHARED, Int8PageProducts, Int8PageWeights, attention(Int8PageProducts, Int8PageWeights))

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-from plugins.cached_attention import LEAST, STEPS
-
-SMALLEST, TOP = tl.constexpr(LEAST), tl.constexpr(float(STEPS))
-# Added to a number below 2^22 and taken off again, it leaves a float32 without a fraction, rounded to nearest even.
-TO_WHOLE = tl.constexpr(1.5 * 2.0**23)
+from plugins.cached_attention.int8_kernel import larger, magnitude, step_of, whole_steps
 
 
 @triton.jit
@@ -25,12 +21,12 @@ def project_pages(
     value_weight,
     cos,  # [B, N, P, hd/2] float32
     sin,
-    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8 int8
+    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8_PAGES int8
     page_value,
     projected,  # [B, N] int64
     pages,  # [B, N] int64
     page_count,  # [B] int64
-    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8
+    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8_PAGES
     page_value_scale,
     present_projected,  # [B, N] int64, written
     page_total,  # N
@@ -44,7 +40,7 @@ def project_pages(
     PAGE_BLOCK: tl.constexpr,  # power of two, at least N
     LANES: tl.constexpr,  # tiles that every head takes before the next ones
     PROGRAMS: tl.constexpr,  # of a row of the batch
-    INT8: tl.constexpr,  # whether the pages are stored in 8 bits
+    INT8_PAGES: tl.constexpr,  # whether the pages are stored in 8 bits
 ):
     """Programs: (PROGRAMS, 1, B). With nothing new they end after three loads.
 
@@ -108,11 +104,9 @@ def project_pages(
                 s = tl.load(sin + source * half + column[None, :], mask=inside, other=0.0)
                 left, right = left * c - right * s, right * c + left * s
             target = ((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot
-            if INT8:
-                largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)  # 0 past the head's columns
-                step = tl.maximum(largest, SMALLEST) / TOP
-                left = (left / step[:, None] + TO_WHOLE) - TO_WHOLE
-                right = (right / step[:, None] + TO_WHOLE) - TO_WHOLE
+            if INT8_PAGES:
+                step = step_of(larger(magnitude(left), magnitude(right)))  # both 0 past the head's columns
+                left, right = whole_steps(left, step[:, None]), whole_steps(right, step[:, None])
                 scale = page_key_scale if is_key else page_value_scale
                 tl.store(scale + target, step, mask=token < total)
                 kept: tl.constexpr = tl.int8

@@ -46,7 +46,7 @@ class ProjectPages(Op):
         sources = {**self.in_place, "present_projected": "projected"}
         return {output.name: tuple(shapes[sources[output.name]]) for output in self.outputs}
 
-    def kernels(self, dtype: str) -> tuple[Kernel, ...]:
+    def make_kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a = self.attributes
         pointers = *self.inputs, self.outputs[-1]  # the other outputs are inputs: see in_place
         kernel = Kernel(
@@ -63,14 +63,14 @@ class ProjectPages(Op):
                 ("HALF", max(16, power_of_two(a["head_dim"] // 2))),
                 ("PAGE_SIZE", a["page_size"]),
                 ("PAGE_BLOCK", power_of_two(a["cells"] ** 2)),
-                ("INT8", a["int8_pages"]),
+                ("INT8_PAGES", a["int8_pages"]),
             ),
             absent=() if a["int8_pages"] else PAGE_SCALES,
             tile=("ROWS", "WIDTH", "LANES", "PROGRAMS"),
         )
         return (tiled(kernel),)
 
-    def workspace(self, shapes: Shapes[int]) -> int:
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
         return 0
 
     def launches_of(

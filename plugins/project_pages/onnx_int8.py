@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from onnxscript import script
 
-from plugins.cached_attention import LEAST, STEPS
 from plugins.cached_attention.onnx_body import flex, op
+from plugins.cached_attention.onnx_int8 import InSteps
 from plugins.project_pages.onnx_body import SHARED, NewHalves, Stored
 
 
@@ -26,13 +26,10 @@ def ProjectPages(
     keep = op.Constant(value_ints=[0])
     size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
-    rest = op.Constant(value_ints=[-1])
-    largest = op.Max(op.ReduceMax(op.Abs(halves), rest, keepdims=1), op.Constant(value_float=LEAST))
-    step = op.Div(largest, op.Constant(value_float=float(STEPS)))
-    whole = op.Cast(op.Round(op.Div(halves, step)), to=3)  # to the nearest, ties to even
+    whole, step = InSteps(halves)
     present_key, present_value = Stored(page_key, page_value, whole, where, op.Concat(size, width, axis=0))
     present_key_scale, present_value_scale = Stored(page_key_scale, page_value_scale, step, where, size)
     return present_key, present_value, present_key_scale, present_value_scale, present
 
 
-FUNCTIONS = (*SHARED, ProjectPages)
+FUNCTIONS = (*SHARED, InSteps, ProjectPages)

@@ -18,7 +18,7 @@ class SelectPages(Op):
         batch = shapes["map"][0]
         return {"pages": (batch, self.attributes["cells"] ** 2), "page_count": (batch,)}
 
-    def kernels(self, dtype: str) -> tuple[Kernel, ...]:
+    def make_kernels(self, dtype: str) -> tuple[Kernel, ...]:
         a = self.attributes
         cell_block = power_of_two(a["cells"] ** 2)
         kernel = Kernel(
@@ -37,7 +37,7 @@ class SelectPages(Op):
         )
         return (kernel,)
 
-    def workspace(self, shapes: Shapes[int]) -> int:
+    def workspace(self, dtype: str, shapes: Shapes[int]) -> int:
         return 0
 
     def launches_of(

@@ -149,7 +149,7 @@ def measure(
 
 def keep_decoder(model: OrtModel) -> OrtModel:
     """Close the sessions that run once per image: several models of 7B's width do not fit into memory with them."""
-    model._sessions = {"decoder": model._sessions["decoder"]}
+    model._sessions.clear()
     return model
 
 

@@ -43,15 +43,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and the bundle")
     parser.add_argument("--precision", default="int4", help="of export/build.py")
     parser.add_argument("--kv", default="model", help="of export/build.py: int8 keeps the hi-res pages in 8 bits")
+    parser.add_argument("--kv-cache", default="model", help="of export/build.py: int8 keeps the cache in 8 bits, too")
     parser.add_argument("--tokens", type=int, default=16, help="of the answer")
     given = parser.parse_args()
     folder = given.folder.resolve()
-    checkpoint, bundle = folder / "7b", folder / f"7b-{given.precision}-{given.kv}"
+    checkpoint, bundle = folder / "7b", folder / f"7b-{given.precision}-{given.kv}-{given.kv_cache}"
     rows = []
     if not checkpoint.exists():
         rows.append(stage("checkpoint", "tests/bench/random_checkpoint.py", "--shape", "7b", "--out", str(checkpoint)))
     export = "export/build.py", "--model", str(checkpoint), "--out", str(bundle), "--check", "weights"
-    knobs = f"--{given.precision}", "--kv", given.kv
+    knobs = f"--{given.precision}", "--kv", given.kv, "--kv-cache", given.kv_cache
     rows.append(stage(f"export `{' '.join(knobs)}`", *export, *knobs))
     rows.append(stage("open", "-c", "import sys; from runtime import Engine; Engine(sys.argv[1])", str(bundle)))
     rows.append(stage(f"open, answer {given.tokens} tokens", "-c", ANSWER, str(bundle), str(given.tokens)))

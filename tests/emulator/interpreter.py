@@ -53,7 +53,7 @@ def call(op: Op, dtype: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
         for tensor in op.outputs
     }
     addresses = {name: memory.add(array, name) for name, array in (given | results).items()}
-    scratch = memory.add(aligned(op.workspace(shapes), np.uint8), "workspace")
+    scratch = memory.add(aligned(op.workspace(dtype, shapes), np.uint8), "workspace")
     run(op.launches(dtype, shapes, addresses, scratch), memory)
     return results
 

@@ -131,7 +131,7 @@ def test_which_graph_a_device_gets(monkeypatch, copy, device, made_before, expec
         edit(copy, lambda manifest: manifest["parts"]["decoder"]["graphs"].pop("onnxruntime-cuda"))
     opened = []
     session = OrtModel.session
-    monkeypatch.setattr(OrtModel, "session", lambda self, path: opened.append(path.name) or session(self, path))
+    monkeypatch.setattr(OrtModel, "session", lambda self, path, *_: opened.append(path.name) or session(self, path))
     monkeypatch.setitem(library.PROVIDERS, "cuda", "CPUExecutionProvider")  # no GPU here: the CPU opens it, too
     monkeypatch.setitem(library.PROVIDER_OPTIONS, "cuda", {})
     OrtModel(Bundle(copy), threads=1, device=device)
@@ -209,7 +209,7 @@ def test_the_cache_is_updated_in_place(random_model, capfd):
     options = ort.SessionOptions()
     options.log_severity_level = 2  # warnings: TensorScatter warns when it has to copy
     session = ort.InferenceSession(bundle.graph("decoder", "onnxruntime"), options, providers=["CPUExecutionProvider"])
-    model._sessions["decoder"] = session
+    model.part.session = session
     tiles, ids, begin = request(g, seed=1)
     decoder = model.decoder(encode(model, tiles, begin), ids.shape[1] + 4)
     views = {name: value.numpy() for name, value in decoder._cache.items()}
@@ -225,8 +225,9 @@ def test_the_cache_is_updated_in_place(random_model, capfd):
 
     unbound = session.io_binding()  # the same run with outputs elsewhere does copy, and does say so
     for name in (value.name for value in session.get_inputs()):
-        known = {"input_ids": decoder._ids, "past_length": decoder._past_length, "page_budget": decoder._budget}
-        cache = decoder._cache.get(name.removeprefix("past_"))
+        desk = decoder._desk
+        known = {"input_ids": desk.ids, "past_length": desk.past_length, "page_budget": desk.budget}
+        cache = decoder._cache.get(name)
         unbound.bind_ortvalue_input(name, known.get(name) or decoder._inputs.get(name) or cache)
     for value in session.get_outputs():
         unbound.bind_output(value.name, "cpu")
@@ -240,18 +241,6 @@ def test_a_full_cache_is_an_error(model):
     with pytest.raises(BackendError, match="5 more tokens"):
         decoder.run(np.ones((1, 5), np.int64))
     decoder.run(np.ones((1, 4), np.int64))
-
-
-def test_logits_on_a_device_are_those_of_their_step_alone(model, monkeypatch):
-    """As on a GPU, where they lie until somebody asks; here they lie in the host's memory."""
-    monkeypatch.setattr(model, "device", "cuda")
-    decoder = model.decoder(model.no_image(1), 64)
-    step = decoder.run(np.array([[1, 5]]))
-    assert step.logits[0].argmax() == step.token[0]
-    missed = decoder.run(np.array([[9]]))
-    decoder.run(np.array([[7]]))
-    with pytest.raises(BackendError, match="of a step that is over"):
-        missed.logits  # noqa: B018
 
 
 def test_forgetting_tokens_brings_the_old_state_back(model):

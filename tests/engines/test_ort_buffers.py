@@ -6,16 +6,18 @@ import numpy as np
 import onnx
 import pytest
 
+from engines.errors import BackendError
 from engines.ort import buffers
 from engines.ort.buffers import Buffers
 
 
-def test_the_clearing_graph_is_onnx():
-    model = onnx.load_from_string(buffers._clearing_graph())
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "Identity"])
+def test_the_graphs_are_onnx(operator):
+    model = onnx.load_from_string(buffers._filling_graph(operator))
     onnx.checker.check_model(model, full_check=True)
     (node,) = model.graph.node
-    assert node.op_type == "ConstantOfShape" and model.opset_import[0].version == 19
-    assert onnx.numpy_helper.to_array(node.attribute[0].t).tolist() == [0]
+    assert node.op_type == operator and model.opset_import[0].version == 19
+    assert [onnx.numpy_helper.to_array(each.t).tolist() for each in node.attribute] == [[0]] * (operator != "Identity")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int8, np.int64])
@@ -27,6 +29,22 @@ def test_a_tensor_is_cleared_where_it_lies(monkeypatch, dtype, piece):
     maker.clear(value)
     assert not value.numpy().any() and value.shape() == [3, 3, 5]
     assert array[:2].all() and array[5:].all() and not array[2:5].any()
+
+
+@pytest.mark.parametrize("piece", [1 << 30, 100, 1])
+def test_a_tensor_is_copied_where_it_lies(monkeypatch, piece):
+    monkeypatch.setattr(buffers, "PIECE", piece)
+    maker, array = Buffers("cpu"), np.arange(9 * 15).reshape(9, 3, 5).astype(np.float16)
+    target = np.zeros_like(array)
+    maker.copy(maker.of(array[2:5]), maker.of(target[3:6]))
+    assert np.array_equal(target[3:6], array[2:5]) and not target[:3].any() and not target[6:].any()
+    assert array[0, 0, 1] == 1  # the source is as it was
+
+
+def test_tensors_of_other_sizes_are_not_copied():
+    maker = Buffers("cpu")
+    with pytest.raises(BackendError, match="12 bytes for a tensor of 8"):
+        maker.copy(maker.of(np.zeros(3, np.float32)), maker.of(np.zeros(2, np.float32)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int64"])

@@ -20,7 +20,7 @@ import torch
 import export.build
 import export.check
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import FP16, FP32, PRECISIONS
+from engines.bundle.precision import FP16, FP32, INT8, PRECISIONS
 from engines.bundle.writer import BundleWriter
 from engines.errors import CheckpointError, ExportError, OptionError, ParityError
 from engines.ort import OrtDecoder, OrtModel
@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_dataclass():
         (["--fp16", "--fp32"], "not allowed"),
         (["--int3"], "--int3"),
         (["--kv", "int4"], "--kv"),
+        (["--kv-cache", "int4"], "--kv-cache"),
     ],
 )
 def test_errors_are_messages(arguments, text):
@@ -248,6 +249,9 @@ def test_every_precision_has_limits():
     assert set(LIMITS) == set(PRECISIONS.values())
     lazy_int8 = replace(tiny(), lazy_pages=True, int8_pages=True)
     assert limits_of(FP32, tiny()).cells == 0 < limits_of(FP32, lazy_int8).cells == limits_of(FP16, tiny()).cells
+    for precision, like in ((FP32, FP16), (FP16, INT8), (INT8, INT8)):  # with an int8 cache; what reads none as without
+        found, own = limits_of(precision, tiny(int8_cache=True)), LIMITS[precision]
+        assert found == replace(LIMITS[like], features=own.features) and found.decode >= own.decode
 
 
 def test_too_little_memory_is_said_before_work_starts(checkpoint, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from engines.bundle.kinds import ONNXRUNTIME, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8
 from engines.errors import OptionError
@@ -48,6 +48,9 @@ def test_defaults_of_block_sizes_and_engines():
 def test_the_geometry_is_the_bundles():
     g = settled(context=1024, projection="lazy", kv="int8").geometry
     assert g == replace(official(), context=1024, lazy_pages=True, int8_pages=True)
+    recipe = settled(kv_cache="int8")  # of ordinary tokens alone
+    assert recipe.geometry == replace(official(), int8_cache=True)
+    assert recipe.record(None)["kv_cache"] == "int8" and recipe.record(None)["kv"] == "model"
 
 
 def test_a_packed_checkpoint_brings_its_own():
@@ -104,6 +107,16 @@ def test_the_advice_is_taken(options):
     else:
         command = advice + ([f"--{options['precision']}"] if "precision" in options else [])
     settle(replace(parse_arguments(command), model=model), config)
+
+
+@pytest.mark.parametrize(("option", "why"), PLUGINS_ALONE.values())
+def test_what_needs_plugins(option, why):
+    line = ["--backend", TENSORRT, "--no-plugins", *option.split()]
+    with pytest.raises(OptionError, match=f"{option} with --no-plugins: TensorRT alone {why}") as caught:
+        parse_arguments(line)
+    assert caught.value.fix == f"leave out {option}, or --no-plugins"
+    assert parse_arguments(line[:3]).engines.plugins is False
+    assert parse_arguments([*line[:2], *line[3:]]).engines.plugins
 
 
 def test_a_context_that_holds_no_image_and_question():

@@ -21,6 +21,7 @@ import torch
 
 from engines.bundle.geometry import Geometry
 from engines.errors import BackendError
+from engines.ort.captured import CapturedPart
 from plugins.command import run
 from runtime import Engine
 from tests.geometries import official, tiny
@@ -70,13 +71,19 @@ def graphs(shape: str, folder: Path) -> None:
 
 
 def ask(engine: Engine, g: Geometry, budgets: Sequence[int], tokens: int) -> list[str]:
-    """The rows of a table: of each page budget, with the image new and with it kept."""
+    """The rows of a table: of each page budget, with the image new, with it kept, and without CUDA graphs where decode
+    steps are such."""
     side = g.lowres * g.zoom
     photo = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     ids = [1, *range(5, 40), IMAGE, *(range(50, 160) if g.vocab > 160 else range(5, 20))]
     rows = ["| image | page budget | vision | projection | prefill | tokens | decode | tokens/s | pages |"]
     rows += ["|---|" + "---:|" * 8]
-    for turn in ("first", "warm"):
+    part = engine.model.part
+    for turn in ("first", "warm", *(["without CUDA graphs"] if isinstance(part, CapturedPart) else [])):
+        if turn == "without CUDA graphs":
+            if not part.captures:
+                return [*rows, "| CUDA graphs were given up: the log says why |" + " |" * 8]
+            part.captures = False
         with engine.image(photo) as view:
             for budget in budgets:
                 s = view.ask(input_ids=ids, max_new_tokens=tokens, stop_at_eos=False, page_budget=budget).stats

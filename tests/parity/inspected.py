@@ -35,31 +35,29 @@ class InspectedModel(OrtModel):
         else:
             for_onnxruntime(model, precision, cuda=kind == ONNXRUNTIME_CUDA)
         ir.save(model, path)
-        self._sessions["decoder"] = self.session(path)
+        self.part.session = self.session(path)
         path.unlink()
 
-    def rounded(self, capacity: int) -> int:
-        """The plugin-free graph knows one capacity."""
-        return self.geometry.context if self.kind == PLUGIN_FREE else super().rounded(capacity)
-
     def decoder(self, image, capacity):
-        return InspectedDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
+        """The plugin-free graph knows one capacity."""
+        part, batch = self.part, len(image.begin)
+        tokens = self.geometry.context if self.kind == PLUGIN_FREE else part.rounded(capacity)
+        return InspectedDecoder(self, image, part.desk(image, part.cache(batch, tokens)))
 
 
 class InspectedDecoder(OrtDecoder):
-    def __init__(self, model: InspectedModel, session, image, capacity: int) -> None:
-        super().__init__(model, session, image, capacity)
-        g, batch = model.geometry, len(image.begin)
+    def __init__(self, model: InspectedModel, image, desk) -> None:
+        g, batch, self._model = model.geometry, len(image.begin), model
         for name in model.map_names:
-            self._outputs[name] = model.buffers.empty((batch, g.grid, g.grid), np.float32)
+            desk.results[name] = model.buffers.empty((batch, g.grid, g.grid), np.float32)
         for name in model.hidden_names:
-            self._outputs[name] = model.zeros((batch, g.hidden))
-        self._step_binding = self._bind(self._ids)
+            desk.results[name] = model.buffers.zeros((batch, g.hidden), model.part.dtype)
+        super().__init__(model.part, image, desk)
 
     @property
     def maps(self) -> list[np.ndarray]:
-        return [self._outputs[name].numpy().copy() for name in self._model.map_names]
+        return [self._desk.results[name].numpy().copy() for name in self._model.map_names]
 
     @property
     def hidden(self) -> list[np.ndarray]:
-        return [self._outputs[name].numpy().astype(np.float32) for name in self._model.hidden_names]
+        return [self._desk.results[name].numpy().astype(np.float32) for name in self._model.hidden_names]

@@ -34,24 +34,32 @@ from tests.paths import OFFICIAL
 
 @dataclass(frozen=True)
 class Row:
-    """A build whose cost the report shows. block: of int8, int4 and fp8 alone; kv: of the hi-res pages."""
+    """A build whose cost the report shows. block: of int8, int4 and fp8 alone; kv: of the hi-res pages; kv_cache: of
+    ordinary tokens."""
 
     precision: str
     block: int | None = None
     calibrated: bool = False
     kv: str = "model"
+    kv_cache: str = "model"
 
     @property
     def label(self) -> str:
         """As the table calls it."""
         layout = "columns" if self.block == COLUMN else f"blocks of {self.block}"
         label = self.precision if self.block is None else f"{self.precision}, {layout}"
-        return label + ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
+        label += ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
+        return label + ("" if self.kv_cache == "model" else f", kv cache {self.kv_cache}")
 
 
 BY_PRECISION = sorted(PRECISIONS.values(), key=lambda each: each != FP32)  # first what the answers are compared with
 ROWS = [Row(each.name, block) for each in BY_PRECISION for block in each.block_sizes or (None,)]
-ROWS[1:1] = [Row(FP32.name, kv="int8")]  # the pages alone; others differ from their row above by as little
+# What is kept in 8 bits alone; others differ from their row above by as little.
+ROWS[1:1] = [
+    Row(FP32.name, kv="int8"),
+    Row(FP32.name, kv_cache="int8"),
+    Row(FP32.name, kv="int8", kv_cache="int8"),
+]
 ROWS += [Row(INT4.name, block, calibrated=True) for block in INT4.block_sizes]
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
@@ -177,8 +185,9 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]
             try:
                 out, calibrate = Path(folder) / str(index), data[index] if row.calibrated else None
                 options = BuildOptions(
-                    models[index], out, row.precision, row.block, calibrate=calibrate, kv=row.kv, check="none"
-                )
+                    models[index], out, row.precision, row.block, calibrate=calibrate, kv=row.kv, kv_cache=row.kv_cache,
+                    check="none",
+                )  # fmt: skip
                 return build(options).path
             except OptionError as error:
                 reasons[f"- {models[index].name}: {error.found}"] = None

@@ -108,7 +108,7 @@ class Launcher:
                 buffers[tensor.name] = buffers[op.in_place[tensor.name]]
             else:
                 buffers[tensor.name] = self._empty(self._result(op, dtype, shapes, tensor.name).nbytes)
-        buffers["workspace"] = self._empty(max(1, op.workspace(shapes)))
+        buffers["workspace"] = self._empty(max(1, op.workspace(dtype, shapes)))
         addresses = {name: buffer.address for name, buffer in buffers.items()}
         kernels = self.artifacts(op, dtype).on(op.kernels(dtype), self.cuda.sm)
         return op.launches(dtype, shapes, addresses, addresses["workspace"], kernels), buffers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from plugins.cached_attention.launch import CachedAttention
 from plugins.cached_attention.reference import quantise
 from plugins.hierarchical_attention.launch import HierarchicalAttention
-from plugins.op import Op
+from plugins.op import CACHE_SCALES, Op
 from plugins.project_pages.launch import ProjectPages
 
 Arrays = dict[str, np.ndarray]
+CACHE = "past_key", "past_value"
 
 
 def to_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -56,13 +57,14 @@ class Sizes:
     begin: tuple[int, ...] = (3,)
     short_pages: bool = False
 
-    def cached(self) -> CachedAttention:
+    def cached(self, int8_cache: int = 0) -> CachedAttention:
         """The op without pages."""
-        return CachedAttention(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, grid=self.grid)
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "grid": self.grid}
+        return CachedAttention(**sizes, int8_cache=int8_cache)
 
-    def hierarchical(self, int8_pages: int = 0) -> HierarchicalAttention:
+    def hierarchical(self, int8_pages: int = 0, int8_cache: int = 0) -> HierarchicalAttention:
         """The op with pages."""
-        attributes = self.cached().attributes
+        attributes = self.cached(int8_cache).attributes
         return HierarchicalAttention(**attributes, page_size=self.page_size, int8_pages=int8_pages)
 
 
@@ -94,6 +96,18 @@ INT8_ATTENTION_CASES = {
         "head size 96", "batch", "prefill, batch, grouped",
     )
 }  # fmt: skip
+INT8_CACHE_CASES = {
+    name: ATTENTION_CASES[name]
+    for name in (
+        "decode", "no page", "first token", "no room left", "ragged last split", "six heads", "head size 96", "batch",
+        "prefill", "prefill from nothing", "prefill of several tiles", "prefill, batch, grouped",
+        "prefill, head size 96",
+    )
+}  # fmt: skip
+INT8_CACHE_CASES |= {
+    "head size 64, group of 4": Sizes(heads=8, kv_heads=2, head_dim=64),
+    "prefill, head size 128, group of 8": Sizes(heads=8, kv_heads=1, head_dim=128, past=(20,), steps=8),
+}
 
 
 def attention_inputs(sizes: Sizes, seed: int = 0, poison: float = np.nan) -> Arrays:
@@ -145,6 +159,23 @@ def int8_attention_inputs(sizes: Sizes, dtype: str, poison: float = 1e3) -> Arra
     pages = dict(zip(("page_key", "page_value"), whole, strict=True))
     scales = dict(zip(("page_key_scale", "page_value_scale"), steps, strict=True))
     return rounded(sizes.hierarchical(int8_pages=1), dtype, arrays | pages | scales)
+
+
+def with_int8_cache(arrays: Arrays) -> Arrays:
+    """Inputs of an attention op, its pages stored however, as those of the same op on an int8 cache. Poison of the
+    cache stays poison: a step is NaN where a value was, and 1 / 127 of it where that was a number."""
+    whole, steps = in_int8(*(arrays[name] for name in CACHE))
+    return arrays | dict(zip((*CACHE, *CACHE_SCALES), (*whole, *steps), strict=True))
+
+
+def on_int8_cache(sizes: Sizes, dtype: str, seed: int = 0, poison: float = 1e3) -> Iterator[tuple[Op, Arrays]]:
+    """Attention over an int8 cache without pages, with pages of floats and with int8 pages, and inputs of each,
+    among which may be more; `poison`: of whatever an op must not look at."""
+    for op in sizes.cached(int8_cache=1), sizes.hierarchical(int8_cache=1):
+        floats = rounded(sizes.hierarchical(), dtype, attention_inputs(sizes, seed=seed, poison=poison))
+        yield op, with_int8_cache(floats)
+    int8_pages = int8_attention_inputs(sizes, dtype, poison=poison)
+    yield sizes.hierarchical(int8_pages=1, int8_cache=1), with_int8_cache(int8_pages)
 
 
 def in_int8(*stores: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -17,12 +17,12 @@ def project_pages(
     value_weight,
     cos,  # [B, N, P, hd/2] float32
     sin,
-    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8 int8
+    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8_PAGES int8
     page_value,
     projected,  # [B, N] int64
     pages,  # [B, N] int64
     page_count,  # [B] int64
-    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8
+    page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8_PAGES
     page_value_scale,
     present_projected,  # [B, N] int64, written
     page_total,  # N
@@ -35,7 +35,7 @@ def project_pages(
     WIDTH: tl.constexpr,  # of `hidden` in one tile
     PAGE_BLOCK: tl.constexpr,  # power of two, at least N
     LANES: tl.constexpr,  # programs that share the new pages
-    INT8: tl.constexpr,  # whether the pages are stored in 8 bits
+    INT8_PAGES: tl.constexpr,  # whether the pages are stored in 8 bits
 ):
     """Programs: (LANES; Hkv for the keys, then Hkv for the values; B). With nothing new they end after three loads.
 
@@ -92,7 +92,7 @@ def project_pages(
             out = (((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot)[:, None] * HEAD_DIM + column[
                 None, :
             ]
-            if INT8:
+            if INT8_PAGES:
                 largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)  # 0 past the head's columns
                 step = tl.maximum(largest, SMALLEST) / TOP
                 left = (left / step[:, None] + TO_WHOLE) - TO_WHOLE

@@ -17,6 +17,7 @@ from plugins.compile import OFFICIAL_7B
 from plugins.errors import KernelError
 from plugins.op import Kernel
 from plugins.registry import kernels_of_model
+from plugins.tiles import tiled
 from tests.emulator.driver import Driver, emulated
 from tests.plugins.checks import (
     check_attention,
@@ -32,7 +33,9 @@ KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
 SELECT, ATTEND = KERNELS[0], KERNELS[3]
 
 
-OLD = Path(__file__).parent / "data"  # files of format 1, as version 0.1.0 wrote them, with words in place of code
+OLD = (
+    Path(__file__).parent / "data"
+)  # files of formats 1 and 3, as older versions wrote them, with words in place of code
 OLD_SIZES = {
     "hidden": 48, "heads": 4, "kv_heads": 4, "head_dim": 16, "grid": 9, "cells": 3, "page_size": 4, "threshold": 48,
 }  # fmt: skip
@@ -116,7 +119,7 @@ def test_missing_kernel(artifacts):
         ({"constants": ATTEND.constants[1:]}, "HEADS=32", "no HEADS"),
         ({"parameters": (("query", "*bf16"), *ATTEND.parameters[1:])}, r"query=\*fp16", r"query=\*bf16"),
         ({"parameters": ATTEND.parameters[1:]}, r"query=\*fp16", "no query"),
-        ({"absent": ("scales",)}, "nothing absent", "scales absent"),
+        ({"absent": ()}, "past_key_scale, past_value_scale absent", "nothing absent"),
         ({"warps": 8}, "warps 2", "warps 8"),
         ({"function": "elsewhere:attend"}, "function plugins.cached_attention", "function elsewhere:attend"),
     ],
@@ -176,26 +179,31 @@ def test_foreign_files(data, tmp_path):
         Artifacts.read(path)
 
 
-def test_format_2_knows_no_tiles(artifacts):
+def test_format_2_knows_no_tiles():
     """There every kernel has one variant. Which of its constants are its tile, the op that asks knows."""
-    with zipfile.ZipFile(io.BytesIO(artifacts.to_bytes())) as archive:
+    with zipfile.ZipFile(OLD / "format-3-float.zip") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     index = json.loads(files["index.json"]) | {"format": 2}
+    index["kernels"] = [record for record in index["kernels"] if "86" in record["cubins"]]
     for record in index["kernels"]:
         del record["kernel"]["tile"], record["kernel"]["arch"]
+        record["cubins"] = {"86": record["cubins"]["86"]}
         if record["kernel"]["name"] == "attend":
             record["kernel"]["constants"] = [*(dict(record["kernel"]["constants"]) | {"SPLIT": 128}).items()]
     old = Artifacts.from_bytes(zipped(files | {"index.json": json.dumps(index)}))
-    (kernel,) = old.on([ATTEND], 86)
-    assert kernel == replace(ATTEND, constants=kernel.constants, tile=()) and kernel.constant("SPLIT") == 128
-    assert old.subset(KERNELS, [120]).sms == (120,)
-    with pytest.raises(KernelError, match="HEADS=32\n  expected: HEADS=8"):
-        old.on([replace(ATTEND, constants=tuple((dict(ATTEND.constants) | {"HEADS": 8}).items()))], 86)
+    kernels = kernels_of_model(OLD_SIZES, "float16")
+    attend = next(kernel for kernel in kernels if kernel.name == "attend")
+    (kernel,) = old.on([attend], 86)
+    assert kernel == replace(attend, constants=kernel.constants, tile=()) and kernel.constant("SPLIT") == 128
+    assert old.subset(kernels, [86]).sms == (86,)
+    with pytest.raises(KernelError, match="HEADS=4\n  expected: HEADS=8"):
+        old.on([replace(attend, constants=tuple((dict(attend.constants) | {"HEADS": 8}).items()))], 86)
 
 
-def test_a_later_format():
-    data = zipped({"index.json": json.dumps({"format": 4})})
-    with pytest.raises(KernelError, match="format 4\n  expected: format 1 to 3"):
+@pytest.mark.parametrize("number", [0, 5, 3.0, True, "3"])
+def test_a_format_that_is_none(number):
+    data = zipped({"index.json": json.dumps({"format": number})})
+    with pytest.raises(KernelError, match=f"format {number!r}\n  expected: format 1 to 4"):
         Artifacts.from_bytes(data)
 
 
@@ -240,8 +248,50 @@ def test_format_1_holds_the_kernels_of_today(int8, file):
     assert Artifacts.from_bytes(taken.to_bytes()) == taken
     others = kernels_of_model(OLD_SIZES | {"int8_pages": 1 - int8}, "float16")
     for kernel in others[-2:]:
-        with pytest.raises(KernelError, match=f"pages was compiled with INT8={int8}\n  expected: INT8={1 - int8}"):
+        with pytest.raises(
+            KernelError, match=f"pages was compiled with INT8_PAGES={int8}\n  expected: INT8_PAGES={1 - int8}"
+        ):
             old.on([kernel], 86)
+
+
+@pytest.mark.parametrize(("int8", "file"), [(0, "format-3-float.zip"), (1, "format-3-int8.zip")])
+def test_format_3_holds_the_kernels_of_today(int8, file):
+    """All but those of an int8 cache, which it did not know, in whatever variant an SM has."""
+    old = Artifacts.read(OLD / file)
+    kernels = kernels_of_model(OLD_SIZES | {"int8_pages": int8}, "float16")
+    assert old.sms == (86, 90)
+    for sm in old.sms:
+        for found, wanted in zip(old.on(kernels, sm), (tiled(kernel, sm) for kernel in kernels), strict=True):
+            same = replace(wanted, constants=found.constants, absent=found.absent)
+            assert found == same and dict(found.constants) == dict(wanted.constants)
+            assert set(found.absent) == set(wanted.absent)
+    taken = old.subset(kernels, [90])
+    assert taken.sms == (90,) and Artifacts.from_bytes(taken.to_bytes()) == taken
+    names = {kernel.name: kernel for kernel in kernels_of_model(OLD_SIZES | {"int8_cache": 1}, "float16")}
+    assert names["prefill"] in kernels
+    for name in ("append", "attend"):
+        with pytest.raises(KernelError, match=f"{name} was compiled with INT8_CACHE=0\n  expected: INT8_CACHE=1"):
+            old.on([names[name]], 90)
+    with pytest.raises(KernelError, match="no compiled kernel dequantise"):
+        old.on([names["dequantise"]], 90)
+    with pytest.raises(KernelError, match=f"INT8_PAGES={int8}\n  expected: INT8_PAGES={1 - int8}"):
+        old.on(kernels_of_model(OLD_SIZES | {"int8_pages": 1 - int8}, "float16")[-2:], 90)
+
+
+@pytest.mark.parametrize("sm", [86, 90])
+@pytest.mark.parametrize(("int8", "file"), [(0, "format-3-float.zip"), (1, "format-3-int8.zip")])
+def test_format_3_launches(int8, file, sm):
+    """As `test_format_1_launches`, on SMs that have variants of their own."""
+    old = [emulated(c.kernel, c.entry, tuple(c.cubins)) for c in Artifacts.read(OLD / file).compiled]
+    launcher = Launcher(Cuda(Driver(sm=sm)), lambda _: Artifacts(tuple(old), {}))
+    sizes, case = Sizes(grid=9, capacity=120, past=(100,), steps=3), {"counts": (4,), "done": (1,), "kv_heads": 4}
+    if int8:
+        check_int8_attention(sizes, "float16", launcher)
+        check_int8_projection(case, "float16", launcher)
+    else:
+        check_attention(sizes, "float16", launcher, paged=True)
+        check_projection(case, "float16", launcher)
+    check_selection(9, 3, launcher)
 
 
 def as_it_was(kernel: Kernel, entry: str) -> Compiled:

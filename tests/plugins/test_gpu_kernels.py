@@ -14,12 +14,13 @@ from tests.on_gpu import compiled
 from tests.plugins.checks import (
     check_attention,
     check_int8_attention,
+    check_int8_cache,
     check_int8_projection,
     check_projection,
     check_selection,
 )
 from tests.plugins.harness import Launcher
-from tests.plugins.inputs import ATTENTION_CASES, INT8_ATTENTION_CASES, PROJECTION_CASES
+from tests.plugins.inputs import ATTENTION_CASES, INT8_ATTENTION_CASES, INT8_CACHE_CASES, PROJECTION_CASES
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +59,12 @@ def test_pages_in_8_bits(dtype, launcher):
         check_int8_attention(sizes, dtype, launcher, bound=BOUND)
     for case in PROJECTION_CASES.values():
         check_int8_projection(case, dtype, launcher, bound=BOUND)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_cache_in_8_bits(dtype, launcher):
+    for sizes in INT8_CACHE_CASES.values():
+        check_int8_cache(sizes, dtype, launcher, bound=BOUND)
 
 
 @pytest.mark.parametrize("grid", [9, 24])

@@ -57,8 +57,8 @@ def cut(change: Callable[[Kernel], Kernel]) -> Run:
     """The kernel in the interpreter with another tile."""
 
     class Cut(ProjectPages):
-        def kernels(self, dtype):
-            return tuple(map(change, super().kernels(dtype)))
+        def make_kernels(self, dtype):
+            return tuple(map(change, super().make_kernels(dtype)))
 
     return lambda op, dtype, inputs: call(Cut(**op.attributes), dtype, inputs)
 

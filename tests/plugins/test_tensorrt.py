@@ -23,22 +23,31 @@ trt = library.load(TENSORRT_RTX)
 SIZES = attributes(tiny())
 KINDS = {dtype: kind for kind, dtype in plugin.DTYPE_OF_KIND.items()}
 SMS = (86, 89)
-INT8_SIZES = attributes(tiny(int8_pages=True))
-OPS_OF_MODELS = [*ops_of_model(SIZES), *(op for op in ops_of_model(INT8_SIZES) if op.attributes.get("int8_pages"))]
+STORES = "int8_pages", "int8_cache"
+CHANGES = ({"int8_pages": 1}, {"int8_cache": 1}, {"int8_pages": 1, "int8_cache": 1})
+
+
+def int8_of(op) -> dict[str, int]:
+    """What of an op is in 8 bits."""
+    return {store: 1 for store in STORES if op.attributes.get(store)}
+
+
+OPS_OF_MODELS = [*ops_of_model(SIZES)]
+OPS_OF_MODELS += [op for change in CHANGES for op in ops_of_model(SIZES | change) if int8_of(op) == change]
 _KEPT: list[dict[str, np.ndarray]] = []  # a field is but a pointer
 
 
 def id_of(op) -> str:
-    return f"{op.name}-int8" if op.attributes.get("int8_pages") else op.name
+    return "-".join([op.name, *int8_of(op)])
 
 
-def artifacts(dtype: str, int8_pages: int = 0) -> Artifacts:
+def artifacts(dtype: str, **int8: int) -> Artifacts:
     """Stand-ins for compiled kernels: nothing here runs them."""
     code = {sm: f"code for {sm}".encode() for sm in (*SMS, 120)}
     return Artifacts(
         tuple(
             Compiled(kernel, kernel.name, 0, 128, b"text", code, dict.fromkeys(code, 32))
-            for kernel in kernels_of_model(INT8_SIZES if int8_pages else SIZES, dtype)
+            for kernel in kernels_of_model(SIZES | int8, dtype)
         ),
         {},
     )
@@ -90,16 +99,21 @@ def restored(op, dtype: str):
     return made.attach_to_context(None)
 
 
-def call(made, op, dtype: str, buffers=None):
-    """Run `enqueue` on small shapes with made-up addresses; in-place outputs share their input's, unless given."""
+def shape_of(name: str) -> tuple[int, ...]:
+    """Small shapes of the inputs that launches depend on, any of the others."""
     steps, capacity, g = 2, 160, tiny()
     shapes = {
         "query": (1, steps, g.hidden), "past_key": (1, g.kv_heads, capacity, g.head_dim), "map": (1, g.grid, g.grid),
         "page_lengths": (g.pages,), "features": (1, g.pages, SIZES["page_size"], g.hidden),
     }  # fmt: skip
+    return shapes.get(name, (1, 1))
+
+
+def call(made, op, dtype: str, buffers=None):
+    """Run `enqueue` on small shapes with made-up addresses; in-place outputs share their input's, unless given."""
     inputs = [trt.PluginTensorDesc() for _ in op.inputs]
     for desc, tensor in zip(inputs, op.inputs, strict=True):
-        desc.dims = trt.Dims(shapes.get(tensor.name, (1, 1)))
+        desc.dims = trt.Dims(shape_of(tensor.name))
     addresses = [0x1000 * (index + 1) for index in range(len(op.inputs))]
     outputs = [0x100000 * (index + 1) for index in range(len(op.outputs))]
     by_name = named(op.inputs, addresses) | named(op.outputs, outputs)
@@ -113,7 +127,7 @@ def call(made, op, dtype: str, buffers=None):
 @pytest.mark.parametrize("dtype", MODEL_DTYPES)
 @pytest.mark.parametrize("op", OPS_OF_MODELS, ids=id_of)
 def test_a_plan_restores_and_launches(op, dtype, kind):
-    plugin.register(trt, artifacts=artifacts(dtype, op.attributes.get("int8_pages", 0)), sms=SMS)
+    plugin.register(trt, artifacts=artifacts(dtype, **int8_of(op)), sms=SMS)
     stored = configured(op, dtype, kind)
     fields = stored.get_fields_to_serialize()
     launched = []
@@ -129,9 +143,20 @@ def test_a_plan_restores_and_launches(op, dtype, kind):
     assert [bytes(field.data) for field in again] == [bytes(field.data) for field in fields]
 
 
+@pytest.mark.parametrize("dtype", MODEL_DTYPES)
+@pytest.mark.parametrize("op", OPS_OF_MODELS, ids=id_of)
+def test_scratch_memory_is_that_of_the_models_dtype(op, dtype):
+    made = configured(op, dtype)
+    inputs = [trt.DynamicPluginTensorDesc() for _ in op.inputs]
+    for desc, tensor in zip(inputs, op.inputs, strict=True):
+        desc.max = trt.Dims(shape_of(tensor.name))
+    shapes = {tensor.name: shape_of(tensor.name) for tensor in op.inputs}
+    assert made.get_workspace_size(inputs, []) == op.workspace(dtype, shapes)
+
+
 @pytest.mark.parametrize("op", [op for op in OPS_OF_MODELS if op.in_place], ids=id_of)
 def test_caches_in_two_buffers_are_refused(op):
-    plugin.register(trt, artifacts=artifacts("float16", op.attributes.get("int8_pages", 0)), sms=SMS)
+    plugin.register(trt, artifacts=artifacts("float16", **int8_of(op)), sms=SMS)
     made = restored(op, "float16")
     plugin.register(trt, run=lambda *_: pytest.fail("launched"))
     with pytest.raises(KernelError, match="one buffer bound to both"):

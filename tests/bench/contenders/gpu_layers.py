@@ -73,7 +73,7 @@ class Model:
     def _scratch(self) -> int:
         """Bytes of the largest workspace of a call here."""
         shapes = [input_shapes(self.g, steps=steps) for steps in (1, self.cached)]
-        return max(1, *(op.workspace(each[name]) for each in shapes for name, op in self.ops.items()))
+        return max(1, *(op.workspace("float16", each[name]) for each in shapes for name, op in self.ops.items()))
 
     def _layer(self, index: int) -> Layer:
         g, kv = self.g, self.g.kv_heads * self.g.head_dim

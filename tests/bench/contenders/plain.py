@@ -62,7 +62,8 @@ class PlainModel(OrtModel):
 
     def decoder(self, image: Image, capacity: int) -> OrtDecoder:
         """See OrtModel.decoder."""
-        return PlainDecoder(self, self._sessions["decoder"], image, self.rounded(capacity))
+        part = self.part
+        return PlainDecoder(part, image, part.desk(image, part.cache(len(image.begin), part.rounded(capacity))))
 
     def fill(self, decoder: OrtDecoder, length: int) -> None:
         """Pretend that `length` tokens were prefilled: random keys and values, as costly as real ones."""
@@ -76,16 +77,17 @@ class PlainDecoder(OrtDecoder):
     """A OrtDecoder that binds only what the plain graph has."""
 
     def _bind(self, ids: ort.OrtValue) -> ort.IOBinding:
-        inputs = {value.name for value in self._session.get_inputs()}
-        outputs = {value.name for value in self._session.get_outputs()}
-        binding = self._session.io_binding()
-        named = {"input_ids": ids, "past_length": self._past_length, **self._inputs}
-        named |= {f"past_{name}": value for name, value in self._cache.items()}
+        session, desk = self._part.session, self._desk
+        inputs = {value.name for value in session.get_inputs()}
+        outputs = {value.name for value in session.get_outputs()}
+        binding = session.io_binding()
+        named = {"input_ids": ids, "past_length": desk.past_length, **self._inputs}
+        named |= self._cache
         for name in inputs:
             binding.bind_ortvalue_input(name, named[name])
-        results = self._outputs | {f"present_{name}": value for name, value in self._cache.items()}
+        results = desk.results | {name.replace("past_", "present_"): value for name, value in self._cache.items()}
         for name in outputs:
             binding.bind_ortvalue_output(name, results[name])
         for name in ("pages", "page_count"):  # this graph has none
-            self._outputs[name].update_inplace(np.zeros(self._outputs[name].shape(), np.int64))
+            desk.results[name].update_inplace(np.zeros(desk.results[name].shape(), np.int64))
         return binding

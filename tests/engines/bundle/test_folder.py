@@ -37,6 +37,20 @@ def test_opens_and_describes_itself(copy):
     assert len(bundle.manifest.source["sha256"]) == 64
 
 
+def test_bundles_of_before_a_choice_open_without_it(copy):
+    def forget(manifest):
+        for field in ("lazy_pages", "int8_pages", "int8_cache"):
+            del manifest["geometry"][field]
+        del manifest["options"]["kv"], manifest["options"]["kv_cache"]
+
+    edit(copy, forget)
+    assert Bundle(copy).manifest.geometry == tiny()
+
+
+def without_plugin_free(manifest):
+    del manifest["parts"]["decoder"]["graphs"]["plugin-free"]
+
+
 DAMAGE = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no bundle folder"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no bundle.json"),
@@ -54,11 +68,13 @@ DAMAGE = {
         "vision.patch is 0",
     ),
     "other geometry": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers=6)), "not those of its"),
-    "no parts": (lambda folder: edit(folder, lambda m: m.update(parts={})), "parts"),
-    "no plugin-free graph": (
-        lambda folder: edit(folder, lambda m: m["parts"]["decoder"]["graphs"].pop("plugin-free")),
-        "graphs of decoder",
+    "int8 pages": (lambda folder: edit(folder, lambda m: m["geometry"].update(int8_pages=True)), "not those of its"),
+    "int8 cache": (
+        lambda folder: edit(folder, lambda m: [m["geometry"].update(int8_cache=True), without_plugin_free(m)]),
+        "graph of decoder are not those of its",
     ),
+    "no parts": (lambda folder: edit(folder, lambda m: m.update(parts={})), "parts"),
+    "no plugin-free graph": (lambda folder: edit(folder, without_plugin_free), "graphs of decoder"),
     "other capacity": (lambda folder: edit(folder, lambda m: m["geometry"].update(context=150)), "plugin-free graph"),
     "no files": (lambda folder: edit(folder, lambda m: m.update(files={})), "not among the files"),
     "negative budget": (lambda folder: edit(folder, lambda m: m.update(page_budget=-3)), "page_budget -3"),

@@ -58,6 +58,8 @@ LINES = [
     "--fp32",
     "--bf16 --check none",
     "--int8 --block-size column --kv int8",
+    "--kv-cache int8",
+    "--int4 --kv int8 --kv-cache int8 --projection lazy",
     "--int4 --calibrate DATA --check weights",
     "--int4 --block-size 64 --quantize-head",
     "--int8 --projection lazy --page-budget 7",

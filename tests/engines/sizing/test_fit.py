@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engines import cuda
@@ -89,11 +91,15 @@ def test_another_sm_does_not_build_for_this_one():
         (8_900_000_000, {}, "--context 1792 --int4"),  # and at last all that is needed
         (8_900_000_000, {"batch": 3}, "--context 1792 --batch 1 --int4"),
         (8_000_000_000, {}, "--context 1728 --kv int8 --int4"),
-        (7_400_000_000, {}, None),
+        (7_400_000_000, {}, "--context 1152 --kv int8 --kv-cache int8 --int4"),
+        (7_200_000_000, {}, None),
+        # Where pages are int8 already, and no context is much smaller, the cache is next,
+        (18_100_000_000, {"geometry": official(context=832, int8_pages=True)}, "--kv-cache int8"),
+        (17_900_000_000, {"geometry": official(context=832, int8_pages=True)}, "--int8"),  # before the precision.
     ],
 )
 def test_the_nearest_configuration(room, knobs, proposed):
-    c = Configuration(official(), backend=TENSORRT_RTX, **knobs)
+    c = Configuration(**{"geometry": official(), **knobs}, backend=TENSORRT_RTX)
     found = assess(c, Room("a room", room))
     assert found.larger is None
     if proposed is None:
@@ -101,6 +107,15 @@ def test_the_nearest_configuration(room, knobs, proposed):
         return
     other = found.proposal.configuration
     assert changes(c, other) == proposed and total(other) <= room < total(c)
+
+
+def test_no_int8_cache_is_proposed_where_there_is_none():
+    c = Configuration(official(context=832, int8_pages=True), backend=TENSORRT_RTX)
+    proposed = []
+    for plugins in (True, False):
+        asked = replace(c, plugins=plugins)
+        proposed.append(changes(asked, assess(asked, Room("a room", total(asked) - 10**8)).proposal.configuration))
+    assert proposed == ["--kv-cache int8", "--int8"]
 
 
 def test_a_smaller_context_is_the_largest_that_fits():

@@ -127,6 +127,22 @@ def test_int8_pages_of_7b_by_hand():
     assert named["hi-res pages"].bytes == store_bytes(c) and "int8" in named["hi-res pages"].how
 
 
+def test_an_int8_cache_of_7b_by_hand():
+    plain, c = Configuration(official()), Configuration(official(int8_cache=True))
+    token = 2 * 32 * (128 + 4)  # as in a page: a byte for each value, a float32 scale for each head
+    assert cache_bytes(c) == 32 * 2048 * token
+    assert cache_bytes(replace(c, slots=3)) == 3 * cache_bytes(c)
+    assert cache_bytes(replace(c, backend=ONNXRUNTIME, precision=INT4)) == cache_bytes(c)
+    assert store_bytes(c) == store_bytes(plain)
+    for pages in (0, 81):
+        assert step_bytes(plain, 2048, pages) - step_bytes(c, 2048, pages) == 32 * 2048 * (2 * 32 * 128 * 2 - token)
+    both = Configuration(official(int8_cache=True, int8_pages=True))
+    assert cache_bytes(both) == cache_bytes(c) and store_bytes(both) == 23 * 5184 * token
+    named, others = ({need.name: need for need in needs(each, integrated=True)} for each in (c, plain))
+    assert named["KV cache"].bytes == cache_bytes(c) and named["KV cache"].how.endswith("32 layers, int8 and scales")
+    assert [name for name in named if named[name] != others[name]] == ["KV cache"]
+
+
 def test_neither_page_budget_nor_lazy_projection_saves_memory():
     c = Configuration(official())
     few, lazy = replace(c, page_budget=1), replace(c, geometry=official(lazy_pages=True))

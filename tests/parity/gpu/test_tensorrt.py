@@ -28,7 +28,7 @@ from runtime import Engine
 from tests.conftest import once
 from tests.emulator.tensorrt import rehearse, with_plans
 from tests.gpu import require_gpu
-from tests.parity.gates import GPU_BOUNDS, Bounds, on_int8_pages, require
+from tests.parity.gates import GPU_BOUNDS, INT8_PAGES, Bounds, require, with_int8
 from tests.parity.official import CASES, recorded
 from tests.parity.tensorrt.beside import require_features, require_layers
 
@@ -105,7 +105,7 @@ def engines(shared, checkpoint, library, backend, gpu):
 
 def bounds(precision: str, variant: str) -> Bounds:
     """What a variant may be away from the official runs."""
-    return on_int8_pages(GPU_BOUNDS[precision]) if "kv" in VARIANTS[variant] else GPU_BOUNDS[precision]
+    return with_int8(GPU_BOUNDS[precision], *([INT8_PAGES] if "kv" in VARIANTS[variant] else []))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -42,5 +42,5 @@ def require_layers(case: Case, bundle: Bundle, backend: str, bounds: Bounds) -> 
 def cache_of(model: Model, decoder: Decoder, name: str) -> np.ndarray:
     """One half of a layer's cache [B, Hkv, L, hd]."""
     if isinstance(model, OrtModel):
-        return decoder._cache[name].numpy()
+        return decoder._cache[f"past_{name}"].numpy()
     return decoder._cache[f"past_{name}"].numpy(model.stream)

@@ -21,33 +21,43 @@ SMS = (86, 89, 120)
 
 @pytest.fixture
 def engines(shared, checkpoint):
-    """engines(projection, plugins, kv="model") -> bundle in float16; the builder's logs lie beside it."""
+    """engines(projection, plugins, kv="model", kv_cache="model") -> bundle in float16; the builder's logs lie beside
+    it."""
 
-    def get(projection: str, plugins: bool, kv: str = "model"):
+    def get(projection: str, plugins: bool, kv: str = "model", kv_cache: str = "model"):
         knobs = EngineOptions(TENSORRT_RTX, plugins=plugins, targets=SMS, keep_log=True, timing_cache=False)
 
         def make(folder):
             model = checkpoint("plain")
-            how = {"projection": projection, "kv": kv, "check": "none"}
+            how = {"projection": projection, "kv": kv, "kv_cache": kv_cache, "check": "none"}
             build(BuildOptions(model, folder, backend=TENSORRT_RTX, engines=knobs, **how))
 
-        return once(shared / f"official-{projection}-{kv}-{'plugins' if plugins else 'free'}", make)
+        return once(shared / f"official-{projection}-{kv}-{kv_cache}-{'plugins' if plugins else 'free'}", make)
 
     return get
 
 
-@pytest.mark.parametrize(("projection", "kv"), [("eager", "model"), ("lazy", "model"), ("lazy", "int8")])
-def test_every_op_is_a_plugin(engines, projection, kv):
-    folder = engines(projection, plugins=True, kv=kv)
+# The tracer's names of the nodes, which tell what is kept in 8 bits; the plugins are the same.
+@pytest.mark.parametrize(
+    ("projection", "kv", "kv_cache", "cached", "hierarchical", "project"),
+    [
+        ("eager", "model", "model", "", "", None),
+        ("lazy", "model", "model", "", "", ""),
+        ("lazy", "int8", "model", "", "_int8", "_int8"),
+        ("eager", "model", "int8", "_int8_cache", "_int8_cache", None),
+        ("lazy", "int8", "int8", "_int8_cache", "_int8_both", "_int8"),
+    ],
+)
+def test_every_op_is_a_plugin(engines, projection, kv, kv_cache, cached, hierarchical, project):
+    folder = engines(projection, plugins=True, kv=kv, kv_cache=kv_cache)
     manifest = Bundle(folder).manifest
     g = manifest.geometry
-    on_int8 = "_int8" if kv == "int8" else ""  # the tracer's name of the node; the plugin is the same
     expected = {
-        "cached_attention": g.start_layer + 1,
-        f"hierarchical_attention{on_int8}": len(g.reading_layers),
+        f"cached_attention{cached}": g.start_layer + 1,
+        f"hierarchical_attention{hierarchical}": len(g.reading_layers),
         "select_pages": len(g.selecting_layers),
     }
-    expected |= {f"project_pages{on_int8}": len(g.reading_layers)} if projection == "lazy" else {}
+    expected |= {} if project is None else {f"project_pages{project}": len(g.reading_layers)}
     assert Counter(plugins_of(log_of(folder, "decoder"))) == expected
     for part in PARTS:
         plan = manifest.parts[part].plans[TENSORRT_RTX]
