@@ -7,7 +7,6 @@ import string
 import pytest
 from tokenizers import Tokenizer, models
 
-from engines.bundle.manifest import Manifest
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
@@ -31,9 +30,9 @@ def tokenizer(tmp_path_factory):
 
 
 def prompter(path, template: str = "U <image>{prompt}:", turn: str | None = None) -> Prompter:
-    return Prompter(
-        path, template=template, turn=turn, bos_id=1, vocab=GEOMETRY.vocab, image_tokens=GEOMETRY.image_tokens, ends=(2,)
-    )  # fmt: skip
+    g = GEOMETRY
+    options = {"bos_id": 1, "vocab": g.vocab, "image_tokens": g.image_tokens, "ends": (2,)}
+    return Prompter(path, template=template, turn=turn, **options)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +42,13 @@ def bundle(random_model):
 
 def read(bundle, prompter: Prompter, answers: list[str], question: str = "q"):
     reader = ContinuationReader(Options(), True, prompter, Engine(bundle[1]).manifest)
-    assert isinstance(reader.manifest, Manifest)
     return reader.read(question, None, Continuations(answers, None))
 
 
 def test_a_token_across_the_seam_is_the_answers(bundle, tokenizer):
     """Not cut in two, nor given to the prompt: the answer that has it has a prompt that ends before it."""
     path, vocab = tokenizer
-    apart, across = read(bundle, prompter(path), ["y", "xy", "yx", "x"])[::1]
+    apart, across = read(bundle, prompter(path), ["y", "xy", "yx", "x"])
     text = prompter(path)
     assert {place: text.pieces(ids.tolist()) for place, ids in apart.continuations.items()} == {0: ["y"], 2: ["y", "x"]}
     assert {place: text.pieces(ids.tolist()) for place, ids in across.continuations.items()} == {
@@ -97,7 +95,7 @@ def test_an_answer_stands_where_a_conversation_has_one(bundle, tokenizer):
 
 
 def test_an_answer_is_text(bundle, tokenizer):
-    path, vocab = tokenizer
+    path, _ = tokenizer
     text = prompter(path)
     (scoring,) = read(bundle, text, ["y</s>", "y<image>"])
     assert "".join(text.pieces(scoring.continuations[0].tolist())) == "y</s>" and 2 not in scoring.continuations[0]
