@@ -89,7 +89,7 @@ class Layer(nn.Module):
         cache: tuple[Tensor, ...],
         shared: tuple[Tensor, ...],
         pages: tuple[Tensor, ...],
-        scales: tuple[Tensor, ...],
+        scales: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Returns x, the present cache as `cache` and then `scales` have it, map; `cache`, `shared`, `pages` and
         `scales` are inputs of the attention op."""

@@ -149,8 +149,10 @@ def calibrate(
     states = _states(checkpoint, g, requests, seen, search.rows)
     share = max(1, search.rows // len(seen))
     hires = torch.cat([_sample(each.high.flatten(0, 1), share) for each in seen.values()])
-    # Lazy projection is the same network; the pages part has the projections as linear layers.
-    decoder, pages = (module_of(part, replace(g, lazy_pages=False), F32) for part in ("decoder", "pages"))
+    # Lazy projection is the same network, and keys and values in 8 bits are nearly; the pages part has the projections
+    # as linear layers.
+    plain = replace(g, lazy_pages=False, int8_pages=False, int8_cache=False)
+    decoder, pages = (module_of(part, plain, F32) for part in ("decoder", "pages"))
     projections = dict(pages.model.layers)
     for index in range(g.layers):
         base, layer = f"model.layers.{index}.", decoder.model.layers[index]
@@ -277,12 +279,12 @@ def _advance(
             nothing = (torch.zeros_like(state.selected[0][0]), torch.zeros_like(state.selected[0][1]))
             kept = state.kept
             before = (positions[:, :length], *shared)
-            state.prompt, *cache, _ = layer(state.prompt, tuple(cache), before, (*stored, *nothing) if stored else ())
+            state.prompt, cache, _ = layer(state.prompt, cache, before, (*stored, *nothing) if stored else ())
             for step, selected in enumerate(state.selected):
                 kept = torch.zeros(int(step in state.kept_steps), dtype=torch.int64)
                 at = (positions[:, length + step, None], *shared)
                 read = (*stored, *selected) if stored else ()
-                state.steps[step], *cache, map = layer(state.steps[step], tuple(cache), at, read)
+                state.steps[step], cache, map = layer(state.steps[step], cache, at, read)
                 if index in g.selecting_layers:
                     all_pages = torch.tensor([g.pages])
                     state.selected[step] = select_pages(map, picture.margins, all_pages, g.grid, g.cells, g.threshold)

@@ -60,6 +60,16 @@ def test_many_questions(run):
     assert vision[0] > 0 and vision[1:] == [0, 0] and reused[0] == 0 and min(reused[1:]) > 100
 
 
+def test_score(run):
+    """The right answer is the likeliest, and one of another kind the least."""
+    result = run("score.py")
+    assert not result.stderr
+    assert [line.rsplit(": ", 1)[1] for line in result.stdout.splitlines()][::3] == ["69 and 65", "yes"]
+    asked = run("score.py", "examples/tower.png", "read the number on the green triangle.", "58", "85", "35")
+    means = [float(line.split()[0]) for line in asked.stdout.splitlines()]
+    assert asked.stdout.splitlines()[0].endswith(": 85") and means == sorted(means, reverse=True) and means[0] < 0
+
+
 def test_camera(default_bundle, tmp_path):
     """The newest frame, whatever else there is; a frame cut off in the middle; and the next one, which is whole."""
     tower, poster = ((EXAMPLES / name).read_bytes() for name in ("tower.png", "poster.png"))

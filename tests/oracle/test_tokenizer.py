@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from engines.bundle.manifest import PROMPT_TEMPLATE, SYSTEM_PROMPT, TURN_TEMPLATE
 from export.checkpoint.tokenizer import read_tokenizer
+from runtime.text.conversation import Conversation
 from runtime.text.prompter import IMAGE_TOKEN, Prompter
 from tests.paths import ROOT
 
@@ -304,3 +305,34 @@ def test_messages_become_the_official_conversation(model, tmp_path, legacy):
         )
         assert prompter.encode(messages, True) == [1, *before, IMAGE_TOKEN, *behind], messages
         assert behind.count(2) == turns - 1
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_options_have_the_tokens_of_the_official_vstar_script(model, tmp_path, legacy):
+    """It tokenises prompt and option as one text, and takes what comes after "ASSISTANT" ":"."""
+    shutil.copy(model / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    (tmp_path / "tokenizer.json").write_bytes(read_tokenizer(tmp_path, 32_000).content)
+    texts_of = {"template": PROMPT_TEMPLATE, "turn": TURN_TEMPLATE, "system": SYSTEM_PROMPT}
+    options = {"bos_id": 1, "vocab": 32_000, "image_tokens": 4, "ends": (2,)}
+    prompter = Prompter(tmp_path / "tokenizer.json", **texts_of, **options)
+    official = Official(model / "tokenizer.model", legacy)
+    question = "What is the color of the dog?\nAnswer the question using a single word or phrase."
+    prompt = prompter.encode(question, True)
+    asked = [
+        "white",
+        "The color of the dog is white.",
+        "A",
+        "7",
+        "on the left",
+        "\U0001f7e5 \u8d64\u3044",
+        *texts()[::9],
+    ]
+    assert len(asked) > 150
+    for option in filter(None, asked):
+        whole = vicuna([question], []).split("<image>")[1] + f" {option}"
+        tokens = official.tokens(whole)
+        after = next(at for at, pair in enumerate(pairwise(tokens), 2) if pair == ("ANT", ":"))
+        ids, (begin,) = prompter.encode_turns(Conversation(question), True, answer=option)
+        assert ids[:begin] == prompt, option
+        assert ids[begin:] == [official.model.piece_to_id(token) for token in tokens[after:]], option

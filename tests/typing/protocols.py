@@ -14,6 +14,8 @@ from engines.trt.engine import DeviceArray
 from engines.trt.model import TrtModel
 from engines.trt.slots import FirstRows, TrtSlots
 from export.network.reference import ReferenceDecoder, ReferenceModel, ReferenceRows, ReferenceSlots
+from runtime.answer import Decoding, Draft
+from runtime.score.walk import Walk
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -62,3 +64,12 @@ def slots_on_tensorrt(slots: TrtSlots) -> Slots[DeviceArray]:
 
 def reference_slots(slots: ReferenceSlots) -> Slots[Tensor]:
     return slots
+
+
+def draft_of_an_answer(draft: Draft) -> Decoding:
+    """What a decode loop, or a batch, makes the steps of."""
+    return draft
+
+
+def walk_of_a_score(walk: Walk) -> Decoding:
+    return walk

@@ -51,6 +51,19 @@ def pair(bundle: Path) -> tuple[Engine, Engine]:
     return Engine(bundle), Engine(bundle, backend="onnxruntime")
 
 
+def test_scores_as_onnxruntime_does(backend, driver, bundles):
+    """Steps that go back to an earlier token are recorded ones like all others."""
+    ours, theirs = pair(bundles(backend))
+    for image, answers in ((PHOTO, ["a red square", "a red", "a chat", "x"]), (None, ["number", "a"])):
+        found, expected = (engine.image(image).score(QUESTION, answers) for engine in (ours, theirs))
+        for left, right in zip(found, expected, strict=True):
+            assert left.token_ids == right.token_ids and left.greedy == right.greedy
+            assert np.abs(left.logprobs - right.logprobs).max() <= 1e-4
+            assert np.array_equal(left.cells, right.cells)
+    before = ours.generate(PHOTO, QUESTION, **OPTIONS)
+    assert same(before, theirs.generate(PHOTO, QUESTION, **OPTIONS))
+
+
 def test_answers_as_onnxruntime_does(backend, driver, bundles):
     ours, theirs = pair(bundles(backend))
     assert isinstance(ours.model, TrtModel) and isinstance(theirs.model, OrtModel)

@@ -404,3 +404,15 @@ def test_a_view_asked_by_streams_in_turns(bundles, monkeypatch):
         for stream in streams:
             next(stream.steps())
         assert all(map(same, wanted, [stream.answer() for stream in streams]))
+
+
+def test_scores_side_by_side(bundles, monkeypatch):
+    """Answers that begin with different tokens in rows of their own, which go back each when it likes."""
+    install(Driver(), monkeypatch)
+    alone, engine = Engine(bundles("eager")), Engine(bundles("eager"), slots=3, prefill_chunk=30)
+    given = [[20, 7, 8], [20, 7, 9, 5], [21, 6], [22], [23, 5, 5, 5, 5], [20, 8, 8]]
+    for image in (PHOTO, OTHER, PHOTO):
+        found, expected = (each.image(image).score(QUESTION, continuation_ids=given) for each in (engine, alone))
+        for left, right in zip(found, expected, strict=True):
+            assert np.abs(left.logprobs - right.logprobs).max() <= 1e-5
+            assert np.array_equal(left.cells, right.cells) and left.token_ids == right.token_ids

@@ -236,6 +236,13 @@ def test_lazy_bundles_store_the_scaled_projection(model, data, tmp_path):
     assert name not in found.quantised and not torch.equal(found.tensor(name), opened(model).tensor(name).half())
 
 
+def test_caches_in_8_bits(model, data, tmp_path):
+    """Scales are searched on keys and values that are not rounded: the same ones as without."""
+    kept = {"kv": "int8", "kv_cache": "int8"}
+    made = build(BuildOptions(model, tmp_path / "bundle", "int8", 32, calibrate=data, check="weights", **kept))
+    assert made.manifest.scales is not None and made.manifest.geometry.int8_cache
+
+
 @pytest.mark.parametrize("check", [stored_weights, parity])
 @pytest.mark.parametrize("what", ["integer", "step", "norm", "scales"])
 def test_a_bundle_that_is_not_the_checkpoint_times_its_scales(bundle, model, tmp_path, check, what):
