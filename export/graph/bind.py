@@ -24,6 +24,7 @@ from plugins.hierarchical_attention import onnx_body as hierarchical_attention
 from plugins.hierarchical_attention import onnx_cuda as cuda_hierarchical_attention
 from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
 from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
+from plugins.op import INT8_CACHE, INT8_PAGES, STORES
 from plugins.project_pages import onnx_body as project_pages
 from plugins.project_pages import onnx_int8 as int8_project_pages
 from plugins.select_pages import onnx_body as select_pages
@@ -31,8 +32,6 @@ from plugins.select_pages import onnx_static as static_select_pages
 
 BOUND_OPSET = 24  # TensorScatter
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "flex", "plugin_version": "1"}  # of the flex:: nodes, for TensorRT's parser
-INT8_PAGES, INT8_CACHE = "int8_pages", "int8_cache"  # attributes of flex:: nodes that say what is kept in 8 bits
-STORES = INT8_PAGES, INT8_CACHE
 Bodies = Mapping[tuple[str, ...], tuple[OnnxFunction, ...]]  # op, then those of STORES it has -> its functions
 SHARED: Bodies = {
     ("SelectPages",): select_pages.FUNCTIONS,
@@ -123,7 +122,7 @@ def _bind(model: ir.Model, bodies: Bodies) -> None:
             expected="flex:: nodes of export/graph/bind.py's bodies",
         )
     named: dict[str, OnnxFunction] = {}
-    for key in used:
+    for key in sorted(used):  # in an order that is the same in every process
         for function in bodies[key]:
             if named.setdefault(function.name, function) is not function:
                 raise ExportError(
@@ -131,8 +130,9 @@ def _bind(model: ir.Model, bodies: Bodies) -> None:
                     expected="a name of its own for each function",
                     fix="rename one of them in plugins/",
                 )
-            bound = ir.serde.deserialize_function(function.to_function_proto())
-            model.functions[bound.identifier()] = bound
+    for function in named.values():
+        bound = ir.serde.deserialize_function(function.to_function_proto())
+        model.functions[bound.identifier()] = bound
     # Inlined here, not by the backend: it would keep what nobody reads (the maps of the first layers), and compute in
     # every layer what is the same in all.
     InlinePass()(model)

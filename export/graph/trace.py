@@ -26,8 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
 from engines.bundle.specs import IO_OF_PART
-from export.graph.bind import INT8_CACHE, INT8_PAGES, PLUGIN_ATTRIBUTES
+from export.graph.bind import PLUGIN_ATTRIBUTES
 from export.network.parts import module_of
+from plugins.op import INT8_CACHE, INT8_PAGES
 
 TRACED_OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses; the flex:: functions bring what is newer
 OP_NAMES = {

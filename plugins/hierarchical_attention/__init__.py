@@ -14,8 +14,8 @@ With the attribute `int8_pages` = 1 the pages are stored in 8 bits (how: plugins
 | page_key, page_value | [B, Hkv, C*C, P, hd] | int8 | each value is that many steps of its token and head |
 | page_key_scale, page_value_scale | [B, Hkv, C*C, P] | float32 | those steps |
 
-The store is never made float: a token's score is the product of the query and its int8 key, times the step of the key;
-a token's weight is multiplied by the step of its value before it meets the int8 value; both in float32.
+The store is never made float as a whole. Scores, and sums over values, are float32; whether an integer is multiplied by
+its step before a product, or what comes out of it, is left to each face.
 
 Outputs and attributes: those of flex::CachedAttention, and the attributes `page_size` (P) and `int8_pages` (0 where a
 node lacks it). With `int8_cache` = 1 the scales of the cache follow all other inputs, those of the pages, too. The last

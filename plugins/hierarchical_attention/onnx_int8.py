@@ -1,8 +1,8 @@
 """flex::HierarchicalAttention of int8 pages as an ONNX function for ONNX Runtime: gathers the selected ones, in 8 bits.
 
 Inputs and outputs: see the package docstring. `0` in a Reshape keeps the dimension. All listed pages are gathered,
-however many, and made float, of a few heads at a time. That copy is what a step pays: at 22 of 81 pages it takes 0.96
-times as long as on float32 pages, at all 81, which those read in place, 1.4 times (measured on the CPU,
+however many, and made float, of a few heads at a time. That copy is what a step pays: at 22 of 81 pages it takes 1.04
+to 1.2 times as long as on float32 pages, at all 81, which those read in place, 1.4 to 1.7 times (measured on the CPU,
 tests/bench/int8_kv.py). MatMulInteger, which would need the query in 8 bits, gains little for keys and loses for
 values.
 """

@@ -20,7 +20,7 @@ from plugins.hierarchical_attention.reference import (
     hierarchical_attention_int8_both,
     hierarchical_attention_int8_cache,
 )
-from plugins.op import Kernel, Launch, Op, named
+from plugins.op import STORES, Kernel, Launch, Op, named
 from plugins.project_pages.reference import project_pages, project_pages_int8
 from plugins.select_pages.reference import select_pages
 from tests.emulator.interpreter import NUMPY
@@ -46,12 +46,11 @@ REFERENCES = {  # by what is stored in 8 bits
     ("HierarchicalAttention", "int8_cache"): hierarchical_attention_int8_cache,
     ("HierarchicalAttention", "int8_pages", "int8_cache"): hierarchical_attention_int8_both,
 }
-STORES = "int8_pages", "int8_cache"  # attributes that say how something is stored, which no function has
 
 
 def by_reference(op: Op, dtype: str, inputs: Arrays) -> dict[str, np.ndarray]:
     """What the op's PyTorch reference makes of the inputs; bfloat16 as its bits."""
-    attributes = {name: value for name, value in op.attributes.items() if name not in STORES}
+    attributes = {name: value for name, value in op.attributes.items() if name not in STORES}  # no function has them
     function = REFERENCES[(op.name, *(store for store in STORES if op.attributes.get(store)))]
     given = {tensor.name: to_torch(np.array(inputs[tensor.name])) for tensor in op.inputs}
     return named(op.outputs, map(to_bits, function(**given, **attributes)))

@@ -33,9 +33,8 @@ KERNELS = kernels_of_model(OFFICIAL_7B, "float16")
 SELECT, ATTEND = KERNELS[0], KERNELS[3]
 
 
-OLD = (
-    Path(__file__).parent / "data"
-)  # files of formats 1 and 3, as older versions wrote them, with words in place of code
+# Files of formats 1 and 3, as older versions wrote them, with words in place of code.
+OLD = Path(__file__).parent / "data"
 OLD_SIZES = {
     "hidden": 48, "heads": 4, "kv_heads": 4, "head_dim": 16, "grid": 9, "cells": 3, "page_size": 4, "threshold": 48,
 }  # fmt: skip
@@ -278,20 +277,28 @@ def test_format_3_holds_the_kernels_of_today(int8, file):
         old.on(kernels_of_model(OLD_SIZES | {"int8_pages": 1 - int8}, "float16")[-2:], 90)
 
 
+OLD_INPUTS = Sizes(grid=9, capacity=120, past=(100,), steps=3)
+
+
+def check_old_ops(launcher: Launcher, int8: int) -> None:
+    """The ops that know pages, of the sizes and the kind of pages that old files are for."""
+    case = {"counts": (4,), "done": (1,), "kv_heads": 4}
+    if int8:
+        check_int8_attention(OLD_INPUTS, "float16", launcher)
+        check_int8_projection(case, "float16", launcher)
+    else:
+        check_attention(OLD_INPUTS, "float16", launcher, paged=True)
+        check_projection(case, "float16", launcher)
+    check_selection(9, 3, launcher)
+
+
 @pytest.mark.parametrize("sm", [86, 90])
 @pytest.mark.parametrize(("int8", "file"), [(0, "format-3-float.zip"), (1, "format-3-int8.zip")])
 def test_format_3_launches(int8, file, sm):
     """As `test_format_1_launches`, on SMs that have variants of their own."""
     old = [emulated(c.kernel, c.entry, tuple(c.cubins)) for c in Artifacts.read(OLD / file).compiled]
     launcher = Launcher(Cuda(Driver(sm=sm)), lambda _: Artifacts(tuple(old), {}))
-    sizes, case = Sizes(grid=9, capacity=120, past=(100,), steps=3), {"counts": (4,), "done": (1,), "kv_heads": 4}
-    if int8:
-        check_int8_attention(sizes, "float16", launcher)
-        check_int8_projection(case, "float16", launcher)
-    else:
-        check_attention(sizes, "float16", launcher, paged=True)
-        check_projection(case, "float16", launcher)
-    check_selection(9, 3, launcher)
+    check_old_ops(launcher, int8)
 
 
 def as_it_was(kernel: Kernel, entry: str) -> Compiled:
@@ -312,13 +319,6 @@ def test_format_1_launches(int8, file):
     turned = [as_it_was(replace(kernel, parameters=kernel.parameters[::-1]), entry) for kernel, entry in kernels]
     driver = Driver()
     launcher = Launcher(Cuda(driver), lambda _: Artifacts(tuple(turned), {}))
-    sizes, case = Sizes(grid=9, capacity=120, past=(100,), steps=3), {"counts": (4,), "done": (1,), "kv_heads": 4}
-    if int8:
-        check_int8_attention(sizes, "float16", launcher)
-        check_int8_projection(case, "float16", launcher)
-    else:
-        check_attention(sizes, "float16", launcher, paged=True)
-        check_projection(case, "float16", launcher)
-    check_attention(sizes, "float16", launcher, paged=False)
-    check_selection(9, 3, launcher)
+    check_old_ops(launcher, int8)
+    check_attention(OLD_INPUTS, "float16", launcher, paged=False)
     assert set(driver.launches) == {entry for _, entry in kernels}

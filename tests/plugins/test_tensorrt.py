@@ -14,7 +14,7 @@ from engines.trt.build import attributes
 from plugins import tensorrt as plugin
 from plugins.artifacts import Artifacts, Compiled
 from plugins.errors import KernelError
-from plugins.op import MODEL_DTYPES, named
+from plugins.op import MODEL_DTYPES, STORES, named
 from plugins.registry import OPS, kernels_of_model, ops_of_model
 from tests.geometries import tiny
 
@@ -23,7 +23,6 @@ trt = library.load(TENSORRT_RTX)
 SIZES = attributes(tiny())
 KINDS = {dtype: kind for kind, dtype in plugin.DTYPE_OF_KIND.items()}
 SMS = (86, 89)
-STORES = "int8_pages", "int8_cache"
 CHANGES = ({"int8_pages": 1}, {"int8_cache": 1}, {"int8_pages": 1, "int8_cache": 1})
 
 
