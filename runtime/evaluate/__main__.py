@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.errors import OptionError
+from engines.checks import shown
+from engines.errors import DataError, OptionError
 from engines.open import add_opening_options, add_slot_options, opening_options
 from engines.progress import progress
 from plugins import command
 from runtime.engine import Engine
 from runtime.evaluate import magnifier, scenes, textvqa, vstar
-from runtime.evaluate.compare import Side, compared, comparison_markdown, draw_changes
+from runtime.evaluate.compare import Side, compared, comparison_markdown, draw_changes, require_of
 from runtime.evaluate.report import markdown, summary, write_beside
-from runtime.evaluate.results import Results, Run, merged, read_results, write_results
+from runtime.evaluate.results import Results, Run, merged, read_results, require_kept, write_results
 from runtime.evaluate.run import Selection, evaluate, read_shard
-from runtime.evaluate.task import Item, Record, Task
+from runtime.evaluate.task import Item, Record, Task, digest_of
 
 TASKS = {task.name: task for task in (vstar.TASK, textvqa.TASK, magnifier.TASK, scenes.TASK)}
 PICTURES = 24  # changed questions that are drawn, at most
@@ -60,10 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def run(given: argparse.Namespace) -> int:
     """Do what the command line says; the exit status. Raises a FlexError."""
     if given.task == "merge":
-        found, records = merged(given.results)
-        _require_jsonl(given.out)
-        write_results(given.out, found, records)
-        _tell(TASKS[found.task], found, records, given.out)
+        _merge(given.results, given.out)
         return 0
     task = TASKS[given.task]
     if (given.bundle is None) == (given.compare is None):
@@ -80,6 +78,17 @@ def run(given: argparse.Namespace) -> int:
     found, records = _evaluated(task, items, given.bundle, out, given)
     _tell(task, found, records, out)
     return 0
+
+
+def _merge(paths: Sequence[Path], out: Path) -> None:
+    _require_jsonl(out)
+    found, records = merged(paths)
+    task = TASKS.get(found.task)
+    if task is None:
+        raise DataError(f"{paths[0]} holds results of {shown(found.task)}", expected=f"one of {', '.join(TASKS)}")
+    require_kept(out, found, records)
+    write_results(out, found, records)
+    _tell(task, found, records, out)
 
 
 def _selection(given: argparse.Namespace) -> Selection:
@@ -115,7 +124,7 @@ def _tell(task: Task, found: Run, records: Sequence[Record], out: Path) -> None:
 
 
 def _compare(task: Task, items: Sequence[Item], given: argparse.Namespace) -> None:
-    names = [_name(path) for path in given.compare]
+    names = names_of(*given.compare)
     out = given.out or Path(f"{task.name}-{names[0]}-{names[1]}.json")
     sides = []
     for path, name in zip(given.compare, names, strict=True):
@@ -125,6 +134,7 @@ def _compare(task: Task, items: Sequence[Item], given: argparse.Namespace) -> No
         else:
             wanted = {item.index for item in _selection(given).of(items)}
             found, records = read_results(path)
+            require_of(task.name, digest_of(items), found, f"{path}")
             sides.append(Side(found, [record for record in records if record.index in wanted]))
     told, changes = compared(task, *sides)
     text = comparison_markdown(told)
@@ -147,6 +157,14 @@ def _require_jsonl(out: Path) -> None:
 def _name(path: Path) -> str:
     """What to call a bundle, or results, in the names of files."""
     return re.sub(r"[^\w.-]", "_", (path.resolve().name if path.is_dir() else path.stem)) or "bundle"
+
+
+def names_of(first: Path, second: Path) -> list[str]:
+    """Of two to compare: with their folders, where one name is that of two."""
+    names = [_name(first), _name(second)]
+    if names[0] == names[1] and first.resolve() != second.resolve():
+        return [f"{_name(path.resolve().parent)}-{name}" for path, name in zip((first, second), names, strict=True)]
+    return names
 
 
 def _json(found: dict[str, Any]) -> str:

@@ -40,6 +40,17 @@ class Change:
     after: Record
 
 
+def require_of(task: str, data: str, found: Run, where: str) -> None:
+    """OptionError unless results are of that task and that data."""
+    for name, wanted in (("task", task), ("data", data)):
+        if (held := getattr(found, name)) != wanted:
+            raise OptionError(
+                f"--compare: {where} holds results of {name} {held}",
+                expected=f"{name} {wanted}, as the command says",
+                fix="name the task and the --data that it was evaluated with",
+            )
+
+
 def compared(task: Task, first: Side, second: Side) -> tuple[dict[str, Any], list[Change]]:
     """How the second differs from the first on the questions that both answered, as JSON; and the questions whose score
     changed. OptionError for results of different questions."""

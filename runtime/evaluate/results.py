@@ -3,6 +3,7 @@ killed goes on where it was."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from engines.checks import shown
 from engines.errors import DataError, OptionError
-from plugins.files import parse_json, read_file
+from plugins.files import open_file, parse_json, read_file
 from runtime.engine import Engine
 from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of
 
@@ -68,30 +70,50 @@ class Run:
 
 
 class Results:
-    """Results on their way into a file, which holds each as soon as `add` returns."""
+    """Results on their way into a file, which holds each as soon as `add` returns. The file is this process's alone."""
 
     def __init__(self, path: Path, run: Run) -> None:
         """Open `path`, and go on from what it holds of this run: what is cut off at its end, because the process was
-        killed, is dropped. OptionError for results of another run, DataError for what is no file of results."""
+        killed, is dropped, and so is a run that had not answered anything. OptionError for results of another run, and
+        while another process writes them; DataError for what is no file of results."""
         self.path, self.run = path, run
         self._records: dict[int, Record] = {}
         self._sorted = True
         try:
-            whole = _whole_lines(path) if path.exists() else []
-            if whole:
-                found, records = _parsed(whole, path)
-                run.require_same(found, str(path))
-                self._records = {record.index: record for record in records}
-                self._sorted = [record.index for record in records] == sorted(self._records)
-            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close()
-            end = sum(map(len, whole))
-            if self._file.seek(0, os.SEEK_END) > end:
-                self._file.truncate(end)
-                self._file.seek(end)
-            if not whole:
-                self._write(_head(run))
+            if path.exists():
+                open_file(path, DataError).close()  # before a pipe waits for somebody
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+            try:
+                self._go_on()
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours") from None
+
+    def _go_on(self) -> None:
+        """Lock the file, and read it; what follows is written behind it."""
+        if not _locked(self._file.fileno(), self.path):
+            raise OptionError(
+                f"--out {self.path}: another process writes it",
+                expected="a file for each of several at a time",
+                fix="another --out FILE for each --shard, then merge; or wait until the other has ended",
+            )
+        whole = _whole_lines(self.path)
+        if whole:
+            found, records = _parsed(whole, self.path)
+            if records:
+                self.run.require_same(found, str(self.path))
+            elif found != self.run:
+                whole = []
+            self._records = {record.index: record for record in records}
+            self._sorted = [record.index for record in records] == sorted(self._records)
+        end = sum(map(len, whole))
+        if self._file.seek(0, os.SEEK_END) > end:
+            self._file.truncate(end)
+            self._file.seek(end)
+        if not whole:
+            self._write(_head(self.run))
 
     def __enter__(self) -> Results:
         return self
@@ -164,13 +186,47 @@ def merged(paths: Sequence[Path]) -> tuple[Run, list[Record]]:
         found, more = read_results(path)
         run.require_same(found, str(path))
         for record in more:
-            if all_of.setdefault(record.index, record) != record:
+            before = all_of.setdefault(record.index, record)
+            if before != record:
+                name = next(
+                    each.name for each in fields(record) if getattr(before, each.name) != getattr(record, each.name)
+                )
                 raise OptionError(
-                    f"{path} has another result of {record.key}: {record.answer!r:.100}",
-                    expected=f"{all_of[record.index].answer!r:.100}, as in a file before it",
+                    f"{path} has another result of {record.key}: {name} {getattr(record, name)!r:.100}",
+                    expected=f"{getattr(before, name)!r:.100}, as in a file before it",
                     fix="merge files whose questions differ: of --shard 1/2, 2/2",
                 )
     return run, [all_of[index] for index in sorted(all_of)]
+
+
+def require_kept(path: Path, run: Run, records: Iterable[Record]) -> None:
+    """OptionError if `path` already holds results that these do not: of another run, or of a question more. So a shard
+    that stands where the merged file should is not lost. DataError for what is no file of results."""
+    whole = _whole_lines(path) if path.exists() else []
+    if not whole:
+        return
+    held, older = _parsed(whole, path)
+    if not older:
+        return
+    run.require_same(held, str(path))
+    if lost := {record.index for record in older} - {record.index for record in records}:
+        raise OptionError(
+            f"{path} holds {len(lost)} results that are in none of the files to merge",
+            expected="a new file, then those to merge",
+            fix=f"merge NEW.jsonl {path} ...",
+        )
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Whether the file is this process's now, as long as it is open; where the file system knows no locks, it is. And
+    whether it is still the one at `path`: who had it may have put another there at its end."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _head(run: Run) -> dict[str, Any]:
@@ -200,6 +256,12 @@ def _parsed(lines: Sequence[bytes], path: Path) -> tuple[Run, list[Record]]:
             raise DataError(
                 f"{path}, line {number}: question {record.index}",
                 expected=f"each once, 0 .. {run.questions - 1}",
+                fix=ANOTHER,
+            )
+        if not 0 <= record.score <= 1 or not 0 <= record.pages_read <= run.page_budget:
+            raise DataError(
+                f"{path}, line {number}: score {shown(record.score)}, {shown(record.pages_read)} pages",
+                expected=f"a score of 0 .. 1, 0 .. {run.page_budget} pages",
                 fix=ANOTHER,
             )
         seen.add(record.index)

@@ -16,7 +16,7 @@ from engines.errors import FlexError, OptionError
 from export.build import BuildOptions, build
 from export.default_model.evaluate import AT_ONCE, measure, scenes_with_questions, write
 from runtime import Engine
-from runtime.evaluate.__main__ import PICTURES, parse_arguments, run
+from runtime.evaluate.__main__ import PICTURES, names_of, parse_arguments, run
 from tests.conftest import once
 from tests.paths import ROOT
 from tests.runtime.evaluate.datasets import (
@@ -25,6 +25,7 @@ from tests.runtime.evaluate.datasets import (
     write_magnifier,
     write_scenes,
     write_textvqa,
+    write_vstar,
 )
 
 SCENES, SEED = 3, 7
@@ -217,6 +218,39 @@ def test_results_of_another_data_set_are_not_compared(data, whole, default_bundl
         evaluate("scenes", "--data", data, "--compare", whole, out, "--out", tmp_path / "c.json")
     with pytest.raises(OptionError, match="another run: data"):
         evaluate("scenes", "--data", data, default_bundle("fp16"), "--out", out)
+    with pytest.raises(OptionError, match="results of data sha256:"):  # of both the same, but not --data's
+        evaluate("scenes", "--data", folder, "--compare", whole, whole, "--out", tmp_path / "c.json")
+    vstar = write_vstar(tmp_path / "v")
+    with pytest.raises(OptionError, match="results of task scenes") as caught:
+        evaluate("vstar", "--data", vstar, "--compare", whole, whole, "--out", tmp_path / "c.json")
+    assert caught.value.expected.startswith("task vstar") and not list(tmp_path.glob("c.*"))
+
+
+def test_bundles_of_one_name_have_results_each(tmp_path):
+    """`build/a` in two folders: the results of one would be refused as those of another run."""
+    folders = [tmp_path / each / "b" for each in ("old", "new one")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert names_of(*folders) == ["old-b", "new_one-b"]
+    assert names_of(folders[0], folders[0]) == ["b", "b"]
+    assert names_of(folders[0], tmp_path) == ["b", tmp_path.name]
+
+
+def test_what_is_not_merged(whole, tmp_path):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    shards = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for index, path in enumerate(shards):
+        path.write_bytes(lines[0] + b"".join(lines[1 + index :: 2]))
+    before = shards[0].read_bytes()
+    with pytest.raises(OptionError, match="in none of the files to merge"):
+        evaluate("merge", *shards)
+    assert shards[0].read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    assert evaluate("merge", shards[0], *shards) == 0
+    assert shards[0].read_bytes() == whole.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(lines[0].replace(b'"scenes"', b'"seens"', 1) + lines[1])
+    with pytest.raises(FlexError, match="holds results of 'seens'"):
+        evaluate("merge", tmp_path / "m.jsonl", other)
 
 
 def test_without_scipy_it_says_what_to_install(tmp_path):

@@ -234,7 +234,7 @@ def test_an_answer_has_as_many_tokens_as_the_context_has_room_for(opened, asked)
 
 
 def test_rounds(opened, asked):
-    """Each is asked about its own picture, and the first round's is encoded once; what the task makes of them counts."""
+    """Each is asked about its own picture, and the first round's is encoded once; what the task returns counts."""
     task, number = Task((1, "a"), (1, "b")), count()
 
     def next_round(doc, previous_output, round_idx, previous_round_info):

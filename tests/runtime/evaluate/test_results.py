@@ -9,7 +9,7 @@ import pytest
 
 from engines.errors import DataError, OptionError
 from runtime.evaluate.report import counted, markdown, summary
-from runtime.evaluate.results import Results, Run, merged, read_results, write_results
+from runtime.evaluate.results import Results, Run, merged, read_results, require_kept, write_results
 from runtime.evaluate.run import Selection, in_order, read_shard
 from runtime.evaluate.task import Item, Record
 from runtime.evaluate.vstar import TASK
@@ -73,6 +73,34 @@ def test_results_of_another_run_are_refused(tmp_path, change):
     assert path.read_bytes() == before
 
 
+def test_one_process_writes_a_file(tmp_path):
+    """Two would write over each other's lines; nor does one that was refused leave anything."""
+    path, whole = tmp_path / "r.jsonl", tmp_path / "w.jsonl"
+    write_results(whole, RUN, [record(0), record(1)])
+    with Results(path, RUN) as results:
+        results.add(record(1))
+        for run in (RUN, replace(RUN, bundle="sha256:c")):
+            with pytest.raises(OptionError, match="another process writes it"):
+                Results(path, run)
+        assert read_results(path) == (RUN, [record(1)]), "who reads may"
+        results.add(record(0))
+        results.settle()
+    with Results(path, RUN) as results:
+        assert results.records == [record(0), record(1)]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
+    """As one with a page budget above the bundle's, which ends before its first answer."""
+    path, whole = tmp_path / "r.jsonl", tmp_path / "w.jsonl"
+    write_results(whole, RUN, [record(0)])
+    with Results(path, replace(RUN, page_budget=123456, name="a name that is longer")):
+        pass
+    with Results(path, RUN) as results:
+        results.add(record(0))
+    assert path.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     "line, text, found",
     [
@@ -83,12 +111,19 @@ def test_results_of_another_run_are_refused(tmp_path, change):
         (1, "[1]\n", "line 2 is no line of results"),
         (1, '{"index": 0}\n', "line 2 is no line of results"),
         (2, None, "line 3: question 0"),  # twice
+        (1, {"score": 1.5}, r"line 2: score 1\.5, 1\.5 pages"),
+        (1, {"score": -1}, "line 2: score -1"),
+        (1, {"score": 10**400}, "line 2: score 1000"),
+        (1, {"pages_read": 82}, "line 2: score 1.0, 82 pages"),
+        (1, {"pages_read": 10**400}, "line 2: score"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, line, text, found):
     path = tmp_path / "r.jsonl"
     write_results(path, RUN, [record(0), record(1)])
     lines = path.read_text().splitlines(keepends=True)
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads(lines[line]), **text}) + "\n"
     lines[line] = lines[1] if text is None else text
     path.write_text("".join(lines))
     for opened in (lambda: Results(path, RUN), lambda: read_results(path)):
@@ -112,11 +147,28 @@ def test_shards_are_merged(tmp_path):
     write_results(paths[1], RUN, [record(2), record(1)])
     assert merged(paths[:2]) == (RUN, [record(0), record(1), record(2)])
     write_results(paths[2], RUN, [record(2, score=0.0)])
-    with pytest.raises(OptionError, match="another result of k2"):
+    with pytest.raises(OptionError, match=r"another result of k2: score 0\.0\n.*expected: 1\.0, as"):
         merged(paths)
     write_results(paths[2], replace(RUN, bundle="sha256:c"), [record(3)])
     with pytest.raises(OptionError, match="another run"):
         merged(paths)
+
+
+def test_a_merged_file_takes_the_place_of_nothing_else(tmp_path):
+    """Who forgets its name gives that of the first shard."""
+    path = tmp_path / "1.jsonl"
+    require_kept(path, RUN, [record(0)])
+    for older in ([], [record(0)], [record(0, score=0.0), record(1)]):
+        write_results(path, RUN, older)
+        require_kept(path, RUN, [record(0), record(1), record(2)])
+    with pytest.raises(OptionError, match=r"1\.jsonl holds 1 results that are in none") as caught:
+        require_kept(path, RUN, [record(1), record(2)])
+    assert f"merge NEW.jsonl {path}" in caught.value.fix
+    with pytest.raises(OptionError, match="another run: bundle"):
+        require_kept(path, replace(RUN, bundle="sha256:c"), [record(0), record(1)])
+    path.write_text("notes\n")
+    with pytest.raises(DataError, match="no JSON"):
+        require_kept(path, RUN, [record(0)])
 
 
 def test_which_questions():
@@ -124,7 +176,7 @@ def test_which_questions():
     ids = lambda **given: [item.index for item in Selection(**given).of(items)]  # noqa: E731
     assert ids() == list(range(10))
     assert ids(limit=2) == [0, 1, 2, 3]
-    assert ids(subsets=("b",)) == [1, 3, 5, 7, 9]
+    assert ids(subsets=("b",)) == ids(subsets=("b", "b")) == [1, 3, 5, 7, 9]
     assert sorted(ids(shard=(1, 3)) + ids(shard=(2, 3)) + ids(shard=(3, 3))) == list(range(10))
     with pytest.raises(OptionError, match="--subset c"):
         ids(subsets=("c",))
