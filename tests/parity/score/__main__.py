@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from time import perf_counter
+
+import numpy as np
 
 from engines.errors import OptionError
 from export.build import BuildOptions, build
@@ -76,8 +77,8 @@ def milliseconds(ways: Sequence[Way], repeats: int) -> list[list[float]]:
 
 
 def spread(taken: Sequence[float]) -> str:
-    """The median, and the quarter of the times below and above which the rest lies."""
-    low, middle, high = quantiles(taken, n=4, method="inclusive")
+    """The median, and the quartiles."""
+    low, middle, high = np.percentile(taken, (25, 50, 75))
     return f"{middle:.0f} ({low:.0f} .. {high:.0f})"
 
 
