@@ -193,7 +193,8 @@ def _digest(path: Path) -> str:
 
 def _name(path: Path) -> str:
     """What to call a bundle, or results, in the names of files."""
-    return re.sub(r"[^\w.-]", "_", (path.resolve().name if path.is_dir() else path.stem)) or "bundle"
+    name = path.stem if path.suffix == ".jsonl" and not path.is_dir() else path.resolve().name
+    return re.sub(r"[^\w.-]", "_", name) or "bundle"
 
 
 def _json(found: Any) -> str:

@@ -121,9 +121,8 @@ def test_shards_and_parts_make_the_same_file(data, whole, default_bundle, tmp_pa
     for given in (("--subset", "count"), ("--limit", 2), ()):
         evaluate("scenes", "--data", data, default_bundle("fp16"), "--out", parts, *given)
         told = json.loads(parts.with_suffix(".json").read_text())
-        assert told["answered"] == {"--subset": 3, "--limit": 8}.get(
-            str(given[0]) if given else "", told["run"]["questions"]
-        )
+        answered = {"--subset": 3, "--limit": 8}.get(str(given[0]) if given else "", told["run"]["questions"])
+        assert told["answered"] == answered
     assert parts.read_bytes() == whole.read_bytes()
 
 
@@ -178,27 +177,13 @@ def test_only_what_all_have_answered_is_compared(data, whole, tmp_path, capsys):
     part.write_text("".join(whole.read_text().splitlines(keepends=True)[:5]))
     evaluate("scenes", "--data", data, "--compare", whole, whole, part, "--out", tmp_path / "c.json")
     told = json.loads((tmp_path / "c.json").read_text())
-    assert (
-        told["count"] == 4 == told["score"]["count"]
-        and f"4 of {told['run']['questions']} questions" in capsys.readouterr().out
-    )
-    assert [told["name"], *(other["name"] for other in told["others"])][-1] == "part"
-    assert len({told["name"], *(other["name"] for other in told["others"])}) == 3, "a file that comes twice"
+    assert told["count"] == 4 == told["score"]["count"]
+    assert f"4 of {told['run']['questions']} questions" in capsys.readouterr().out
+    names = [told["name"], *(other["name"] for other in told["others"])]
+    assert names[-1] == "part" and len(set(names)) == 3, "one file came twice"
+    given = ("--subset", "count", "--out", tmp_path / "d.json")
     with pytest.raises(OptionError, match="no question that all have answered"):
-        evaluate(
-            "scenes",
-            "--data",
-            data,
-            "--compare",
-            whole,
-            part,
-            "--subset",
-            "count",
-            "--limit",
-            1,
-            "--out",
-            tmp_path / "d.json",
-        )
+        evaluate("scenes", "--data", data, "--compare", whole, part, *given)
 
 
 def test_pictures_of_where_each_looked(data, shared, default_bundle, tmp_path, monkeypatch):
@@ -232,9 +217,9 @@ def test_pictures_of_where_each_looked(data, shared, default_bundle, tmp_path, m
     for path in written:
         with PIL.Image.open(path) as image:
             assert min(image.size) > 100
-    for run, name in ((told["run"], told["name"]), (other["run"], other["name"])):
-        assert name == f"7b-{run['bundle'].removeprefix('sha256:')[:8]}"
-        assert (tmp_path / f"c-{name}.jsonl").is_file(), "results to go on from"
+    for side in (told, other):
+        assert side["name"] == f"7b-{side['run']['bundle'].removeprefix('sha256:')[:8]}"
+        assert (tmp_path / f"c-{side['name']}.jsonl").is_file(), "results to go on from"
 
 
 def test_other_benchmarks_run(default_bundle, tmp_path, capsys):
@@ -305,7 +290,7 @@ def test_results_of_other_questions_are_not_compared(data, whole, default_bundle
 
 def test_results_of_another_task_are_not_compared(whole, tmp_path):
     vstar = write_vstar(tmp_path / "vstar")
-    with pytest.raises(OptionError, match="whole.jsonl holds results of the task 'scenes'") as caught:
+    with pytest.raises(OptionError, match=r"whole\.jsonl holds results of the task 'scenes'") as caught:
         evaluate("vstar", "--data", vstar, "--compare", whole, whole, "--out", tmp_path / "c.json")
     assert caught.value.expected == "vstar" and not (tmp_path / "c.json").exists()
 
@@ -313,9 +298,8 @@ def test_results_of_another_task_are_not_compared(whole, tmp_path):
 def test_results_of_other_images_are_not_compared(data, whole, tmp_path):
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     other, out = tmp_path / "other.jsonl", tmp_path / "c.json"
-    other.write_text(
-        "".join(json.dumps(line | ({"image": "0" * 16} if n == 3 else {})) + "\n" for n, line in enumerate(lines))
-    )
+    lines[3]["image"] = "0" * 16
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(OptionError, match=f"{lines[3]['key']!r} of other is about another image"):
         evaluate("scenes", "--data", data, "--compare", whole, other, "--out", out)
 
