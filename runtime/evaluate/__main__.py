@@ -113,9 +113,9 @@ def _evaluated(task: Task, items: Sequence[Item], bundle: Path, out: Path, given
         Engine(bundle, **opening_options(given)) as engine,
         Results(out, Run.of(task, items, engine, given.page_budget)) as results,
     ):
-        left = len(results.pending(chosen))
-        with progress(f"{task.name}: {left} of {len(chosen)} questions", quiet=not left) as report:
-            evaluate(task, chosen, engine, results, report)
+        pending = results.pending(chosen)
+        with progress(f"{task.name}: {len(pending)} of {len(chosen)} questions", quiet=not pending) as report:
+            evaluate(task, pending, engine, results, report)
         return _of_these(Evaluation(results.run, results.records), chosen)
 
 
