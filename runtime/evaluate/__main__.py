@@ -24,7 +24,7 @@ from runtime.evaluate import magnifier, scenes, textvqa, vstar
 from runtime.evaluate.asking import Selection, evaluate, read_shard
 from runtime.evaluate.compare import compared, comparison_markdown, draw_looks, where_looked
 from runtime.evaluate.report import markdown, summary, write_beside
-from runtime.evaluate.results import Evaluation, Results, Run, merged, read_results, write_merged
+from runtime.evaluate.results import Evaluation, Results, Run, merged, read_results, require_kept, write_results
 from runtime.evaluate.task import Item, Looked, Task, digest_of
 
 TASKS = {task.name: task for task in (vstar.TASK, textvqa.TASK, magnifier.TASK, scenes.TASK)}
@@ -98,7 +98,8 @@ def _merge(out: Path, paths: Sequence[Path]) -> None:
             expected=f"one of {', '.join(TASKS)}",
             fix="merge them with the version that made them",
         )
-    write_merged(out, paths, found)
+    require_kept(out, found)
+    write_results(out, found)
     _tell(TASKS[found.run.task], found, out)
 
 
@@ -136,7 +137,7 @@ def _tell(task: Task, found: Evaluation, out: Path) -> None:
 
 
 def _compare(task: Task, items: Sequence[Item], given: argparse.Namespace) -> None:
-    names = _names(given.compare)
+    names = names_of(given.compare)
     out = given.out or Path(f"{task.name}-{'-'.join(names)}.json")
     stem = task.name if given.out is None else given.out.stem
     evaluations, data = dict[str, Evaluation](), digest_of(items)
@@ -174,7 +175,7 @@ def _shard(given: argparse.Namespace) -> str:
     return "" if count == 1 else f"-{index}of{count}"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def names_of(paths: Sequence[Path]) -> list[str]:
     """What to call bundles and results, each otherwise: by their names; several of one name, with the first letters of
     the bundle's digest; and with their places, where it is one bundle. Raises what reading a manifest or results does.
     """

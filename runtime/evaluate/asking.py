@@ -42,7 +42,7 @@ class Selection:
         if unknown:
             raise OptionError(f"--subset {unknown[0]}", expected=f"some of {there}")
         chosen = []
-        for subset in self.subsets or there:
+        for subset in dict.fromkeys(self.subsets or there):  # one may be named twice
             chosen += [item for item in items if item.subset == subset][: self.limit]
         index, count = self.shard
         return [item for item in sorted(chosen, key=lambda item: item.index) if item.index % count == index - 1]

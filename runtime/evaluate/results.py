@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from engines.checks import shown
 from engines.errors import DataError, OptionError
 from plugins.files import open_file, parse_json, read_file
 from runtime.engine import Engine
@@ -100,8 +101,8 @@ class Results:
 
     def __init__(self, path: Path, run: Run) -> None:
         """Open `path`, and go on from what it holds of this run: what is cut off at its end, because the process was
-        killed, is dropped. OptionError for results of another run, and for a file that another process has open so;
-        DataError for what is no file of results."""
+        killed, is dropped, and so is a run that had not answered anything. OptionError for results of another run, and
+        for a file that another process has open so; DataError for what is no file of results."""
         self.path, self.run = path, run
         self._records: dict[int, Record] = {}
         self._sorted = True
@@ -116,7 +117,10 @@ class Results:
         """Take what the file holds, these lines and perhaps a part of one more."""
         if whole:
             found, records = _parsed(whole, self.path)
-            self.run.require_same(found, str(self.path))
+            if records:
+                self.run.require_same(found, str(self.path))
+            elif found != self.run:
+                whole = []
             self._records = {record.index: record for record in records}
             self._sorted = [record.index for record in records] == sorted(self._records)
         end = sum(map(len, whole))
@@ -210,27 +214,32 @@ def merged(paths: Sequence[Path]) -> Evaluation:
         found, more = read_results(path)
         run.require_same(found, str(path))
         for record in more:
-            if all_of.setdefault(record.index, record) != record:
+            before = all_of.setdefault(record.index, record)
+            if before != record:
+                name = next(
+                    each.name for each in fields(record) if getattr(before, each.name) != getattr(record, each.name)
+                )
                 raise OptionError(
-                    f"{path} has another result of {record.key}: {record.answer!r:.100}",
-                    expected=f"{all_of[record.index].answer!r:.100}, as in a file before it",
+                    f"{path} has another result of {record.key}: {name} {getattr(record, name)!r:.100}",
+                    expected=f"{getattr(before, name)!r:.100}, as in a file before it",
                     fix="merge files whose questions differ: of --shard 1/2, 2/2",
                 )
     return Evaluation(run, [all_of[index] for index in sorted(all_of)])
 
 
-def write_merged(out: Path, paths: Sequence[Path], found: Evaluation) -> None:
-    """Write what was merged of `paths`. OptionError for a file that is there and no earlier merge of these: results are
-    not lost to a name that was mistyped. Raises what read_results does of it."""
-    if out.exists():
-        if any(out.samefile(path) for path in paths):
-            raise OptionError(f"--out {out} is one of the files to merge", expected="another name", fix=ANOTHER)
-        older = read_results(out)
-        if older.run != found.run or not set(map(_line_of, older.records)) <= set(map(_line_of, found.records)):
-            raise OptionError(
-                f"--out {out} holds other results", expected="a new file, or an earlier merge of these", fix=ANOTHER
-            )
-    write_results(out, found)
+def require_kept(path: Path, found: Evaluation) -> None:
+    """OptionError if `path` already holds results that these do not: of another run, or of a question more. So a shard
+    that stands where the merged file should is not lost. DataError for what is no file of results."""
+    if not path.exists():
+        return
+    held, older = read_results(path)
+    found.run.require_same(held, str(path))
+    if lost := {record.index for record in older} - {record.index for record in found.records}:
+        raise OptionError(
+            f"--out {path} holds {len(lost)} results that are in none of the files to merge",
+            expected="a new file, or an earlier merge of these",
+            fix=f"--out NEW.jsonl, and {path} among those to merge",
+        )
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -247,9 +256,13 @@ def _locked(path: Path) -> BinaryIO:
             return file
     except (BlockingIOError, FileNotFoundError):
         pass
-    except OSError as error:  # a network's disk without locks
+    except OSError as error:
         file.close()
-        raise _cannot_write(path, error) from None
+        raise OptionError(
+            f"--out {path} cannot be locked: {error.strerror}",
+            expected="a disk that knows locks, for two runs not to write into one file",
+            fix="--out FILE on a disk of this machine",
+        ) from None
     file.close()
     raise OptionError(
         f"--out {path}: another process writes into it",
@@ -268,10 +281,6 @@ def _head(run: Run) -> dict[str, Any]:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row).encode() + b"\n"
-
-
-def _line_of(record: Record) -> bytes:
-    return _line(asdict(record))
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -294,8 +303,12 @@ def _parsed(lines: Sequence[bytes], path: Path) -> tuple[Run, list[Record]]:
             raise DataError(
                 f"{where}: question {record.index}", expected=f"each once, 0 .. {run.questions - 1}", fix=ANOTHER
             )
-        if not 0 <= record.score <= 1:
-            raise DataError(f"{where}: score {record.score}", expected="0 .. 1", fix=ANOTHER)
+        if not 0 <= record.score <= 1 or not 0 <= record.pages_read <= run.page_budget:
+            raise DataError(
+                f"{where}: score {shown(record.score)}, {shown(record.pages_read)} pages",
+                expected=f"a score of 0 .. 1, 0 .. {run.page_budget} pages",
+                fix=ANOTHER,
+            )
         seen.add(record.index)
     return run, records
 

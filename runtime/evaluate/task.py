@@ -121,6 +121,16 @@ def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], *
     return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details, image)
 
 
+def detail_of(record: Record, name: str) -> str:
+    """A detail that is text. DataError where a file of results lacks it."""
+    value = record.details.get(name)
+    if not isinstance(value, str):
+        raise DataError(
+            f"the result of {record.key!r:.100} has {name} {shown(value)}", expected="text", fix="evaluate it again"
+        )
+    return value
+
+
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """A line of JSON for each row."""
     return "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -181,11 +191,21 @@ def texts_of(row: Mapping[str, Any], name: str, where: str, low: int, high: int)
     return tuple(value)
 
 
+def there(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
+    """`kind` of a path. DataError where nobody can tell: in a folder that may not be entered, with too long a name."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise DataError(
+            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable data set"
+        ) from None
+
+
 def require_images(items: Sequence[Item], fix: str) -> list[Item]:
     """The items, all of whose image files are there. DataError, with `fix`, which counts those that are not, and names
     the first; and for files that git keeps elsewhere."""
     paths = list(dict.fromkeys(item.image for item in items if isinstance(item.image, Path)))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not there(path)]
     if missing:
         names = ", ".join(str(path) for path in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
         raise DataError(f"{len(missing)} of {len(paths)} images are missing: {names}", expected="all of them", fix=fix)

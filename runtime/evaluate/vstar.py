@@ -27,6 +27,7 @@ from runtime.evaluate.task import (
     require_images,
     text_of,
     texts_of,
+    there,
 )
 from runtime.view import ImageView
 
@@ -39,7 +40,7 @@ FIX = "hf download craigwu/vstar_bench --repo-type dataset --local-dir vstar_ben
 def read(folder: Path) -> list[Item]:
     """The questions of the subsets that are there: SUBSET/NAME.json with `question` and `options`, and an image of the
     same name beside each. DataError for anything else."""
-    subsets = [subset for subset in SUBSETS if (folder / subset).is_dir()]
+    subsets = [subset for subset in SUBSETS if there(folder / subset, Path.is_dir)]
     if not subsets:
         raise DataError(
             f"{folder} has no subset of V* Bench", expected=f"a folder with some of {list(SUBSETS)}", fix=FIX
@@ -64,7 +65,7 @@ def _item(path: Path, subset: str, index: int) -> Item:
     if not all(option.strip() for option in options):
         raise DataError(f"{path} has an empty option", expected="text to score in each", fix=FIX)
     images = [path.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-    image = next((image for image in images if image.exists()), images[0])
+    image = next((image for image in images if there(image, Path.exists)), images[0])
     return Item(index, f"{subset}/{path.stem}", subset, image, question, question + SHORT_ANSWER, options)
 
 

@@ -18,7 +18,7 @@ from export.build import BuildOptions, build
 from export.default_model.evaluate import AT_ONCE, measure, scenes_with_questions, write
 from runtime import Engine
 from runtime.evaluate import __main__ as command_module
-from runtime.evaluate.__main__ import PICTURES, parse_arguments, run
+from runtime.evaluate.__main__ import PICTURES, names_of, parse_arguments, run
 from tests.conftest import once
 from tests.paths import ROOT
 from tests.runtime.evaluate.datasets import (
@@ -115,8 +115,6 @@ def test_shards_and_parts_make_the_same_file(data, whole, default_bundle, tmp_pa
     assert merged.with_suffix(".json").read_text() == whole.with_suffix(".json").read_text()
     with pytest.raises(SystemExit):  # without --out the first shard would be written over
         evaluate("merge", *shards)
-    with pytest.raises(OptionError, match="is one of the files to merge"):
-        evaluate("merge", "--out", shards[0], *shards)
     parts = tmp_path / "parts.jsonl"
     for given in (("--subset", "count"), ("--limit", 2), ()):
         evaluate("scenes", "--data", data, default_bundle("fp16"), "--out", parts, *given)
@@ -302,6 +300,33 @@ def test_results_of_other_images_are_not_compared(data, whole, tmp_path):
     other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(OptionError, match=f"{lines[3]['key']!r} of other is about another image"):
         evaluate("scenes", "--data", data, "--compare", whole, other, "--out", out)
+
+
+def test_what_is_not_merged(whole, tmp_path):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    shards = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for index, path in enumerate(shards):
+        path.write_bytes(lines[0] + b"".join(lines[1 + index :: 2]))
+    before = shards[0].read_bytes()
+    with pytest.raises(OptionError, match="in none of the files to merge"):
+        evaluate("merge", "--out", *shards)
+    assert shards[0].read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    assert evaluate("merge", "--out", shards[0], *shards) == 0
+    assert shards[0].read_bytes() == whole.read_bytes()
+
+
+def test_names_of_what_is_compared(whole, tmp_path):
+    """Each has one of its own; results of bundles are kept by them."""
+    for name in ("a/b", "c d/b"):
+        (tmp_path / name).mkdir(parents=True)
+    one, two = tmp_path / "a/b", tmp_path / "c d"
+    assert names_of([one, two]) == ["b", "c_d"]
+    letters = json.loads(whole.read_text().splitlines()[0])["bundle"][7:15]
+    other = tmp_path / "whole.jsonl"
+    lines = whole.read_text()
+    other.write_text(lines.replace(letters, "0" * 8))
+    assert names_of([whole, other, one]) == [f"whole-{letters}", "whole-00000000", "b"]
+    assert names_of([whole, one, whole]) == [f"whole-{letters}-1", "b", f"whole-{letters}-3"]
 
 
 def test_results_of_an_unknown_task_are_not_merged(whole, tmp_path):

@@ -105,6 +105,7 @@ def test_textvqa(tmp_path):
         ({"answers": None}, "question 1 has answers None"),
         ({"image_id": 3}, "question 1 has image_id 3"),
         ({"image_id": "../secret"}, "has image_id '../secret'"),
+        ({"image_id": "a" * 300}, "aaa cannot be looked at: File name too long"),
         ({"question": ""}, "question 1 has question ''"),
         ({"question_id": 34602}, "'34602' comes twice"),
     ],
@@ -126,6 +127,13 @@ def test_textvqa_whose_images_are_missing(tmp_path):
     (folder / "TextVQA_0.5.1_val.json").write_text('{"data": 3}')
     with pytest.raises(DataError, match="no list of questions"):
         textvqa.read(folder)
+
+
+@pytest.mark.parametrize("task", [textvqa, magnifier, scenes])
+def test_results_that_lack_what_the_authors_files_hold(task):
+    for details in ({}, {"image": 3, "right": [1]}):
+        with pytest.raises(DataError, match=r"the result of '7' has (image|right) "):
+            task.answer_files([Record(0, "7", "s", "q", "a", 0.0, 1.5, details)], PROMPT_TEMPLATE)
 
 
 def test_magnifier(tmp_path):
@@ -157,6 +165,7 @@ def test_magnifier(tmp_path):
         ({"image_ids": ["IMG_9"]}, r"has image_ids \['IMG_9'\]"),
         ({"image_ids": ["BAD"]}, "'BAD': "),
         ({"image_ids": None}, "has image_ids None"),
+        ({"image_ids": [["IMG_1"], {}]}, r"has image_ids \[\['IMG_1'\], \{\}\]"),
         ({"instruction": 1}, "has instruction 1"),
     ],
 )

@@ -17,7 +17,7 @@ from engines.errors import DataError, OptionError
 from runtime.evaluate import results as results_module
 from runtime.evaluate.asking import Selection, ahead, evaluate, in_order, read_shard
 from runtime.evaluate.report import counted, markdown, summary, table
-from runtime.evaluate.results import Evaluation, Results, Run, merged, read_results, write_merged, write_results
+from runtime.evaluate.results import Evaluation, Results, Run, merged, read_results, require_kept, write_results
 from runtime.evaluate.task import Item, Record, image_digest
 from runtime.evaluate.vstar import TASK
 from tests.paths import ROOT
@@ -91,6 +91,33 @@ def test_results_of_another_run_are_refused(tmp_path, change):
     assert path.read_bytes() == before
 
 
+def test_one_process_writes_a_file(tmp_path):
+    """Two would write over each other's lines; nor does one that was refused leave anything."""
+    path, whole = tmp_path / "r.jsonl", tmp_path / "w.jsonl"
+    write(whole, record(0), record(1))
+    with Results(path, RUN) as results:
+        results.add(record(1))
+        for run in (RUN, replace(RUN, bundle="sha256:c")):
+            with pytest.raises(OptionError, match="another process writes into it"):
+                Results(path, run)
+        assert read_results(path) == (RUN, [record(1)]), "who reads may"
+        results.add(record(0))
+    with Results(path, RUN) as results:
+        assert results.records == [record(0), record(1)]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
+    """As one with a page budget above the bundle's, which ends before its first answer."""
+    path, whole = tmp_path / "r.jsonl", tmp_path / "w.jsonl"
+    write(whole, record(0))
+    with Results(path, replace(RUN, page_budget=123456, name="a name that is longer")):
+        pass
+    with Results(path, RUN) as results:
+        results.add(record(0))
+    assert path.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     "line, text, found",
     [
@@ -102,7 +129,11 @@ def test_results_of_another_run_are_refused(tmp_path, change):
         (1, '{"index": 0}\n', "line 2 is no line of results"),
         (1, ("score", "1"), "line 2 is no line of results: score: Input should be a valid number"),
         (1, ("score", True), "line 2 is no line of results: score"),
-        (1, ("score", 1.5), "line 2: score 1.5"),
+        (1, ("score", 1.5), r"line 2: score 1\.5, 1\.5 pages"),
+        (1, ("score", -1), "line 2: score -1"),
+        (1, ("score", 10**400), "line 2"),
+        (1, ("pages_read", 82), "line 2: score 1.0, 82.0 pages"),
+        (1, ("pages_read", 10**400), "line 2"),
         (1, ("index", 0.0), "line 2 is no line of results: index"),
         (1, ("details", [1]), "line 2 is no line of results: details"),
         (1, ("another", 1), "line 2 is no line of results"),
@@ -140,34 +171,28 @@ def test_shards_are_merged(tmp_path):
     write(paths[1], record(2), record(1))
     assert merged(paths[:2]) == (RUN, [record(0), record(1), record(2)])
     write(paths[2], record(2, score=0.0))
-    with pytest.raises(OptionError, match="another result of k2"):
+    with pytest.raises(OptionError, match=r"another result of k2: score 0\.0\n.*expected: 1\.0, as"):
         merged(paths)
     write(paths[2], record(3), run=replace(RUN, bundle="sha256:c"))
     with pytest.raises(OptionError, match="another run"):
         merged(paths)
 
 
-def test_a_merge_writes_over_nothing_but_an_earlier_merge(tmp_path):
-    one, two, three, out = (tmp_path / f"{name}.jsonl" for name in ("1", "2", "3", "out"))
-    for index, path in enumerate((one, two, three)):
-        write(path, record(index))
-    write_merged(out, [one, two], merged([one, two]))
-    write_merged(out, [one, two, three], merged([one, two, three]))
-    assert [each.index for each in read_results(out).records] == [0, 1, 2]
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    (tmp_path / "link.jsonl").symlink_to(one)
-    (tmp_path / "text.jsonl").write_text("text\n")
-    for name, paths, found in (
-        ("1", [two, three], "holds other results"),  # OUT was forgotten: the first shard would be it
-        ("out", [one, two], "holds other results"),
-        ("1", [one, two], "is one of the files to merge"),
-        ("link", [one, two], "is one of the files to merge"),
-        ("text", [one, two], "no JSON"),
-    ):
-        with pytest.raises((OptionError, DataError), match=found):
-            write_merged(tmp_path / f"{name}.jsonl", paths, merged(paths))
-    assert {path: path.read_bytes() for path in before} == before
-    assert (tmp_path / "text.jsonl").read_text() == "text\n"
+def test_a_merged_file_takes_the_place_of_nothing_else(tmp_path):
+    """Who forgets its name gives that of the first shard."""
+    path = tmp_path / "1.jsonl"
+    require_kept(path, Evaluation(RUN, [record(0)]))
+    for older in ([], [record(0)], [record(0, score=0.0), record(1)]):
+        write(path, *older)
+        require_kept(path, Evaluation(RUN, [record(0), record(1), record(2)]))
+    with pytest.raises(OptionError, match=r"1\.jsonl holds 1 results that are in none") as caught:
+        require_kept(path, Evaluation(RUN, [record(1), record(2)]))
+    assert f"--out NEW.jsonl, and {path}" in caught.value.fix
+    with pytest.raises(OptionError, match="another run: bundle"):
+        require_kept(path, Evaluation(replace(RUN, bundle="sha256:c"), [record(0), record(1)]))
+    path.write_text("notes\n")
+    with pytest.raises(DataError, match="no JSON"):
+        require_kept(path, Evaluation(RUN, [record(0)]))
 
 
 HOLD = """
@@ -257,7 +282,7 @@ def test_which_questions():
     ids = lambda **given: [item.index for item in Selection(**given).of(items)]  # noqa: E731
     assert ids() == list(range(10))
     assert ids(limit=2) == [0, 1, 2, 3]
-    assert ids(subsets=("b",)) == [1, 3, 5, 7, 9]
+    assert ids(subsets=("b",)) == ids(subsets=("b", "b")) == [1, 3, 5, 7, 9]
     assert sorted(ids(shard=(1, 3)) + ids(shard=(2, 3)) + ids(shard=(3, 3))) == list(range(10))
     with pytest.raises(OptionError, match="--subset c"):
         ids(subsets=("c",))
