@@ -180,10 +180,9 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     the bundle's digest; and with their places, where it is one bundle. Raises what reading a manifest or results does.
     """
     names = list(map(_name, paths))
-    for telling in (lambda place: _digest(paths[place]), lambda place: f"{place + 1}"):
-        shared = [name for name in names if names.count(name) > 1]
-        names = [f"{name}-{telling(place)}" if name in shared else name for place, name in enumerate(names)]
-    return names
+    both = list(zip(names, paths, strict=True))
+    names = [f"{name}-{_digest(path)}" if names.count(name) > 1 else name for name, path in both]
+    return [f"{name}-{place}" if names.count(name) > 1 else name for place, name in enumerate(names, 1)]
 
 
 def _digest(path: Path) -> str:
