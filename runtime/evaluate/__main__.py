@@ -25,7 +25,7 @@ from runtime.evaluate.asking import Selection, evaluate, read_shard
 from runtime.evaluate.compare import compared, comparison_markdown, draw_looks, where_looked
 from runtime.evaluate.report import markdown, summary, write_beside
 from runtime.evaluate.results import Evaluation, Results, Run, merged, read_results, require_kept, write_results
-from runtime.evaluate.task import Item, Looked, Task, digest_of
+from runtime.evaluate.task import Item, Looked, Task, digest_of, there
 
 TASKS = {task.name: task for task in (vstar.TASK, textvqa.TASK, magnifier.TASK, scenes.TASK)}
 PICTURES = 24  # changed questions that are drawn, at most
@@ -76,7 +76,7 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.compare is not None and len(given.compare) == 1:
         raise OptionError(f"--compare {given.compare[0]}", expected="two or more: each is held against the first")
-    if given.pictures is not None and (given.compare is None or not all(map(Path.is_dir, given.compare))):
+    if given.pictures is not None and (given.compare is None or not all(map(_is_bundle, given.compare))):
         raise OptionError("--pictures", expected="--compare with bundles, to ask them", fix="leave it out")
     if given.out is not None:
         _require_suffix(given.out, ".jsonl" if given.compare is None else ".json")
@@ -140,15 +140,18 @@ def _compare(task: Task, items: Sequence[Item], given: argparse.Namespace) -> No
     names = names_of(given.compare)
     out = given.out or Path(f"{task.name}-{'-'.join(names)}.json")
     stem = task.name if given.out is None else given.out.stem
-    evaluations, data = dict[str, Evaluation](), digest_of(items)
+    chosen, data = _selection(given).of(items), digest_of(items)
+    held = dict[str, Evaluation]()  # before any bundle is asked
     for path, name in zip(given.compare, names, strict=True):
-        if path.is_dir():
-            file = out.with_name(f"{stem}-{name}{_shard(given)}.jsonl")
-            evaluations[name] = _evaluated(task, items, path, file, given)
-        else:
+        if not _is_bundle(path):
             found = read_results(path)
             found.run.require_of(task, data, str(path))
-            evaluations[name] = _of_these(found, _selection(given).of(items))
+            held[name] = _of_these(found, chosen)
+    evaluations = {
+        name: held.get(name)
+        or _evaluated(task, items, path, out.with_name(f"{stem}-{name}{_shard(given)}.jsonl"), given)
+        for path, name in zip(given.compare, names, strict=True)
+    }
     told = compared(task, evaluations)
     text = comparison_markdown(told)
     print(text)
@@ -187,13 +190,18 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def _digest(path: Path) -> str:
     """The first letters of a bundle's digest, of the bundle or its results."""
-    digest = read_manifest(path)[1] if path.is_dir() else read_results(path).run.bundle
+    digest = read_manifest(path)[1] if _is_bundle(path) else read_results(path).run.bundle
     return digest.removeprefix("sha256:")[:LETTERS]
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether it is one, and no file of results. DataError where nobody can tell."""
+    return there(path, Path.is_dir)
 
 
 def _name(path: Path) -> str:
     """What to call a bundle, or results, in the names of files."""
-    name = path.stem if path.suffix == ".jsonl" and not path.is_dir() else path.resolve().name
+    name = path.stem if path.suffix == ".jsonl" and not _is_bundle(path) else path.resolve().name
     return re.sub(r"[^\w.-]", "_", name) or "bundle"
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, get_type_hints
@@ -17,7 +18,7 @@ from engines.checks import shown
 from engines.errors import DataError, OptionError
 from plugins.files import open_file, parse_json, read_file
 from runtime.engine import Engine
-from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of, image_digest
+from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of, image_digest, there
 
 FORMAT = 1  # of the file; raised when an older reader would misread it
 ANOTHER = "another --out FILE, or delete this one"
@@ -201,7 +202,8 @@ def write_results(path: Path, found: Evaluation) -> None:
         making.write_bytes(b"".join(map(_line, (_head(found.run), *map(asdict, found.records)))))
         making.replace(path)
     except OSError as error:
-        making.unlink(missing_ok=True)
+        with suppress(OSError):
+            making.unlink()
         raise _cannot_write(path, error) from None
 
 
@@ -230,7 +232,7 @@ def merged(paths: Sequence[Path]) -> Evaluation:
 def require_kept(path: Path, found: Evaluation) -> None:
     """OptionError if `path` already holds results that these do not: of another run, or of a question more. So a shard
     that stands where the merged file should is not lost. DataError for what is no file of results."""
-    if not path.exists():
+    if not there(path, Path.exists):
         return
     held, older = read_results(path)
     found.run.require_same(held, str(path))
@@ -244,7 +246,7 @@ def require_kept(path: Path, found: Evaluation) -> None:
 
 def _locked(path: Path) -> BinaryIO:
     """A file, made if need be, to append to, which no other process gets from here while this one has it open."""
-    if path.exists():
+    if there(path, Path.exists):
         open_file(path, DataError).close()  # an ordinary one: a pipe would wait
     try:
         file = open(path, "a+b")  # noqa: SIM115 - closed by Results

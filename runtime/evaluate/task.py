@@ -197,7 +197,7 @@ def there(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
         return kind(path)
     except OSError as error:
         raise DataError(
-            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable data set"
+            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable file or folder"
         ) from None
 
 

@@ -259,6 +259,8 @@ def test_an_image_that_cannot_be_read_names_its_question(data, default_bundle, t
         (("--compare", "a.jsonl", "b.jsonl", "--pictures", "p"), "--pictures"),
         (("--compare", "a.jsonl", "b.jsonl"), r"a\.jsonl is missing"),
         (("--compare", "a.jsonl"), r"--compare a\.jsonl"),
+        (("--compare", "a" * 300, "b" * 300), "File name too long"),
+        (("BUNDLE", "--out", "a" * 300 + ".jsonl"), "File name too long"),
         (("--compare", "a.jsonl", "b.jsonl", "--out", "c.jsonl"), r"--out c\.jsonl"),
         (("BUNDLE", "--out", "r.json"), "--out r.json"),
         (("BUNDLE", "--shard", "3/2"), "--shard '3/2'"),

@@ -163,6 +163,17 @@ def test_files_that_hold_nothing(tmp_path):
         read_results(tmp_path / "empty.jsonl")
     with pytest.raises(OptionError, match="No such file or directory"):
         Results(tmp_path / "no" / "folder.jsonl", RUN)
+    long = tmp_path / f"{'a' * 300}.jsonl"
+    for opened in (
+        lambda: Results(long, RUN),
+        lambda: write(long, record(0)),
+        lambda: require_kept(long, Evaluation(RUN, [])),
+    ):
+        with pytest.raises((OptionError, DataError), match="File name too long"):
+            opened()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="is a pipe"):
+        Results(tmp_path / "pipe.jsonl", RUN)
 
 
 def test_shards_are_merged(tmp_path):
