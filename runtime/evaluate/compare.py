@@ -182,14 +182,19 @@ def comparison_markdown(found: Comparison) -> str:
         [each.name, percent(each.score.mean), interval(each.score), *_changes(each.whole)] for each in found.others
     ]
     lines = [f"### {found.title}", "", *table(head, rows), ""]
-    lines += [f"{name}: {described(run)}" for name, run in _runs(found)]
-    lines.append(
-        f"{found.count} of {found.run.questions} questions. Scores in %, {found.interval}. worse, better: questions "
-        f"with a lower or higher score than {found.name} has; p: {found.test}. Data {found.run.data}."
-    )
+    lines += [f"- {name}: {described(run)}" for name, run in _runs(found)]
+    lines += ["", _notes(found)]
     for other in found.others:
         lines += ["", f"#### {other.name} against {found.name}", "", *_details(found.name, other)]
     return "\n".join([*lines, ""])
+
+
+def _notes(found: Comparison) -> str:
+    """What the numbers of the first table are."""
+    return (
+        f"{found.count} of {found.run.questions} questions. Scores in %, {found.interval}. worse, better: questions "
+        f"with a lower or higher score than {found.name} has; p: {found.test}. Data {found.run.data}."
+    )
 
 
 def _runs(found: Comparison) -> list[tuple[str, Run]]:
