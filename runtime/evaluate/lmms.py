@@ -19,7 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from engines.backend import Opening
 from engines.errors import OptionError
 from runtime.engine import Engine
-from runtime.evaluate.run import in_order
+from runtime.evaluate.asking import in_order
 from runtime.evaluate.task import MAX_NEW_TOKENS
 from runtime.text.prompter import PLACEHOLDER
 from runtime.view import ImageView

@@ -25,6 +25,7 @@ from runtime.evaluate.task import (
     Task,
     answer_to,
     answered,
+    detail_of,
     json_lines,
     look_at_answer,
     numbered,
@@ -60,7 +61,8 @@ def _item(
     if right not in LETTERS or len(right) != 1:
         raise DataError(f"{where} has answer {shown(right)}", expected=f"one of {', '.join(LETTERS)}", fix=FIX)
     ids = row.get("image_ids")
-    image = next((name for name in ids if name in images), None) if isinstance(ids, list) else None
+    named = [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
+    image = next((name for name in named if name in images), None)
     if image is None:
         raise DataError(f"{where} has image_ids {shown(ids)}", expected=f"a list with an image of {IMAGES}", fix=FIX)
     if image not in decoded:
@@ -100,7 +102,7 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
             "question_id": record.key,
             "prompt": template.replace("{prompt}", prompt_of(record.question)),
             "text": record.answer,
-            "gt": record.details["right"],
+            "gt": detail_of(record, "right"),
             "prased_ans": letter_of(record.answer),  # spelt as the official script does
             "model_id": "llava-v1.5",
             "metadata": {},

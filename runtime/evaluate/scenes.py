@@ -19,6 +19,7 @@ from runtime.evaluate.task import (
     Task,
     answer_to,
     answered,
+    detail_of,
     json_lines,
     look_at_answer,
     numbered,
@@ -61,9 +62,10 @@ def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) ->
 def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     """answers.jsonl: question, answer and the right one."""
     rows = (
-        {"question": record.question, "answer": record.answer, "right": record.details["right"]} for record in records
+        {"question": record.question, "answer": record.answer, "right": detail_of(record, "right")}
+        for record in records
     )
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("scenes", "scenes", False, read, ask, look_at_answer, answer_files)
+TASK = Task("scenes", "scenes", graded=False, read=read, ask=ask, look=look_at_answer, answer_files=answer_files)

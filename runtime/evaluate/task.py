@@ -13,13 +13,14 @@ import numpy as np
 
 from engines.checks import shown
 from engines.errors import DataError
-from plugins.files import open_file, read_json
+from plugins.files import open_file, read_file, read_json
 from runtime.answer import Answer
 from runtime.engine import Engine
 from runtime.view import ImageView
 
 LARGEST = 4 << 30  # bytes of a data set's JSON; MagnifierBench keeps all its images in one
 MAX_NEW_TOKENS = 512  # official: of every answer that is generated
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # official: behind questions of V* and TextVQA
 LOOKED_AT = 8  # tokens of a generated answer that a picture shows
 NAMED = 3  # files or questions that a message names; of the others it tells the number
 Looked = tuple[np.ndarray, list[str]]
@@ -50,7 +51,7 @@ class Record:
 
     index, key, subset, question: of its item. answer: text, without white space around it; of V* the option with the
     lowest loss. score: 0 .. 1. pages_read: mean over the layers that read pages, and the tokens. details: what else the
-    benchmark's own files hold, as JSON.
+    benchmark's own files hold, as JSON. image: `image_digest` of the image that was asked about.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Record:
     score: float
     pages_read: float
     details: Mapping[str, Any] = field(default_factory=dict)
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Task:
     look: Callable[[Engine, ImageView, Item, int | None], Looked]
     answer_files: Callable[[Sequence[Record], str], Mapping[str, str]]
     overall: tuple[str, ...] | None = None
+
+    def counts(self, subset: str) -> bool:
+        """Whether the total is of this subset, too."""
+        return self.overall is None or subset in self.overall
 
 
 def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Looked:
@@ -107,10 +113,22 @@ def answered(item: Item, answer: Answer, score: Callable[[str], float], **detail
 
 
 def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], **details: Any) -> Record:
-    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers."""
+    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers. DataError where its image has
+    gone meanwhile."""
     counts = [count for each in pages_read for count in each.ravel().tolist()]
     mean = round(sum(counts) / len(counts), 3) if counts else 0.0
-    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details)
+    image = image_digest(item.image)
+    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details, image)
+
+
+def detail_of(record: Record, name: str) -> str:
+    """A detail that is text. DataError where a file of results lacks it."""
+    value = record.details.get(name)
+    if not isinstance(value, str):
+        raise DataError(
+            f"the result of {record.key!r:.100} has {name} {shown(value)}", expected="text", fix="evaluate it again"
+        )
+    return value
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -119,17 +137,19 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """ "sha256:..." of the questions and what answers are compared with, and of the images' names and sizes in bytes:
-    hashing gigabytes of images before every run would take longer than it is worth."""
+    """ "sha256:..." of the questions, of what answers are compared with, and of the names of the images. What
+    the images hold is in each record: hashing gigabytes before the first question is not worth it."""
     total = hashlib.sha256()
     for item in items:
-        image: tuple[str, int] = (
-            (item.image.name, item.image.stat().st_size)
-            if isinstance(item.image, Path)
-            else (hashlib.sha256(item.image).hexdigest(), len(item.image))
-        )
+        image = item.image.name if isinstance(item.image, Path) else None
         total.update(json.dumps([item.key, item.subset, item.prompt, item.references, image]).encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def image_digest(image: Path | bytes) -> str:
+    """16 hexadecimal digits of the SHA-256 of an image's bytes. DataError for a file that is not there."""
+    data = image if isinstance(image, bytes) else read_file(image, DataError, limit=LARGEST)
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def numbered(items: Iterable[Callable[[int], Item]], where: Path) -> list[Item]:
@@ -171,11 +191,21 @@ def texts_of(row: Mapping[str, Any], name: str, where: str, low: int, high: int)
     return tuple(value)
 
 
+def there(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
+    """`kind` of a path. DataError where nobody can tell: in a folder that may not be entered, with too long a name."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise DataError(
+            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable file or folder"
+        ) from None
+
+
 def require_images(items: Sequence[Item], fix: str) -> list[Item]:
     """The items, all of whose image files are there. DataError, with `fix`, which counts those that are not, and names
     the first; and for files that git keeps elsewhere."""
     paths = list(dict.fromkeys(item.image for item in items if isinstance(item.image, Path)))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not there(path)]
     if missing:
         names = ", ".join(str(path) for path in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
         raise DataError(f"{len(missing)} of {len(paths)} images are missing: {names}", expected="all of them", fix=fix)

@@ -18,6 +18,7 @@ from runtime.evaluate.task import (
     Task,
     answer_to,
     answered,
+    detail_of,
     json_lines,
     look_at_answer,
     numbered,
@@ -78,7 +79,7 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     """answers.jsonl, which llava/eval/eval_textvqa.py scores."""
     rows = (
         {
-            "question_id": record.details["image"],  # official: the image's file name, not the question's id
+            "question_id": detail_of(record, "image"),  # official: the image's file name, not the question's id
             "prompt": template.replace("{prompt}", record.question + INSTRUCTION),
             "text": record.answer,
             "answer_id": str(record.index),

@@ -38,7 +38,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Continuations:
-    """What may follow a prompt: `texts`, or token `ids`, the other being None. Several of either.
+    """What may follow a prompt: `texts`, or token `ids`, the other being None. Several of either, arrays of NumPy too.
 
     Raises PromptError unless one of the two is given, and for what is no list of them.
     """
@@ -54,13 +54,20 @@ class Continuations:
             raise PromptError("no continuation", expected="one of continuations and continuation_ids")
         if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str | bytes | bytearray | memoryview):
             raise PromptError(f"continuations {shown(given)}", expected=f"a list of {what}")
-        if not len(given):
+        if isinstance(given, np.ndarray) and not given.ndim:
+            raise PromptError(
+                f"continuations {shown(given)}, an array without dimensions", expected=f"a list of {what}"
+            )
+        if all(False for _ in given):  # len() cannot count every range
             raise PromptError("no continuation", expected=f"a list of one or more {what}")
-        for index, text in enumerate(self.texts or ()):
+        if self.texts is None:
+            return
+        for index, text in enumerate(self.texts):
             if not isinstance(text, str):
                 raise PromptError(f"continuation {index} of type {type(text).__name__}", expected="str")
             if not text:
                 raise PromptError(f"continuation {index} is empty", expected="text of at least one token")
+        object.__setattr__(self, "texts", tuple(self.texts))  # of an array nobody could ask whether there is any
 
 
 @dataclass(frozen=True)

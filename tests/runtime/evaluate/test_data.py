@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_vstar(tmp_path):
     assert [item.image.suffix for item in items] == [".jpg", ".JPG", ".webp", ".png", ".jpeg"]
     assert [item.references for item in items] == [row[-1] for row in VSTAR]
     assert items[2].prompt == "Was steht da: „Straße“?\nAnswer the question using a single word or phrase."
+
+
+def test_of_several_images_the_first_suffix_counts(tmp_path):
+    """Official: jpg, JPG, webp, png, jpeg. Each comes before those behind it."""
+    folder = write_vstar(tmp_path)
+    suffixes = ("jpg", "JPG", "webp", "png", "jpeg")
+    question = folder / "relative_position" / "rp_1.json"
+    question.with_suffix(".jpeg").rename(tmp_path / "image")
+    for suffix in reversed(suffixes):
+        shutil.copy(tmp_path / "image", question.with_suffix(f".{suffix}"))
+        assert vstar.read(folder)[-1].image == question.with_suffix(f".{suffix}")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,7 @@ def test_textvqa(tmp_path):
         ({"answers": None}, "question 1 has answers None"),
         ({"image_id": 3}, "question 1 has image_id 3"),
         ({"image_id": "../secret"}, "has image_id '../secret'"),
+        ({"image_id": "a" * 300}, "aaa cannot be looked at: File name too long"),
         ({"question": ""}, "question 1 has question ''"),
         ({"question_id": 34602}, "'34602' comes twice"),
     ],
@@ -114,6 +127,13 @@ def test_textvqa_whose_images_are_missing(tmp_path):
     (folder / "TextVQA_0.5.1_val.json").write_text('{"data": 3}')
     with pytest.raises(DataError, match="no list of questions"):
         textvqa.read(folder)
+
+
+@pytest.mark.parametrize("task", [textvqa, magnifier, scenes])
+def test_results_that_lack_what_the_authors_files_hold(task):
+    for details in ({}, {"image": 3, "right": [1]}):
+        with pytest.raises(DataError, match=r"the result of '7' has (image|right) "):
+            task.answer_files([Record(0, "7", "s", "q", "a", 0.0, 1.5, details)], PROMPT_TEMPLATE)
 
 
 def test_magnifier(tmp_path):
@@ -145,6 +165,7 @@ def test_magnifier(tmp_path):
         ({"image_ids": ["IMG_9"]}, r"has image_ids \['IMG_9'\]"),
         ({"image_ids": ["BAD"]}, "'BAD': "),
         ({"image_ids": None}, "has image_ids None"),
+        ({"image_ids": [["IMG_1"], {}]}, r"has image_ids \[\['IMG_1'\], \{\}\]"),
         ({"instruction": 1}, "has instruction 1"),
     ],
 )
@@ -179,3 +200,5 @@ def test_the_digest_is_of_what_is_asked(tmp_path):
     assert digest_of(scenes.read(write_scenes(tmp_path / "b", rows))) == first, "wherever it lies"
     other = [rows[0], {**rows[1], "answer": "c"}]
     assert digest_of(scenes.read(write_scenes(tmp_path / "c", other))) != first
+    (tmp_path / "b" / "1.png").write_bytes(b"mended")
+    assert digest_of(scenes.read(tmp_path / "b")) == first, "what images hold stands in each result"

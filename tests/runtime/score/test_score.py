@@ -265,10 +265,28 @@ def test_bad_requests_are_typed_errors_and_leave_the_engine_usable(bad, either):
     assert len(either.score(PHOTO, QUESTION, "x").token_ids) > 0
 
 
-@pytest.mark.parametrize("continuations", ["a red square", {"a": 1}, b"a", 5, []])
+NO_LISTS = ["a red square", {"a": 1}, b"a", 5, [], np.array("a"), np.array([], str), range(0)]
+
+
+@pytest.mark.parametrize("continuations", NO_LISTS, ids=repr)
 def test_several_are_a_list(engine, continuations):
-    with pytest.raises(PromptError, match=r"list of|no continuation"):
+    view = engine.image(PHOTO)
+    for given in ({"continuations": continuations}, {"continuation_ids": continuations}):
+        with pytest.raises(PromptError, match=r"list of|no continuation"):
+            view.score(QUESTION, **given)
+
+
+@pytest.mark.parametrize("continuations", [range(2**70), np.array(["x", None]), np.array([["x", "y"]])], ids=repr)
+def test_what_is_no_text_is_named(engine, continuations):
+    with pytest.raises(PromptError, match=r"continuation [01] of type"):
         engine.image(PHOTO).score(QUESTION, continuations)
+    with pytest.raises(PromptError, match=r"continuation 0: continuation_ids"):
+        engine.image(PHOTO).score(QUESTION, continuation_ids=range(2**70))
+
+
+def test_texts_in_an_array(engine):
+    view = engine.image(PHOTO)
+    assert all(map(same, view.score(QUESTION, np.array(ANSWERS)), view.score(QUESTION, ANSWERS)))
 
 
 def test_one_bad_continuation_of_several_is_named(engine):
