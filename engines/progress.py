@@ -14,16 +14,19 @@ PLAIN_EVERY = 5.0  # seconds between plain lines
 
 @contextmanager
 def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """The block gets a function to call with the part that is done, 0 .. 1."""
+    """The block gets a function to call with the part that is done, 0 .. 1. Shown on standard error: what a command
+    prints may go to a file."""
     if quiet:
         yield lambda part: None
         return
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     except ImportError:
         yield _plain(title)
         return
-    with Progress(TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as bar:
+    columns = TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda part: bar.update(task, completed=part)
         bar.update(task, completed=1.0)

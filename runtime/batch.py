@@ -28,7 +28,7 @@ class _Seat:
     it did then. told: tokens nobody has taken yet.
     """
 
-    draft: Decoding
+    decoding: Decoding
     image: Image[Any] | None
     row: int | None = None
     settled: bool = False
@@ -40,7 +40,7 @@ class _Seat:
     @property
     def request(self) -> Request:
         """What is to be answered."""
-        return self.draft.request
+        return self.decoding.request
 
     @property
     def prefilled(self) -> bool:
@@ -102,19 +102,19 @@ class Batch:
         with self._changing:
             return max(0, len(self._rows) - len(self._seats) - len(self._waiting))
 
-    def decode(self, draft: Decoding, image: Callable[[], Image[Any] | None]) -> Generator[Token | None]:
-        """Make the steps of `draft` beside the others; like runtime.decode.decode. `image`: encodes it, of one row,
+    def decode(self, decoding: Decoding, image: Callable[[], Image[Any] | None]) -> Generator[Token | None]:
+        """Make the steps of `decoding` beside the others; like runtime.decode.decode. `image`: encodes it, of one row,
         when the request gets in line; None for text alone."""
-        with self._seated(draft, image()) as seat:
+        with self._seated(decoding, image()) as seat:
             yield None
             while (token := self._next(seat)) is not None:
                 yield token
-        yield from draft.rest()
-        draft.finish(seat.reused)
+        yield from decoding.rest()
+        decoding.finish(seat.reused)
 
     @contextmanager
-    def _seated(self, draft: Decoding, image: Image[Any] | None) -> Iterator[_Seat]:
-        seat = _Seat(draft, image)
+    def _seated(self, decoding: Decoding, image: Image[Any] | None) -> Iterator[_Seat]:
+        seat = _Seat(decoding, image)
         with self._changing:
             self._waiting.append(seat)
         try:
@@ -140,10 +140,10 @@ class Batch:
         while not seat.told:
             if seat.error is not None:
                 raise seat.error
-            if seat.draft.done:
+            if seat.decoding.done:
                 return None
             with self._stepping:
-                if not (seat.told or seat.error or seat.draft.done):  # by whom it had to wait for
+                if not (seat.told or seat.error or seat.decoding.done):  # by whom it had to wait for
                     self._advance()
         return seat.told.popleft()
 
@@ -157,7 +157,7 @@ class Batch:
         while joining := self._joining([seat for seat in seats if not seat.prefilled and seat.error is None], room):
             room -= len(joining) * max(map(self._piece, joining))
             self._guarded(joining, partial(self._prefill, joining))
-        ready = [seat for seat in seats if seat.prefilled and not seat.draft.done and seat.error is None]
+        ready = [seat for seat in seats if seat.prefilled and not seat.decoding.done and seat.error is None]
         if ready:
             self._guarded(ready, partial(self._step, ready))
 
@@ -284,7 +284,7 @@ class Batch:
         """Tokens that count in a row; who writes behind them does no harm."""
         if row.seat is None or not row.seat.settled:
             return len(row.ids)
-        return row.seat.known + row.seat.draft.fed
+        return row.seat.known + row.seat.decoding.fed
 
     def _step(self, seats: list[_Seat]) -> None:
         """One step of the lowest rows that hold all of these seats; whoever else is among them stays as it is."""
@@ -295,7 +295,7 @@ class Batch:
         self._slots.length[:] = [self._length(row) for row in self._rows]
         tokens, budgets = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
         for index, seat in by_row.items():
-            tokens[index], budgets[index] = seat.draft.latest, seat.request.page_budget
+            tokens[index], budgets[index] = seat.decoding.latest, seat.request.page_budget
         with self._timed("decode", seats):
             step = self._slots.first(rows).run(tokens, budgets)
         self.steps += 1
@@ -311,12 +311,12 @@ class Batch:
         finally:
             device_ms = self._model.device_ms()
             for seat in seats:
-                seat.draft.clock.add(stage, 1000 * (perf_counter() - started), device_ms)
+                seat.decoding.clock.add(stage, 1000 * (perf_counter() - started), device_ms)
 
     def _take(self, seat: _Seat, step: Step) -> None:
         """What a step says to one of its rows."""
-        told = seat.draft.take(step)
-        if seat.draft.done:
+        told = seat.decoding.take(step)
+        if seat.decoding.done:
             with self._changing:
                 self._leave(seat)
         seat.told.append(told)

@@ -37,8 +37,8 @@ def prefill(decoder: Decoder, request: Request, known: int) -> None:
         decoder.run(request.ids[None, begin:end])
 
 
-def decode(lent: AbstractContextManager[Cache], draft: Decoding) -> Generator[Token | None]:
-    """Make the steps of `draft`: yields None before it begins, what each step tells, and has it finish.
+def decode(lent: AbstractContextManager[Cache], decoding: Decoding) -> Generator[Token | None]:
+    """Make the steps of `decoding`: yields None before it begins, what each step tells, and has it finish.
 
     `lent`: gives a cache that holds the prompt's ids but the last, as long as tokens are to come. Raises what it
     raises, and BackendError when the device fails or a logit is not finite.
@@ -46,14 +46,14 @@ def decode(lent: AbstractContextManager[Cache], draft: Decoding) -> Generator[To
     yield None
     with lent as cache:
         prefilled = len(cache.request.ids) - 1
-        while not draft.done:
-            with draft.clock.stage("decode"):
-                cache.decoder.length[:] = prefilled + draft.fed
-                step = cache.decoder.run(np.array([[draft.latest]], np.int64), draft.request.page_budget)
-                token = draft.take(step)
+        while not decoding.done:
+            with decoding.clock.stage("decode"):
+                cache.decoder.length[:] = prefilled + decoding.fed
+                step = cache.decoder.run(np.array([[decoding.latest]], np.int64), decoding.request.page_budget)
+                token = decoding.take(step)
             yield token
-    yield from draft.rest()
-    draft.finish(cache.reused)
+    yield from decoding.rest()
+    decoding.finish(cache.reused)
 
 
 def exhaust(running: Iterable[Generator[Token | None]]) -> None:

@@ -140,11 +140,11 @@ class ImageView(InOneProcess):
         found = {place: score for walk in walking for place, score in walk.scores.items()}
         return [found[place] for place in sorted(found)]
 
-    def _steps(self, draft: Decoding) -> Generator[Token | None]:
+    def _steps(self, decoding: Decoding) -> Generator[Token | None]:
         """Makes the steps of a request, alone or in the batch, once asked for the first."""
         if self._batch is None:
-            return decode(self._prefilled(draft.request, draft.clock), draft)
-        return self._batch.decode(draft, partial(self._image_of, draft.request, draft.clock))
+            return decode(self._prefilled(decoding.request, decoding.clock), decoding)
+        return self._batch.decode(decoding, partial(self._image_of, decoding.request, decoding.clock))
 
     def _request(self, prompt: Prompt | None, input_ids: Sequence[int] | None, options: Mapping[str, Any]) -> Request:
         return read_request(

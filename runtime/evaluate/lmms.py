@@ -22,7 +22,7 @@ from engines.backend import Opening
 from engines.checks import require_integer, shown
 from engines.errors import OptionError
 from runtime.engine import Engine
-from runtime.evaluate.run import in_order
+from runtime.evaluate.asking import in_order
 from runtime.evaluate.task import MAX_NEW_TOKENS, answer_to
 from runtime.score.walk import Score
 from runtime.text.prompter import PLACEHOLDER

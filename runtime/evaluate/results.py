@@ -7,18 +7,22 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from engines.checks import shown
 from engines.errors import DataError, OptionError
 from plugins.files import open_file, parse_json, read_file
 from runtime.engine import Engine
-from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of
+from runtime.evaluate.task import LARGEST, Item, Record, Task, digest_of, image_digest, there
 
 FORMAT = 1  # of the file; raised when an older reader would misread it
 ANOTHER = "another --out FILE, or delete this one"
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -68,38 +72,50 @@ class Run:
                     fix=ANOTHER,
                 )
 
+    def require_of(self, task: Task, data: str, where: str) -> None:
+        """OptionError, unless the results in the file `where` are of this task, and of the questions with the digest
+        `data`."""
+        if self.task != task.name:
+            raise OptionError(
+                f"{where} holds results of the task {self.task!r:.100}",
+                expected=task.name,
+                fix="name the task that they are of",
+            )
+        if self.data != data:
+            raise OptionError(
+                f"{where} holds results of other questions: data {self.data:.100}",
+                expected=f"data {data}",
+                fix="the --data that they were made with; results of one --data for all",
+            )
+
+
+class Evaluation(NamedTuple):
+    """A run, and its results in the order of the questions."""
+
+    run: Run
+    records: list[Record]
+
 
 class Results:
-    """Results on their way into a file, which holds each as soon as `add` returns. The file is this process's alone."""
+    """Results on their way into a file, which holds each as soon as `add` returns. No other process can open it
+    meanwhile."""
 
     def __init__(self, path: Path, run: Run) -> None:
         """Open `path`, and go on from what it holds of this run: what is cut off at its end, because the process was
         killed, is dropped, and so is a run that had not answered anything. OptionError for results of another run, and
-        while another process writes them; DataError for what is no file of results."""
+        for a file that another process has open so; DataError for what is no file of results."""
         self.path, self.run = path, run
         self._records: dict[int, Record] = {}
         self._sorted = True
+        self._file = _locked(path)
         try:
-            if path.exists():
-                open_file(path, DataError).close()  # before a pipe waits for somebody
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
-            try:
-                self._go_on()
-            except BaseException:
-                self._file.close()
-                raise
-        except OSError as error:
-            raise OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours") from None
+            self._go_on(_whole_lines(path))
+        except BaseException:
+            self._file.close()
+            raise
 
-    def _go_on(self) -> None:
-        """Lock the file, and read it; what follows is written behind it."""
-        if not _locked(self._file.fileno(), self.path):
-            raise OptionError(
-                f"--out {self.path}: another process writes it",
-                expected="a file for each of several at a time",
-                fix="another --out FILE for each --shard, then merge; or wait until the other has ended",
-            )
-        whole = _whole_lines(self.path)
+    def _go_on(self, whole: Sequence[bytes]) -> None:
+        """Take what the file holds, these lines and perhaps a part of one more."""
         if whole:
             found, records = _parsed(whole, self.path)
             if records:
@@ -111,19 +127,27 @@ class Results:
         end = sum(map(len, whole))
         if self._file.seek(0, os.SEEK_END) > end:
             self._file.truncate(end)
-            self._file.seek(end)
         if not whole:
             self._write(_head(self.run))
 
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()  # as it is; who goes on from it puts it into order
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, with its lines in the order of the questions: it does not show in how many runs it was made.
+        OptionError where that fails: a full disk."""
+        try:
+            if not self._sorted:
+                write_results(self.path, Evaluation(self.run, self.records))
+                self._sorted = True
+        finally:
+            self._file.close()
 
     @property
     def records(self) -> list[Record]:
@@ -131,20 +155,25 @@ class Results:
         return [self._records[index] for index in sorted(self._records)]
 
     def pending(self, items: Iterable[Item]) -> list[Item]:
-        """Those that have no result yet."""
-        return [item for item in items if item.index not in self._records]
+        """Those that have no result yet. OptionError for one that has, of another image than it has now."""
+        left = []
+        for item in items:
+            record = self._records.get(item.index)
+            if record is None:
+                left.append(item)
+            elif record.image != image_digest(item.image):
+                raise OptionError(
+                    f"{self.path} holds a result of {item.key!r:.100} with another image: sha256 {record.image:.16}",
+                    expected=f"sha256 {image_digest(item.image)}",
+                    fix=ANOTHER,
+                )
+        return left
 
     def add(self, record: Record) -> None:
         """Write a result. OptionError where that fails: a full disk."""
         self._sorted &= not self._records or record.index > max(self._records)
         self._records[record.index] = record
         self._write(asdict(record))
-
-    def settle(self) -> None:
-        """Put the lines into the order of the questions, so that a file does not show in how many runs it was made."""
-        if not self._sorted:
-            write_results(self.path, self.run, self.records)
-            self._sorted = True
 
     def _write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -157,27 +186,28 @@ class Results:
             ) from None
 
 
-def read_results(path: Path) -> tuple[Run, list[Record]]:
-    """A file of results, in the order of the questions; one that is still being written, too. DataError for any other
-    file."""
+def read_results(path: Path) -> Evaluation:
+    """A file of results; one that is still being written, too. DataError for any other file."""
     whole = _whole_lines(path)
     if not whole:
         raise DataError(f"{path} holds no results", expected="a file that --out wrote")
     run, records = _parsed(whole, path)
-    return run, sorted(records, key=lambda record: record.index)
+    return Evaluation(run, sorted(records, key=lambda record: record.index))
 
 
-def write_results(path: Path, run: Run, records: Iterable[Record]) -> None:
+def write_results(path: Path, found: Evaluation) -> None:
     """A whole file of results, or none: an older one stays until the new one is there. OptionError where that fails."""
     making = path.with_name(f".{path.name}.making")
     try:
-        making.write_bytes(b"".join(map(_line, (_head(run), *map(asdict, records)))))
+        making.write_bytes(b"".join(map(_line, (_head(found.run), *map(asdict, found.records)))))
         making.replace(path)
     except OSError as error:
-        raise OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours") from None
+        with suppress(OSError):
+            making.unlink()
+        raise _cannot_write(path, error) from None
 
 
-def merged(paths: Sequence[Path]) -> tuple[Run, list[Record]]:
+def merged(paths: Sequence[Path]) -> Evaluation:
     """The results of several files of one run, such as its shards. OptionError for files of different runs, or with
     different results of one question; DataError for what is no file of results."""
     run, records = read_results(paths[0])
@@ -196,37 +226,55 @@ def merged(paths: Sequence[Path]) -> tuple[Run, list[Record]]:
                     expected=f"{getattr(before, name)!r:.100}, as in a file before it",
                     fix="merge files whose questions differ: of --shard 1/2, 2/2",
                 )
-    return run, [all_of[index] for index in sorted(all_of)]
+    return Evaluation(run, [all_of[index] for index in sorted(all_of)])
 
 
-def require_kept(path: Path, run: Run, records: Iterable[Record]) -> None:
+def require_kept(path: Path, found: Evaluation) -> None:
     """OptionError if `path` already holds results that these do not: of another run, or of a question more. So a shard
     that stands where the merged file should is not lost. DataError for what is no file of results."""
-    whole = _whole_lines(path) if path.exists() else []
-    if not whole:
+    if not there(path, Path.exists):
         return
-    held, older = _parsed(whole, path)
-    if not older:
-        return
-    run.require_same(held, str(path))
-    if lost := {record.index for record in older} - {record.index for record in records}:
+    held, older = read_results(path)
+    found.run.require_same(held, str(path))
+    if lost := {record.index for record in older} - {record.index for record in found.records}:
         raise OptionError(
-            f"{path} holds {len(lost)} results that are in none of the files to merge",
-            expected="a new file, then those to merge",
-            fix=f"merge NEW.jsonl {path} ...",
+            f"--out {path} holds {len(lost)} results that are in none of the files to merge",
+            expected="a new file, or an earlier merge of these",
+            fix=f"--out NEW.jsonl, and {path} among those to merge",
         )
 
 
-def _locked(descriptor: int, path: Path) -> bool:
-    """Whether the file is this process's now, as long as it is open; where the file system knows no locks, it is. And
-    whether it is still the one at `path`: who had it may have put another there at its end."""
+def _locked(path: Path) -> BinaryIO:
+    """A file, made if need be, to append to, which no other process gets from here while this one has it open."""
+    if there(path, Path.exists):
+        open_file(path, DataError).close()  # an ordinary one: a pipe would wait
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        file = open(path, "a+b")  # noqa: SIM115 - closed by Results
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else who had it has put another in its place
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        file.close()
+        raise OptionError(
+            f"--out {path} cannot be locked: {error.strerror}",
+            expected="a disk that knows locks, for two runs not to write into one file",
+            fix="--out FILE on a disk of this machine",
+        ) from None
+    file.close()
+    raise OptionError(
+        f"--out {path}: another process writes into it",
+        expected="a file of its own for each run",
+        fix="wait for the other, or name another --out FILE; merge makes one of them",
+    )
+
+
+def _cannot_write(path: Path, error: OSError) -> OptionError:
+    return OptionError(f"--out {path}: {error.strerror}", expected="a file name in a folder of yours")
 
 
 def _head(run: Run) -> dict[str, Any]:
@@ -252,15 +300,14 @@ def _parsed(lines: Sequence[bytes], path: Path) -> tuple[Run, list[Record]]:
     records = [_made(Record, row, f"{path}, line {number}") for number, row in enumerate(rows[1:], 2)]
     seen = set[int]()
     for number, record in enumerate(records, 2):
+        where = f"{path}, line {number}"
         if record.index in seen or not 0 <= record.index < run.questions:
             raise DataError(
-                f"{path}, line {number}: question {record.index}",
-                expected=f"each once, 0 .. {run.questions - 1}",
-                fix=ANOTHER,
+                f"{where}: question {record.index}", expected=f"each once, 0 .. {run.questions - 1}", fix=ANOTHER
             )
         if not 0 <= record.score <= 1 or not 0 <= record.pages_read <= run.page_budget:
             raise DataError(
-                f"{path}, line {number}: score {shown(record.score)}, {shown(record.pages_read)} pages",
+                f"{where}: score {shown(record.score)}, {shown(record.pages_read)} pages",
                 expected=f"a score of 0 .. 1, 0 .. {run.page_budget} pages",
                 fix=ANOTHER,
             )
@@ -268,16 +315,22 @@ def _parsed(lines: Sequence[bytes], path: Path) -> tuple[Run, list[Record]]:
     return run, records
 
 
-def _made(kind: type[Any], row: Any, where: str) -> Any:
-    """`row` as a Run or a Record."""
-    wanted = {each.name: _TYPES[str(each.type).split("[")[0]] for each in fields(kind)}
-    if (
-        not isinstance(row, dict)
-        or row.keys() != wanted.keys()
-        or not all(isinstance(row[name], of) and not isinstance(row[name], bool) for name, of in wanted.items())
-    ):
+def _made(kind: type[Line], row: Any, where: str) -> Line:
+    """`row` as a Run or a Record. Field by field: as a whole, pydantic's strict mode takes a dataclass only from text,
+    and no text with half a character, which the name of a file may hold."""
+    wanted = _FIELDS[kind]
+    if not isinstance(row, dict) or row.keys() != wanted.keys():
         raise DataError(f"{where} is no line of results", expected=f"{', '.join(wanted)}", fix=ANOTHER)
-    return kind(**row)
+    made = {}
+    for name, adapter in wanted.items():
+        try:
+            made[name] = adapter.validate_python(row[name], strict=True)
+        except ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"]
+            raise DataError(f"{where} is no line of results: {name}: {why:.200}", fix=ANOTHER) from None
+    return kind(**made)
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "str": str, "float": (int, float), "Mapping": dict}
+_FIELDS: dict[type[Any], dict[str, TypeAdapter[Any]]] = {
+    kind: {name: TypeAdapter(hint) for name, hint in get_type_hints(kind).items()} for kind in (Run, Record)
+}

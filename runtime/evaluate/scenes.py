@@ -68,4 +68,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("scenes", "scenes", False, read, ask, look_at_answer, answer_files)
+TASK = Task("scenes", "scenes", graded=False, read=read, ask=ask, look=look_at_answer, answer_files=answer_files)

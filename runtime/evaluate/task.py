@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.checks import shown
 from engines.errors import DataError
-from plugins.files import open_file, read_json
+from plugins.files import open_file, read_file, read_json
 from runtime.answer import Answer
 from runtime.engine import Engine
 from runtime.request import answer_room
@@ -52,7 +52,7 @@ class Record:
 
     index, key, subset, question: of its item. answer: text, without white space around it; of V* the option with the
     lowest loss. score: 0 .. 1. pages_read: mean over the layers that read pages, and the tokens. details: what else the
-    benchmark's own files hold, as JSON.
+    benchmark's own files hold, as JSON. image: `image_digest` of the image that was asked about.
     """
 
     index: int
@@ -63,6 +63,7 @@ class Record:
     score: float
     pages_read: float
     details: Mapping[str, Any] = field(default_factory=dict)
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Task:
     look: Callable[[Engine, ImageView, Item, int | None], Looked]
     answer_files: Callable[[Sequence[Record], str], Mapping[str, str]]
     overall: tuple[str, ...] | None = None
+
+    def counts(self, subset: str) -> bool:
+        """Whether the total is of this subset, too."""
+        return self.overall is None or subset in self.overall
 
 
 def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Looked:
@@ -117,10 +122,12 @@ def answered(item: Item, answer: Answer, score: Callable[[str], float], **detail
 
 
 def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], **details: Any) -> Record:
-    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers."""
+    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers. DataError where its image has
+    gone meanwhile."""
     counts = [count for each in pages_read for count in each.ravel().tolist()]
     mean = round(sum(counts) / len(counts), 3) if counts else 0.0
-    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details)
+    image = image_digest(item.image)
+    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details, image)
 
 
 def detail_of(record: Record, name: str) -> str:
@@ -139,17 +146,19 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """ "sha256:..." of the questions and what answers are compared with, and of the images' names and sizes in bytes:
-    hashing gigabytes of images before every run would take longer than it is worth."""
+    """ "sha256:..." of the questions, of what answers are compared with, and of the names of the images. What
+    the images hold is in each record: hashing gigabytes before the first question is not worth it."""
     total = hashlib.sha256()
     for item in items:
-        image: tuple[str, int] = (
-            (item.image.name, item.image.stat().st_size)
-            if isinstance(item.image, Path)
-            else (hashlib.sha256(item.image).hexdigest(), len(item.image))
-        )
+        image = item.image.name if isinstance(item.image, Path) else None
         total.update(json.dumps([item.key, item.subset, item.prompt, item.references, image]).encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def image_digest(image: Path | bytes) -> str:
+    """16 hexadecimal digits of the SHA-256 of an image's bytes. DataError for a file that is not there."""
+    data = image if isinstance(image, bytes) else read_file(image, DataError, limit=LARGEST)
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def numbered(items: Iterable[Callable[[int], Item]], where: Path) -> list[Item]:
@@ -197,7 +206,7 @@ def there(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
         return kind(path)
     except OSError as error:
         raise DataError(
-            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable data set"
+            f"{path!s:.200} cannot be looked at: {error.strerror}", expected="a readable file or folder"
         ) from None
 
 

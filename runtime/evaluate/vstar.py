@@ -16,6 +16,7 @@ import numpy as np
 from engines.errors import DataError
 from runtime.engine import Engine
 from runtime.evaluate.task import (
+    SHORT_ANSWER,
     Item,
     Looked,
     Record,
@@ -33,7 +34,6 @@ from runtime.view import ImageView
 SUBSETS = ("direct_attributes", "relative_position", "GPT4V-hard", "OCR")
 PAPER = SUBSETS[:2]  # what the paper's overall score is of
 SUFFIXES = ("jpg", "JPG", "webp", "png", "jpeg")  # official: the first that is there
-INSTRUCTION = "\nAnswer the question using a single word or phrase."
 FIX = "hf download craigwu/vstar_bench --repo-type dataset --local-dir vstar_bench, then --data vstar_bench"
 
 
@@ -66,7 +66,7 @@ def _item(path: Path, subset: str, index: int) -> Item:
         raise DataError(f"{path} has an empty option", expected="text to score in each", fix=FIX)
     images = [path.with_suffix(f".{suffix}") for suffix in SUFFIXES]
     image = next((image for image in images if there(image, Path.exists)), images[0])
-    return Item(index, f"{subset}/{path.stem}", subset, image, question, question + INSTRUCTION, options)
+    return Item(index, f"{subset}/{path.stem}", subset, image, question, question + SHORT_ANSWER, options)
 
 
 def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
@@ -101,4 +101,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return texts
 
 
-TASK = Task("vstar", "V* Bench", False, read, ask, look, answer_files, PAPER)
+TASK = Task("vstar", "V* Bench", graded=False, read=read, ask=ask, look=look, answer_files=answer_files, overall=PAPER)

@@ -20,6 +20,7 @@ from tests.campaign import bundles, checkpoints, images, options, prompts, seeds
 from tests.campaign.trial import ANSWERED, KINDS, Outcome, trial
 
 BATCH = 200  # examples that Hypothesis chooses with one seed
+FEWEST = 21  # trials of a target
 CHOSEN = settings(
     max_examples=BATCH,
     deadline=None,
@@ -53,15 +54,19 @@ class Result:
 
 
 def run(name: str, made: Seeds, seconds: float, start: int = 0) -> Result:
-    """Try the target `name` for so many seconds. The same `start` tries the same examples in the same order."""
+    """Try the target `name` for so many seconds, and FEWEST times on a machine however slow. The same `start` tries the
+    same examples in the same order."""
     strategy, attempt = TARGETS[name](made)
     result, end, batch = Result(name), time.monotonic() + seconds, start
 
+    def goes_on() -> bool:
+        return time.monotonic() < end or result.counts.total() < FEWEST
+
     def one(value: Any) -> None:
-        if time.monotonic() < end:
+        if goes_on():
             result.add(value, trial(lambda folder: attempt(value, folder)))
 
-    while time.monotonic() < end:
+    while goes_on():
         seed(batch)(CHOSEN(given(strategy)(one)))()
         batch += 1
     return result

@@ -28,7 +28,6 @@ def made(shared) -> Iterator[Seeds]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_goes_wrong(name, made):
     result = run(name, made, SECONDS)
-    assert result.counts.total() > 20, result.counts
     assert result.counts["unjudged"] <= result.counts.total() / 4, result.counts
     assert not result.faults, "\n".join(f"{outcome}\n  {value[:500]}" for value, outcome in result.faults)
 

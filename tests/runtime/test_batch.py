@@ -139,9 +139,9 @@ def test_a_long_prompt_stops_nobody_for_longer_than_a_chunk(engine):
     next(running)
     joining = engine.image(OTHER).stream("y" * 200, max_new_tokens=1, stop_at_eos=False).steps()
     (seat,) = engine._batch._seats
-    before = len(seat.draft.tokens)
+    before = len(seat.decoding.tokens)
     next(joining)  # makes as many steps as there are chunks
-    tokens = len(seat.draft.tokens) - before
+    tokens = len(seat.decoding.tokens) - before
     assert tokens >= (200 + TALKATIVE.image_tokens) // 48, "one step between two chunks"
 
 

@@ -215,22 +215,6 @@ def test_progress_only_grows_and_reaches_the_end(built, tmp_path, monkeypatch):
     assert shown and shown == sorted(shown) and shown[0] >= 0 and shown[-1] <= 1
 
 
-def test_progress_without_rich_is_lines_with_the_time_left(monkeypatch, capsys):
-    from engines import progress
-
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.progress("decoder: building") as show:
-        for now[0], part in ((1.0, 0.1), (6.0, 0.25), (7.0, 0.3), (12.0, 0.5)):
-            show(part)
-    assert capsys.readouterr().err.splitlines() == [
-        "decoder: building",
-        "decoder: building: 25 %, about 18 s left",
-        "decoder: building: 50 %, about 12 s left",
-    ]
-
-
 def test_the_library_logs_and_command_lines_print_it(copy, monkeypatch, capsys):
     logger, said = logging.getLogger("engines"), logging.getLogger("engines.trt.build")
     monkeypatch.setattr(logger, "handlers", [])

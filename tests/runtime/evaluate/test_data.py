@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,17 @@ def test_vstar(tmp_path):
     assert [item.image.suffix for item in items] == [".jpg", ".JPG", ".webp", ".png", ".jpeg"]
     assert [item.references for item in items] == [row[-1] for row in VSTAR]
     assert items[2].prompt == "Was steht da: „Straße“?\nAnswer the question using a single word or phrase."
+
+
+def test_of_several_images_the_first_suffix_counts(tmp_path):
+    """Official: jpg, JPG, webp, png, jpeg. Each comes before those behind it."""
+    folder = write_vstar(tmp_path)
+    suffixes = ("jpg", "JPG", "webp", "png", "jpeg")
+    question = folder / "relative_position" / "rp_1.json"
+    question.with_suffix(".jpeg").rename(tmp_path / "image")
+    for suffix in reversed(suffixes):
+        shutil.copy(tmp_path / "image", question.with_suffix(f".{suffix}"))
+        assert vstar.read(folder)[-1].image == question.with_suffix(f".{suffix}")
 
 
 @pytest.mark.parametrize(
@@ -189,3 +201,5 @@ def test_the_digest_is_of_what_is_asked(tmp_path):
     assert digest_of(scenes.read(write_scenes(tmp_path / "b", rows))) == first, "wherever it lies"
     other = [rows[0], {**rows[1], "answer": "c"}]
     assert digest_of(scenes.read(write_scenes(tmp_path / "c", other))) != first
+    (tmp_path / "b" / "1.png").write_bytes(b"mended")
+    assert digest_of(scenes.read(tmp_path / "b")) == first, "what images hold stands in each result"

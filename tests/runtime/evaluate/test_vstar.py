@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from runtime import Engine
 from runtime.evaluate import vstar
+from runtime.evaluate.asking import evaluate
 from runtime.evaluate.results import Results, Run
-from runtime.evaluate.run import evaluate
 from runtime.preprocess import preprocess
 from tests.parity.official import Official
 from tests.parity.requests import LOGITS, load

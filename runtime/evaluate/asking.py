@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -64,29 +65,48 @@ def evaluate(
     Raises what the engine does, with the name of the question; results before it are kept, and the engine is usable.
     """
 
-    def ask(group: Sequence[Item]) -> list[Record]:
+    def ask(group: Sequence[Item]) -> Iterator[Record]:
         """Questions about one image, which is encoded once. As it is stored: the official code does not turn it."""
-        records, item = list[Record](), group[0]
+        item = group[0]
         try:
             with engine.image(item.image, exif=False) as view:
                 for item in group:
-                    records.append(task.ask(engine, view, item, results.run.page_budget))
+                    yield task.ask(engine, view, item, results.run.page_budget)
         except FlexError as error:
             raise error.within(item.key) from error
-        return records
+
+    def asked_ahead(group: Sequence[Item]) -> Iterator[Record]:
+        return ahead(ask(group))
 
     pending = results.pending(items)
     groups = (list(group) for _, group in groupby(pending, key=lambda item: item.image))
     done = 0
-    for records in in_order(ask, groups, engine.slots):
-        for record in records:
-            results.add(record)
-        done += len(records)
-        report(done / len(pending))
-    results.settle()
+    with closing(in_order(ask if engine.slots == 1 else asked_ahead, groups, engine.slots)) as told:
+        for records in told:
+            for record in records:
+                results.add(record)
+                done += 1
+                report(done / len(pending))
 
 
-def in_order(ask: Callable[[Asked], Answered], groups: Iterable[Asked], workers: int) -> Iterator[Answered]:
+def ahead(answers: Iterable[Answered]) -> Iterator[Answered]:
+    """The answers, made now; what ends them, if it is an error, is raised in its place: behind those before it."""
+    made, failure = list[Answered](), None
+    try:
+        for answer in answers:
+            made.append(answer)
+    except FlexError as error:
+        failure = error
+
+    def told() -> Iterator[Answered]:
+        yield from made
+        if failure is not None:
+            raise failure
+
+    return told()
+
+
+def in_order(ask: Callable[[Asked], Answered], groups: Iterable[Asked], workers: int) -> Generator[Answered]:
     """`ask` of each group, `workers` at a time, in their order. Raises what `ask` does; what waits is dropped then."""
     if workers == 1:  # here, where Ctrl-C ends it at once
         yield from map(ask, groups)
