@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from plugins.errors import FlexError
 
 SETTINGS_LIMIT = 16 << 20  # bytes of a settings file or an index; a 7B checkpoint's index has 0.1 MB
+_MORE = 1 << 16  # bytes read at a time of what is behind the size that a file says it has
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -52,16 +53,23 @@ def open_file(path: str | os.PathLike[str], error: type[FlexError], *, fix: str 
 def read_file(
     path: str | os.PathLike[str], error: type[FlexError], *, limit: int = SETTINGS_LIMIT, fix: str | None = None
 ) -> bytes:
-    """The content of the file at `path`. `error` as for open_file, and for more than `limit` bytes, none of which are
-    read then."""
+    """The content of the file at `path`. `error` as for open_file, for more than `limit` bytes, none of which are read
+    then, and for more than memory has room for."""
     with open_file(path, error, fix=fix) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise error(f"{path!s:.200} has {size} bytes", expected=f"at most {limit}", fix=fix)
         try:
-            return file.read(limit)
+            content = file.read(size)  # not of `limit`: room for all that is asked for is made before anything is read
+            while len(content) <= limit and (more := file.read(_MORE)):  # written to meanwhile, or of no size: /proc
+                content += more
+        except MemoryError:
+            raise error(f"{path!s:.200} has {size} bytes, more than memory has room for", fix=fix) from None
         except OSError as failure:  # its disk fails
             raise error(f"{path!s:.200} cannot be read: {failure.strerror}", fix=fix) from failure
+    if len(content) > limit:
+        raise error(f"{path!s:.200} has more than {limit} bytes", expected=f"at most {limit}", fix=fix)
+    return content
 
 
 def read_json(

@@ -119,6 +119,12 @@ class Request:
         return len(self.ids) + self.options.max_new_tokens - 1
 
 
+def answer_room(prompt: int, context: int) -> int:
+    """Tokens that an answer may have behind a prompt of so many: its last one is never fed. Below 1 there is no room
+    for any."""
+    return context - prompt + 1
+
+
 def shared_runs(ids: np.ndarray, runs: tuple[int, ...], held: np.ndarray, held_runs: tuple[int, ...]) -> int:
     """How many tokens two caches, or a request and a cache, begin with alike, in whole runs of both."""
     shared = min(len(held), len(ids))
@@ -153,12 +159,12 @@ def read_request(
             raise too_many_characters(asked, room, asked.characters, prompter, context)
         input_ids, turns = prompter.encode_turns(asked, has_image, special_tokens=options.special_tokens)
     else:
+        assert input_ids is not None  # read_prompt saw to it
         check_count(input_ids, "input_ids", context)
-    given_ids = () if input_ids is None else input_ids
-    request = request_of(given_ids, turns, options, has_image=has_image, prompter=prompter, manifest=manifest)
+    request = request_of(input_ids, turns, options, has_image=has_image, prompter=prompter, manifest=manifest)
     if request.room > context:
         prompt_tokens, answer = len(request.ids), options.max_new_tokens
-        others = [f"max_new_tokens={left}"] if (left := context - prompt_tokens + 1) > 0 else []
+        others = [f"max_new_tokens={left}"] if (left := answer_room(prompt_tokens, context)) > 0 else []
         raise too_long(asked, room, prompt_tokens, f"up to {answer} answer tokens", prompter, context, others)
     return request
 

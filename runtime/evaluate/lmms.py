@@ -7,7 +7,9 @@ from the paper's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,10 +19,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from engines.backend import Opening
+from engines.checks import require_integer, shown
 from engines.errors import OptionError
 from runtime.engine import Engine
 from runtime.evaluate.asking import in_order
-from runtime.evaluate.task import MAX_NEW_TOKENS
+from runtime.evaluate.task import MAX_NEW_TOKENS, answer_to
+from runtime.score.walk import Score
 from runtime.text.prompter import PLACEHOLDER
 from runtime.view import ImageView
 
@@ -42,7 +46,8 @@ def manifest() -> ModelManifest:
 
 
 class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
-    """A bundle. Requests that share an image encode it once; `batch_size` of them share decode steps."""
+    """A bundle. Requests that follow each other and share an image encode it once; those of `batch_size` images share
+    decode steps."""
 
     is_simple = True
 
@@ -56,8 +61,8 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
-        """Open a bundle folder; --model_args names these. `batch_size`: requests at a time, as the command line gives
-        it. `max_batch_size`: of an automatic batch size, which there is not. Raises what `Engine` does, and OptionError
+        """Open a bundle folder; --model_args names these. `batch_size`: images at a time, as the command line gives it.
+        `max_batch_size`: of an automatic batch size, which there is not. Raises what `Engine` does, and OptionError
         under a launcher of several processes."""
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -74,31 +79,21 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests of (context, generation settings, doc_to_visual, doc id, task, split)."""
 
-        def ask(request: Any) -> str:
-            context, settings, to_visual, doc, task, split = request.args
-            with self._view(to_visual(self.task_dict[task][split][doc])) as view:
-                return self._answer(view, context, settings)
+        def ask(group: _Group) -> list[str]:
+            with self._view(group.image) as view:
+                return [self._answer(view, *request.args[:2]) for request in group.requests]
 
-        return list(in_order(ask, requests, self.engine.slots))
+        return [answer for answers in in_order(ask, self._by_image(requests), self.engine.slots) for answer in answers]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """The answers of every round, for requests of (context, generation settings, doc_to_visual, doc_to_text, doc
         id, task, split); doc_to_text gives the next round, until it says that there is none."""
 
-        def ask(request: Any) -> list[str]:
-            context, settings, to_visual, to_text, doc, task, split = request.args
-            row, info = self.task_dict[task][split][doc], None
-            visuals, answers = to_visual(row), list[str]()
-            while True:
-                with self._view(visuals) as view:
-                    answers.append(self._answer(view, context, settings))
-                visuals, context, over, said, info = to_text(
-                    row, previous_output=answers, round_idx=len(answers), previous_round_info=info
-                )
-                if over:
-                    return list(said)
+        def ask(group: _Group) -> list[list[str]]:
+            with self._view(group.image) as view:
+                return [self._rounds(view, group.image, request) for request in group.requests]
 
-        return list(in_order(ask, requests, self.engine.slots))
+        return [rounds for answers in in_order(ask, self._by_image(requests), self.engine.slots) for rounds in answers]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """(mean loss of the continuation's tokens, whether they are what the model would answer) for requests of
@@ -109,30 +104,70 @@ class FlexAttention(lmms):  # type: ignore[misc] # its base has no annotations
         And not as the bare pair, of which lmms-eval 0.7 would make text.
         """
 
-        def ask(group: Sequence[Any]) -> list[GenerationResult]:
-            context, _, to_visual, doc, task, split = group[0].args
-            row = self.task_dict[task][split][doc]
-            given = [each.args[1] for each in group]
-            options = [(text if isinstance(text, str) else text(row)).removeprefix(" ") for text in given]
-            with self._view(to_visual(row)) as view:
-                scores = view.score(_plain(context), options, page_budget=self.page_budget)
+        def ask(group: _Group) -> list[GenerationResult]:
+            scores = list[Score]()
+            with self._view(group.image) as view:
+                for context, of_context in groupby(group.requests, key=lambda each: each.args[0]):
+                    options = [self._continuation(request) for request in of_context]
+                    scores += view.score(_plain(context), options, page_budget=self.page_budget)
             return [GenerationResult((-score.mean, score.greedy)) for score in scores]
 
-        groups = (
-            list(found) for _, found in groupby(requests, key=lambda each: (each.args[0], *map(str, each.args[3:])))
-        )
-        return [each for scored in in_order(ask, groups, self.engine.slots) for each in scored]
+        return [score for scores in in_order(ask, self._by_image(requests), self.engine.slots) for score in scores]
 
-    def _view(self, visuals: Iterable[object] | None) -> ImageView:
-        """A view of what doc_to_visual gave. OptionError for anything but one image, or none."""
-        given = list(visuals or ())
-        if len(given) > 1 or not all(isinstance(each, PIL.Image.Image) for each in given):
-            kinds = ", ".join(type(each).__name__ for each in given)
-            raise OptionError(f"a question about {len(given)} visuals: {kinds:.100}", expected="one image, or none")
-        return self.engine.image(given[0] if given else None, exif=False)  # type: ignore[arg-type] # as was just looked at
+    def _row(self, request: Any) -> Any:
+        """The document that a request is about."""
+        doc, task, split = request.args[-3:]
+        return self.task_dict[task][split][doc]
+
+    def _continuation(self, request: Any) -> str:
+        given = request.args[1]
+        return (given if isinstance(given, str) else str(given(self._row(request)))).removeprefix(" ")
+
+    def _by_image(self, requests: Iterable[Any]) -> Iterator[_Group]:
+        """Requests that follow each other and have equal images, in their order: those of one document, and of several
+        about one picture. Without images, those of one document."""
+        given = ((_image(request.args[2](self._row(request))), request) for request in requests)
+        for (image, *_), group in groupby(given, key=lambda each: (each[0], each[0] is None and each[1].args[-3:])):
+            yield _Group(image, [request for _, request in group])
+
+    def _rounds(self, view: ImageView, image: PIL.Image.Image | None, request: Any) -> list[str]:
+        """The answers of every round of a request, whose first is about the image of `view`."""
+        context, settings, _, to_text = request.args[:4]
+        row, answers, info = self._row(request), list[str](), None
+        asked = image
+        while True:
+            with nullcontext(view) if asked == image else self._view(asked) as current:
+                answers.append(self._answer(current, context, settings))
+            visuals, context, over, said, info = to_text(
+                row, previous_output=answers, round_idx=len(answers), previous_round_info=info
+            )
+            if over:
+                return list(said)
+            asked = _image(visuals)
+
+    def _view(self, image: PIL.Image.Image | None) -> ImageView:
+        return self.engine.image(image, exif=False)
 
     def _answer(self, view: ImageView, context: str, settings: dict[str, Any]) -> str:
-        return str(view.ask(_plain(context), page_budget=self.page_budget, **_options(settings)))
+        return str(answer_to(self.engine, view, _plain(context), self.page_budget, **_options(settings)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Requests about one image, or about none."""
+
+    image: PIL.Image.Image | None
+    requests: list[Any]
+
+
+def _image(visuals: Iterable[object] | None) -> PIL.Image.Image | None:
+    """What doc_to_visual gave. OptionError for anything but one image, or none."""
+    given = list(visuals or ())
+    image = given[0] if given else None
+    if len(given) > 1 or not (image is None or isinstance(image, PIL.Image.Image)):
+        kinds = ", ".join(type(each).__name__ for each in given)
+        raise OptionError(f"a question about {len(given)} visuals: {kinds:.100}", expected="one image, or none")
+    return image
 
 
 def _plain(context: str) -> str:
@@ -149,9 +184,10 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
                 expected=f"some of {sorted(_USED | _ONLY.keys())}",
                 fix="leave it out of a copy of the task",
             )
-    until = settings.get("until") or ()
+    until, most = settings.get("until") or (), settings.get("max_new_tokens")
+    found = f"generation_kwargs: max_new_tokens={shown(most)}"
     options: dict[str, Any] = {
-        "max_new_tokens": settings.get("max_new_tokens", MAX_NEW_TOKENS),
+        "max_new_tokens": require_integer(most, found, 1, none=f"{MAX_NEW_TOKENS}") or MAX_NEW_TOKENS,
         "stop": tuple(text for text in ((until,) if isinstance(until, str) else until) if text),
     }
     if settings.get("temperature") and settings.get("do_sample", True):

@@ -2,8 +2,9 @@
 
 Official (scripts/evaluation/eval_magnifier.py): the options come on lines of their own, the answer is greedy, and its
 letter is what `letter_of` finds. There is a rule more in the official code, for an answer that spells an option out: it
-looks for options behind commas, where they no longer are, so it never applies, and is not here. The free form of the
-questions is judged by a model of OpenAI's, and not here either.
+looks for options behind commas, where they no longer are, so it never applies, and is not here. A question whose right
+answer is no letter is always answered wrong. The free form of the questions is judged by a model of OpenAI's, and not
+here either.
 """
 
 from __future__ import annotations
@@ -58,8 +59,6 @@ def _item(
 ) -> Item:
     where = f"{path}, {key!r:.100}"
     instruction, right = text_of(row, "instruction", where), text_of(row, "answer", where)
-    if right not in LETTERS or len(right) != 1:
-        raise DataError(f"{where} has answer {shown(right)}", expected=f"one of {', '.join(LETTERS)}", fix=FIX)
     ids = row.get("image_ids")
     named = [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
     image = next((name for name in named if name in images), None)
@@ -67,7 +66,7 @@ def _item(
         raise DataError(f"{where} has image_ids {shown(ids)}", expected=f"a list with an image of {IMAGES}", fix=FIX)
     if image not in decoded:
         try:
-            decoded[image] = base64.b64decode(images[image], validate=True)
+            decoded[image] = base64.b64decode(images[image])  # official: line breaks and the like are passed over
         except (TypeError, ValueError, binascii.Error) as error:
             raise DataError(f"{IMAGES}, {image!r:.100}: {error}", expected="an image in base64", fix=FIX) from None
     return Item(index, key, "multiple choice", decoded[image], instruction, prompt_of(instruction), (right,))
@@ -112,4 +111,12 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("magnifier", "MagnifierBench, multiple choice", False, read, ask, look_at_answer, answer_files)
+TASK = Task(
+    "magnifier",
+    "MagnifierBench, multiple choice",
+    graded=False,
+    read=read,
+    ask=ask,
+    look=look_at_answer,
+    answer_files=answer_files,
+)

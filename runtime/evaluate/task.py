@@ -16,6 +16,7 @@ from engines.errors import DataError
 from plugins.files import open_file, read_file, read_json
 from runtime.answer import Answer
 from runtime.engine import Engine
+from runtime.request import answer_room
 from runtime.view import ImageView
 
 LARGEST = 4 << 30  # bytes of a data set's JSON; MagnifierBench keeps all its images in one
@@ -97,12 +98,20 @@ def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int
     return answer.trace.cells, [engine.prompter.decode([token]) for token in answer.token_ids]
 
 
-def answer_to(engine: Engine, view: ImageView, prompt: str, page_budget: int | None) -> Answer:
-    """The greedy answer, of MAX_NEW_TOKENS at most, or what the bundle's context has room for. Raises what
-    `ImageView.ask` does."""
-    ids, _ = engine.prompter.expand(engine.prompter.encode(prompt, True), True)
-    room = max(1, engine.geometry.context - len(ids) + 1)
-    return view.ask(prompt, max_new_tokens=min(MAX_NEW_TOKENS, room), page_budget=page_budget)
+def answer_to(
+    engine: Engine,
+    view: ImageView,
+    prompt: str,
+    page_budget: int | None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    **options: Any,
+) -> Answer:
+    """The answer, greedy unless `options` of `ImageView.ask` say otherwise: of `max_new_tokens` at most, or what the
+    bundle's context has room for. Raises what `ImageView.ask` does."""
+    has_image = view.size is not None
+    ids, _ = engine.prompter.expand(engine.prompter.encode(prompt, has_image), has_image)
+    room = max(1, answer_room(len(ids), engine.geometry.context))  # of none, `ask` says what to do
+    return view.ask(prompt, max_new_tokens=min(max_new_tokens, room), page_budget=page_budget, **options)
 
 
 def answered(item: Item, answer: Answer, score: Callable[[str], float], **details: Any) -> Record:

@@ -13,6 +13,7 @@ from typing import Any
 from engines.errors import DataError
 from runtime.engine import Engine
 from runtime.evaluate.task import (
+    SHORT_ANSWER,
     Item,
     Record,
     Task,
@@ -31,7 +32,6 @@ from runtime.evaluate.vqa_accuracy import PEOPLE, accuracy
 from runtime.view import ImageView
 
 QUESTIONS, IMAGES = "TextVQA_0.5.1_val.json", "train_images"
-INSTRUCTION = "\nAnswer the question using a single word or phrase."
 FIX = (
     f"curl -LO https://dl.fbaipublicfiles.com/textvqa/data/{QUESTIONS}, and unpack "
     "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip beside it"
@@ -65,7 +65,7 @@ def _name(row: Mapping[str, Any], where: str) -> tuple[str, str]:
 def _item(folder: Path, row: Mapping[str, Any], answers: tuple[str, ...], index: int) -> Item:
     question, image = row["question"], folder / IMAGES / f"{row['image_id']}.jpg"
     key = str(row.get("question_id", index))
-    return Item(index, key, "validation", image, question, question + INSTRUCTION, answers)
+    return Item(index, key, "validation", image, question, question + SHORT_ANSWER, answers)
 
 
 def ask(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -> Record:
@@ -80,7 +80,7 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     rows = (
         {
             "question_id": detail_of(record, "image"),  # official: the image's file name, not the question's id
-            "prompt": template.replace("{prompt}", record.question + INSTRUCTION),
+            "prompt": template.replace("{prompt}", record.question + SHORT_ANSWER),
             "text": record.answer,
             "answer_id": str(record.index),
             "model_id": "llava-v1.5",
@@ -91,4 +91,4 @@ def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:
     return {"answers.jsonl": json_lines(rows)}
 
 
-TASK = Task("textvqa", "TextVQA", True, read, ask, look_at_answer, answer_files)
+TASK = Task("textvqa", "TextVQA", graded=True, read=read, ask=ask, look=look_at_answer, answer_files=answer_files)

@@ -1,7 +1,7 @@
 """The accuracy of a short answer that ten people also gave: VQA's, as the evaluator of M4C computes it.
 
-No package on PyPI has it without a framework for training around it. Its published definition has rules that never
-apply, because others have taken away what they look for (a comma between digits, capitals); those are not here.
+On PyPI it is only inside lmms-eval and MMF, which bring torch and datasets. Its published definition has rules that
+never apply, because others have taken away what they look for (a comma between digits, capitals); those are not here.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from engines.errors import PromptError
 from runtime.request import (
     Options,
     Request,
+    answer_room,
     check_count,
     may_fit,
     read_prompt,
@@ -22,6 +23,9 @@ from runtime.request import (
 )
 from runtime.text.conversation import Conversation, Prompt
 from runtime.text.prompter import IMAGE_TOKEN, Prompter
+
+# Of a prompt: its ids, and how many of them come before each earlier answer.
+_Tokens = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,36 +42,16 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Continuations:
-    """What may follow a prompt: `texts`, or token `ids`, the other being None. Several of either, arrays of NumPy too.
-
-    Raises PromptError unless one of the two is given, and for what is no list of them.
-    """
+    """What may follow a prompt, as it was given: `texts`, or token `ids`, the other being None. Several of either, in
+    arrays of NumPy too."""
 
     texts: Sequence[str] | None
     ids: Sequence[Sequence[int]] | None
 
-    def __post_init__(self) -> None:
-        if self.texts is not None and self.ids is not None:
-            raise PromptError("both continuations and continuation_ids", expected="one of them")
-        given, what = (self.texts, "texts") if self.ids is None else (self.ids, "lists of token ids")
-        if given is None:
-            raise PromptError("no continuation", expected="one of continuations and continuation_ids")
-        if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str | bytes | bytearray | memoryview):
-            raise PromptError(f"continuations {shown(given)}", expected=f"a list of {what}")
-        if isinstance(given, np.ndarray) and not given.ndim:
-            raise PromptError(
-                f"continuations {shown(given)}, an array without dimensions", expected=f"a list of {what}"
-            )
-        if all(False for _ in given):  # len() cannot count every range
-            raise PromptError("no continuation", expected=f"a list of one or more {what}")
-        if self.texts is None:
-            return
-        for index, text in enumerate(self.texts):
-            if not isinstance(text, str):
-                raise PromptError(f"continuation {index} of type {type(text).__name__}", expected="str")
-            if not text:
-                raise PromptError(f"continuation {index} is empty", expected="text of at least one token")
-        object.__setattr__(self, "texts", tuple(self.texts))  # of an array nobody could ask whether there is any
+    @property
+    def characters(self) -> int:
+        """Of the longest text; 0 of ids."""
+        return 0 if self.texts is None else max(map(len, self.texts))
 
 
 @dataclass(frozen=True)
@@ -85,9 +69,11 @@ class ContinuationReader:
         """The continuations by their prompts: all have the same one, unless a token spans the seam of some.
 
         Raises PromptError for a prompt that is none or does not go with the image (or the lack of one), for
-        continuations that have no token, for ids that are out of range, and for text that was to follow ids;
-        ContextError for what does not fit together; OptionError for a page budget above the bundle's.
+        continuations that are no list of either kind or have no token, for ids that are out of range, and for text that
+        was to follow ids; ContextError for what does not fit together; OptionError for a page budget above the
+        bundle's.
         """
+        _require_several(continuations)
         asked = read_prompt(prompt, input_ids)
         if asked is None:
             if continuations.ids is None:
@@ -95,11 +81,11 @@ class ContinuationReader:
                     "input_ids with a continuation as text, which is tokenised as one with its prompt",
                     expected="both as text, or continuation_ids",
                 )
+            assert input_ids is not None  # read_prompt saw to it
             check_count(input_ids, "input_ids", self._context)
-            given = () if input_ids is None else input_ids
-            return [self._scoring(given, (), self._checked(continuations.ids), None, continuations)]
-        if not self._may_fit(asked, continuations):
-            characters = asked.characters + _longest_text(continuations)
+            return [self._scoring(input_ids, (), self._checked(continuations.ids), None, continuations)]
+        characters = asked.characters + continuations.characters
+        if not may_fit(characters, self.prompter, self._context):
             raise too_many_characters(
                 asked, lambda shorter: self._room(shorter, continuations), characters, self.prompter, self._context
             )
@@ -112,16 +98,15 @@ class ContinuationReader:
     def _context(self) -> int:
         return self.manifest.geometry.context
 
-    def _by_prompt(
-        self, asked: Conversation, continuations: Continuations
-    ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, np.ndarray]]:
-        """Prompts, as ids and how many of them come before each earlier answer -> the continuations of each."""
+    def _by_prompt(self, asked: Conversation, continuations: Continuations) -> dict[_Tokens, dict[int, np.ndarray]]:
+        """Prompts -> the continuations of each."""
         special = self.options.special_tokens
         if continuations.ids is not None:
             ids, turns = self.prompter.encode_turns(asked, self.has_image, special_tokens=special)
             return {(tuple(ids), tuple(turns)): self._checked(continuations.ids)}
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, np.ndarray]] = {}
-        for index, text in enumerate(continuations.texts or ()):
+        found: dict[_Tokens, dict[int, np.ndarray]] = {}
+        assert continuations.texts is not None  # as one of the two is given
+        for index, text in enumerate(continuations.texts):
             ids, turns = self.prompter.encode_turns(asked, self.has_image, special_tokens=special, answer=text)
             *earlier, begin = turns
             if IMAGE_TOKEN in ids[begin:]:
@@ -161,7 +146,7 @@ class ContinuationReader:
             manifest=self.manifest,
         )
         if request.room > self._context:
-            left = self._context - len(request.ids) + 1
+            left = answer_room(len(request.ids), self._context)
             raise too_long(
                 asked,
                 lambda shorter: self._room(shorter, continuations),
@@ -173,12 +158,9 @@ class ContinuationReader:
             )
         return Scoring(request, found)
 
-    def _may_fit(self, asked: Conversation, continuations: Continuations) -> bool:
-        return may_fit(asked.characters + _longest_text(continuations), self.prompter, self._context)
-
     def _room(self, asked: Conversation, continuations: Continuations) -> int:
         """Tokens that the longest of the continuations takes in a cache, with its prompt; the last one is never fed."""
-        if not self._may_fit(asked, continuations):
+        if not may_fit(asked.characters + continuations.characters, self.prompter, self._context):
             return self._context + 1
         found = self._by_prompt(asked, continuations)
         return max(
@@ -187,6 +169,21 @@ class ContinuationReader:
         )
 
 
-def _longest_text(continuations: Continuations) -> int:
-    """Characters of the longest continuation; 0 of ids."""
-    return max(map(len, continuations.texts or ("",)))
+def _require_several(given: Continuations) -> None:
+    """PromptError unless one of the two is given, a list of one or more, and each text is one and not empty."""
+    if given.texts is not None and given.ids is not None:
+        raise PromptError("both continuations and continuation_ids", expected="one of them")
+    several, what = (given.texts, "texts") if given.ids is None else (given.ids, "lists of token ids")
+    if several is None:
+        raise PromptError("no continuation", expected="one of continuations and continuation_ids")
+    if not isinstance(several, Sequence | np.ndarray) or isinstance(several, str | bytes | bytearray | memoryview):
+        raise PromptError(f"continuations {shown(several)}", expected=f"a list of {what}")
+    if isinstance(several, np.ndarray) and not several.ndim:
+        raise PromptError(f"continuations {shown(several)}, an array without dimensions", expected=f"a list of {what}")
+    if all(False for _ in several):  # len() cannot count every range
+        raise PromptError("no continuation", expected=f"a list of one or more {what}")
+    for index, text in enumerate(() if given.texts is None else given.texts):
+        if not isinstance(text, str):
+            raise PromptError(f"continuation {index} of type {type(text).__name__}", expected="str")
+        if not text:
+            raise PromptError(f"continuation {index} is empty", expected="text of at least one token")

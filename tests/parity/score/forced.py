@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 
+from export.build import BuildOptions, build
 from runtime import Engine, Score
+from tests.conftest import once
 from tests.parity.official import Case
+from tests.parity.report import Row, official_cases
+from tests.paths import OFFICIAL
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,20 @@ class Errors:
     mean: float
 
 
-# What was measured on the CPU is said in test_official_runs.py. float32 keeps the bound of the logits that was given
-# with the recordings, though a log-probability could be off by twice that.
+# Bounds of the rows that `python -m tests.parity.score` prints, by their labels. docs/figures.md has what was measured
+# and where; a bound is at most twice that. float32 keeps the bound of the logits that was given with the recordings,
+# though a log-probability could be off by twice as much.
 BOUNDS = {
     "fp32": Errors(before=2e-4, agreeing=2e-4, always=2e-4, mean=2e-4),
-    "fp16": Errors(before=0.014, agreeing=0.014, always=0.08, mean=0.007),
-    "bf16": Errors(before=0.013, agreeing=0.065, always=1.0, mean=0.08),
+    "fp32, kv int8": Errors(before=0.044, agreeing=0.044, always=0.068, mean=0.0044),
+    "fp32, kv cache int8": Errors(before=0.0034, agreeing=0.015, always=1.0, mean=0.034),
+    "fp32, kv int8, kv cache int8": Errors(before=0.0098, agreeing=0.034, always=1.0, mean=0.032),
+    "fp16": Errors(before=0.0074, agreeing=0.0074, always=0.078, mean=0.0064),
+    "bf16": Errors(before=0.013, agreeing=0.044, always=0.96, mean=0.078),
+    "int8, blocks of 16": Errors(before=0.11, agreeing=0.11, always=2.6, mean=0.32),
+    "int8, columns": Errors(before=None, agreeing=0.07, always=2.7, mean=0.2),
+    "int4, blocks of 16": Errors(before=None, agreeing=None, always=4.8, mean=1.38),
+    "fp8, columns": Errors(before=None, agreeing=None, always=3.4, mean=0.74),
 }
 
 
@@ -63,6 +76,18 @@ def compare(case: Case, score: Score) -> Errors:
     return Errors(before, agreeing, float(errors.max()), float(abs(score.mean - expected.mean())))
 
 
+def runs_of(row: Row, out: Path, calibrate: Path | None = None) -> list[Errors]:
+    """The errors of the recorded runs of the checkpoint as it is, on the bundle of a row, which is built as `out`,
+    unchecked, unless it is there. `calibrate`: data for a row that is calibrated. OptionError for a block size that
+    does not divide."""
+    options = BuildOptions(
+        OFFICIAL / "weights", out, row.precision, row.block, calibrate=calibrate if row.calibrated else None,
+        kv=row.kv, kv_cache=row.kv_cache, check="none",
+    )  # fmt: skip
+    with Engine(once(out, lambda _: build(options))) as engine:
+        return [compare(case, scored(engine, case)) for case in official_cases()]
+
+
 def together(runs: Sequence[Errors]) -> Errors:
     """The worst of several runs."""
     before, agreeing = (
@@ -70,6 +95,14 @@ def together(runs: Sequence[Errors]) -> Errors:
         for values in ([run.before for run in runs], [run.agreeing for run in runs])
     )
     return Errors(before, agreeing, max(run.always for run in runs), max(run.mean for run in runs))
+
+
+NONE = "no such step"
+
+
+def cells(errors: Errors) -> list[str]:
+    """As a table shows them."""
+    return [NONE if value is None else f"{value:.2g}" for value in astuple(errors)]
 
 
 def failures(found: Errors, bounds: Errors) -> list[str]:

@@ -1,11 +1,14 @@
 """Files that are no files, JSON that is no JSON: each a typed error, none a wait."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from engines.errors import BundleError, CheckpointError
 from plugins.files import open_file, parse_json, read_file, read_json
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,36 @@ def test_a_file_is_read_up_to_its_limit_and_no_further(tmp_path):
     assert read_file(tmp_path / "file", BundleError, limit=5) == b"12345"
     with pytest.raises(BundleError, match=r"has 5 bytes\n  expected: at most 4"):
         read_file(tmp_path / "file", BundleError, limit=4)
+
+
+def test_a_file_that_says_no_size_is_read_up_to_its_limit():
+    """As those are that the kernel makes while they are read."""
+    assert b"python" in read_file("/proc/self/cmdline", BundleError, limit=1 << 20)
+    with pytest.raises(BundleError, match=r"has more than 4 bytes\n  expected: at most 4"):
+        read_file("/proc/self/cmdline", BundleError, limit=4)
+
+
+def test_reading_takes_memory_for_the_file_not_for_its_limit(tmp_path):
+    """Data sets may have gigabytes. And what memory has no room for is a typed error."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"12345")
+    with open(large, "wb") as file:
+        file.truncate(1 << 30)  # takes no room on the disk
+    script = f"""
+import resource
+from engines.errors import DataError
+from plugins.files import read_file
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+assert read_file({str(small)!r}, DataError, limit=4 << 30) == b"12345"
+try:
+    read_file({str(large)!r}, DataError, limit=4 << 30)
+except DataError as error:
+    assert "1073741824 bytes, more than memory has room for" in str(error), error
+else:
+    raise SystemExit("it was read")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

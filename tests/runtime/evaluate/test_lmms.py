@@ -9,19 +9,29 @@ import random
 import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomllib
 
+from engines.errors import OptionError
 from export.default_model.evaluate import scenes_with_questions, write
+from runtime import Engine
 from runtime.evaluate import scenes, vstar
 from runtime.evaluate.__main__ import parse_arguments, run
 from runtime.evaluate.vqa_accuracy import CONTRACTIONS, normalised
 from tests.paths import ROOT
+from tests.runtime.evaluate.datasets import picture
+from tests.runtime.questions import GEOMETRY
 
 if find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed: pip install lmms-eval", allow_module_level=True)
+
+from lmms_eval.api.instance import Instance
+
+from runtime.evaluate.lmms import FlexAttention
 
 COMMON = """
 dataset_path: json
@@ -147,3 +157,127 @@ def test_options_that_are_scored(scored, data, default_bundle, tmp_path):
     """With the paper's prompt, a multiple choice is the paper's: the lowest mean loss."""
     ours = evaluated("vstar", data / "vstar", default_bundle("fp16"), tmp_path / "r.jsonl")
     assert scored["flex_options"]["acc,none"] == pytest.approx(ours)
+
+
+class Task:
+    """A task of made-up documents, each a picture's seed (None: no picture) and a question."""
+
+    def __init__(self, *docs: tuple[int | None, str]) -> None:
+        self.docs = list(docs)
+
+    def requests(self, kind: str, *between: object, settings: object = None) -> list[Instance]:
+        """A request for each; `between`: what the kind has behind doc_to_visual."""
+        return [
+            Instance(
+                request_type=kind, arguments=(text, settings or {}, self.visual, *between, index, "made_up", "test"),
+                idx=0, metadata={"task": "made_up", "doc_id": index, "repeats": 1},
+            )
+            for index, (_, text) in enumerate(self.docs)
+        ]  # fmt: skip
+
+    @staticmethod
+    def visual(doc):
+        return [] if doc[0] is None else [picture(doc[0], (90, 60))]  # a new object each time, as from a file
+
+
+@pytest.fixture
+def opened(random_model, monkeypatch):
+    """opened(task, batch size) -> (the model, how many images its engine has encoded)."""
+    bundle = random_model("engine", GEOMETRY, tokenizer=True)[1]
+
+    def get(task: Task, batch_size: int = 1):
+        model, seen = FlexAttention(str(bundle), threads=1, batch_size=batch_size), []
+        kind, vision = type(model.engine.model), type(model.engine.model).vision
+        monkeypatch.setattr(kind, "vision", lambda self, tiles: (seen.append(len(tiles)), vision(self, tiles))[1])
+        model.task_dict["made_up"] = {"test": task.docs}
+        return model, lambda: seen.count(1)  # the low-res tile
+
+    return get
+
+
+@pytest.fixture
+def asked(random_model):
+    """asked(seed, question, limit) -> the greedy answer by the engine."""
+    engine = Engine(random_model("engine", GEOMETRY, tokenizer=True)[1], threads=1)
+
+    def get(seed: int | None, question: str, most: int) -> str:
+        image = None if seed is None else np.asarray(picture(seed, (90, 60)))
+        return str(engine.generate(image, question, max_new_tokens=most))
+
+    return get
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_requests_about_one_picture_encode_it_once(opened, asked, batch_size):
+    """Of one document and of several; without a picture, too. All in their order."""
+    task = Task((1, "a"), (1, "<image>\nb"), (2, "c"), (None, "d"), (None, "e"), (1, "f"))
+    model, encoded = opened(task, batch_size)
+    found = model.generate_until(task.requests("generate_until", settings={"max_new_tokens": 5, "until": []}))
+    assert encoded() == 3
+    pairs = [each for each in task.requests("loglikelihood", settings=" yes") for _ in range(2)]
+    scores = model.loglikelihood(pairs)
+    assert encoded() == 6
+    assert found == [asked(seed, text.removeprefix("<image>\n"), 5) for seed, text in task.docs]
+    assert [each.text for each in scores[::2]] == [each.text for each in scores[1::2]]
+    with model.engine.image(task.visual((2, ""))[0], exif=False) as view:
+        assert scores[4].text[0] == pytest.approx(-view.score("c", ["yes"])[0].mean, abs=1e-5)
+
+
+def test_an_answer_has_as_many_tokens_as_the_context_has_room_for(opened, asked):
+    """Though the task allows more; without a number, 512."""
+    task = Task((1, "x" * 100))
+    model, _ = opened(task)
+    for settings in ({"max_new_tokens": 4096}, {"max_new_tokens": None, "until": None}, {}):
+        (found,) = model.generate_until(task.requests("generate_until", settings=settings))
+        room = GEOMETRY.context + 1 - len(model.engine.prompter.encode(task.docs[0][1], True)) + 1
+        assert found == asked(*task.docs[0], room - GEOMETRY.image_tokens)
+
+
+def test_rounds(opened, asked):
+    """Each is asked about its own picture, and the first round's is encoded once; what the task returns counts."""
+    task, number = Task((1, "a"), (1, "b")), count()
+
+    def next_round(doc, previous_output, round_idx, previous_round_info):
+        assert len(previous_output) == round_idx and previous_round_info == (None if round_idx == 1 else round_idx - 1)
+        next(number)
+        seed = (doc[0], 2)[round_idx - 1] if round_idx < 3 else None
+        over = round_idx == 3
+        return Task.visual((seed, "")), f"round {round_idx}", over, [*previous_output, doc[1]], round_idx
+
+    model, encoded = opened(task)
+    settings = {"max_new_tokens": 4}
+    found = model.generate_until_multi_round(task.requests("generate_until_multi_round", next_round, settings=settings))
+    assert next(number) == 6 and encoded() == 3, "that of all first rounds, and two of last ones"
+    rest = [asked(1, "round 1", 4), asked(2, "round 2", 4)]
+    assert found == [[asked(1, first, 4), *rest, first] for first in "ab"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 4}, {"repetition_penalty": 1.2}, {"image_aspect_ratio": "anyres"}, {"min_new_tokens": 3},
+     {"max_new_tokens": 0}, {"max_new_tokens": "many"}],
+)  # fmt: skip
+def test_settings_that_would_be_left_undone_are_an_error(opened, settings):
+    task = Task((1, "a"))
+    model, encoded = opened(task)
+    (name,) = settings
+    with pytest.raises(OptionError, match=f"generation_kwargs: {name}="):
+        model.generate_until(task.requests("generate_until", settings=settings))
+    assert encoded() == 0
+    done = {"num_beams": 1, "repetition_penalty": None, "image_aspect_ratio": "pad", "max_new_tokens": 1}
+    assert len(model.generate_until(task.requests("generate_until", settings=done))) == 1
+
+
+def test_several_pictures_are_an_error(opened, monkeypatch):
+    task = Task((1, "a"))
+    model, _ = opened(task)
+    for visuals, found in (([picture(1, (9, 9))] * 2, "2 visuals"), (["a.mp4"], "1 visuals: str")):
+        monkeypatch.setattr(Task, "visual", staticmethod(lambda _, visuals=visuals: visuals))
+        with pytest.raises(OptionError, match=found):
+            model.generate_until(task.requests("generate_until"))
+
+
+@pytest.mark.parametrize("given", [{"batch_size": "auto"}, {"batch_size": -1}])
+def test_options_that_there_are_not(random_model, given):
+    with pytest.raises(OptionError, match="--batch_size"):
+        FlexAttention(str(random_model("engine", GEOMETRY, tokenizer=True)[1]), **given)

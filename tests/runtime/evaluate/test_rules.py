@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from math import comb, sqrt
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,22 @@ def test_every_contraction_lacks_one_apostrophe():
 def test_vqa_accuracy_leaves_each_person_out(matches, expected):
     people = ["The Nokia."] * matches + [f"other {index}" for index in range(10 - matches)]
     assert accuracy("nokia", people) == pytest.approx(expected, abs=1e-12)
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_vqa.json").read_text())
+
+
+def test_answers_take_the_form_that_the_published_evaluator_gives_them():
+    """Recorded: every contraction, number and mark of its rules, and made-up answers of them."""
+    assert len(PUBLISHED["forms"]) > 500
+    assert {answer: normalised(answer) for answer, _ in PUBLISHED["forms"]} == dict(PUBLISHED["forms"])
+
+
+def test_accuracies_are_those_of_the_published_evaluator():
+    """Recorded: of whole questions."""
+    found = [accuracy(each["answer"], each["people"]) for each in PUBLISHED["questions"]]
+    assert found == pytest.approx([each["accuracy"] for each in PUBLISHED["questions"]], abs=1e-12)
+    assert {0.0, 0.3, 0.6, 0.9, 1.0} == {round(each, 6) for each in found}
 
 
 def test_magnifier_puts_options_on_lines_of_their_own():

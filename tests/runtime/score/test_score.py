@@ -110,24 +110,49 @@ def test_probabilities_of_all_tokens_sum_to_one(either):
     assert sum(score.greedy for score in scores) == 1
 
 
-def test_what_answers_share_is_fed_once(engine, monkeypatch):
+@pytest.fixture
+def work(engine, monkeypatch) -> tuple[list[int], list[int]]:
+    """What engines do from now on: of each run of a decoder how many tokens of the prompt it was fed, 0 of a step; and
+    how many tiles each pass of vision had."""
+    runs, tiles, run, vision = [], [], OrtDecoder.run, type(engine.model).vision
+
+    def counted(self, ids, *rest, lengths=None, **more):
+        step = ids.shape[1] == 1 and lengths is None
+        runs.append(0 if step else ids.size if lengths is None else int(lengths.sum()))
+        return run(self, ids, *rest, lengths=lengths, **more)
+
+    monkeypatch.setattr(OrtDecoder, "run", counted)
+    monkeypatch.setattr(type(engine.model), "vision", lambda self, of: (tiles.append(len(of)), vision(self, of))[1])
+    return runs, tiles
+
+
+def test_what_answers_share_is_fed_once(engine, work):
     """One pass of vision, one prefill, and a step for each beginning that something follows."""
-    runs, run = [], OrtDecoder.run
-    monkeypatch.setattr(
-        OrtDecoder, "run", lambda self, ids, *rest, **more: (runs.append(ids.copy()), run(self, ids, *rest, **more))[1]
-    )
-    visions, vision = [], type(engine.model).vision
-    monkeypatch.setattr(type(engine.model), "vision", lambda self, tiles: (visions.append(1), vision(self, tiles))[1])
+    runs, tiles = work
     view = engine.image(PHOTO)
     scores = view.score(QUESTION, ANSWERS)
-    assert len(visions) == 2, "low-res and hi-res"
+    assert tiles == [1, GEOMETRY.zoom**2], "low-res and hi-res"
     beginnings = {tuple(score.token_ids[:end]) for score in scores for end in range(len(score.token_ids))}
-    assert sum(ids.shape[1] == 1 for ids in runs) == len(beginnings) == len(scores[0].stats.decode_ms)
-    prefilled = sum(ids.shape[1] for ids in runs if ids.shape[1] > 1)
-    assert prefilled == scores[0].stats.prompt_tokens - 1
+    assert runs.count(0) == len(beginnings) == len(scores[0].stats.decode_ms)
+    assert sum(runs) == scores[0].stats.prompt_tokens - 1
     assert scores[0].stats.reused_tokens == 0 and scores[0].stats.vision_ms > 0
     again = view.score(QUESTION, ANSWERS[:1])[0].stats
     assert again.reused_tokens == again.prompt_tokens - 1 and again.vision_ms == again.projection_ms == 0
+
+
+def test_with_slots_what_answers_share_is_fed_once(slotted, work):
+    """One row prefills the prompt, from which the others copy it; then they step together."""
+    runs, tiles = work
+    with slotted.image(np.roll(PHOTO, 1, 0)) as view:  # which no row holds yet
+        scores = view.score("what is it?", ANSWERS)
+        rows = {id(score.stats): score.stats for score in scores}.values()
+        assert len(rows) > 1
+        assert tiles == [1, GEOMETRY.zoom**2] and sum(runs) == scores[0].stats.prompt_tokens - 1
+        assert runs.count(0) == max(len(stats.decode_ms) for stats in rows)
+        beginnings = {tuple(score.token_ids[:end]) for score in scores for end in range(1, len(score.token_ids))}
+        assert sum(len(stats.decode_ms) for stats in rows) == len(beginnings) + len(rows)
+        view.score("what is it?", ANSWERS[::-1])
+        assert len(tiles) == 2 and sum(runs) == scores[0].stats.prompt_tokens - 1, "nothing is fed again"
 
 
 def test_slots_score_side_by_side(slotted, engine):
