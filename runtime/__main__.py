@@ -123,7 +123,7 @@ def _answer_one(given: argparse.Namespace) -> None:
     answer = stream.answer()
     print(answer.stats, file=sys.stderr)
     if image is not None and answer.trace is not None:  # as --show asks for
-        captions = [engine.prompter.decode([token]) for token in answer.token_ids]
+        captions = engine.prompter.captions(answer.token_ids)
         write_picture(draw_selection(image, answer.trace.cells, captions), given.show, "--show")
         print(f"wrote {given.show}", file=sys.stderr)
 

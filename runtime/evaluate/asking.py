@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from engines.checks import require_integer, shown
 from engines.errors import FlexError, OptionError
 from runtime.engine import Engine
 from runtime.evaluate.results import Results
-from runtime.evaluate.task import Item, Record, Task
+from runtime.evaluate.task import Item, Record, Task, image_digest
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -70,8 +70,9 @@ def evaluate(
         item = group[0]
         try:
             with engine.image(item.image, exif=False) as view:
+                digest = image_digest(item.image)
                 for item in group:
-                    yield task.ask(engine, view, item, results.run.page_budget)
+                    yield replace(task.ask(engine, view, item, results.run.page_budget), image=digest)
         except FlexError as error:
             raise error.within(item.key) from error
 

@@ -156,15 +156,17 @@ class Results:
 
     def pending(self, items: Iterable[Item]) -> list[Item]:
         """Those that have no result yet. OptionError for one that has, of another image than it has now."""
-        left = []
+        left, digests = list[Item](), dict[Path | bytes, str]()  # of images with several questions once
         for item in items:
             record = self._records.get(item.index)
             if record is None:
                 left.append(item)
-            elif record.image != image_digest(item.image):
+                continue
+            digest = digests.get(item.image) or digests.setdefault(item.image, image_digest(item.image))
+            if record.image != digest:
                 raise OptionError(
                     f"{self.path} holds a result of {item.key!r:.100} with another image: sha256 {record.image:.16}",
-                    expected=f"sha256 {image_digest(item.image)}",
+                    expected=f"sha256 {digest}",
                     fix=ANOTHER,
                 )
         return left

@@ -39,7 +39,7 @@ def estimate(scores: Sequence[float], graded: bool) -> Estimate:
     return Estimate(count, mean, max(0.0, float(low)), min(1.0, float(high)))
 
 
-def exact_p(gained: int, lost: int) -> float:
+def exact_p(better: int, worse: int) -> float:
     """The two-sided p of McNemar's exact test: how likely a split of the changed questions is that is at least this
     uneven, if either way is as likely. 1 where none changed. Of graded answers it is the sign test."""
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0

@@ -52,7 +52,8 @@ class Record:
 
     index, key, subset, question: of its item. answer: text, without white space around it; of V* the option with the
     lowest loss. score: 0 .. 1. pages_read: mean over the layers that read pages, and the tokens. details: what else the
-    benchmark's own files hold, as JSON. image: `image_digest` of the image that was asked about.
+    benchmark's own files hold, as JSON. image: `image_digest` of the image that was asked about; `asking.evaluate`,
+    which asks all questions about one, puts it there.
     """
 
     index: int
@@ -95,7 +96,7 @@ def look_at_answer(engine: Engine, view: ImageView, item: Item, page_budget: int
     """`Task.look` where an answer is generated; of its first tokens."""
     answer = view.ask(item.prompt, max_new_tokens=LOOKED_AT, page_budget=page_budget, trace=True)
     assert answer.trace is not None  # as it was asked for
-    return answer.trace.cells, [engine.prompter.decode([token]) for token in answer.token_ids]
+    return answer.trace.cells, engine.prompter.captions(answer.token_ids)
 
 
 def answer_to(
@@ -122,12 +123,11 @@ def answered(item: Item, answer: Answer, score: Callable[[str], float], **detail
 
 
 def recorded(item: Item, answer: str, score: float, pages_read: Iterable[Any], **details: Any) -> Record:
-    """The record of an item; `pages_read`: arrays of page counts, of tokens and layers. DataError where its image has
-    gone meanwhile."""
+    """The record of an item, before its image's digest is known; `pages_read`: arrays of page counts, of tokens and
+    layers."""
     counts = [count for each in pages_read for count in each.ravel().tolist()]
     mean = round(sum(counts) / len(counts), 3) if counts else 0.0
-    image = image_digest(item.image)
-    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details, image)
+    return Record(item.index, item.key, item.subset, item.question, answer, score, mean, details)
 
 
 def detail_of(record: Record, name: str) -> str:

@@ -87,7 +87,7 @@ def look(engine: Engine, view: ImageView, item: Item, page_budget: int | None) -
     """See Task.look: of the option that it finds likeliest."""
     scores = view.score(item.prompt, item.references, page_budget=page_budget)
     best = max(scores, key=lambda score: score.mean)  # the first of equal ones
-    return best.cells, [engine.prompter.decode([token]) for token in best.token_ids]
+    return best.cells, engine.prompter.captions(best.token_ids)
 
 
 def answer_files(records: Sequence[Record], template: str) -> Mapping[str, str]:

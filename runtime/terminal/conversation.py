@@ -245,7 +245,7 @@ class Conversation:
         if os.path.lexists(path):
             raise OptionError(f"/show {path}: there is such a file", expected="a new name", fix="/show alone finds one")
         cells = np.stack([token.cells for token in self._tokens])
-        captions = [self._engine.prompter.decode([token.id]) for token in self._tokens if token.id is not None]
+        captions = self._engine.prompter.captions(token.id for token in self._tokens if token.id is not None)
         write_picture(draw_selection(self._image, cells, captions), path, "/show")
         print(path, flush=True)
 

@@ -6,7 +6,7 @@ import codecs
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -249,6 +249,10 @@ class Prompter:
             # `tokenizers` gives up a whole run of byte tokens for one bad byte, good characters included.
             tokens = [tokenizer.id_to_token(token) for token in ids if token not in self._special]
             return str(tokenizer.decoder.decode(_marked([token for token in tokens if token is not None])))
+
+    def captions(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token by itself, for pictures of where it looked. Raises PromptError for a negative id."""
+        return [self.decode([token]) for token in ids]
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         """A fresh stream for one answer. Without a tokenizer it stays silent, and stop strings are a PromptError."""

@@ -20,6 +20,7 @@ import numpy as np
 from engines.errors import OptionError
 from export.build import BuildOptions, build
 from runtime import Engine, ImageView
+from runtime.evaluate.report import table
 from tests.parity.report import ROWS, calibration_data
 from tests.parity.score.forced import cells, runs_of, together
 from tests.paths import ROOT
@@ -30,22 +31,17 @@ ANSWERS = ["90 and 67", "90 and 76", "67 and 90", "12 and 34"]
 LONGEST = 8  # tokens of a generated answer
 
 
-def line(cells: Sequence[str]) -> str:
-    """A row of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def parity(folder: Path) -> list[str]:
     """The first table; `folder`: for bundles. Block sizes that do not divide the small model's weights have no row."""
-    lines = [line(HEAD), "| --- |" + " ---: |" * (len(HEAD) - 1)]
+    lines = []
     data, _ = calibration_data(folder, 2026)
     for index, row in enumerate(ROWS):
         try:
             runs = runs_of(row, folder / str(index), data)
         except OptionError:
             continue
-        lines.append(line((row.label, *cells(together(runs)), f"{sum(run.mean for run in runs) / len(runs):.2g}")))
-    return lines
+        lines.append((row.label, *cells(together(runs)), f"{sum(run.mean for run in runs) / len(runs):.2g}"))
+    return table(HEAD, lines)
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,8 @@ def times(bundle: Path, repeats: int) -> list[str]:
     rows: dict[str, dict[bool, str]] = {}
     for way, text in found:
         rows.setdefault(way.name, {})[way.kept] = text
-    lines = [line(("four answers", "from the file, ms", "encoded, ms")), "| --- | ---: | ---: |"]
-    return lines + [line((name, row[False], row.get(True, "-"))) for name, row in rows.items()]
+    head = ("four answers", "from the file, ms", "encoded, ms")
+    return table(head, [(name, row[False], row.get(True, "-")) for name, row in rows.items()])
 
 
 def main() -> None:
