@@ -35,7 +35,8 @@ from export.checkpoint.model_folder import require_model_folder
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
 from export.checkpoint.special_tokens import disagreements
 from export.checkpoint.tokenizer import CheckpointTokenizer, read_tokenizer
-from export.fit_report import report, room_for
+from export.fit_report import choices_outline, report, report_fitting, room_for
+from export.fitting import fitted, fitting
 from export.graph.bind import for_onnxruntime, for_plugin_free
 from export.graph.quantize import rewrite
 from export.graph.trace import trace
@@ -68,6 +69,11 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     console = console or Console(quiet=True)
     started, versions = perf_counter(), _versions()
     settled = read_recipe(options)
+    if options.fit:
+        found = fitting(options, settled, settled.configuration())
+        options = fitted(options, found)
+        choices_outline(found, console)
+        settled = read_recipe(options)
     for warning in _warnings(settled):
         console.print(warning, soft_wrap=True, markup=False, style="yellow")
     recipe, tokenizer, checkpoint = read_model(settled)
@@ -118,9 +124,14 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     asked = recipe.configuration(request.batch, request.slots)
     if recipe.engines:
         require_sms(asked, recipe.engines.sms)  # what it warns of is said when they are built
-    assessment = assess(asked, room_for(recipe.backend, recipe.engines))
-    console = console or Console(quiet=True)
-    report(assessment, recipe.model.resolve().name, console)
+    console, name = console or Console(quiet=True), recipe.model.resolve().name
+    if request.options.fit:
+        found = fitting(request.options, recipe, asked)
+        report_fitting(found, name, console)
+        assessment = found.assessment
+    else:
+        assessment = assess(asked, room_for(recipe.backend, recipe.engines, "--plan"))
+        report(assessment, name, console)
     settings_outline(console, recipe.config)
     return assessment.fits
 

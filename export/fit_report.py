@@ -8,29 +8,98 @@ from rich.table import Table
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.errors import OptionError
-from engines.sizing.fit import Assessment, Room, advice, builder_advice, builder_verdict, room_of, this_machine, verdict
+from engines.sizing.fit import (
+    Assessment,
+    Fitting,
+    Room,
+    advice,
+    builder_advice,
+    builder_verdict,
+    changes,
+    room_of,
+    this_machine,
+    verdict,
+)
 from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
 
 
-def require_one_board(boards: tuple[str, ...]) -> None:
-    """OptionError unless there is one: sizes are held against one memory."""
+def require_one_board(boards: tuple[str, ...], asking: str) -> None:
+    """OptionError unless there is one: sizes are held against one memory. asking: the option that does."""
     if len(boards) != 1:
         found = f"the boards {', '.join(boards)}" if boards else "compute capabilities"
-        raise OptionError(f"--plan for {found}", expected=f"one board: {', '.join(TARGETS)}")
+        raise OptionError(f"{asking} for {found}", expected=f"one board: {', '.join(TARGETS)}")
 
 
-def room_for(backend: str, engines: EngineOptions | None) -> Room:
-    """The memory to fit into: of the board that is named, else of this machine. OptionError, BackendError."""
+def room_for(backend: str, engines: EngineOptions | None, asking: str) -> Room:
+    """The memory to fit into: of the board that is named, else of this machine; `asking`: the option that asks.
+    OptionError, BackendError."""
     if engines is None or engines.targets is None:
         return this_machine(backend)
-    require_one_board(engines.boards)
+    require_one_board(engines.boards, asking)
     return room_of(target(engines.boards[0]))
 
 
 def report(a: Assessment, model: str, console: Console) -> None:
     """Print an assessment: what is needed, whether it fits, how fast it may decode, and what fits instead."""
+    c = a.configuration
+    _sizes(a, model, console)
+    if a.fits:
+        _fits(a, console)
+    elif a.runs:
+        _say(console, f"[yellow]the engines fit, their builder does not[/]: {builder_verdict(a)}")
+        _say(console, f"  fix: {builder_advice(a)}")
+    else:
+        _say(console, f"[red]does not fit[/]: {verdict(a)}")
+        _say(console, f"  fix: {advice(a)}")
+        if _limited(c) or c.geometry.lazy_pages:
+            _say(console, "  a page budget and lazy projection save reading and computing, not memory")
+
+
+def report_fitting(f: Fitting, model: str, console: Console) -> None:
+    """Print what --fit has found: its sizes, what each choice gives and costs; else what is missing."""
+    _sizes(f.assessment, model, console)
+    if f.assessment.fits:
+        _fits(f.assessment, console)
+        choices_outline(f, console)
+        words = f.gains and f", or with {escape(changes(f.asked, f.assessment.configuration))} in place of --fit"
+        _say(console, f"build it: the same command without --plan{words or ''}")
+        return
+    _say(console, f"[red]does not fit[/]: {lacking(f)}")
+    larger = f"add --target {f.larger} --fit" if f.larger else "no larger board known here holds it, either"
+    _say(console, f"  fix: {larger}" + (" (the smallest board that holds it)" if f.larger else ""))
+
+
+def choices_outline(f: Fitting, console: Console) -> None:
+    """Print each choice of a fitting configuration, with what it gives and costs."""
+    if not f.gains:
+        _say(console, "--fit: nothing needs to be chosen")
+        return
+    _say(console, "chosen by --fit, all of it needed; what each choice gives beside the others, and costs:")
+    for gain in f.gains:
+        given = [size(gain.request)] if gain.request > 0 else []
+        given += [f"{size(gain.builder)} of the builder"] if gain.builder > 0 and f.assessment.builds_here else []
+        given += [f"{SHARE_OF_BANDWIDTH * gain.faster:.1f} tokens/s"] if gain.faster and gain.faster > 0 else []
+        _say(console, f"  {escape(gain.words)}: {', '.join(given)}; costs {escape(str(gain.choice.costs))}")
+
+
+def lacking(f: Fitting) -> str:
+    """What is missing where no configuration fits."""
+    a, usable = f.assessment, f.assessment.room.usable
+    missing = [f"a request needs {size(a.total)} at least, {size(a.total - usable)} more than there is"] * (not a.runs)
+    if not a.builds:
+        missing.append(f"the builder needs {size(a.builder)}, {size(a.builder - usable)} more than there is")
+    words = changes(f.asked, a.configuration)
+    return f"has {size(usable)}: {'; '.join(missing)}" + (f" (with {words})" if words else "")
+
+
+def _fits(a: Assessment, console: Console) -> None:
+    _say(console, f"[green]fits[/]: {verdict(a)}")
+
+
+def _sizes(a: Assessment, model: str, console: Console) -> None:
+    """What is needed, and how fast it may decode."""
     c, room = a.configuration, a.room
     title = escape(_title(c, model, room.name))
     table = Table(box=None, show_header=False, title=title, title_justify="left")
@@ -53,16 +122,6 @@ def report(a: Assessment, model: str, console: Console) -> None:
     _say(console, f"decode: {_speed(a)}")
     if c.slots > 1 and c.backend != ONNXRUNTIME:
         _say(console, f"slots: the engines must be built with --batch {max(c.batch, c.slots)}, a row for each slot")
-    if a.fits:
-        _say(console, f"[green]fits[/]: {verdict(a)}")
-    elif a.runs:
-        _say(console, f"[yellow]the engines fit, their builder does not[/]: {builder_verdict(a)}")
-        _say(console, f"  fix: {builder_advice(a)}")
-    else:
-        _say(console, f"[red]does not fit[/]: {verdict(a)}")
-        _say(console, f"  fix: {advice(a)}")
-        if _limited(c) or c.geometry.lazy_pages:
-            _say(console, "  a page budget and lazy projection save reading and computing, not memory")
 
 
 def _title(c: Configuration, model: str, place: str) -> str:

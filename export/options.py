@@ -50,6 +50,7 @@ class BuildOptions:
     backend: str = ONNXRUNTIME
     check: str = "parity"
     engines: EngineOptions | None = None  # of TensorRT; None: their defaults
+    fit: bool = False  # what is left at its default is chosen so that it fits the board, or this machine
 
     def __post_init__(self) -> None:
         precision = DEFAULT if self.precision is None else precision_named(self.precision)
@@ -162,6 +163,8 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     add("--backend", choices=BACKENDS, help=f"not given: the one of the board in --target, else {default.backend}")
     text = "print what a build and a request need, and whether the board in --target (else this machine) has it"
     add("--plan", action="store_true", help=f"{text}; config.json is enough; exit status 1 when it does not fit")
+    text = "choose what is left at its default so that the board in --target (else this machine) holds it; with --plan "
+    add("--fit", action="store_true", help=text + "say what each choice gives and costs, else build it")
     text = "with --plan: requests that share decode steps (an option of the runtime), each about an image of its own; "
     add(
         "--slots",
@@ -187,8 +190,8 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     named = given["target"]
     if named is not None:
         parse_targets(named)  # an unknown name is told first
-        if sizing:
-            require_one_board(boards_of(named))
+        if sizing or given["fit"]:
+            require_one_board(boards_of(named), "--plan" if sizing else "--fit")
     given["backend"] = backend = given["backend"] or backend_of(named)
     if sizing and backend == ONNXRUNTIME:
         given["batch"] = EngineOptions.batch  # of a build there it would be an error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
+from engines.sizing.choices import ROOM, Choice, fits_with, made, without
 from engines.sizing.machine import look_at
 from engines.sizing.needs import MAPS_WEIGHTS, Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
 from engines.targets import TARGETS, Target, target
@@ -25,8 +26,6 @@ DISPLAY_RESERVE = 500_000_000  # of a card's own memory
 # The command that builds the bundle anew as another configuration, where there is a bundle; where one is only being
 # built, what to add to its command is told.
 Again = Callable[[Configuration], str]
-
-ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,39 @@ class Assessment:
         """Whether all does."""
         return self.runs and self.builds
 
+    @property
+    def lacks(self) -> int:
+        """Bytes that a request and the builder are too large, together."""
+        builder = self.builder - self.room.usable if self.builds_here else 0
+        return max(0, self.total - self.room.usable) + max(0, builder)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a choice gives where it was made: what all the others together would lack without it.
+
+    words: of the command line. request, builder: bytes it saves. faster: tokens per second at most that it adds to the
+    slowest step, None when the bandwidth is unknown.
+    """
+
+    choice: Choice
+    words: str
+    request: int
+    builder: int
+    faster: float | None
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A configuration made to fit. asked: what it was. assessment: of what fits, or of the smallest where none does.
+    gains: of the choices made, none where none does. larger: the smallest target of the same kind that can be fitted
+    where this one cannot."""
+
+    asked: Configuration
+    assessment: Assessment
+    gains: tuple[Gain, ...]
+    larger: str | None
+
 
 def room_of(board: Target) -> Room:
     """The memory of a target."""
@@ -129,16 +161,64 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
 
 def assess(c: Configuration, room: Room) -> Assessment:
     """Whether `c` fits, and what would. OptionError when the target does not serve the precision."""
-    if not room.serves(c.precision):
-        served = ", ".join((FP32.name, *(room.precisions or ())))
-        raise OptionError(f"precision {c.precision} on {room.name}", expected=f"one of {served}")
+    _require_served(c, room)
     found = _assess(c, room)
     if found.fits:
         return found
+    larger = _larger(room) if room.name in TARGETS else []
+    fitting = next((b.name for b in larger if _fits(c, room_of(b))), None)
+    return replace(found, proposal=_nearest(found) or _by_choices(found), larger=fitting)
+
+
+def fit(c: Configuration, room: Room, kept: Collection[str] = ()) -> Fitting:
+    """The choices with which `c` fits, builder and all, each of them needed; the smallest there is where none does.
+
+    kept: knobs of the choices (engines.sizing.choices) that are not to be touched. OptionError when the target does
+    not serve the precision.
+    """
+    _require_served(c, room)
+    choices = _choices(c, room, kept)
+    assessment = _assess(made(c, choices), room)
+    larger = None
+    if not assessment.fits and room.name in TARGETS:
+        rooms = map(room_of, _larger(room))
+        holds = (each for each in rooms if each.serves(c.precision) and _fits(made(c, _choices(c, each, kept)), each))
+        larger = next((each.name for each in holds), None)
+    gains = tuple(_gain(c, choices, each, assessment) for each in choices) if assessment.fits else ()
+    return Fitting(c, assessment, gains, larger)
+
+
+def _choices(c: Configuration, room: Room, kept: Collection[str] = ()) -> tuple[Choice, ...]:
+    return fits_with(c, lambda other: _assess(other, room).lacks, room.serves, kept)
+
+
+def _fits(c: Configuration, room: Room) -> bool:
+    return _assess(c, room).fits
+
+
+def _by_choices(found: Assessment) -> Assessment | None:
+    """With as many choices as it takes."""
+    other = _assess(made(found.configuration, _choices(found.configuration, found.room)), found.room)
+    return other if other.fits else None
+
+
+def _gain(c: Configuration, choices: tuple[Choice, ...], choice: Choice, a: Assessment) -> Gain:
+    other = _assess(made(c, without(choices, choice)), a.room)
+    faster = a.speed[0] - other.speed[0] if a.speed and other.speed else None
+    words = changes(other.configuration, a.configuration)
+    return Gain(choice, words, other.total - a.total, other.builder - a.builder, faster)
+
+
+def _require_served(c: Configuration, room: Room) -> None:
+    if not room.serves(c.precision):
+        served = ", ".join((FP32.name, *(room.precisions or ())))
+        raise OptionError(f"precision {c.precision} on {room.name}", expected=f"one of {served}")
+
+
+def _larger(room: Room) -> list[Target]:
+    """Targets of the same kind with more memory, the smallest first."""
     larger = [board for board in TARGETS.values() if board.integrated == room.integrated]
-    larger = [b for b in sorted(larger, key=lambda b: b.memory) if b.memory > room.memory]
-    fitting = next((b.name for b in larger if _assess(c, room_of(b)).fits), None) if room.name in TARGETS else None
-    return replace(found, proposal=_nearest(found), larger=fitting)
+    return [b for b in sorted(larger, key=lambda b: b.memory) if b.memory > room.memory]
 
 
 def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | None = None) -> list[str]:

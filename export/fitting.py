@@ -1,0 +1,43 @@
+"""`--fit`: the options of a build that a board, or this machine, can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from engines.errors import OptionError
+from engines.sizing.fit import Fitting, fit
+from engines.sizing.needs import Configuration
+from export.fit_report import lacking, room_for
+from export.options import BuildOptions
+from export.recipe import Recipe
+
+# What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
+OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
+    "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
+    "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
+    "context": lambda c: {"context": c.geometry.context},
+    "precision": lambda c: {"precision": c.precision.name, "block_size": c.block},
+}
+
+
+def fitting(options: BuildOptions, recipe: Recipe, asked: Configuration) -> Fitting:
+    """What fits in place of `asked`, where only what `options` leave at their default may change; `recipe`: of these
+    options. OptionError, or BackendError when the memory to fit into cannot be told."""
+    return fit(asked, room_for(recipe.backend, recipe.engines, "--fit"), kept(options))
+
+
+def fitted(options: BuildOptions, found: Fitting) -> BuildOptions:
+    """The options with the choices made. OptionError when nothing fits."""
+    if not found.assessment.fits:
+        fix = f"--target {found.larger} --fit, or a smaller model" if found.larger else "build a smaller model"
+        raise OptionError(f"{found.assessment.room.name} {lacking(found)}", fix=fix)
+    values: dict[str, object] = {"fit": False}
+    for gain in found.gains:
+        values |= OPTIONS[gain.choice.knob](found.assessment.configuration)
+    return replace(options, **values)
+
+
+def kept(options: BuildOptions) -> frozenset[str]:
+    """The knobs that are not at their default: what is asked for is not chosen otherwise."""
+    return frozenset(each.name for each in fields(options) if getattr(options, each.name) != each.default)

@@ -1,0 +1,130 @@
+"""`python export/build.py --fit`: a configuration that a board, or this machine, can hold."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engines.bundle.kinds import ONNXRUNTIME
+from engines.errors import OptionError
+from engines.sizing.choices import CHOICES
+from engines.sizing.fit import Room, assess
+from export.build import build, parse_arguments, print_sizes, read_recipe
+from export.checkpoint.write_config import write_config
+from export.fitting import OPTIONS, fitted, fitting, kept
+from export.options import BuildOptions, SizingRequest
+from tests.checkpoints import write_checkpoint
+from tests.geometries import official, tiny
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def config_alone(tmp_path) -> Path:
+    """A folder with the config.json of LLaVA-1.5-7B-FlexAttention and nothing else."""
+    write_config(tmp_path, official(), tower="openai/clip-vit-large-patch14-336")
+    return tmp_path
+
+
+def printed(*arguments: object) -> tuple[bool, str]:
+    """Whether something fits, and what --plan --fit prints."""
+    console = Console(file=io.StringIO(), width=200)
+    fits = print_sizes(parse_arguments(["--plan", "--fit", *map(str, arguments)]), console)
+    return fits, console.file.getvalue()
+
+
+def test_the_command(config_alone):
+    line = [sys.executable, "export/build.py", "--plan", "--fit", "--target", "orin-nx-16", "--model", config_alone]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "\nfits: needs " in result.stdout and not result.stderr
+    assert "  --int4: 10.8 GB, 30.3 GB of the builder, 5.6 tokens/s; costs 34 of 65 official tokens" in result.stdout
+    assert [path.name for path in config_alone.iterdir()] == ["config.json"]
+
+
+def test_what_was_proposed_fits(config_alone):
+    """The words that are printed are those of a plan that fits."""
+    for board in ("orin-nx-16", "rtx-3090"):
+        asked = "--target", board, "--model", config_alone, "--batch", 4
+        fits, text = printed(*asked)
+        (words,) = (line for line in text.splitlines() if line.startswith("build it: "))
+        words = words.partition(", or with ")[2].removesuffix(" in place of --fit")
+        request = parse_arguments(["--plan", *map(str, asked), *words.split()])
+        assert fits and words and print_sizes(request)
+
+
+def test_what_is_asked_for_is_kept(config_alone):
+    asked = "--target", "orin-nx-16", "--model", config_alone
+    fits, text = printed(*asked, "--int8")
+    assert not fits and "the builder needs 22.5 GB" in text
+    fits, text = printed(*asked, "--int4", "--context", 2048)
+    assert fits and "nothing needs to be chosen" in text and "without --plan\n" in text
+    assert kept(BuildOptions(kv="int8", context=2048, precision="fp16")) >= {"kv", "context", "precision"}
+    assert not kept(BuildOptions()) & {choice.knob for choice in CHOICES}
+
+
+def test_a_board_that_holds_it_in_no_configuration(tmp_path):
+    """What is missing, and the smallest board that does; where there is none, that."""
+    write_config(tmp_path, official(layers=80, hidden=8192, heads=64, kv_heads=64, intermediate=28672))
+    board = "--model", tmp_path, "--target", "agx-orin-64"
+    fits, text = printed(*board)
+    assert not fits and "does not fit: has 62.5 GB: " in text and " more than there is (with " in text
+    assert "fix: add --target agx-thor-128 --fit (the smallest board that holds it)" in text
+    fits, text = printed("--model", tmp_path, "--target", "orin-nx-16", "--fp16")
+    assert not fits and "fix: no larger board known here holds it, either" in text
+    options = parse_arguments([*map(str, board), "--fit", "--out", str(tmp_path / "out")])
+    with pytest.raises(OptionError, match=r"agx-orin-64 has 62\.5 GB: .* more than there is") as caught:
+        build(options)
+    assert caught.value.fix.startswith("--target agx-thor-128 --fit") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "orin-nx-16,rtx-4090"], "--fit for the boards orin-nx-16, rtx-4090"),
+        (["--target", "sm_87"], "--fit for compute capabilities"),
+        (["--target", "sm_87", "--plan"], "--plan for compute capabilities"),
+        (["--target", "orin"], "unknown target 'orin'"),
+    ],
+)
+def test_one_memory_is_fitted(arguments, message):
+    with pytest.raises(OptionError, match=message):
+        parse_arguments(["--fit", *arguments])
+
+
+def test_every_choice_is_an_option():
+    """Of a build, and of its command line."""
+    names = {each for make in OPTIONS.values() for each in make(SETTLED)}
+    assert names <= set(BuildOptions.__dataclass_fields__) and {choice.knob for choice in CHOICES} == set(OPTIONS)
+
+
+SETTLED = assess(read_recipe(BuildOptions(fit=True)).configuration(), Room("a room", 10**12)).configuration
+
+
+def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
+    """Into less than it takes as it is: what is built is what was chosen, and the manifest says so."""
+    model = write_checkpoint(tmp_path / "model", tiny())
+    options = BuildOptions(model=model, out=tmp_path / "out", fit=True, check="weights")
+    recipe = read_recipe(options)
+    asked = recipe.configuration()
+    room = Room("a room", assess(asked, Room("all", 10**12)).total - 10_000)
+    monkeypatch.setattr("export.fitting.room_for", lambda *_: room)
+    found = fitting(options, recipe, asked)
+    assert found.assessment.fits and not assess(asked, room).fits
+    console = Console(file=io.StringIO(), width=200)
+    manifest = build(options, console).manifest
+    assert "chosen by --fit, all of it needed" in console.file.getvalue()
+    chosen = fitted(options, found)
+    assert chosen != replace(options, fit=False) and not chosen.fit
+    assert manifest.options["kv_cache"] == chosen.kv_cache == "int8" and manifest.geometry.int8_cache
+    assert manifest.backend == ONNXRUNTIME and "fit" not in manifest.options
+    assert manifest.options["context"] == manifest.geometry.context == 160
+
+
+def test_it_is_no_option_of_others():
+    assert parse_arguments(["--fit"]) == BuildOptions(fit=True)
+    assert parse_arguments(["--fit", "--plan"]) == SizingRequest(BuildOptions(fit=True)) and not BuildOptions().fit
