@@ -7,6 +7,7 @@ between looks inside. A backend satisfies the protocols by having their methods;
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from engines.bundle.geometry import Geometry
 from engines.checks import require_integer, shown
 from engines.errors import BackendError
+from engines.residency import ALL, RESIDENCIES
 
 Array = TypeVar("Array")
 MAX_SLOTS, MAX_CHUNK = 256, 1 << 20
@@ -28,7 +30,9 @@ class Opening:
     backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
     core this process may use. slots: requests that share decode steps; 1 = each has steps of its own. prefill_chunk:
-    tokens of a prompt between two steps that others wait for, with several slots.
+    tokens of a prompt between two steps that others wait for, with several slots. residency: "all", the parts that
+    encode images stay in memory; "shared", each is opened for an image, one after the other, and closed before the
+    image's question is decoded: a new image costs opening them again, and what follows has their memory.
     """
 
     backend: str | None = None
@@ -36,12 +40,15 @@ class Opening:
     threads: int | None = None
     slots: int = 1
     prefill_chunk: int = 256
+    residency: str = ALL
 
     def __post_init__(self) -> None:
         for name, most in (("slots", MAX_SLOTS), ("prefill_chunk", MAX_CHUNK)):
             value = getattr(self, name)
             checked = require_integer(value, f"{name}={shown(value)}", 1, most, error=BackendError)
             object.__setattr__(self, name, checked)
+        if self.residency not in RESIDENCIES:
+            raise BackendError(f"residency={shown(self.residency)}", expected=f"one of {list(RESIDENCIES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +170,11 @@ class Model(Protocol[Array]):
     @property
     def geometry(self) -> Geometry:
         """Of the bundle."""
+
+    def held(self, part: str) -> AbstractContextManager[float]:
+        """Keep "vision" or "pages" in memory while the block lasts: `vision` or `project` runs in it as often as wanted
+        and it is opened once. Gives the milliseconds that this took, 0 where it was open, as it always is with the
+        residency "all". Raises BackendError, BundleError."""
 
     def vision(self, tiles: np.ndarray) -> Array:
         """tiles [N, 3, lowres, lowres] float32 -> projected features [N, T, hidden]. Raises BackendError."""

@@ -10,6 +10,7 @@ from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.errors import BackendError
+from engines.residency import RESIDENCIES
 
 DEVICES = ("cpu", "cuda")
 
@@ -20,6 +21,8 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
+    shared = "of what encodes images: all = always in memory, shared = while one is encoded, opened for each"
+    add("--residency", choices=RESIDENCIES, default=Opening.residency, help=shared)
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of each file")
     add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
 
@@ -64,11 +67,11 @@ def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
     if backend == ONNXRUNTIME:
         from engines.ort import OrtModel
 
-        return OrtModel(bundle, device=device, threads=opening.threads)
+        return OrtModel(bundle, device=device, threads=opening.threads, residency=opening.residency)
     if opening.threads is not None:
         raise BackendError(
             f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"
         )
     from engines.trt.model import TrtModel
 
-    return TrtModel(bundle, backend)
+    return TrtModel(bundle, backend, residency=opening.residency)

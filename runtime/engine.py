@@ -14,6 +14,7 @@ from engines.bundle.folder import Bundle
 from engines.errors import BundleError, OptionError
 from engines.memory import release_freed
 from engines.open import chosen, open_model
+from engines.residency import ALL
 from runtime.answer import Answer
 from runtime.batch import Batch
 from runtime.chat import Chat
@@ -63,13 +64,14 @@ class Engine(InOneProcess):
         threads: int | None = Opening.threads,
         slots: int = Opening.slots,
         prefill_chunk: int = Opening.prefill_chunk,
+        residency: str = Opening.residency,
         verify: bool = True,
         expect: str | None = None,
     ) -> None:
-        """Open a bundle folder. `backend`, `device`, `threads`, `slots`, `prefill_chunk`: see Opening. `verify`: check
-        the SHA-256 of every file, which takes about 10 s for 13 GB. `expect`: the digest the whole bundle must have,
-        "sha256:...", as `python -m engines.doctor BUNDLE` prints it. Raises BundleError, BackendError,
-        TokenizerError."""
+        """Open a bundle folder. `backend`, `device`, `threads`, `slots`, `prefill_chunk`, `residency`: see Opening.
+        `verify`: check the SHA-256 of every file, which takes about 10 s for 13 GB. `expect`: the digest the whole
+        bundle must have, "sha256:...", as `python -m engines.doctor BUNDLE` prints it. Raises BundleError,
+        BackendError, TokenizerError."""
         super().__init__()
         if not isinstance(bundle, str | os.PathLike):
             raise BundleError(f"a bundle of type {type(bundle).__name__}", expected="the path of a bundle folder")
@@ -77,9 +79,9 @@ class Engine(InOneProcess):
         self.manifest = opened.manifest
         self.geometry = opened.manifest.geometry
         self.digest = opened.digest
-        opening = Opening(backend, device, threads, slots, prefill_chunk)
+        opening = Opening(backend, device, threads, slots, prefill_chunk, residency)
         self.backend, self.device = chosen(opened, opening)
-        self.slots = opening.slots
+        self.slots, self._residency = opening.slots, opening.residency
         prompt = opened.manifest.prompt
         self.prompter = Prompter(
             opened.file(prompt.tokenizer) if prompt.tokenizer else None,
@@ -199,11 +201,13 @@ class Engine(InOneProcess):
         """Answer many prompts, each about its image, `slots` at a time; the answers in their order.
 
         requests: what `generate` takes, in pairs. Questions about one image should follow each other, as the same
-        object: it is encoded once for them, while those before it are answered. progress: True shows a bar, a function
+        object: it is encoded once for them, while those before it are answered (with the residency "shared", when it is
+        its turn). progress: True shows a bar, a function
         is told the part that is done, 0 .. 1, where `requests` has a length. Raises what `generate` does, with the
         number of the request; those that run are dropped.
         """
-        return generate_many(self.image, self.slots, requests, progress, exif, options)
+        ahead = self._residency == ALL  # else vision would lie beside what decodes
+        return generate_many(self.image, self.slots, requests, progress, exif, options, ahead=ahead)
 
     def image(self, image: ImageSource | None, *, exif: bool = EXIF) -> ImageView:
         """Hold on to an image for several questions: `with engine.image(photo) as view: view.ask("..."), ...`.

@@ -26,13 +26,16 @@ def generate_many(
     progress: bool | Callable[[float], None],
     exif: bool,
     options: Mapping[str, Any],
+    *,
+    ahead: bool = True,
 ) -> list[Answer]:
-    """See Engine.generate_many. `image`: Engine.image. `slots`: requests at a time."""
+    """See Engine.generate_many. `image`: Engine.image. `slots`: requests at a time. `ahead`: encode the next images
+    while others are being answered."""
     answers: dict[int, Answer] = {}
     running = deque[tuple[int, Stream, Iterator[Token]]]()
     with ExitStack() as stack:
         report = _reporter(requests, progress, stack)
-        waiting = _Waiting(enumerate(_streams(image, requests, exif, options)), AHEAD * slots, stack)
+        waiting = _Waiting(enumerate(_streams(image, requests, exif, options)), AHEAD * slots, stack, ahead)
         while running or waiting.some:
             while waiting.some and len(running) < slots:
                 index, stream = waiting.take()
@@ -50,10 +53,13 @@ def generate_many(
 
 
 class _Waiting:
-    """The next requests, whose images are encoded in a thread of their own while others are being answered."""
+    """The next requests, whose images are encoded in a thread of their own while others are being answered; without
+    `ahead`, by whoever asks."""
 
-    def __init__(self, streams: Iterator[tuple[int, tuple[Stream, ImageView, Prompt]]], most: int, stack: ExitStack):
-        self._streams, self._most = streams, most
+    def __init__(
+        self, streams: Iterator[tuple[int, tuple[Stream, ImageView, Prompt]]], most: int, stack: ExitStack, ahead: bool
+    ) -> None:
+        self._streams, self._most, self._ahead = streams, most if ahead else 1, ahead
         self._encoding = stack.enter_context(ThreadPoolExecutor(1, "flexattention-encode"))
         self._queue = deque[tuple[int, Stream, Future[None] | None]]()
         self._latest: ImageView | None = None
@@ -77,7 +83,8 @@ class _Waiting:
     def _fill(self) -> None:
         while len(self._queue) < self._most and (following := next(self._streams, None)) is not None:
             index, (stream, view, prompt) = following
-            encoded = None if view is self._latest else self._encoding.submit(view.encode, prompt)
+            known = view is self._latest or not self._ahead
+            encoded = None if known else self._encoding.submit(view.encode, prompt)
             self._latest = view
             self._queue.append((index, stream, encoded))
 

@@ -34,6 +34,7 @@ class Stats:
     projection_device_ms: float = 0.0
     prefill_device_ms: float = 0.0
     decode_device_ms: tuple[float, ...] = ()
+    opened_ms: float = 0.0  # vision and page projection, opened for this answer: with the residency "shared"
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,8 +44,9 @@ class Stats:
     def __str__(self) -> str:
         pages = f", {self.pages_read.mean():.1f} pages read per layer and token" if self.pages_read.size else ""
         device = f" ({np.mean(self.decode_device_ms):.2f} ms each on the GPU)" if self.decode_device_ms else ""
+        opened = f"opening {self.opened_ms:.0f} ms, " if self.opened_ms else ""
         return (
-            f"preprocess {self.preprocess_ms:.0f} ms, vision {self.vision_ms:.0f} ms, page projection "
+            f"{opened}preprocess {self.preprocess_ms:.0f} ms, vision {self.vision_ms:.0f} ms, page projection "
             f"{self.projection_ms:.0f} ms, prefill {self.prefill_ms:.0f} ms ({self.prompt_tokens} tokens, "
             f"{self.reused_tokens} reused), decode {len(self.decode_ms)} tokens at {self.tokens_per_second:.1f}/s"
             f"{device}{pages}, peak memory {self.peak_rss_bytes / 1e9:.2f} GB"
@@ -52,8 +54,8 @@ class Stats:
 
 
 class Clock:
-    """Takes the time of the stages of one answer: "preprocess", "vision", "projection", "prefill", and "decode" once
-    for each token. Milliseconds."""
+    """Takes the time of the stages of one answer: "preprocess", "opening" of parts, "vision", "projection", "prefill",
+    and "decode" once for each token. Milliseconds."""
 
     def __init__(self, device_ms: Callable[[], float]) -> None:
         """`device_ms`: what the model's device has worked since it was last asked, `Model.device_ms`."""
@@ -93,4 +95,5 @@ class Clock:
             projection_device_ms=fsum(device["projection"]),
             prefill_device_ms=fsum(device["prefill"]),
             decode_device_ms=tuple(device["decode"]) if any(device["decode"]) else (),
+            opened_ms=fsum(host["opening"]),
         )

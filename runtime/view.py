@@ -206,12 +206,20 @@ class ImageView(InOneProcess):
         if self._features is None:
             with clock.stage("preprocess"):
                 tiles = preprocess(self._image, model.geometry)
-            with clock.stage("vision"):
+            with self._open("vision", model, clock), clock.stage("vision"):
                 self._features = model.vision(tiles[:1]), model.vision(tiles[1:])
         if self._encoded is None or self._encoded.begin[0] != begin:  # hi-res rotary depends on the position
-            with clock.stage("projection"):
-                self._encoded = self._idle = None  # their memory may be needed
+            self._encoded = self._idle = None  # their memory may be needed
+            with self._open("pages", model, clock), clock.stage("projection"):
                 (lowres, hires), position = self._features, np.array([begin], np.int64)
                 sides = np.array([margins(*self._image.size, model.geometry.grid)], np.int64)
                 self._encoded = Image(lowres, model.project(hires, position), position, sides)
         return self._encoded
+
+    @staticmethod
+    @contextmanager
+    def _open(part: str, model: Model[Any], clock: Clock) -> Iterator[None]:
+        """Keep a part that encodes images open for the block, and count what opening it took."""
+        with model.held(part) as opened_ms:
+            clock.add("opening", opened_ms, 0.0)
+            yield

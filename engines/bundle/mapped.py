@@ -39,7 +39,7 @@ class MappedFiles:
             except OSError:
                 same = False
             if not same:
-                raise BundleError(f"{path} was replaced while the bundle was being opened", fix="open it again")
+                raise BundleError(f"{path} was replaced since the bundle was opened", fix="open it again")
 
     def require_unchanged(self) -> None:
         """BundleError if one was written to, or cut off, since the bundle checked it, as far as its size and its time

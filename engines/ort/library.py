@@ -8,8 +8,6 @@ from importlib.metadata import packages_distributions
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engines.errors import BackendError
 
 if TYPE_CHECKING:
@@ -104,11 +102,6 @@ def provider_of(ort_module: ModuleType, device: str) -> str:
 def onnx_type(dtype: str) -> str:
     """What a session calls a dtype."""
     return f"tensor({'float' if dtype == 'float32' else dtype})"
-
-
-def numpy_dtype(onnx_type: str) -> type:
-    """The floats that a session calls so."""
-    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[onnx_type]
 
 
 def failed(part: str, error: Exception) -> BackendError:

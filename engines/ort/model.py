@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +25,10 @@ from engines.memory import release_freed
 from engines.ort.buffers import Buffers
 from engines.ort.captured import CapturedPart
 from engines.ort.decoder import DecoderPart, OrtDecoder
-from engines.ort.library import PROVIDER_OPTIONS, captures, failed, import_library, numpy_dtype, onnx_type
+from engines.ort.library import PROVIDER_OPTIONS, captures, failed, import_library, onnx_type
 from engines.ort.slots import OrtSlots
 from engines.ort.thread import thread_of
+from engines.residency import IMAGE_PARTS, SHARED, ImageParts
 from plugins.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -42,13 +44,17 @@ logger = logging.getLogger(__name__)
 
 
 class OrtModel:
-    """engines.backend.Model on ONNX Runtime. Sessions are created once; nothing of a request is kept here. On CUDA a
+    """engines.backend.Model on ONNX Runtime. The decoder's session is created once, those of the image parts as the
+    residency says; nothing of a request is kept here. On CUDA a
     decode step is one CUDA graph, where the bundle and ONNX Runtime let it, and the memory of requests is used again.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads) -> None:
-        """`device`: "cpu" or "cuda". `threads`: see Opening. Raises BackendError when onnxruntime or the device is
-        missing, or a graph does not load.
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads,
+        residency: str = Opening.residency,
+    ) -> None:  # fmt: skip
+        """`device`: "cpu" or "cuda". `threads`, `residency`: see Opening. Raises BackendError when onnxruntime or the
+        device is missing, or a graph does not load.
         """
         self.geometry = bundle.manifest.geometry
         self.device = device
@@ -68,22 +74,34 @@ class OrtModel:
             threads = usable_cores()
         if threads is not None:
             self._options.intra_op_num_threads = threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._mapped = MappedFiles(bundle, [part.weights for part in bundle.manifest.parts.values()])
-        for part in bundle.manifest.parts:
-            # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
-            self._options.enable_cpu_mem_arena = part == "decoder"
-            self._sessions[part] = self._thread.do(partial(self.part_session, bundle, part))
-            release_freed()
-        self._mapped.require_mapped()
-        described = bundle.manifest.parts["decoder"].graphs[ONNXRUNTIME]
+        parts = bundle.manifest.parts
+        # What is opened later must be what was checked: not only weights, which are mapped, but graphs, too.
+        later = IMAGE_PARTS if residency == SHARED else ()
+        graphs = [graph.file for part in later for graph in parts[part].graphs.values()]
+        self._mapped = MappedFiles(bundle, [*(part.weights for part in parts.values()), *graphs])
+        self._images = ImageParts(residency, partial(self._opened, bundle), self._thread.do)
+        decoder = self._thread.do(partial(self._opened, bundle, "decoder"))
+        release_freed()
+        described = parts["decoder"].graphs[ONNXRUNTIME]
         self._page_specs = [spec for spec in described.inputs if spec.name in page_inputs(self.geometry)]
         cache = [spec for spec in described.inputs if spec.name in cache_inputs(self.geometry)]
-        dtype = numpy_dtype(self._sessions["vision"].get_outputs()[0].type)
+        dtype = next(np.dtype(spec.dtype).type for spec in described.inputs if spec.name == "features")
         self.part = (CapturedPart if self._captures else DecoderPart)(
-            self._sessions.pop("decoder"), self.geometry, self.buffers, dtype, cache, in_place(described.outputs),
+            decoder, self.geometry, self.buffers, dtype, cache, in_place(described.outputs),
             self._thread,
         )  # fmt: skip
+
+    def _opened(self, bundle: Bundle, part: str) -> ort.InferenceSession:
+        """The session of a part, of files that are those which the bundle checked."""
+        # What runs once per image gives its scratch memory back: at 7B the arena would keep gigabytes of it.
+        self._options.enable_cpu_mem_arena = part == "decoder"
+        session = self.part_session(bundle, part)
+        self._mapped.require_mapped()
+        return session
+
+    def held(self, part: str) -> AbstractContextManager[float]:
+        """See Model.held."""
+        return self._images.held(part)
 
     def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
         """The session of a part; its graph is the one the manifest describes, or this is a BundleError."""
@@ -148,18 +166,20 @@ class OrtModel:
 
     def vision(self, tiles: np.ndarray) -> ort.OrtValue:
         """See Model.vision."""
-        return self._thread.do(lambda: self._run("vision", {"tiles": self.buffers.of(tiles)})[0])
+        with self.held("vision"):
+            return self._thread.do(lambda: self._run("vision", {"tiles": self.buffers.of(tiles)})[0])
 
     def project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
         """See Model.project."""
-        return self._thread.do(lambda: self._project(hires, begin))
+        with self.held("pages"):
+            return self._thread.do(lambda: self._project(hires, begin))
 
     def _project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
         pages: dict[str, ort.OrtValue] = {}
         if isinstance(self.part, CapturedPart):
             pages = self.part.stores(self._page_specs, len(begin))
         found = self._run("pages", {"hires_features": hires, "image_begin": self.buffers.of(begin)}, into=pages)
-        for output, value in zip(self._sessions["pages"].get_outputs(), found, strict=True):
+        for output, value in zip(self._images["pages"].get_outputs(), found, strict=True):
             pages.setdefault(output.name, value)
         release_freed()
         for spec in self._page_specs:
@@ -212,7 +232,7 @@ class OrtModel:
         self, part: str, inputs: Mapping[str, ort.OrtValue], into: Mapping[str, ort.OrtValue] | None = None
     ) -> list[ort.OrtValue]:
         """The outputs of a part, those of `into` written there."""
-        session, into = self._sessions[part], into or {}
+        session, into = self._images[part], into or {}
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)

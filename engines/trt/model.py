@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
-from engines.backend import Image
+from engines.backend import Image, Opening
 from engines.bundle.folder import Bundle
-from engines.cuda import Cuda, Shared, Stream, this_gpu
+from engines.bundle.mapped import MappedFiles
+from engines.cuda import Buffer, Cuda, Shared, Stream, this_gpu
+from engines.residency import IMAGE_PARTS, SHARED, ImageParts
 from engines.trt import library as tensorrt
 from engines.trt.decoder import DecoderPart, Desk, TrtDecoder, less_memory, too_long
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, clear, padded, plans_of
@@ -17,15 +23,30 @@ from engines.trt.queue import Queue
 from engines.trt.slots import TrtSlots
 from plugins.tensorrt import register
 
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _ImageEngine:
+    """The engine of an image part. contexts: by profile, which all work in `scratch`. pixels: what vision reads."""
+
+    engine: PartEngine
+    contexts: dict[int, Context] = field(default_factory=dict)
+    scratch: Buffer | None = None
+    pixels: Shared | None = None
+
 
 class TrtModel:
-    """engines.backend.Model on TensorRT. Engines, scratch memory and the buffers of finished requests are kept; nothing
-    else of them. Threads may ask it at the same time: they take turns on the device, run by run."""
+    """engines.backend.Model on TensorRT. The decoder's engine, those of the image parts as the residency says, scratch
+    memory and the buffers of finished requests are kept; nothing else of them. Threads may ask it at the same time:
+    they take turns on the device, run by run."""
 
     def __init__(
-        self, bundle: Bundle, backend: str, *, cuda: Cuda | None = None, trt: ModuleType | None = None
-    ) -> None:
+        self, bundle: Bundle, backend: str, *, cuda: Cuda | None = None, trt: ModuleType | None = None,
+        residency: str = Opening.residency,
+    ) -> None:  # fmt: skip
         """`backend`: "tensorrt" or "tensorrt-rtx". `cuda`, `trt`: to run on something else than this machine's own.
+        `residency`: see Opening.
 
         Raises BundleError when the bundle has no engines for it; BackendError when there is no GPU, no TensorRT, or
         they are others than the engines were built for.
@@ -36,39 +57,56 @@ class TrtModel:
         trt = trt or tensorrt.load(backend)
         if any(plan.plugins for plan in plans.values()):
             register(trt, run=self.cuda.run, sms=(self.cuda.sm,))
-        self._engines = {part: PartEngine(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
         self._model_dtype = bundle.precision.dtype
         self._queue = Queue(self.cuda)
+        # What is opened later must be what was checked.
+        self._later = MappedFiles(bundle, [plans[part].file for part in IMAGE_PARTS if residency == SHARED])
+
+        def opened(part: str) -> PartEngine:
+            return PartEngine(trt, self.cuda, bundle, part, backend, plans[part])
+
+        def opened_for_images(part: str) -> _ImageEngine:
+            engine = opened(part)
+            self._later.require_mapped()
+            return _ImageEngine(engine)
+
+        self._images = ImageParts(residency, opened_for_images, self._in_turn)
+        engine, g = opened("decoder"), self.geometry
         # Runs follow each other in one stream, so that all parts can work in the same memory.
-        size = padded(max(1, *(engine.scratch for engine in self._engines.values())))
-        engine, g = self._engines["decoder"], self.geometry
+        size = padded(max(1, engine.scratch, *(self._images[part].engine.scratch for part in self._images)))
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
         self._decoder = DecoderPart(engine, g, self.cuda, self._queue, self._scratch)
-        self._contexts: dict[tuple[str, int], Context] = {}
         self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
         self._blank: dict[int, Image[DeviceArray]] = {}
-        self._tiles: Shared | None = None
 
     @property
     def stream(self) -> Stream:
         """What all its work is asked of."""
         return self._queue.stream
 
+    def held(self, part: str) -> AbstractContextManager[float]:
+        """See Model.held. What the driver or TensorRT-RTX makes of an engine for this GPU, it makes again each time."""
+        return self._images.held(part)
+
     def vision(self, tiles: np.ndarray) -> DeviceArray:
         """See Model.vision; others have their turns between runs."""
-        engine, g, count = self._engines["vision"], self.geometry, len(tiles)
+        with self.held("vision"):
+            return self._vision(tiles)
+
+    def _vision(self, tiles: np.ndarray) -> DeviceArray:
+        opened, g, count = self._images["vision"], self.geometry, len(tiles)
         shape = (count, g.image_tokens, g.hidden), self._model_dtype
         with self._queue.turn():
             features = allocate(self.cuda, {"features": shape}, "the image's features")["features"]
-        most = min(engine.limits("tiles")[1], 1 + g.zoom**2)
+        most = min(opened.engine.limits("tiles")[1], 1 + g.zoom**2)
         for start in range(0, count, most):
             part = tiles[start : start + most]
             with self._queue.turn():
-                if self._tiles is None:
-                    self._tiles = self.cuda.shared(most * tiles[0].nbytes, "the pixels of an image")
-                pixels = self._tiles
+                if opened.pixels is None:
+                    opened.pixels = self.cuda.shared(most * tiles[0].nbytes, "the pixels of an image")
+                pixels = opened.pixels
                 pixels.view(0, part.shape, np.float32)[:] = part
-                context = self._context("vision", engine.profile(tiles=len(part)))
+                context = self._context(opened, opened.engine.profile(tiles=len(part)))
                 context.bind("tiles", pixels.address, part.shape)
                 place = features.rows(start, start + len(part))
                 context.bind("features", place.address, place.shape)
@@ -79,12 +117,17 @@ class TrtModel:
 
     def project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
         """See Model.project."""
-        engine, batch, part = self._engines["pages"], len(begin), self._decoder
+        with self.held("pages"):
+            return self._project(hires, begin)
+
+    def _project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
+        opened, batch, part = self._images["pages"], len(begin), self._decoder
+        engine = opened.engine
         profile = engine.profile(batch=batch, batch_tiles=hires.shape[0])
         shapes = part.image_shapes(batch)
         del shapes["features"]
         with self._queue.turn():
-            context = self._context("pages", profile)
+            context = self._context(opened, profile)
             pages = allocate(self.cuda, shapes, "the pages of the image", less_memory(self.geometry))
             position = self.cuda.shared(begin.nbytes, "the position of the image")
             position.view(0, begin.shape, np.int64)[:] = begin
@@ -144,15 +187,24 @@ class TrtModel:
         return slots
 
     def require_unchanged(self) -> None:
-        """See Model.require_unchanged: engines are read when they are opened, and never again."""
+        """See Model.require_unchanged: engines are read when they are opened, and never again while they are; what an
+        image will need is looked at."""
+        self._later.require_unchanged()
 
     def device_ms(self) -> float:
         """See Model.device_ms; for the calling thread. From the begin to the end of the work, waiting for the host
         included: in the first two steps of an answer that is most of it, as the host prepares and records."""
         return self._queue.spent()
 
-    def _context(self, part: str, profile: int) -> Context:
-        key = part, profile
-        if key not in self._contexts:
-            self._contexts[key] = self._engines[part].context(profile, self._scratch, self.stream)
-        return self._contexts[key]
+    def _context(self, part: _ImageEngine, profile: int) -> Context:
+        if part.scratch is None:  # the decoder's is its own, whose steps are recorded with its address
+            size, what = padded(part.engine.scratch), f"the scratch memory of the {part.engine.part} engine"
+            fits = size <= self._scratch.size
+            part.scratch = self._scratch if fits else self.cuda.buffer(size, what, less_memory(self.geometry))
+        if profile not in part.contexts:
+            part.contexts[profile] = part.engine.context(profile, part.scratch, self.stream)
+        return part.contexts[profile]
+
+    def _in_turn(self, work: Callable[[], T]) -> T:
+        with self._queue.turn():
+            return work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -33,6 +34,10 @@ class ReferenceModel:
         self._vision, self._pages, self._decoder = (
             load(module_of(part, self.geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
         )
+
+    def held(self, part: str) -> AbstractContextManager[float]:
+        """See Model.held: all of it stays."""
+        return nullcontext(0.0)
 
     @torch.no_grad()
     def vision(self, tiles: np.ndarray) -> Tensor:

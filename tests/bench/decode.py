@@ -30,6 +30,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
 from engines.bundle.precision import BLOCK_SIZES
 from engines.ort import OrtModel
+from engines.residency import SHARED
 from engines.sizing.needs import SCALE
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
@@ -95,15 +96,15 @@ def measure(
     config = read_config(model)
     reference = ReferenceModel(config.geometry, Checkpoint.open(model, config.tower_folder))
     opened = Bundle(bundle, verify=False)
-    flex, g = OrtModel(opened, threads=threads), config.geometry
+    # Several models of 7B's width do not fit into memory with what encodes images.
+    flex, g = OrtModel(opened, threads=threads, residency=SHARED), config.geometry
 
     asked, begin = question(g, rounds * steps), np.array([TEXT // 2])
     tiles, tokens, prompt = asked.tiles, asked.answer, asked.prompt(g.image_tokens)
     length, hires = prompt.shape[1], g.hires_side**2
     low, high = flex.vision(tiles[:1]), flex.vision(tiles[1:])
     image = Image(low, flex.project(high, begin), begin, np.zeros((1, 2), np.int64))
-    keep_decoder(flex)
-    plain = keep_decoder(PlainModel(opened, threads=threads))
+    plain = PlainModel(opened, threads=threads, residency=SHARED)
     expected_low, expected_high = reference.vision(tiles[:1]), reference.vision(tiles[1:])
     expected = Image(expected_low, reference.project(expected_high, begin), begin, image.margins)
 
@@ -123,9 +124,8 @@ def measure(
     ]
     _assert_agreement(runners[:-1])  # the last one's keys are other keys
     quantised = Bundle(int4, verify=False)
-    small = OrtModel(quantised, threads=threads)
+    small = OrtModel(quantised, threads=threads, residency=SHARED)
     seen = Image(small.vision(tiles[:1]), small.project(small.vision(tiles[1:]), begin), begin, image.margins)
-    keep_decoder(small)
     runners.insert(4, Runner("ours, int4", small.decoder(seen, length + 1), some, prompt))
     for runner in runners:
         runner.times.clear()
@@ -145,12 +145,6 @@ def measure(
         price = cost(g, keys, runner.budget * page_size(g), itemsize=4, layer_itemsize=packed, project_again=again)
         rows.append(Row(runner.name, runner.budget, 1000 * seconds, seconds / base, price))
     return g, rows
-
-
-def keep_decoder(model: OrtModel) -> OrtModel:
-    """Close the sessions that run once per image: several models of 7B's width do not fit into memory with them."""
-    model._sessions.clear()
-    return model
 
 
 def _assert_agreement(runners: list[Runner]) -> None:

@@ -11,6 +11,7 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import TRACED
 from engines.ort import OrtDecoder, OrtModel
+from engines.residency import ALL
 
 LOW_INPUTS, PAGE_INPUTS = 9, 5  # of flex::CachedAttention, and what flex::HierarchicalAttention takes on top
 
@@ -52,9 +53,11 @@ def plain_graph(bundle: Bundle) -> Path:
 class PlainModel(OrtModel):
     """An OrtModel whose decoder is a plain LLaMA."""
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, residency: str = ALL
+    ) -> None:
         self._decoder = plain_graph(bundle)
-        super().__init__(bundle, device=device, threads=threads)
+        super().__init__(bundle, device=device, threads=threads, residency=residency)
 
     def part_session(self, bundle: Bundle, part: str) -> ort.InferenceSession:
         """See OrtModel.part_session."""

@@ -92,7 +92,7 @@ def test_a_file_that_is_replaced_while_the_bundle_is_opened(copy, monkeypatch, s
 
     bundle = Bundle(copy)
     monkeypatch.setattr(OrtModel, "session", meanwhile)
-    with pytest.raises(BundleError, match="was replaced while the bundle was being opened"):
+    with pytest.raises(BundleError, match="was replaced since the bundle was opened"):
         OrtModel(bundle, threads=1)
 
 
