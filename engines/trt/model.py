@@ -66,18 +66,20 @@ class TrtModel:
             return PartEngine(trt, self.cuda, bundle, part, backend, plans[part])
 
         def opened_for_images(part: str) -> _ImageEngine:
+            self._free.clear()  # with "shared" an image has the memory of earlier requests, too,
+            self._blank.clear()  # before its own decoder is made
             engine = opened(part)
             self._later.require_mapped()
             return _ImageEngine(engine)
 
+        self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
+        self._blank: dict[int, Image[DeviceArray]] = {}
         self._images = ImageParts(residency, opened_for_images, self._in_turn)
         engine, g = opened("decoder"), self.geometry
         # Runs follow each other in one stream, so that all parts can work in the same memory.
         size = padded(max(1, engine.scratch, *(self._images[part].engine.scratch for part in self._images)))
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
         self._decoder = DecoderPart(engine, g, self.cuda, self._queue, self._scratch)
-        self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
-        self._blank: dict[int, Image[DeviceArray]] = {}
 
     @property
     def stream(self) -> Stream:

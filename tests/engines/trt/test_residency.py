@@ -101,6 +101,24 @@ def test_their_memory_is_gone_before_decoding(driver, bundle, monkeypatch, large
     assert min(freed) >= LARGE - (1 << 16)  # less the decoder's, which is its own then
 
 
+@pytest.mark.parametrize("driver", [False], indirect=True)
+def test_an_image_has_the_memory_of_earlier_requests(driver, bundle, monkeypatch):
+    """Caches that decoders have left, and the blank image of a text, are gone when a part is opened for the next."""
+    engine, plain, found = Engine(bundle, residency=SHARED), PartEngine.__init__, list[int]()
+
+    def weigh(self, trt, cuda, bundle, part, backend, plan) -> None:
+        found.append(driver.memory.bytes())
+        plain(self, trt, cuda, bundle, part, backend, plan)
+
+    monkeypatch.setattr(PartEngine, "__init__", weigh)
+    for image in (PHOTO, None, OTHER, PHOTO):
+        engine.generate(image, QUESTION, **OPTIONS)
+        gc.collect()
+    vision = found[::2]
+    assert len(vision) == 3 and vision[1:] == [vision[1]] * 2
+    assert vision[1] - vision[0] < engine.model.decoder(engine.model.no_image(1), 8).nbytes
+
+
 def test_with_slots(driver, bundle):
     alone, engine = Engine(bundle), Engine(bundle, slots=2, residency=SHARED)
     images = (PHOTO, OTHER, PHOTO)
