@@ -121,7 +121,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
     recipe = read_recipe(request.options)
-    asked = recipe.configuration(request.batch, request.slots)
+    asked = recipe.configuration(request.batch, request.slots, request.residency)
     if recipe.engines:
         require_sms(asked, recipe.engines.sms)  # what it warns of is said when they are built
     console, name = console or Console(quiet=True), recipe.model.resolve().name

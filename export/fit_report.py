@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engines.backend import Opening
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.errors import OptionError
 from engines.sizing.fit import (
@@ -63,8 +66,9 @@ def report_fitting(f: Fitting, model: str, console: Console) -> None:
     if f.assessment.fits:
         _fits(f.assessment, console)
         choices_outline(f, console)
-        words = f.gains and f", or with {escape(changes(f.asked, f.assessment.configuration))} in place of --fit"
-        _say(console, f"build it: the same command without --plan{words or ''}")
+        built = replace(f.assessment.configuration, residency=f.asked.residency)
+        words = f", or with {escape(words)} in place of --fit" if (words := changes(f.asked, built)) else ""
+        _say(console, f"build it: the same command without --plan{words}")
         return
     _say(console, f"[red]does not fit[/]: {lacking(f)}")
     larger = f"add --target {f.larger} --fit" if f.larger else "no larger board known here holds it, either"
@@ -82,6 +86,8 @@ def choices_outline(f: Fitting, console: Console) -> None:
         given += [f"{size(gain.builder)} of the builder"] if gain.builder > 0 and f.assessment.builds_here else []
         given += [f"{SHARE_OF_BANDWIDTH * gain.faster:.1f} tokens/s"] if gain.faster and gain.faster > 0 else []
         _say(console, f"  {escape(gain.words)}: {', '.join(given)}; costs {escape(str(gain.choice.costs))}")
+    if (residency := f.assessment.configuration.residency) != Opening.residency:
+        _say(console, f"run it with --residency {residency}: python -m runtime BUNDLE --residency {residency} ...")
 
 
 def lacking(f: Fitting) -> str:
@@ -128,6 +134,7 @@ def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
+    kept += f", residency {c.residency}" if c.residency != Opening.residency else ""
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 
 

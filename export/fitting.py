@@ -14,6 +14,7 @@ from export.recipe import Recipe
 
 # What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
 OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
+    "residency": lambda c: {},  # of the runtime
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
     "context": lambda c: {"context": c.geometry.context},

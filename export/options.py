@@ -11,6 +11,7 @@ from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
+from engines.residency import RESIDENCIES
 from engines.trt.options import EngineOptions, add_arguments, backend_of, boards_of, options_of, parse_targets
 from export.fit_report import require_one_board
 
@@ -99,12 +100,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class SizingRequest:
-    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots:
-    requests that share decode steps when the bundle runs."""
+    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots,
+    residency: of engines.backend.Opening, when the bundle runs."""
 
     options: BuildOptions = field(default_factory=BuildOptions)
     batch: int = 1
     slots: int = Opening.slots
+    residency: str = Opening.residency
 
 
 def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | SizingRequest:
@@ -173,6 +175,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         help=text + "TensorRT engines for N slots are built by --batch N",
     )
     add(
+        "--residency",
+        choices=RESIDENCIES,
+        default=SizingRequest.residency,
+        help="with --plan: of what encodes images (an option of the runtime): all = always there, shared = while one is",
+    )
+    add(
         "--check",
         choices=CHECKS,
         default=default.check,
@@ -180,12 +188,18 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     add_arguments(parser.add_argument_group("TensorRT engines"))
     given = vars(parser.parse_args(arguments))
-    sizing, batch, slots = given.pop("plan"), given["batch"], given.pop("slots")
+    sizing, batch, slots, residency = given.pop("plan"), given["batch"], given.pop("slots"), given.pop("residency")
     if slots != SizingRequest.slots and not sizing:
         raise OptionError(
             f"--slots {slots} without --plan",
             expected="--slots where memory is asked about: slots are opened when a bundle runs",
             fix=f"leave it out; engines of TensorRT have {slots} slots when they are built with --batch {slots}",
+        )
+    if residency != SizingRequest.residency and not sizing:
+        raise OptionError(
+            f"--residency {residency} without --plan",
+            expected="--residency where memory is asked about: it is chosen when a bundle runs",
+            fix=f"leave it out, and add --residency {residency} to python -m runtime",
         )
     named = given["target"]
     if named is not None:
@@ -197,7 +211,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         given["batch"] = EngineOptions.batch  # of a build there it would be an error
     engines = options_of(given, backend)
     options = BuildOptions(**given, engines=engines)
-    return SizingRequest(options, batch, slots) if sizing else options
+    return SizingRequest(options, batch, slots, residency) if sizing else options
 
 
 def _sizes(precision: Precision) -> str:

@@ -54,9 +54,14 @@ class Recipe:
             return self
         return replace(self, scheme=replace(self.scheme, floats=floats_of(checkpoint, self.config)))
 
-    def configuration(self, batch: int | None = None, slots: int = Configuration.slots) -> Configuration:
+    def configuration(
+        self,
+        batch: int | None = None,
+        slots: int = Configuration.slots,
+        residency: str = Configuration.residency,
+    ) -> Configuration:
         """What sizing asks about; `batch`: rows of a request, those of the engines when not given; `slots`: requests
-        that share decode steps."""
+        that share decode steps; `residency`: of the runtime."""
         engines, scheme = self.engines, self.scheme
         rows = engines.batch if engines else 1
         return Configuration(
@@ -71,6 +76,7 @@ class Recipe:
             plugins=engines.plugins if engines else True,
             floats=scheme.floats if scheme else (),
             fixed=self.config.packing is not None,
+            residency=residency,
         )
 
     def record(self, calibration: dict[str, object] | None) -> dict[str, object]:

@@ -71,9 +71,10 @@ def test_the_program_in_the_readme(default_bundle, monkeypatch, capsys):
     assert capsys.readouterr().out == "69\n"
 
 
-def test_the_plans_are_what_the_command_prints(tmp_path, capsys):
+@pytest.mark.parametrize(("page", "fits"), [("building.md", [False, True]), ("small-boards.md", [True, False])])
+def test_the_plans_are_what_the_command_prints(page, fits, tmp_path, capsys):
     """On the configuration of the public checkpoint, which is all that a plan reads."""
-    text = (ROOT / "docs/building.md").read_text()
+    text = (ROOT / "docs" / page).read_text()
     plans = re.findall(r"^\$ python export/build\.py (.+?)\n(.+?)```", text, re.DOTALL | re.MULTILINE)
     model = tmp_path / "llava-v1.5-7b-flexattn"
     model.mkdir()
@@ -84,4 +85,4 @@ def test_the_plans_are_what_the_command_prints(tmp_path, capsys):
         found.append(print_sizes(parse_arguments(arguments), Console()))
         assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
         assert found[-1] == ("does not fit" not in shown)
-    assert found == [False, True]
+    assert found == fits

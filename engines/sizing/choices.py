@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import COLUMN, INT4, INT8, Precision
 from engines.bundle.tensors import fitting_blocks, quantised_tensors
+from engines.residency import SHARED
 from engines.sizing.needs import Configuration
 
 ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
@@ -31,8 +32,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to need less. knob: the option that makes it, a field of the options of a build. costs: in quality or
-    time, for people."""
+    """A way to need less. knob: the option that makes it, a field of the options of a build, or of the runtime. costs:
+    in quality or time, for people."""
 
     knob: str
     change: Change
@@ -90,6 +91,10 @@ def _in_order(choices: Iterable[Choice]) -> tuple[Choice, ...]:
     return tuple(sorted(choices, key=CHOICES.index))
 
 
+def _residency(c: Configuration) -> Configuration | None:
+    return replace(c, residency=SHARED)
+
+
 def _int8_pages(c: Configuration) -> Configuration | None:
     return replace(c, geometry=replace(c.geometry, int8_pages=True))
 
@@ -130,6 +135,7 @@ def _precision(precision: Precision) -> Change:
 # From what costs least to what costs most: time, then quality. The page budget and lazy projection are not among them:
 # they save reading and computing, not memory.
 CHOICES = (
+    Choice("residency", _residency, "opening vision and page projection again for every new image"),
     Choice("kv", _int8_pages, Quality("fp32, kv int8", "65 of 65", "0.997")),
     Choice("kv_cache", _int8_cache, Quality("fp32, kv cache int8", "64 of 65", "0.980")),
     *(Choice("context", _context(tokens), "shorter questions, answers, conversations") for tokens in (1536, 1024)),

@@ -11,6 +11,7 @@ from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
+from engines.residency import SHARED
 from engines.sizing.choices import ROOM, Choice, fits_with, made, without
 from engines.sizing.machine import look_at
 from engines.sizing.needs import MAPS_WEIGHTS, Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
@@ -223,12 +224,16 @@ def _larger(room: Room) -> list[Target]:
 
 def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | None = None) -> list[str]:
     """OptionError, with the nearest configuration that fits, when a request does not fit one of `boards`; what to do on
-    boards where only the builder does not fit. again: see Again."""
+    boards where only the builder does not fit, or where parts must take turns in memory. again: see Again."""
     warnings = []
     for name in boards:
         found = assess(c, room_of(target(name)))
         if not found.runs:
-            raise OptionError(f"{name} {verdict(found)}", fix=advice(found, again))
+            turns = _assess(replace(c, residency=SHARED), found.room)
+            if not turns.runs:
+                raise OptionError(f"{name} {verdict(found)}", fix=advice(found, again))
+            warnings.append(f"{name} {verdict(found)}: run it there with --residency {SHARED}, which {verdict(turns)}")
+            found = replace(turns, proposal=found.proposal, larger=found.larger)
         if not found.builds:
             warnings.append(f"{name}: {builder_verdict(found)}; {builder_advice(found, again)}")
     return warnings
@@ -302,6 +307,7 @@ def changes(old: Configuration, new: Configuration) -> str:
     options = [f"--context {new.geometry.context}"] if new.geometry.context != old.geometry.context else []
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
     options += [f"--slots {new.slots}"] if new.slots != old.slots else []
+    options += [f"--residency {new.residency}"] if new.residency != old.residency else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += ["--kv-cache int8"] if new.geometry.int8_cache != old.geometry.int8_cache else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []

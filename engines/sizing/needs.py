@@ -17,6 +17,7 @@ from engines.bundle.precision import COLUMN, DEFAULT, Precision
 from engines.bundle.tensors import is_quantised, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
+from engines.residency import RESIDENCIES, SHARED
 from plugins.op import ALIGNMENT
 
 SCALE = 2  # bytes of the float16 scale of a block of quantised weights
@@ -56,7 +57,7 @@ class Configuration:
     block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
     weights of linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
-    page. fixed: the checkpoint comes quantised, in no other precision.
+    page. fixed: the checkpoint comes quantised, in no other precision. residency: see engines.backend.Opening.
     """
 
     geometry: Geometry
@@ -70,10 +71,13 @@ class Configuration:
     plugins: bool = True
     floats: tuple[str, ...] = ()
     fixed: bool = False
+    residency: str = Opening.residency
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS)}")
+        if self.residency not in RESIDENCIES:
+            raise OptionError(f"residency {self.residency!r}", expected=f"one of {', '.join(RESIDENCIES)}")
         sizes = self.precision.block_sizes
         if self.block is not None and self.block not in sizes:
             raise OptionError(
@@ -107,6 +111,12 @@ class Configuration:
     def views(self) -> int:
         """Images that are kept beside the rows of slots, which have copies: each request may be about its own."""
         return self.slots if self.slots > 1 else 0
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the parts that encode an image are closed before there is a cache. With slots others decode
+        meanwhile."""
+        return self.residency == SHARED and self.slots == 1
 
     @property
     def item(self) -> int:
@@ -163,14 +173,18 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     g, item, rows, views = c.geometry, c.item, c.rows, c.views
     weights = weight_bytes(c)
     ort = c.backend == ONNXRUNTIME
-    held = _held(c) if ort else sum(weights.values())
+    held = _held(c) if ort else weights
     taken = g.image_tokens * g.hidden * item  # what a decoder takes of an image, beside the pages
     if g.lazy_pages:
         taken += g.pages * page_size(g) * (g.hidden * item + g.head_dim * 4)
     hires, pixels = g.hires_side**2 * g.hidden * item, (1 + g.zoom**2) * 3 * g.lowres**2 * 4
     image = (rows + views) * taken + rows * (hires + pixels + g.vocab * 4)
     scratch = _activations(c)
-    work = sum(scratch.values()) if ort else max(scratch.values()) + SCRATCH
+    own = 0 if ort else SCRATCH
+    opened = _opened(c, held, scratch) if c.takes_turns else None
+    if opened is not None:
+        held, scratch = {"decoder": held["decoder"]}, {"decoder": scratch["decoder"]}
+    work = (sum(scratch.values()) if ort else max(scratch.values())) + own
     if ort:
         runtime = Need("runtime", ORT_PROCESS, "Python, ONNX Runtime")
     else:
@@ -180,13 +194,30 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
-        Need("weights", held, _list(weights) + (", and copies" if ort else "")),
+        Need(
+            "weights",
+            sum(held.values()),
+            _list({part: weights[part] for part in held}) + (", and copies" if ort else ""),
+        ),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
         Need("hi-res pages", store_bytes(c), f"{whose} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
         Need("image, logits", image, f"{whose} x pixels, features{lazy}, logits"),
-        Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
+        Need("activations", work, ("" if ort or opened is not None else "largest of ") + _list(scratch)),
         runtime,
+        *([opened] if opened is not None else []),
     )
+
+
+def _opened(c: Configuration, held: dict[str, int], scratch: dict[str, int]) -> Need:
+    """What an image takes while vision or the projection of its pages is open, beyond the cache that is made after it.
+    A part that works in more than the decoder does has memory of its own."""
+    ort, store = c.backend == ONNXRUNTIME, {"vision": 0, "pages": store_bytes(c)}
+    later, taken = store_bytes(c) + cache_bytes(c), {}
+    for part in store:
+        own = scratch[part] if ort else scratch[part] + SCRATCH if scratch[part] > scratch["decoder"] else 0
+        taken[part] = held[part] + own
+    largest = max(taken[part] + store[part] for part in store)
+    return Need("image parts", max(0, largest - later), f"one after the other, before the cache: {_list(taken)}")
 
 
 def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
@@ -230,15 +261,17 @@ def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, .
     return (prod(shape) * p.itemsize,)
 
 
-def _held(c: Configuration) -> int:
-    """Bytes of the weights as ONNX Runtime holds them."""
-    total = 0.0
-    for tensors in tensors_of_parts(c.geometry).values():
+def _held(c: Configuration) -> dict[str, int]:
+    """Bytes of the weights of each part as ONNX Runtime holds them."""
+    held = {}
+    for part, tensors in tensors_of_parts(c.geometry).items():
+        total = 0.0
         for name, shape in tensors.items():
             pieces = _pieces(c, name, shape)
             others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
             total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
-    return int(total)
+        held[part] = int(total)
+    return held
 
 
 def _activations(c: Configuration) -> dict[str, int]:

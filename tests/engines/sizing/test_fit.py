@@ -92,7 +92,9 @@ def test_another_sm_does_not_build_for_this_one():
         (8_900_000_000, {"batch": 3}, "--context 1792 --batch 1 --int4"),
         (8_000_000_000, {}, "--context 1728 --kv int8 --int4"),
         (7_400_000_000, {}, "--context 1152 --kv int8 --kv-cache int8 --int4"),
-        (7_200_000_000, {}, None),
+        # and where that is not enough, whatever it takes: engines/sizing/choices.py.
+        (7_200_000_000, {}, "--residency shared --kv int8 --int4"),
+        (3_900_000_000, {}, None),
         # Where pages are int8 already, and no context is much smaller, the cache is next,
         (18_100_000_000, {"geometry": official(context=832, int8_pages=True)}, "--kv-cache int8"),
         (17_900_000_000, {"geometry": official(context=832, int8_pages=True)}, "--int8"),  # before the precision.

@@ -314,3 +314,27 @@ def test_slots_that_cannot_be():
             Configuration(official(), **change)
     assert Configuration(official(), slots=256, backend=ONNXRUNTIME).rows == 256
     assert Configuration(official(), slots=2, batch=4).rows == 2
+
+
+@pytest.mark.parametrize("context", [2048, 640])
+def test_parts_that_take_turns_by_hand(context):
+    """Where vision and the projection are closed before there is a cache, the larger counts: either, or what comes
+    after them."""
+    kept = Configuration(official(context=context, int8_pages=True), INT4, backend=TENSORRT)
+    turns = replace(kept, residency="shared")
+    found, before = ({need.name: need.bytes for need in needs(each, integrated=True)} for each in (turns, kept))
+    parts, work = weight_bytes(kept), _activations(kept)
+    assert "image parts" not in before and work["vision"] < work["pages"]
+    assert before["weights"] - found["weights"] == parts["vision"] + parts["pages"]
+    assert found["activations"] == work["decoder"] + SCRATCH and before["activations"] == work["pages"] + SCRATCH
+    while_projected = store_bytes(kept) + parts["pages"] + work["pages"] + SCRATCH
+    own = SCRATCH + work["vision"] if work["vision"] > work["decoder"] else 0
+    while_seen = parts["vision"] + own
+    after = store_bytes(kept) + cache_bytes(kept)
+    assert found["image parts"] == max(0, max(while_projected, while_seen) - after)
+    assert (found["image parts"] == 0) == (context == 2048)
+    assert sum(found.values()) < sum(before.values())
+    slots = replace(kept, slots=2), replace(turns, slots=2)  # an image is encoded while others decode
+    assert needs(slots[0], integrated=True) == needs(slots[1], integrated=True)
+    with pytest.raises(OptionError, match="residency 'none'"):
+        replace(kept, residency="none")
