@@ -81,11 +81,11 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     notes_outline(console, _notes(recipe.config, tokenizer))
     outline(console, recipe, checkpoint)
     if recipe.check == "parity":
-        require_memory(recipe.geometry, recipe.precision, recipe.scheme, recipe.calibrate is not None)
+        require_memory(recipe.geometry, recipe.precision, recipe.coding, recipe.calibrate is not None)
     not_here = elsewhere(recipe.engines) if recipe.engines else None
     calibration = None
     if recipe.calibrate:
-        calibration = calibrate_on(recipe.calibrate, recipe.model, recipe.config, checkpoint, recipe.scheme, console)
+        calibration = calibrate_on(recipe.calibrate, recipe.model, recipe.config, checkpoint, recipe.coding, console)
     with write_bundle(recipe.folder) as writer:
         _write(recipe, checkpoint, calibration, tokenizer, versions, writer, console)
         _check(recipe, Bundle(writer.folder, verify=False), checkpoint, console)
@@ -194,7 +194,7 @@ def _write(
             options=recipe.record(calibration.used if calibration else None),
             dropped=checkpoint.dropped,
             scales=SCALES if calibration else None,
-            block_size=recipe.scheme.block if recipe.scheme else None,
+            block_size=recipe.coding.linear.block if recipe.coding.linear else None,
         )
     )
 
@@ -208,14 +208,13 @@ def _write_part(
     console: Console,
 ) -> Part:
     """Network -> traced graph -> its weights -> the graphs of the other kinds, which read the same weights."""
-    g, precision, scheme, weights = recipe.geometry, recipe.precision, recipe.scheme, f"{part}.weights"
-    dtype = getattr(torch, precision.dtype)
+    g, precision, weights = recipe.geometry, recipe.precision, f"{part}.weights"
+    dtype, schemes = getattr(torch, precision.dtype), recipe.coding.schemes(g)
     with console.status(f"{part}: tracing"):
         model = trace(part, g, dtype)
-    if scheme:
-        rewrite(model, scheme.tensors(g), scheme)
+    rewrite(model, schemes)
     with progress_of(part, stored_bytes(model), console) as advance:
-        write_weights(model, source, dtype, writer, weights, advance, scheme, clips)
+        write_weights(model, source, dtype, writer, weights, advance, schemes, clips)
     traced, graphs = writer.folder / f"{part}.onnx", {}
     ir.save(model, traced)
     bind = {
@@ -253,7 +252,7 @@ def _check(recipe: Recipe, bundle: Bundle, checkpoint: Checkpoint, console: Cons
     elif recipe.check == "weights":
         with console.status("weight check"):
             count = stored_weights(bundle, checkpoint)
-        rounds = recipe.scheme and not isinstance(checkpoint, PackedCheckpoint)
+        rounds = recipe.coding.schemes(recipe.geometry) and not isinstance(checkpoint, PackedCheckpoint)
         rounded = " (quantised ones within half a step)" if rounds else ""
         rounded = " times the stored scales" * (recipe.calibrate is not None) + rounded
         console.print(f"weights: {count} tensors equal the checkpoint's{rounded}; the graphs were not run")

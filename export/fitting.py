@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 
+from engines.bundle.tensors import CHOICES
 from engines.errors import OptionError
 from engines.sizing.fit import Fitting, fit
 from engines.sizing.needs import Configuration
@@ -12,13 +14,19 @@ from export.fit_report import lacking, room_for
 from export.options import BuildOptions
 from export.recipe import Recipe
 
+
+def _apart(kind: str, c: Configuration) -> dict[str, object]:
+    return {kind: getattr(c, kind)}
+
+
 # What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
 OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "residency": lambda c: {},  # of the runtime
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
     "context": lambda c: {"context": c.geometry.context},
-    "precision": lambda c: {"precision": c.precision.name, "block_size": c.block},
+    "precision": lambda c: {"precision": c.precision.name},
+    **{kind: partial(_apart, kind) for kind in CHOICES},
 }
 
 
@@ -34,6 +42,8 @@ def fitted(options: BuildOptions, found: Fitting) -> BuildOptions:
         fix = f"--target {found.larger} --fit, or a smaller model" if found.larger else "build a smaller model"
         raise OptionError(f"{found.assessment.room.name} {lacking(found)}", fix=fix)
     values: dict[str, object] = {"fit": False}
+    if found.assessment.configuration.block != found.asked.block:
+        values["block_size"] = found.assessment.configuration.block
     for gain in found.gains:
         values |= OPTIONS[gain.choice.knob](found.assessment.configuration)
     return replace(options, **values)
@@ -41,4 +51,5 @@ def fitted(options: BuildOptions, found: Fitting) -> BuildOptions:
 
 def kept(options: BuildOptions) -> frozenset[str]:
     """The knobs that are not at their default: what is asked for is not chosen otherwise."""
-    return frozenset(each.name for each in fields(options) if getattr(options, each.name) != each.default)
+    names = {each.name for each in fields(options) if getattr(options, each.name) != each.default}
+    return frozenset(names | {"head"} if options.quantize_head else names)

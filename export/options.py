@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
+from engines.bundle.tensors import CHOICES, MODEL, can_be_coded, sizes_of_blocks
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES
@@ -31,6 +32,14 @@ KV = {  # of hi-res pages, and of the cache of ordinary tokens
     "model": "in the dtype of activations",
     "int8": "in 8 bits, with a scale for each head of each token: half of float16, a quarter of float32",
 }
+APART = {  # the help of CHOICES
+    "head": "lm_head: in the dtype of activations, in 8 bits with a scale for each token, or in 4 bits in blocks; "
+    "of as many bits as the linear layers, in their blocks",
+    "vision": "linear layers of vision tower and projector: in the dtype of activations, in 8 bits with a scale for "
+    "each output, or in 4 bits in blocks",
+    "embeddings": "the table of tokens: in the dtype of activations, or in 8 bits with a scale for each token, of "
+    "which only what is read is unpacked",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,10 @@ class BuildOptions:
     out: Path | None = None  # None: build/<model>-<precision>
     precision: str | None = None  # a key of PRECISIONS; None: DEFAULT, or that of the integers of a packed checkpoint
     block_size: int | None = None  # int8, int4, fp8: weights that share a scale, or COLUMN; None: default, or packed
-    quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too
+    quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too, as the linear layers are
+    head: str = MODEL  # lm_head: one of CHOICES["head"]
+    vision: str = MODEL  # linear layers of the vision tower and the projector
+    embeddings: str = MODEL
     calibrate: Path | None = None  # int8 and int4 alone: data to choose scales and clips by; None: round to nearest
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
@@ -56,6 +68,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         precision = DEFAULT if self.precision is None else precision_named(self.precision)
         for knob, known in (
+            *CHOICES.items(),
             ("projection", PROJECTIONS),
             ("kv", KV),
             ("kv_cache", KV),
@@ -67,7 +80,8 @@ class BuildOptions:
         for knob, none in (("page_budget", "every page"), ("context", "the checkpoint's")):
             require_integer(getattr(self, knob), f"{knob} {getattr(self, knob)!r}", none=none)
         size = self.block_size
-        if size is not None and not (is_integer(size) and size in precision.block_sizes):
+        sizes = sizes_of_blocks(precision, self.head, self.vision)
+        if size is not None and not (is_integer(size) and size in sizes):
             having = [f"--{each}" for each in QUANTISING if size in each.block_sizes]
             raise OptionError(
                 f"block_size {block_name(size) if is_integer(size) else repr(size)} with {precision}",
@@ -76,6 +90,16 @@ class BuildOptions:
             )
         if self.quantize_head and not precision.quantises:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
+        if self.quantize_head and self.head != MODEL:
+            raise OptionError(f"quantize_head with head {self.head!r}", fix="leave out one of them")
+        for knob in CHOICES:
+            value, takes = getattr(self, knob), [each for each in PRECISIONS.values() if can_be_coded(knob, each)]
+            if value != MODEL and precision not in takes:
+                raise OptionError(
+                    f"{knob} {value} with {precision}",
+                    expected=f"one of {', '.join(map(str, takes))}",
+                    fix=f"add --{takes[0]} in place of --{precision}, or leave out --{knob}",
+                )
         if self.calibrate is not None and not precision.quantises:
             raise OptionError(f"calibrate with {precision}", fix="add --int4 or --int8, or leave out --calibrate")
         if self.calibrate is not None and not precision.calibrates(precision.block_size(size, self.backend)):
@@ -133,7 +157,10 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         + "; ".join(f"--{each}: {_sizes(each)} ({_default_sizes(each)} when not given)" for each in QUANTISING)
         + f"; {OWN}",
     )
-    add("--quantize-head", action="store_true", help=f"with --{', --'.join(map(str, QUANTISING))}: lm_head, too")
+    text = f"with --{', --'.join(map(str, QUANTISING))}: lm_head as the linear layers"
+    add("--quantize-head", action="store_true", help=text)
+    for knob, what in APART.items():
+        add(f"--{knob}", choices=CHOICES[knob], default=getattr(default, knob), help=what)
     add(
         "--calibrate",
         type=Path,
@@ -178,7 +205,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         "--residency",
         choices=RESIDENCIES,
         default=SizingRequest.residency,
-        help="with --plan: of what encodes images (an option of the runtime): all = always there, shared = while one is",
+        help="with --plan, for what encodes images (an option of the runtime): all = always, shared = while it does",
     )
     add(
         "--check",

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from engines.bundle.kinds import TRACED, kinds
-from engines.bundle.precision import COLUMN, Precision
+from engines.bundle.precision import COLUMN, Precision, Scheme
+from engines.bundle.tensors import CHOICES
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
 from export.checkpoint.config import ModelConfig
@@ -40,8 +41,8 @@ def notes_outline(console: Console, notes: Iterable[str]) -> None:
 
 def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Print what a build is about to write and to leave out, what a request will need, and what the recipe implies."""
-    g, c, precision, scheme = recipe.geometry, recipe.configuration(), recipe.precision, recipe.scheme
-    parity_check = parity_bytes(g, precision, scheme, recipe.calibrate is not None)
+    g, c, precision, coding = recipe.geometry, recipe.configuration(), recipe.precision, recipe.coding
+    parity_check = parity_bytes(g, precision, coding, recipe.calibrate is not None)
     title = escape(f"{recipe.model} -> {recipe.folder} ({precision})")
     table = Table("part", "files", "weights", title=title)
     for part, weights in weight_bytes(c).items():
@@ -61,13 +62,12 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
         f"hi-res pages {size(store_bytes(c))}{pages}; "
         f"of the parity check: {size(parity_check)}"
     )
-    if scheme:
-        what = "the decoder's linear layers" + (", lm_head" if scheme.head else "")
-        projections = not g.lazy_pages and not any("_hd." in name for name in scheme.floats)
+    if scheme := coding.linear:
+        what = "the decoder's linear layers" + (", lm_head" if coding.head == scheme else "")
+        projections = not g.lazy_pages and not any("_hd." in name for name in coding.floats)
         what += ", and the pages' projections" if projections else ""
-        layout = "one scale for a column" if scheme.block == COLUMN else f"in blocks of {scheme.block}"
         console.print(
-            f"{precision}: {layout}: {what}; the rest is stored in float16. "
+            f"{precision}: {layout_name(scheme)}: {what}; the rest is stored in float16. "
             "ONNX Runtime computes in float32 (float16 is no faster on its CPU), TensorRT in float16",
             soft_wrap=True,
         )
@@ -82,8 +82,22 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"{precision}: weights are stored in {precision.dtype}; "
             f"ONNX Runtime computes in {precision.ort_dtype} (its CPU has no {precision})"
         )
+    beside = [
+        f"{kind} in {scheme.precision}, {layout_name(scheme)}"
+        for kind in CHOICES
+        if (scheme := getattr(coding, kind)) and scheme != coding.linear
+    ]
+    if beside:
+        console.print(f"{precision}: {'; '.join(beside)}", soft_wrap=True)
     if isinstance(checkpoint, PackedCheckpoint):
-        console.print(summary(checkpoint, precision, scheme.floats), soft_wrap=True)
+        console.print(summary(checkpoint, precision, coding.floats), soft_wrap=True)
+
+
+def layout_name(scheme: Scheme) -> str:
+    """For people: which values share a scale."""
+    if scheme.rows:
+        return "one scale for a row"
+    return "one scale for a column" if scheme.block == COLUMN else f"in blocks of {scheme.block}"
 
 
 @contextmanager

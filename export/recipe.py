@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
+from engines.bundle.tensors import CHOICES, Coding, coding_of
 from engines.errors import OptionError
 from engines.sizing.needs import Configuration
 from engines.trt.options import EngineOptions
@@ -18,7 +19,7 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import PackedCheckpoint, floats_of
 from export.checkpoint.packed_settings import Packing
 from export.options import BuildOptions
-from export.weights.scheme import Scheme, require_blocks
+from export.weights.scheme import require_blocks
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Recipe:
     """A build in which nothing is open any more, but for one thing that only the files of a packed checkpoint tell:
     which of its weights are floats (`confirmed`).
 
-    config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. scheme: how weights are
-    quantised, None if they are not. calibrate: data to choose scales and clips by. page_budget: pages a layer may read
+    config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. coding: which weights
+    are stored in codes, and how. calibrate: data to choose scales and clips by. page_budget: pages a layer may read
     at most. engines: the TensorRT engines to build, None for ONNX Runtime. check: one of CHECKS.
     """
 
@@ -35,7 +36,7 @@ class Recipe:
     folder: Path
     config: ModelConfig
     precision: Precision
-    scheme: Scheme | None
+    coding: Coding
     calibrate: Path | None
     page_budget: int
     backend: str
@@ -50,9 +51,9 @@ class Recipe:
     def confirmed(self, checkpoint: Checkpoint) -> Recipe:
         """The same for the checkpoint as it was opened: what a packed one holds as floats, its weights say, where
         settle could only go by its settings."""
-        if self.scheme is None or not isinstance(checkpoint, PackedCheckpoint):
+        if not isinstance(checkpoint, PackedCheckpoint):
             return self
-        return replace(self, scheme=replace(self.scheme, floats=floats_of(checkpoint, self.config)))
+        return replace(self, coding=replace(self.coding, floats=floats_of(checkpoint, self.config)))
 
     def configuration(
         self,
@@ -62,19 +63,21 @@ class Recipe:
     ) -> Configuration:
         """What sizing asks about; `batch`: rows of a request, those of the engines when not given; `slots`: requests
         that share decode steps; `residency`: of the runtime."""
-        engines, scheme = self.engines, self.scheme
+        engines, coding = self.engines, self.coding
         rows = engines.batch if engines else 1
         return Configuration(
             self.geometry,
             self.precision,
-            block=scheme.block if scheme else None,
-            head=scheme.head if scheme else False,
+            block=coding.block,
+            head=coding.choice("head"),
+            vision=coding.choice("vision"),
+            embeddings=coding.choice("embeddings"),
             batch=rows if batch is None else batch,
             slots=slots,
             page_budget=self.page_budget,
             backend=self.backend,
             plugins=engines.plugins if engines else True,
-            floats=scheme.floats if scheme else (),
+            floats=coding.floats,
             fixed=self.config.packing is not None,
             residency=residency,
         )
@@ -82,13 +85,14 @@ class Recipe:
     def record(self, calibration: dict[str, object] | None) -> dict[str, object]:
         """The knobs as this build uses them, for the manifest; of folders only their names, which say nothing about
         this machine. `calibration`: what it was made with, if it was."""
-        g, scheme = self.geometry, self.scheme
+        g, coding = self.geometry, self.coding
         used: dict[str, object] = {
             "model": self.model.resolve().name,
             "out": self.folder.resolve().name,
             "precision": self.precision.name,
-            "block_size": scheme.block if scheme else None,
-            "quantize_head": scheme.head if scheme else False,
+            "block_size": coding.block,
+            "quantize_head": coding.head is not None and coding.head == coding.linear,
+            **{kind: coding.choice(kind) for kind in CHOICES},
             "calibrate": self.calibrate.resolve().name if self.calibrate else None,
             "page_budget": self.page_budget,
             "context": g.context,
@@ -97,7 +101,7 @@ class Recipe:
             "kv_cache": "int8" if g.int8_cache else "model",
             "backend": self.backend,
             "check": self.check,
-            "floats": list(scheme.floats) if scheme else [],
+            "floats": list(coding.floats),
             "not_obeyed": list(self.config.unknown),
             "calibration": calibration,
         }
@@ -114,19 +118,21 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
     g = _adjusted(config.geometry, options)
     if config.packing is None:
         precision = PRECISIONS[options.precision] if options.precision else DEFAULT
-        scheme = None
-        if precision.quantises:
-            scheme = Scheme(precision, precision.block_size(options.block_size, options.backend), options.quantize_head)
-            require_blocks(g, scheme)
-    else:  # its own groups were checked against its weights when it was packed, and are when it is opened
-        scheme = _carried(config.packing, g, options)
-        precision = scheme.precision
+        head = precision.name if options.quantize_head else options.head
+        coding = _coding(precision, options.block_size, head, options)
+        require_blocks(g, coding)
+    else:
+        precision, block, floats = config.packing.precision, config.packing.block(g), config.packing.floats(g)
+        coding = _coding(precision, block, _carried(config.packing, g, options), options)
+        # Its own groups were checked against its weights when it was packed, and are when it is opened.
+        require_blocks(g, replace(coding, linear=None, head=None if coding.head == coding.linear else coding.head))
+        coding = replace(coding, floats=floats)
     return Recipe(
         model=options.model,
         folder=options.out or Path("build") / f"{options.model.resolve().name}-{precision}",
         config=replace(config, geometry=g),
         precision=precision,
-        scheme=scheme,
+        coding=coding,
         calibrate=options.calibrate,
         page_budget=g.pages if options.page_budget is None else options.page_budget,
         backend=options.backend,
@@ -164,8 +170,14 @@ def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache)
 
 
-def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:
-    """The scheme that holds a packed checkpoint's own integers."""
+def _coding(precision: Precision, block: int | None, head: str, options: BuildOptions) -> Coding:
+    vision, embeddings = options.vision, options.embeddings
+    return coding_of(precision, block, options.backend, head=head, vision=vision, embeddings=embeddings)
+
+
+def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> str:
+    """What becomes of the head of a packed checkpoint, as --head has it; OptionError where options want other integers
+    than the checkpoint's own."""
     if options.calibrate is not None:
         raise OptionError(
             f"--calibrate for a checkpoint that is quantised already ({packing.text})", fix="leave it out"
@@ -174,6 +186,7 @@ def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:
     asked = [f"--{options.precision}"] if options.precision not in (None, own.name) else []
     asked += [f"--block-size {options.block_size}"] if options.block_size not in (None, block) else []
     asked += ["--quantize-head"] if options.quantize_head and not head else []
+    asked += [f"--head {options.head}"] if head and options.head not in (BuildOptions.head, own.name) else []
     if asked:
         flags = f"--{own} --block-size {block}" + (" --quantize-head" if head else "")
         why = ""
@@ -184,4 +197,4 @@ def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:
             expected=f"its own integers, carried over as they are: {own} in blocks of {block}{why}",
             fix=f"{flags}, or leave these options out",
         )
-    return Scheme(own, block, head, packing.floats(g))
+    return own.name if head else options.head

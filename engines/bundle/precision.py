@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from engines.bundle.kinds import TENSORRT
 from engines.errors import OptionError
@@ -10,6 +11,7 @@ from plugins.op import ITEMSIZE
 
 BLOCK_SIZES = (16, 32, 64, 128)  # values along K that share a scale; 16 is for small models only it divides
 COLUMN = 0  # as a block size: one scale for each output column, whatever K is
+SCALE_BYTES = 2  # of a scale: float16
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,46 @@ BF16 = Precision("bf16", "bfloat16", "float32", smaller=(INT8, INT4))
 
 PRECISIONS = {each.name: each for each in (FP16, FP32, BF16, INT8, INT4, FP8)}  # in the order of --help
 DEFAULT = FP16  # of a checkpoint that holds floats, when none is asked for
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight [N, K] is stored in codes. precision: one that quantises. block: how many values along K share a
+    scale (COLUMN: all of an output's). rows: codes stay [N, K], as a gather of rows reads them, not [K, N]."""
+
+    precision: Precision
+    block: int
+    rows: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        assert self.precision.bits is not None, f"{self.precision} does not quantise"
+        return self.precision.bits
+
+    @property
+    def e4m3(self) -> bool:
+        """Whether codes are 8-bit floats."""
+        return self.precision.e4m3
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code stored. int4 uses -8 as well; in int8 one more code would make no difference."""
+        if self.e4m3:
+            return (-448, 448)  # E4M3 has no infinities, only NaN beyond
+        return (-8, 7) if self.bits == 4 else (-127, 127)
+
+    def span(self, k: int) -> int:
+        """How many of a weight's K inputs share a scale."""
+        return k if self.block == COLUMN else self.block
+
+    def pieces(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of the codes of a weight [N, K], and of their scales; a block that is cut short has one, too."""
+        return prod(shape) * self.bits // 8, prod(shape[:-1]) * -(-shape[-1] // self.span(shape[-1])) * SCALE_BYTES
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight [N, K] with its scales."""
+        return sum(self.pieces(shape))
 
 
 def precision_named(name: str) -> Precision:

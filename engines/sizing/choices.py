@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import COLUMN, INT4, INT8, Precision
-from engines.bundle.tensors import fitting_blocks, quantised_tensors
+from engines.bundle.tensors import MODEL, can_be_coded, fitting_blocks, sizes_of_blocks
 from engines.residency import SHARED
 from engines.sizing.needs import Configuration
 
@@ -76,9 +76,16 @@ def fits_with(
 
 
 def made(c: Configuration, choices: Iterable[Choice]) -> Configuration:
-    """`c` with these choices made."""
-    for choice in choices:
-        c = choice.change(c) or c
+    """`c` with these choices made, those that there are only beside others after these."""
+    waiting = tuple(choices)
+    while waiting:
+        later: tuple[Choice, ...] = ()
+        for choice in waiting:
+            other = choice.change(c)
+            later, c = (later, other) if other is not None else ((*later, choice), c)
+        if len(later) == len(waiting):
+            break
+        waiting = later
     return c
 
 
@@ -115,21 +122,36 @@ def _context(tokens: int) -> Change:
 
 
 def _precision(precision: Precision) -> Change:
-    """In the default blocks, or the largest that divide this model's weights."""
-
     def change(c: Configuration) -> Configuration | None:
         if c.fixed or precision not in c.precision.smaller:
             return None
-        block = c.block if c.block in precision.block_sizes else None
-        size = precision.block_size(block, c.backend)
-        fitting = fitting_blocks(quantised_tensors(c.geometry, c.head, c.floats).values())
-        if size != COLUMN and size not in fitting:
-            if not fitting:
-                return None
-            block = fitting[-1]
-        return replace(c, precision=precision, block=block)
+        block = c.block if c.block in sizes_of_blocks(precision, c.head, c.vision) else None
+        return _in_blocks(replace(c, precision=precision, block=block))
 
     return change
+
+
+def _apart(kind: str, precision: Precision) -> Change:
+    """What may be stored in codes of its own, in these; kind: a key of engines.bundle.tensors.CHOICES."""
+
+    def change(c: Configuration) -> Configuration | None:
+        now = getattr(c, kind)
+        tied = c.geometry.tied_embeddings and kind != "vision"
+        if tied or not can_be_coded(kind, c.precision) or now not in (MODEL, INT8.name) or now == precision.name:
+            return None
+        return _in_blocks(replace(c, **{kind: precision.name}))
+
+    return change
+
+
+def _in_blocks(c: Configuration) -> Configuration | None:
+    """In the largest blocks that divide the weights, if those that it has do not; None if none does."""
+    g, schemes = c.geometry, c.coding.schemes(c.geometry)
+    shapes = {name: shape for name, shape in c.coding.tensors(g).items() if schemes[name].block != COLUMN}
+    if not any(k % schemes[name].span(k) for name, (_, k) in shapes.items()):
+        return c
+    fitting = fitting_blocks(shapes.values())
+    return replace(c, block=fitting[-1]) if fitting else None
 
 
 # From what costs least to what costs most: time, then quality. The page budget and lazy projection are not among them:
@@ -138,7 +160,12 @@ CHOICES = (
     Choice("residency", _residency, "opening vision and page projection again for every new image"),
     Choice("kv", _int8_pages, Quality("fp32, kv int8", "65 of 65", "0.997")),
     Choice("kv_cache", _int8_cache, Quality("fp32, kv cache int8", "64 of 65", "0.980")),
+    Choice("embeddings", _apart("embeddings", INT8), "?"),
+    Choice("head", _apart("head", INT8), "?"),
+    Choice("vision", _apart("vision", INT8), "?"),
     *(Choice("context", _context(tokens), "shorter questions, answers, conversations") for tokens in (1536, 1024)),
     Choice("precision", _precision(INT8), Quality("int8, columns", "57 of 65", "0.899")),
+    Choice("head", _apart("head", INT4), "?"),
+    Choice("vision", _apart("vision", INT4), "?"),
     Choice("precision", _precision(INT4), Quality("int4, blocks of 16", "34 of 65", "0.623")),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
+from engines.bundle.tensors import CHOICES, sizes_of_blocks
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
@@ -253,7 +254,7 @@ def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None
         raise OptionError(
             f"precision {p} on {', '.join(f'sm_{sm}' for sm in old)}",
             expected=f"GPUs of SM {least / 10} or newer",
-            fix=fix + _other(c, replace(c, precision=INT8, block=COLUMN), again),
+            fix=fix + _other(c, _in(c, INT8, COLUMN), again),
         )
     if p.e4m3:
         return [
@@ -312,6 +313,12 @@ def changes(old: Configuration, new: Configuration) -> str:
     options += ["--kv-cache int8"] if new.geometry.int8_cache != old.geometry.int8_cache else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
     options += [f"--block-size {block_name(new.block)}"] if new.block not in (None, old.block) else []
+    same = old.head == old.precision.name and new.head == new.precision.name  # --quantize-head, of both
+    options += [
+        f"--{kind} {getattr(new, kind)}"
+        for kind in CHOICES
+        if getattr(new, kind) != getattr(old, kind) and not (same and kind == "head")
+    ]
     return " ".join(options)
 
 
@@ -361,12 +368,18 @@ def _nearest(found: Assessment) -> Assessment | None:
             cache, pages = g.int8_cache or int8_cache, g.int8_pages or int8_pages
             geometry = replace(g, int8_cache=cache, int8_pages=pages)
             for fewer in _fewer_rows(c) if rows else (c,):
-                block = c.block if c.block in precision.block_sizes else None
-                other = replace(fewer, precision=precision, block=block, geometry=geometry)
+                other = replace(_in(fewer, precision, c.block), geometry=geometry)
                 shorter = _largest_context(other, room, wanted) if context else other
                 if shorter is not None and wanted(fitting := _assess(shorter, room)):
                     return fitting
     return None
+
+
+def _in(c: Configuration, precision: Precision, block: int | None) -> Configuration:
+    """`c` in another precision, in these blocks if it has them; a head that is stored as its linear layers stays so."""
+    head = precision.name if c.head == c.precision.name and precision.quantises else c.head
+    sizes = sizes_of_blocks(precision, head, c.vision)
+    return replace(c, precision=precision, block=block if block in sizes else None, head=head)
 
 
 def _fewer_rows(c: Configuration) -> Iterator[Configuration]:

@@ -13,14 +13,13 @@ from engines.backend import MAX_SLOTS, Opening
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.pages import page_size
-from engines.bundle.precision import COLUMN, DEFAULT, Precision
-from engines.bundle.tensors import is_quantised, tensors_of_parts
+from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
+from engines.bundle.tensors import CHOICES, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
 from plugins.op import ALIGNMENT
 
-SCALE = 2  # bytes of the float16 scale of a block of quantised weights
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
@@ -54,8 +53,9 @@ class Configuration:
     """What is to be built and asked. The geometry holds the context, how pages are projected, and how pages and cache
     are kept.
 
-    block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
-    weights of linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots:
+    block: one of the precision's block sizes, or of those of an int4 head or vision, None = the default; head, vision,
+    embeddings: names of the precisions these are stored in, or MODEL; floats: weights that are not quantised though
+    others of their kind are. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
     page. fixed: the checkpoint comes quantised, in no other precision. residency: see engines.backend.Opening.
     """
@@ -63,7 +63,9 @@ class Configuration:
     geometry: Geometry
     precision: Precision = DEFAULT
     block: int | None = None
-    head: bool = False
+    head: str = MODEL
+    vision: str = MODEL
+    embeddings: str = MODEL
     batch: int = 1
     slots: int = Opening.slots
     page_budget: int | None = None
@@ -78,7 +80,10 @@ class Configuration:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS)}")
         if self.residency not in RESIDENCIES:
             raise OptionError(f"residency {self.residency!r}", expected=f"one of {', '.join(RESIDENCIES)}")
-        sizes = self.precision.block_sizes
+        for kind in CHOICES:
+            if (named := getattr(self, kind)) != MODEL and named not in PRECISIONS:
+                raise OptionError(f"{kind} {named!r}", expected=f"one of {', '.join(CHOICES[kind])}")
+        sizes = sizes_of_blocks(self.precision, self.head, self.vision)
         if self.block is not None and self.block not in sizes:
             raise OptionError(
                 f"block {self.block!r} with {self.precision}", expected=f"one of {sizes}" if sizes else "None"
@@ -96,6 +101,19 @@ class Configuration:
         budget = require_integer(self.page_budget, f"page budget {self.page_budget!r}", 0, g.pages, none="every page")
         keep("page_budget", budget)
         keep("geometry", replace(g, context=require_integer(g.context, f"context {g.context!r}", g.image_tokens + 1)))
+
+    @property
+    def coding(self) -> Coding:
+        """Which weights are stored in codes, and how."""
+        return coding_of(
+            self.precision,
+            self.block,
+            self.backend,
+            head=self.head,
+            vision=self.vision,
+            embeddings=self.embeddings,
+            floats=self.floats,
+        )
 
     @property
     def pages_read(self) -> int:
@@ -136,10 +154,11 @@ class Need:
 def weight_bytes(c: Configuration) -> dict[str, int]:
     """Bytes of the file of weights of each part."""
     sizes: dict[str, int] = {}
+    coding = c.coding
     for part, tensors in tensors_of_parts(c.geometry).items():
         offset = end = 0
         for name, shape in sorted(tensors.items()):
-            for piece in _pieces(c, name, shape):
+            for piece in _pieces(c, coding, name, shape):
                 end = offset + piece
                 offset = -(-end // ALIGNMENT) * ALIGNMENT
         sizes[part] = end
@@ -226,7 +245,8 @@ def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
     g, item = c.geometry, c.precision.itemsize
     decoder = weight_bytes(c)["decoder"]
     if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
-        decoder -= (g.vocab - c.rows) * g.hidden * item
+        table = sum(_pieces(c, c.coding, EMBEDDINGS, (g.vocab, g.hidden)))
+        decoder -= table * (g.vocab - c.rows) // g.vocab
     if g.lazy_pages:  # read when a page is new, not in every step
         decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
     read = g.layers * tokens * _token_bytes(c, g.int8_cache)
@@ -251,25 +271,22 @@ def size(count: float) -> str:
     return f"{count / unit:.{digits}f} {name}"
 
 
-def _pieces(c: Configuration, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _pieces(c: Configuration, coding: Coding, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
-    p = c.precision
-    if p.bits is not None and is_quantised(name, c.geometry, c.head) and name not in c.floats:
-        block = p.block_size(c.block, c.backend)
-        blocks = 1 if block is None or block == COLUMN else -(-shape[-1] // block)
-        return prod(shape) * p.bits // 8, prod(shape[:-1]) * blocks * SCALE
-    return (prod(shape) * p.itemsize,)
+    scheme = coding.of(name, c.geometry)
+    return (prod(shape) * c.precision.itemsize,) if scheme is None else scheme.pieces(shape)
 
 
 def _held(c: Configuration) -> dict[str, int]:
     """Bytes of the weights of each part as ONNX Runtime holds them."""
-    held = {}
+    held, coding = {}, c.coding
+    others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
     for part, tensors in tensors_of_parts(c.geometry).items():
         total = 0.0
         for name, shape in tensors.items():
-            pieces = _pieces(c, name, shape)
-            others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
-            total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
+            pieces = _pieces(c, coding, name, shape)
+            copies = ORT_COPIES_QUANTISED if len(pieces) > 1 else others
+            total += sum(pieces) * (1 if name == EMBEDDINGS and len(pieces) > 1 else copies)  # read where it is mapped
         held[part] = int(total)
     return held
 

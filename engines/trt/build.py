@@ -25,8 +25,9 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PARTS, PLUGIN_FREE, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX, TRACED, needing_plugins
 from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
 from engines.bundle.pages import page_size
-from engines.bundle.rebuild import rebuild
+from engines.bundle.rebuild import block_of, choices_of, rebuild
 from engines.bundle.specs import plan_io
+from engines.bundle.tensors import CHOICES
 from engines.bundle.work import work_folder
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
@@ -182,13 +183,15 @@ def build_engines(
 
 def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
     """What the engines of a bundle will be asked for at most."""
-    manifest = bundle.manifest
+    manifest, chosen = bundle.manifest, choices_of(bundle.manifest)
     floats = manifest.options.get("floats")  # bundles of before there were any do not name them
     return Configuration(
         manifest.geometry,
         bundle.precision,
-        block=manifest.block_size,
-        head=bool(manifest.options.get("quantize_head")),
+        block=block_of(manifest),
+        head=chosen["head"],
+        vision=chosen["vision"],
+        embeddings=chosen["embeddings"],
         batch=options.batch,
         page_budget=manifest.page_budget,
         backend=options.backend,
@@ -207,10 +210,11 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         backend=options.backend,
         engines={**asdict(options), "batch": other.batch},
         precision=p.name,
-        block_size=p.block_size(other.block, options.backend) if p.quantises else None,
+        block_size=p.block_size(other.block, options.backend) if p.quantises else other.block,
         context=other.geometry.context,
         kv="int8" if other.geometry.int8_pages else "model",
         kv_cache="int8" if other.geometry.int8_cache else "model",
+        **{kind: getattr(other, kind) for kind in CHOICES},
     )
 
 

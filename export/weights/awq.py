@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.bundle.precision import Scheme
 from export.weights.rounding import RATIOS, quantise, ratios_of
-from export.weights.scheme import Scheme
 
 PIECE = 1 << 22  # values of a weight tried at once
 QUIET = 1 / 64  # of the mean magnitude: a channel is taken to be no quieter, it may be louder in other pictures

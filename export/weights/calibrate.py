@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.tensors import tensors_of_parts
+from engines.bundle.precision import Scheme
+from engines.bundle.tensors import Coding, quantised_tensors, tensors_of_parts
 from engines.errors import OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
@@ -31,7 +32,6 @@ from export.network.reference import load
 from export.weights.awq import Found, Search, best_clips, best_scales
 from export.weights.calibration_data import Picture, Request, read_pictures, read_requests
 from export.weights.folding import HEAD_GROUP, Folded, spread
-from export.weights.scheme import Scheme
 from plugins.select_pages.reference import select_pages
 
 F32 = torch.float32
@@ -61,14 +61,16 @@ class Calibration:
 
 
 def calibrate_on(
-    data: Path, model: Path, config: ModelConfig, checkpoint: Checkpoint, scheme: Scheme, console: Console
+    data: Path, model: Path, config: ModelConfig, checkpoint: Checkpoint, coding: Coding, console: Console
 ) -> Calibration:
     """Read the data, see that memory suffices, calibrate with the defaults of Search, and print what was gained.
 
-    `model`: the checkpoint's folder, `config`: its own, as the build adjusted it. Raises what read_requests,
-    read_pictures and calibrate do, and OptionError where memory is short.
+    `model`: the checkpoint's folder, `config`: its own, as the build adjusted it. What is searched for are the linear
+    layers, and lm_head where it is stored as they are. Raises what read_requests, read_pictures and calibrate do, and
+    OptionError where memory is short.
     """
-    g, search = config.geometry, Search()
+    g, search, scheme = config.geometry, Search(), coding.linear
+    assert scheme is not None, "options do not calibrate what is not quantised"
     requests = read_requests(data, model, config)
     images = len({request.image for request in requests})
     lengths = [len(request.ids) + len(request.answer) for request in requests]
@@ -81,7 +83,7 @@ def calibrate_on(
         )
     pictures = read_pictures(requests, g)
     with progress(f"calibrating on {len(requests)} questions about {images} images", quiet=console.quiet) as advance:
-        result = calibrate(checkpoint, g, scheme, requests, pictures, search, advance)
+        result = calibrate(checkpoint, g, scheme, requests, pictures, search, advance, head=coding.head == scheme)
     changes = [found.after / found.before for found in result.found.values() if found.before > 0]
     console.print(
         f"calibrated: scaling leaves {100 * float(np.mean(changes or [1])):.0f} % of the layers' squared errors on "
@@ -106,7 +108,7 @@ def calibration_bytes(g: Geometry, scheme: Scheme, pictures: int, lengths: Seque
     features = pictures * (1 + g.zoom**2) * (3 * g.lowres**2 + g.image_tokens * g.hidden)
     between = sum(lengths) * g.hidden + rows * (3 * g.hidden + width + g.intermediate)
     inside = 2 * g.kv_heads * g.head_dim * g.hires_side**2 * 2 + 3 * g.heads * max(lengths) ** 2
-    clips = sum(map(prod, scheme.tensors(g).values())) // scheme.block
+    clips = sum(map(prod, quantised_tensors(g).values())) // scheme.block
     return 4 * (max(vision, *layers.values()) + features + between + inside + SEARCHED) + clips + OVERHEAD
 
 
@@ -137,8 +139,11 @@ def calibrate(
     pictures: Mapping[Path, Picture],
     search: Search,
     advance: Callable[[float], None] = lambda part: None,
+    *,
+    head: bool = False,
 ) -> Calibration:
-    """Scales and clips for rounding `checkpoint` under `scheme`. `advance`: told the part that is done, 0 .. 1.
+    """Scales and clips for rounding the linear layers of `checkpoint` under `scheme`, `head`: lm_head, too. `advance`:
+    told the part that is done, 0 .. 1.
 
     `pictures`: those of `requests`, by their files. Deterministic on one machine. Raises a FlexError for a tensor that
     cannot be read.
@@ -169,7 +174,7 @@ def calibrate(
         decoder.model.layers[index] = nn.Identity()
         projections.pop(str(index), None)
         advance((index + 1) / g.layers)
-    if scheme.head:
+    if head:
         load(decoder.model.norm, checkpoint, F32, "model.norm.")
         last = torch.cat([torch.cat((state.prompt[0, state.kept], *(x[0] for x in state.steps))) for state in states])
         weight = checkpoint.tensor("lm_head.weight").float()

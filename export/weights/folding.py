@@ -8,7 +8,7 @@ A linear layer's columns are multiplied by the scales of its input, and what mak
 | `model.layers.N.output` [kv_heads * hd] | o_proj | rows and biases of v_proj and v_proj_hd |
 | `model.layers.N.mlp` [hidden] | gate_proj, up_proj | weight of post_attention_layernorm |
 | `model.layers.N.down` [intermediate] | down_proj | rows of up_proj |
-| `head` [hidden] | lm_head, where it is quantised | weight of the last norm |
+| `head` [hidden] | lm_head, where it is quantised as they are | weight of the last norm |
 
 Heads that share values share their scales. k_proj_hd and v_proj_hd have no scales of their own input: hi-res features
 come from the projector without a norm, and its output is the low-res image tokens, too.

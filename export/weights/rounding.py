@@ -15,10 +15,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engines.bundle.precision import Scheme
 from engines.errors import ExportError
 from export.checkpoint.formats.key_table import TensorInfo
 from export.checkpoint.packed import PackedCheckpoint, is_packed
-from export.weights.scheme import Scheme
 
 PIECE = 1 << 18  # values of a weight handled at once: their floats stay in a core's cache
 RATIOS = tuple(1 - index / 20 for index in range(11))  # how far a block may be clipped: the share of its range kept
@@ -89,10 +89,16 @@ def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def dequantise(data: bytes, scales: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
-    """Packed codes of `shape` [K, N] and their scales -> the weight [N, K] they stand for, float32."""
-    codes = _floats(unpack(data, scheme.bits, shape), scheme).t()
-    blocks = codes.unflatten(1, (-1, scheme.span(shape[0])))
-    return (blocks * _scales(scales, shape[1])[..., None]).flatten(1)
+    """Packed codes and their scales -> the weight `shape` [N, K] they stand for, float32."""
+    codes = _floats(_codes(data, scheme, shape), scheme)
+    blocks = codes.unflatten(1, (-1, scheme.span(shape[1])))
+    return (blocks * _scales(scales, shape[0])[..., None]).flatten(1)
+
+
+def _codes(data: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """Codes of a weight `shape` [N, K] in that order, int8, however they are stored."""
+    n, k = shape
+    return unpack(data, scheme.bits, (n, k)) if scheme.rows else unpack(data, scheme.bits, (k, n)).t()
 
 
 def _floats(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -112,33 +118,34 @@ def _scales(data: bytes, n: int) -> Tensor:
 
 
 def quantised(
-    checkpoint: Source, names: list[str], scheme: Scheme, clips: Mapping[str, Tensor] | None = None
+    checkpoint: Source, schemes: Mapping[str, Scheme], clips: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Codes [K, N], packed, and scales [K / block, N] float16 of each of `names`, in order.
+    """Codes [K, N] ([N, K] where rows are gathered), packed, and scales [K / block, N] float16 of each weight of
+    `schemes`, in order.
 
     Rounded from the checkpoint's floats; of a packed checkpoint its own, which are not rounded again.
     `clips`: how far to clip the blocks of a weight, uint8 [N, K / block] into RATIOS. Every core works on a weight of
     its own. ExportError for a value that is not finite or too large for float16, which TensorRT computes in.
     """
-    yield from _on_all_cores(lambda name: _quantised(checkpoint, name, scheme, (clips or {}).get(name)), names)
+    yield from _on_all_cores(lambda item: _quantised(checkpoint, *item, (clips or {}).get(item[0])), schemes.items())
 
 
 def largest_errors(
-    checkpoint: Source, stored: Iterable[tuple[str, bytes, bytes]], scheme: Scheme, clipped: bool = False
+    checkpoint: Source, stored: Iterable[tuple[str, Scheme, bytes, bytes]], clipped: bool = False
 ) -> Iterator[tuple[str, float]]:
-    """For each (name, packed codes, scales): the name and the largest distance of a stored value from the checkpoint's,
-    in steps. A step is the scale of a block, and of E4M3 the distance of those around the value. Rounded right, that is
-    at most half a step.
+    """For each (name, its scheme, packed codes, scales): the name and the largest distance of a stored value from the
+    checkpoint's, in steps. A step is the scale of a block, and of E4M3 the distance of those around the value. Rounded
+    right, that is at most half a step.
 
     A scale that `quantise` gives for none of RATIOS (for 1, unless `clipped`) is an infinite distance; with one that it
     gives, what the codes cannot reach is compared with the last that they can.
     """
     ratios = RATIOS if clipped else RATIOS[:1]
 
-    def error(item: tuple[str, bytes, bytes]) -> tuple[str, float]:
-        name, data, scales = item
+    def error(item: tuple[str, Scheme, bytes, bytes]) -> tuple[str, float]:
+        name, scheme, data, scales = item
         n, k = checkpoint.info(name).shape
-        codes, factors = unpack(data, scheme.bits, (k, n)).t(), _scales(scales, n)
+        codes, factors = _codes(data, scheme, (n, k)), _scales(scales, n)
         worst = 0.0
         for start, rows in _pieces(checkpoint, name):
             blocks = rows.float().unflatten(1, (-1, scheme.span(k)))
@@ -173,12 +180,12 @@ def _quantised(checkpoint: Source, name: str, scheme: Scheme, clips: Tensor | No
     if is_packed(checkpoint, name):
         return carried(checkpoint, name, scheme)
     n, k = checkpoint.info(name).shape
-    codes = torch.empty(k, n, dtype=torch.int8)
+    codes = torch.empty((n, k) if scheme.rows else (k, n), dtype=torch.int8)
     scales = torch.empty(k // scheme.span(k), n, dtype=torch.float16)
     for start, rows in _pieces(checkpoint, name):
         end = start + len(rows)
         found, steps = quantise(rows, scheme, None if clips is None else ratios_of(clips[start:end]))
-        codes[:, start:end], scales[:, start:end] = found.t(), steps.t()
+        (codes if scheme.rows else codes.t())[start:end], scales[:, start:end] = found, steps.t()
     return pack(codes, scheme.bits), scales.numpy().tobytes()
 
 

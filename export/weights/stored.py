@@ -19,7 +19,7 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import is_packed
 from export.weights.folding import Folded, read_scales
 from export.weights.rounding import dequantise, largest_errors, quantised
-from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
+from export.weights.scheme import CODES, SCALE_SUFFIX, scheme_of
 from export.weights.write import converted
 
 HALF_A_STEP = 0.5001  # the division by the scale rounds, too
@@ -30,7 +30,6 @@ class Stored:
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
-        self.scheme = Scheme(bundle.precision, manifest.block_size) if bundle.precision.quantises else None
         self.dtype = getattr(torch, bundle.precision.dtype)
         self._bundle = bundle
         self._tensors: dict[str, tuple[str, ir.ExternalTensor]] = {}
@@ -38,9 +37,16 @@ class Stored:
             for value in ir.load(bundle.graph(part, TRACED)).graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     self._tensors[value.name] = description.weights, value.const_value
-        self.quantised = [name for name, (_, tensor) in self._tensors.items() if tensor.dtype in CODES]
-        self.names = [name for name in self._tensors if name.removesuffix(SCALE_SUFFIX) not in self.quantised]
-        self.names += self.quantised
+        self.schemes = {
+            name: scheme_of(name, tensor.dtype, self._shape(name), self._shape(name + SCALE_SUFFIX))
+            for name, (_, tensor) in self._tensors.items()
+            if tensor.dtype in CODES
+        }  # of the weights that are quantised
+        self.names = [name for name in self._tensors if name.removesuffix(SCALE_SUFFIX) not in self.schemes]
+        self.names += self.schemes
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name][1].shape.numpy())
 
     def file(self, name: str) -> str:
         """The bundle's file that holds a tensor."""
@@ -74,15 +80,16 @@ class Stored:
             return file.read(self._tensors[name][1].length)
 
     def codes(self, name: str) -> tuple[builtins.bytes, builtins.bytes]:
-        """A quantised weight: codes [K, N] as packed in the file, and its scales [K / block, N]."""
+        """A quantised weight: codes as packed in the file, and its scales (see quantised)."""
         return self.bytes(name), self.bytes(name + SCALE_SUFFIX)
 
     def tensor(self, name: str) -> Tensor:
         """A weight as the graphs see it, in the checkpoint's layout; codes times their scales in float32."""
-        _, tensor = self._tensors[name]
-        if name in self.quantised and self.scheme:
-            return dequantise(*self.codes(name), self.scheme, tuple(tensor.shape.numpy()))
-        return torch.frombuffer(bytearray(self.bytes(name)), dtype=self.dtype).reshape(tensor.shape.numpy())
+        shape, scheme = self._shape(name), self.schemes.get(name)
+        if scheme:
+            n, k = shape if scheme.rows else reversed(shape)
+            return dequantise(*self.codes(name), scheme, (n, k))
+        return torch.frombuffer(bytearray(self.bytes(name)), dtype=self.dtype).reshape(shape)
 
 
 def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
@@ -93,22 +100,20 @@ def largest_rounding(stored: Stored, checkpoint: Checkpoint) -> float:
     and scales that a packed checkpoint has itself are not the very same.
     """
     worst = 0.0
-    if stored.scheme:
-        own = [name for name in stored.quantised if is_packed(checkpoint, name)]
-        for name, expected in zip(own, quantised(checkpoint, own, stored.scheme), strict=True):
-            if stored.codes(name) != expected:
-                raise ParityError(
-                    f"{name} in {stored.file(name)} is not the checkpoint's", expected="its own integers and scales"
-                )
-        rounded = (name for name in stored.quantised if not is_packed(checkpoint, name))
-        codes = ((name, *stored.codes(name)) for name in rounded)
-        for name, error in largest_errors(stored.source(checkpoint), codes, stored.scheme, stored.clipped):
-            if not error <= HALF_A_STEP:
-                raise ParityError(
-                    f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",
-                    expected="at most half a step, and steps that the checkpoint's values give",
-                )
-            worst = max(worst, error)
+    own = {name: scheme for name, scheme in stored.schemes.items() if is_packed(checkpoint, name)}
+    for name, expected in zip(own, quantised(checkpoint, own), strict=True):
+        if stored.codes(name) != expected:
+            raise ParityError(
+                f"{name} in {stored.file(name)} is not the checkpoint's", expected="its own integers and scales"
+            )
+    rounded = ((name, scheme, *stored.codes(name)) for name, scheme in stored.schemes.items() if name not in own)
+    for name, error in largest_errors(stored.source(checkpoint), rounded, stored.clipped):
+        if not error <= HALF_A_STEP:
+            raise ParityError(
+                f"{name} in {stored.file(name)} differs from the checkpoint's by {error:.3f} quantisation steps",
+                expected="at most half a step, and steps that the checkpoint's values give",
+            )
+        worst = max(worst, error)
     return worst
 
 
@@ -128,7 +133,7 @@ def require_others(stored: Stored, checkpoint: Checkpoint) -> None:
     """ParityError unless every tensor that is not quantised is the checkpoint's, byte for byte after conversion."""
     source = stored.source(checkpoint)
     for name in stored.names:
-        if name not in stored.quantised:
+        if name not in stored.schemes:
             with stored.opened(name) as file:
                 for chunk in converted(source, name, stored.dtype):
                     if file.read(len(chunk)) != chunk:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 import onnx_ir as ir
 import torch
 
+from engines.bundle.precision import Scheme
 from engines.bundle.writer import BundleWriter
 from engines.errors import ExportError
 from export.weights.rounding import Source, quantised
-from export.weights.scheme import CODES, SCALE_SUFFIX, Scheme
+from export.weights.scheme import CODES, SCALE_SUFFIX
 from plugins.op import ALIGNMENT
 
 CHUNK = 16 << 20  # bytes held at once
@@ -28,20 +29,20 @@ def write_weights(
     bundle: BundleWriter,
     file: str,
     progress: Callable[[int], None] | None = None,
-    scheme: Scheme | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
     clips: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Stream the tensors of a traced graph from the checkpoint into `file` and point the graph's initializers at it.
 
-    `dtype`: of those that are not quantised; `scheme`, `clips`: of those that are (see quantised). Raises ExportError
+    `dtype`: of those that are not quantised; `schemes`, `clips`: of those that are (see quantised). Raises ExportError
     when a value is not finite or out of range. `progress` is told bytes written.
     """
     weights = sorted(_weights(model), key=lambda value: str(value.name))  # scales right after their weight
-    integers = [value.name for value in weights if value.dtype in CODES]
+    coded = {name: (schemes or {})[name] for name in (str(value.name) for value in weights if value.dtype in CODES)}
 
     def chunks() -> Iterator[bytes]:
         offset = 0
-        made = quantised(checkpoint, integers, scheme, clips) if scheme else iter(())
+        made = quantised(checkpoint, coded, clips)
         scales = b""
         for value in weights:
             padding = -offset % ALIGNMENT

@@ -9,14 +9,14 @@ import pytest
 
 from engines.bundle.kinds import ONNXRUNTIME, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import PROMPT_TEMPLATE
-from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8
+from engines.bundle.precision import COLUMN, FP8, FP16, INT4, INT8, Scheme
+from engines.bundle.tensors import Coding
 from engines.errors import OptionError
 from engines.trt.options import EngineOptions
 from export.checkpoint.config import ModelConfig
 from export.checkpoint.packed_settings import Packing
 from export.options import BuildOptions, parse_arguments
 from export.recipe import Recipe, settle
-from export.weights.scheme import Scheme
 from tests.geometries import official, tiny
 
 CONFIG = ModelConfig(official(), 1, (2,), PROMPT_TEMPLATE, None)
@@ -28,17 +28,18 @@ def settled(config: ModelConfig = CONFIG, **options: object) -> Recipe:
 
 def test_nothing_given():
     recipe = settled()
-    assert recipe.folder == Path("build/b-fp16") and recipe.precision == FP16 and recipe.scheme is None
+    assert recipe.folder == Path("build/b-fp16") and recipe.precision == FP16 and recipe.coding == Coding()
     assert recipe.page_budget == 81 and recipe.geometry == official() and recipe.config == CONFIG
     assert recipe.backend == ONNXRUNTIME and recipe.engines is None
     open_still = [each.name for each in fields(recipe) if getattr(recipe, each.name) is None]
-    assert open_still == ["scheme", "calibrate", "engines"]  # there are none of these: nothing is left to a default
+    assert open_still == ["calibrate", "engines"]  # there are none of these: nothing is left to a default
 
 
 def test_defaults_of_block_sizes_and_engines():
-    assert settled(precision="int8").scheme == Scheme(INT8, 128)
-    assert settled(precision="fp8").scheme == Scheme(FP8, COLUMN)
-    assert settled(precision="int4", block_size=32, quantize_head=True).scheme == Scheme(INT4, 32, True)
+    assert settled(precision="int8").coding == Coding(Scheme(INT8, 128))
+    assert settled(precision="fp8").coding == Coding(Scheme(FP8, COLUMN))
+    blocks = Scheme(INT4, 32)
+    assert settled(precision="int4", block_size=32, quantize_head=True).coding == Coding(blocks, blocks)
     assert settled(backend=TENSORRT).engines == EngineOptions(TENSORRT)
     given = EngineOptions(TENSORRT_RTX, batch=3)
     recipe = settled(backend=TENSORRT_RTX, engines=given)
@@ -57,9 +58,9 @@ def test_a_packed_checkpoint_brings_its_own():
     packing = Packing("gptq", 4, 64, True, only=("self_attn.q_proj",))
     recipe = settled(replace(CONFIG, packing=packing), quantize_head=False)
     assert recipe.folder == Path("build/b-int4") and recipe.precision == INT4
-    assert recipe.scheme.block == 64 and len(recipe.scheme.floats) == 32 * 6 + 2 * 23
+    assert recipe.coding.block == 64 and len(recipe.coding.floats) == 32 * 6 + 2 * 23
     c = recipe.configuration()
-    assert c.fixed and c.floats == recipe.scheme.floats and c.precision == INT4
+    assert c.fixed and c.floats == recipe.coding.floats and c.precision == INT4
     with pytest.raises(OptionError, match="--calibrate for a checkpoint that is quantised already"):
         settled(replace(CONFIG, packing=packing), precision="int4", calibrate=Path("examples"))
 

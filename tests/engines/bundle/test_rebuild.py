@@ -42,7 +42,7 @@ def manifest_of(recipe: Recipe) -> Manifest:
         geometry=recipe.geometry, prompt=Prompt("<image>{prompt}", None, 1, (2,)),
         parts={part: Part(f"{part}.weights", {}, {}) for part in PARTS}, backend=recipe.backend, kernels=None, files={},
         versions={}, source={}, options=recipe.record({"rows": 1} if recipe.calibrate else None), dropped={},
-        block_size=recipe.scheme.block if recipe.scheme else None,
+        block_size=recipe.coding.linear.block if recipe.coding.linear else None,
     )  # fmt: skip
 
 
@@ -62,6 +62,12 @@ LINES = [
     "--int4 --kv int8 --kv-cache int8 --projection lazy",
     "--int4 --calibrate DATA --check weights",
     "--int4 --block-size 64 --quantize-head",
+    "--int4 --head int8 --vision int8 --embeddings int8",
+    "--int8 --block-size column --head int4 --vision int4",
+    "--int8 --head int8",
+    "--head int4 --block-size 32",
+    "--fp8 --head int4 --block-size 64",
+    "--fp8 --quantize-head --embeddings int8",
     "--int8 --projection lazy --page-budget 7",
     "--context 1024",
     "--backend tensorrt-rtx",
@@ -150,7 +156,7 @@ def test_a_precision_that_a_gpu_lacks():
     with pytest.raises(OptionError) as caught:
         require_sms(c, (86,), lambda other: _again(manifest, Path("B"), options, other))
     again = recipe_of(words_of(caught.value.fix.partition(": ")[2]))
-    assert again.precision == INT8 and again.scheme.block == COLUMN and again.backend == TENSORRT_RTX
+    assert again.precision == INT8 and again.coding.block == COLUMN and again.backend == TENSORRT_RTX
 
 
 # Of opened bundles.

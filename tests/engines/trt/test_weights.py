@@ -136,7 +136,7 @@ def test_int8_for_tensorrt_is_in_columns_unless_told_otherwise(random_model, tmp
     checkpoint, _ = random_model("wide", G)
     arguments = ["--int8", "--model", str(checkpoint), "--out", str(tmp_path / "bundle"), "--check", "none"]
     plain, rtx = (read_recipe(parse_arguments([*arguments, "--backend", name])) for name in (TENSORRT, TENSORRT_RTX))
-    assert plain.scheme.block == COLUMN and rtx.scheme.block == 128
+    assert plain.coding.block == COLUMN and rtx.coding.block == 128
     for knob in (["--block-size", "128"], ["--block-size", "128", "--plan"]):
         asked = parse_arguments([*arguments, "--backend", TENSORRT, "--target", "orin-nx-16", *knob])
         with pytest.raises(OptionError, match="int8 in blocks of 128 with tensorrt"):

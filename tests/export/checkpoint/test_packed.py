@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.bundle.manifest import PROMPT_TEMPLATE
-from engines.bundle.precision import INT4, INT8
+from engines.bundle.precision import INT4, INT8, Scheme
 from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments, print_sizes
@@ -29,7 +29,6 @@ from export.checkpoint.write_config import write_config
 from export.network.reference import ReferenceModel
 from export.recipe import settle
 from export.weights.rounding import quantised, unpack
-from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from export.weights.write import converted
 from tests.checkpoints import write_checkpoint
@@ -117,9 +116,9 @@ def test_integers_are_read_and_stored_as_they_are(source, tmp_path, monkeypatch,
     packing = checkpoint.packing
     assert packing.precision == precision and checkpoint.names == floats.names
     scheme = Scheme(precision, packing.block(G))
-    whole = list(quantised(checkpoint, list(held), scheme))
+    whole = list(quantised(checkpoint, dict.fromkeys(held, scheme)))
     monkeypatch.setattr("export.checkpoint.packed.PIECE", 24)  # words
-    assert list(quantised(checkpoint, list(held), scheme)) == whole
+    assert list(quantised(checkpoint, dict.fromkeys(held, scheme))) == whole
     for (weight, q), (data, scales) in zip(held.items(), whole, strict=True):
         k, n = q.codes.shape
         assert np.array_equal(unpack(data, scheme.bits, (k, n)).numpy(), q.integers)
@@ -163,7 +162,7 @@ def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, m
     if projection == "lazy":
         stored = Stored(bundle)
         name = next(name for name in stored.names if "k_proj_hd" in name)
-        assert name not in stored.quantised and torch.equal(stored.tensor(name), checkpoint.tensor(name).half())
+        assert name not in stored.schemes and torch.equal(stored.tensor(name), checkpoint.tensor(name).half())
         assert b"".join(converted(checkpoint, name, torch.float32)) == checkpoint.tensor(name).numpy().tobytes()
 
 
@@ -200,9 +199,9 @@ def test_the_official_tiny_model_packed(weights, tmp_path):
     stored, manifest = Stored(bundle), bundle.manifest
     floats = {name for name in stored.names if "_hd" in name}
     assert manifest.precision == "int4" and manifest.options["quantize_head"] is True
-    assert set(manifest.options["floats"]) == floats and set(stored.quantised) <= set(held) and len(floats) == 6
-    assert "lm_head.weight" in stored.quantised and len(stored.quantised) == 7 * 12 + 1
-    for name in stored.quantised:
+    assert set(manifest.options["floats"]) == floats and set(stored.schemes) <= set(held) and len(floats) == 6
+    assert "lm_head.weight" in stored.schemes and len(stored.schemes) == 7 * 12 + 1
+    for name in stored.schemes:
         data, scales = stored.codes(name)
         assert np.array_equal(unpack(data, 4, held[name].codes.shape).numpy(), held[name].integers)
         assert scales == held[name].scales.tobytes()
@@ -383,7 +382,8 @@ def test_a_shared_head_is_not_packed(tmp_path):
     packing = Packing("gptq", 4, 32, True, head=True)
 
     def head(g: Geometry, **asked: object) -> bool:
-        return settle(BuildOptions(**asked), ModelConfig(g, 1, (2,), PROMPT_TEMPLATE, None, packing)).scheme.head
+        config = ModelConfig(g, 1, (2,), PROMPT_TEMPLATE, None, packing)
+        return settle(BuildOptions(**asked), config).coding.head is not None
 
     assert not head(tiny(hidden=64, tied_embeddings=True))
     assert head(G, precision="int4", block_size=32, quantize_head=True)
@@ -395,7 +395,7 @@ def test_a_scheme_that_cannot_hold_the_integers(write):
     checkpoint = opened(write(ASYMMETRIC))
     for scheme in (Scheme(INT4, 32), Scheme(INT8, 128)):
         with pytest.raises(ExportError, match=r"integers in -\d+ \.\. \d+ and groups of 32"):
-            next(quantised(checkpoint, [f"{LAYER}.weight"], scheme))
+            next(quantised(checkpoint, {f"{LAYER}.weight": scheme}))
 
 
 def test_the_tests_own_rounding():

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from engines.bundle.kinds import PARTS
-from engines.bundle.precision import INT4, INT8
+from engines.bundle.precision import COLUMN, INT4, INT8, Scheme
+from engines.bundle.tensors import Coding
 from export.graph.bind import PLUGIN_ATTRIBUTES
 from export.graph.quantize import rewrite
 from export.graph.trace import trace
-from export.weights.scheme import Scheme
 from plugins.registry import OPS
 from tests.geometries import tiny
 
@@ -129,9 +129,10 @@ def test_the_traced_graphs_parse(part, geometry, dtype):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("precision", [INT4, INT8], ids=str)
 def test_the_quantised_graphs_parse(part, precision):
-    scheme = Scheme(precision, 16, head=True)
+    linear, columns, rows = Scheme(precision, 16), Scheme(INT8, COLUMN), Scheme(INT8, COLUMN, rows=True)
+    coding = Coding(linear, linear, columns, rows)
     model = trace(part, GEOMETRIES["tiny"], torch.float16)
-    assert bool(rewrite(model, scheme.tensors(GEOMETRIES["tiny"]), scheme)) == (part != "vision")
+    assert rewrite(model, coding.schemes(GEOMETRIES["tiny"])) > 0
     assert not problems(model)
 
 

@@ -16,7 +16,8 @@ from PIL import Image as Picture
 
 import export.weights.calibrate
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import INT4, INT8
+from engines.bundle.precision import INT4, INT8, Scheme
+from engines.bundle.tensors import quantised_tensors
 from engines.errors import BundleError, ConfigError, FlexError, ImageError, OptionError, ParityError, PromptError
 from export.build import BuildOptions, build, parse_arguments
 from export.check import parity
@@ -29,7 +30,6 @@ from export.weights.calibrate import calibrate
 from export.weights.calibration_data import read_pictures, read_requests
 from export.weights.folding import Folded, group_sizes, read_scales
 from export.weights.rounding import RATIOS, ratios_of
-from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from runtime.image import load_image
 from tests.checkpoints import write_checkpoint
@@ -96,7 +96,7 @@ class Rounded:
     """Weights as a bundle would store them."""
 
     def __init__(self, source, g, scheme: Scheme, clips: dict[str, torch.Tensor]) -> None:
-        self.source, self.names, self.scheme, self.clips = source, scheme.tensors(g), scheme, clips
+        self.source, self.names, self.scheme, self.clips = source, quantised_tensors(g), scheme, clips
 
     def tensor(self, name: str) -> torch.Tensor:
         values = self.source.tensor(name).float()
@@ -233,7 +233,7 @@ def test_lazy_bundles_store_the_scaled_projection(model, data, tmp_path):
     made = build(options)
     found = Stored(made)
     name = f"model.layers.{G.layers - 1}.self_attn.v_proj_hd.weight"
-    assert name not in found.quantised and not torch.equal(found.tensor(name), opened(model).tensor(name).half())
+    assert name not in found.schemes and not torch.equal(found.tensor(name), opened(model).tensor(name).half())
 
 
 def test_caches_in_8_bits(model, data, tmp_path):

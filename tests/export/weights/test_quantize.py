@@ -15,7 +15,8 @@ from engines import ort
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, TRACED
 from engines.bundle.manifest import PROMPT_TEMPLATE
-from engines.bundle.precision import COLUMN, FP8, INT4, INT8, PRECISIONS
+from engines.bundle.precision import COLUMN, FP8, INT4, INT8, PRECISIONS, Scheme
+from engines.bundle.tensors import Coding
 from engines.errors import BundleError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments
@@ -24,7 +25,6 @@ from export.checkpoint.config import ModelConfig
 from export.checkpoint.folder import Checkpoint
 from export.recipe import settle
 from export.weights.rounding import dequantise, largest_errors, pack, quantise, quantised, unpack
-from export.weights.scheme import Scheme
 from export.weights.stored import Stored, stored_weights
 from tests.checkpoints import write_checkpoint
 from tests.conftest import once
@@ -65,7 +65,7 @@ def test_the_number_of_cores_changes_nothing(built):
     try:
         for cores in (1, 4):
             torch.set_num_threads(cores)
-            made.append(list(quantised(checkpoint, list(scheme.tensors(G)), scheme)))
+            made.append(list(quantised(checkpoint, Coding(scheme).schemes(G))))
     finally:
         torch.set_num_threads(threads)
     assert made[0] == made[1] and len(made[0]) > G.layers
@@ -143,20 +143,21 @@ def test_packing_is_that_of_onnx(bits):
 
 def test_a_weight_is_quantised_in_pieces_as_in_one(tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "checkpoint", G), tmp_path / "checkpoint" / "clip")
-    names, scheme = list(Scheme(INT4, 32).tensors(G)), Scheme(INT4, 32)
-    whole = list(quantised(checkpoint, names, scheme))
+    scheme = Scheme(INT4, 32)
+    schemes = Coding(scheme).schemes(G)
+    whole = list(quantised(checkpoint, schemes))
     monkeypatch.setattr("export.weights.rounding.PIECE", 3 * 64)
-    assert list(quantised(checkpoint, names, scheme)) == whole
-    name, (data, scales) = names[0], whole[0]
+    assert list(quantised(checkpoint, schemes)) == whole
+    name, (data, scales) = next(iter(schemes)), whole[0]
     integers, steps = quantise(checkpoint.tensor(name), scheme)
     expected = integers * steps.float().repeat_interleave(32, 1)
-    assert torch.equal(dequantise(data, scales, scheme, tuple(reversed(expected.shape))), expected)
+    assert torch.equal(dequantise(data, scales, scheme, tuple(expected.shape)), expected)
 
 
 def test_threads_are_given_back(tmp_path):
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "checkpoint", G), tmp_path / "checkpoint" / "clip")
     before = torch.get_num_threads()
-    made = quantised(checkpoint, [WEIGHT] * 9, Scheme(INT8, 32))
+    made = quantised(checkpoint, Coding(Scheme(INT8, 32)).schemes(G))
     next(made)
     made.close()
     assert torch.get_num_threads() == before
@@ -168,7 +169,7 @@ def test_threads_are_given_back(tmp_path):
 @pytest.mark.parametrize(("precision", "block", "projection"), BUILDS)
 def test_linear_layers_are_read_through_dequantize_linear(built, precision, block, projection):
     bundle = Bundle(built(precision, block, projection)[1])
-    g, scheme = bundle.manifest.geometry, Scheme(PRECISIONS[precision], block, head=True)
+    g, scheme = bundle.manifest.geometry, Scheme(PRECISIONS[precision], block)
     dtype = {"int8": "INT8", "int4": "INT4", "fp8": "FLOAT8E4M3FN"}[precision]
     found: dict[str, tuple[int, ...]] = {}
     for part in PARTS:
@@ -184,7 +185,7 @@ def test_linear_layers_are_read_through_dequantize_linear(built, precision, bloc
                 assert scales.shape.numpy() == ((k // block, n) if block else (n,))
                 assert [(use.node.op_type, use.idx) for use in node.outputs[0].uses()] == [("MatMul", 1)]
         assert model.opset_imports[""] == (21 if any(name in found for name in model.graph.initializers) else 20)
-    assert found == scheme.tensors(g)
+    assert found == Coding(scheme, scheme).tensors(g)
     pages = 0 if projection == "lazy" else 2 * len(g.reading_layers)
     assert len(found) == LINEARS * g.layers + pages + 1
 
@@ -246,7 +247,7 @@ def test_the_manifest_says_it(built, precision, block):
 def test_less_is_stored():
     """Of LLaVA-1.5-7B's decoder layers: 4.125 bits for each weight in blocks of 128."""
     g = official()
-    shapes = Scheme(INT4, 128).tensors(g)
+    shapes = Coding(Scheme(INT4, 128)).tensors(g)
     count = sum(np.prod(shape) for shape in shapes.values())
     assert sum(Scheme(INT4, 128).stored_bytes(shape) for shape in shapes.values()) * 8 == count * 4.125
     rows = sum(shape[0] for shape in shapes.values())
@@ -274,13 +275,15 @@ def test_block_sizes_nobody_knows(precision, block, text):
 
 
 def test_command_line():
-    def scheme(*arguments: str) -> Scheme | None:
-        return settle(parse_arguments([*arguments]), OFFICIAL_7B).scheme
+    def coding(*arguments: str) -> Coding:
+        return settle(parse_arguments([*arguments]), OFFICIAL_7B).coding
 
-    assert scheme("--int4") == Scheme(INT4, 128) and scheme("--fp16") is None
-    assert scheme("--int8", "--block-size", "64", "--quantize-head") == Scheme(INT8, 64, head=True)
-    assert scheme("--int8", "--block-size", "column") == Scheme(INT8, COLUMN)
-    assert scheme("--fp8") == FLOATS
+    assert coding("--int4") == Coding(Scheme(INT4, 128)) and coding("--fp16") == Coding()
+    with_head = Coding(Scheme(INT8, 64), Scheme(INT8, 64))
+    assert coding("--int8", "--block-size", "64", "--quantize-head") == with_head
+    assert coding("--int8", "--block-size", "64", "--head", "int8") == with_head
+    assert coding("--int8", "--block-size", "column") == Coding(Scheme(INT8, COLUMN))
+    assert coding("--fp8") == Coding(FLOATS)
     for wrong in (["--quantize-head"], ["--bf16", "--block-size", "64"]):
         with pytest.raises(OptionError):
             parse_arguments(wrong)
@@ -344,15 +347,15 @@ def test_a_float_that_is_one_code_off(tmp_path, change):
     """Of every code of a weight, large and small: its step is the distance of the floats around it."""
     folder = write_checkpoint(tmp_path / "checkpoint", G, overrides={WEIGHT: torch.logspace(-6, 0, 4096).view(64, 64)})
     checkpoint = Checkpoint.open(folder, folder / "clip")
-    ((data, scales),) = quantised(checkpoint, [WEIGHT], FLOATS)
-    ((_, right),) = largest_errors(checkpoint, [(WEIGHT, data, scales)], FLOATS)
+    ((data, scales),) = quantised(checkpoint, {WEIGHT: FLOATS})
+    ((_, right),) = largest_errors(checkpoint, [(WEIGHT, FLOATS, data, scales)])
     assert 0.4 < right <= 0.5001
     codes = np.frombuffer(data, np.uint8).astype(int)
     for place in range(0, 4096, 97):
         wrong = codes.copy()
         wrong[place] = wrong[place] + change if change > 0 or codes[place] else 0x81  # below zero: the other sign
         stored = wrong.astype(np.uint8).tobytes()
-        ((_, error),) = largest_errors(checkpoint, [(WEIGHT, stored, scales)], FLOATS)
+        ((_, error),) = largest_errors(checkpoint, [(WEIGHT, FLOATS, stored, scales)])
         assert error > 0.5001, (place, codes[place], error)
 
 
