@@ -12,7 +12,15 @@ from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.sizing.machine import look_at
-from engines.sizing.needs import MAPS_WEIGHTS, Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
+from engines.sizing.needs import (
+    MAPS_WEIGHTS,
+    Configuration,
+    Need,
+    largest_build,
+    needs,
+    size,
+    speed,
+)
 from engines.targets import TARGETS, Target, target
 
 if TYPE_CHECKING:
@@ -212,9 +220,22 @@ def builder_advice(a: Assessment, again: Again | None = None) -> str:
     """What to do where engines run but cannot be built. again: see Again."""
     missing = a.builder - a.room.usable
     swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
+    if layers := _layers_that_fit(a):
+        swap = f"add --layers-per-engine {layers}, or {swap}"
     same = a.larger and target(a.larger).sm == target(a.room.name).sm
     other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
     return f"{swap}{other}" + (f", or {_proposal(a, a.proposal, again)}" if a.proposal else "")
+
+
+def _layers_that_fit(a: Assessment) -> int | None:
+    """Layers an engine with which the builder fits, in as few engines of about one size as can be; None without
+    plugins, or if one layer alone takes too much."""
+    c = a.configuration
+    for engines in range(2, c.geometry.layers + 1) if c.plugins else ():
+        layers = -(-c.geometry.layers // engines)
+        if _assess(replace(c, layers_per_engine=layers), a.room).fits:
+            return layers
+    return None
 
 
 def changes(old: Configuration, new: Configuration) -> str:
@@ -244,8 +265,8 @@ def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
-    copied, largest = c.backend == TENSORRT and room.copies, max(weight_bytes(c).values())
-    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(largest, copied=copied)
+    copied = c.backend == TENSORRT and room.copies
+    builder = 0 if c.backend == ONNXRUNTIME else largest_build(c, copied=copied)
     builds_here = c.backend == TENSORRT and room.integrated
     rate = None if room.bandwidth is None else speed(c, room.bandwidth)
     return Assessment(c, room, needs(c, integrated=room.integrated), builder, builds_here, rate, None, None)

@@ -5,6 +5,7 @@ Every number that is not a shape is a named constant below, with where it comes 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -20,12 +21,17 @@ from engines.errors import OptionError
 from plugins.op import ALIGNMENT
 
 SCALE = 2  # bytes of the float16 scale of a block of quantised weights
+TABLE = "model.embed_tokens.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
 # Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
 # memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
 BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
+# And what the nodes of a decoder layer take of it, each plugin with its kernels: a decoder of 16 layers and 459 MB, in
+# engines of 16, 8, 4 and 2 of them (docs/figures.md).
+BUILDER_LAYER = 12_000_000
 # Read in the parser's source: that of TensorRT before 10.13 copies weights that lie beside a graph.
 MAPS_WEIGHTS = (10, 13)
 # Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
@@ -56,7 +62,8 @@ class Configuration:
     block: one of the precision's block sizes, None = the backend's default; head: lm_head is quantised, too; floats:
     weights of linear layers that are not. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
-    page. fixed: the checkpoint comes quantised, in no other precision.
+    page. fixed: the checkpoint comes quantised, in no other precision. layers_per_engine: of the decoder's layers those
+    that TensorRT builds an engine of, None = all.
     """
 
     geometry: Geometry
@@ -70,6 +77,7 @@ class Configuration:
     plugins: bool = True
     floats: tuple[str, ...] = ()
     fixed: bool = False
+    layers_per_engine: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -91,6 +99,8 @@ class Configuration:
             )
         budget = require_integer(self.page_budget, f"page budget {self.page_budget!r}", 0, g.pages, none="every page")
         keep("page_budget", budget)
+        size = self.layers_per_engine
+        keep("layers_per_engine", require_integer(size, f"layers per engine {size!r}", 1, none="all"))
         keep("geometry", replace(g, context=require_integer(g.context, f"context {g.context!r}", g.image_tokens + 1)))
 
     @property
@@ -136,6 +146,28 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
     return sizes
 
 
+def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
+    """Layers, and bytes of weights, of each engine of the decoder: the first has the table of embeddings, too, the last
+    what follows the layers."""
+    layers, size = c.geometry.layers, c.layers_per_engine or c.geometry.layers
+    counts = [min(size, layers - begin) for begin in range(0, layers, size)]
+    last, sizes = len(counts) - 1, [0] * len(counts)
+    for name, shape in tensors_of_parts(c.geometry)["decoder"].items():
+        layer = _LAYER.match(name)
+        users = {int(layer[1]) // size} if layer else {last}
+        if name == TABLE:
+            users = {0, last} if c.geometry.tied_embeddings else {0}
+        for index in users:
+            sizes[index] += sum(-(-piece // ALIGNMENT) * ALIGNMENT for piece in _pieces(c, name, shape))
+    return tuple(zip(counts, sizes, strict=True))
+
+
+def handed_bytes(c: Configuration) -> int:
+    """Bytes of the hidden states between the engines of a decoder, which take turns in two places."""
+    g, rows = c.geometry, max(c.batch, c.slots)
+    return min(len(decoder_engines(c)) - 1, 2) * rows * g.context * g.hidden * c.item
+
+
 def cache_bytes(c: Configuration) -> int:
     """Bytes of the key/value cache at the full context."""
     g = c.geometry
@@ -149,12 +181,19 @@ def store_bytes(c: Configuration) -> int:
     return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c, g.int8_pages)
 
 
-def builder_bytes(weights: int, *, copied: bool = False) -> int:
-    """Bytes of memory a TensorRT build of a part with these bytes of weights takes, the mapped weights not counted.
+def builder_bytes(weights: int, *, layers: int = 0, copied: bool = False) -> int:
+    """Bytes of memory a TensorRT build of an engine with these bytes of weights takes, the mapped weights not counted.
 
-    copied: they are not mapped but read (see MAPS_WEIGHTS).
+    layers: of the decoder, in it. copied: the weights are not mapped but read (see MAPS_WEIGHTS).
     """
-    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + (weights if copied else 0)
+    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + layers * BUILDER_LAYER + (weights if copied else 0)
+
+
+def largest_build(c: Configuration, *, copied: bool) -> int:
+    """`builder_bytes` of the engine that takes most: they are built one after the other."""
+    sizes = weight_bytes(c)
+    others = [builder_bytes(sizes[part], copied=copied) for part in ("vision", "pages")]
+    return max(*others, *(builder_bytes(size, layers=n, copied=copied) for n, size in decoder_engines(c)))
 
 
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
@@ -170,6 +209,8 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     hires, pixels = g.hires_side**2 * g.hidden * item, (1 + g.zoom**2) * 3 * g.lowres**2 * 4
     image = (rows + views) * taken + rows * (hires + pixels + g.vocab * 4)
     scratch = _activations(c)
+    if not ort:
+        scratch["decoder"] += handed_bytes(c)
     work = sum(scratch.values()) if ort else max(scratch.values()) + SCRATCH
     if ort:
         runtime = Need("runtime", ORT_PROCESS, "Python, ONNX Runtime")
