@@ -71,6 +71,7 @@ class Recipe:
             plugins=engines.plugins if engines else True,
             floats=scheme.floats if scheme else (),
             fixed=self.config.packing is not None,
+            layers_per_engine=engines.layers_per_engine if engines else None,
         )
 
     def record(self, calibration: dict[str, object] | None) -> dict[str, object]:

@@ -11,6 +11,7 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.cuda import Cuda, Shared, Stream, this_gpu
 from engines.trt import library as tensorrt
+from engines.trt.chain import Chain
 from engines.trt.decoder import DecoderPart, Desk, TrtDecoder, less_memory, too_long
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, clear, padded, plans_of
 from engines.trt.queue import Queue
@@ -36,14 +37,14 @@ class TrtModel:
         trt = trt or tensorrt.load(backend)
         if any(plan.plugins for plan in plans.values()):
             register(trt, run=self.cuda.run, sms=(self.cuda.sm,))
+        chain = Chain(trt, self.cuda, bundle, "decoder", backend, plans.pop("decoder"))
         self._engines = {part: PartEngine(trt, self.cuda, bundle, part, backend, plan) for part, plan in plans.items()}
         self._model_dtype = bundle.precision.dtype
         self._queue = Queue(self.cuda)
         # Runs follow each other in one stream, so that all parts can work in the same memory.
-        size = padded(max(1, *(engine.scratch for engine in self._engines.values())))
-        engine, g = self._engines["decoder"], self.geometry
+        size, g = padded(max(1, chain.scratch, *(engine.scratch for engine in self._engines.values()))), self.geometry
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
-        self._decoder = DecoderPart(engine, g, self.cuda, self._queue, self._scratch)
+        self._decoder = DecoderPart(chain, g, self.cuda, self._queue, self._scratch)
         self._contexts: dict[tuple[str, int], Context] = {}
         self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
         self._blank: dict[int, Image[DeviceArray]] = {}
