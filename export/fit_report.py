@@ -123,7 +123,8 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
         weights = "mapped weights apart"
         if c.backend == TENSORRT and room.copies:
             weights = "weights copied"  # by TensorRT before MAPS_WEIGHTS
-        table.add_row("builder", size(a.builder), f"{place}, part by part, {weights}")
+        layers = f", {c.layers_per_engine} layers an engine" if c.layers_per_engine else ""
+        table.add_row("builder", size(a.builder), f"{place}, part by part{layers}, {weights}")
     console.print(table)
     _say(console, f"decode: {_speed(a)}")
     if c.slots > 1 and c.backend != ONNXRUNTIME:

@@ -10,6 +10,7 @@ from engines.bundle.tensors import CHOICES
 from engines.errors import OptionError
 from engines.sizing.fit import Fitting, fit
 from engines.sizing.needs import Configuration
+from engines.trt.options import EngineOptions
 from export.fit_report import lacking, room_for
 from export.options import BuildOptions
 from export.recipe import Recipe
@@ -21,6 +22,7 @@ def _apart(kind: str, c: Configuration) -> dict[str, object]:
 
 # What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
 OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
+    "layers_per_engine": lambda c: {"layers_per_engine": c.layers_per_engine},
     "residency": lambda c: {},  # of the runtime
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
@@ -28,6 +30,7 @@ OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "precision": lambda c: {"precision": c.precision.name},
     **{kind: partial(_apart, kind) for kind in CHOICES},
 }
+OF_ENGINES = ("layers_per_engine",)  # of these, fields of EngineOptions
 
 
 def fitting(options: BuildOptions, recipe: Recipe, asked: Configuration) -> Fitting:
@@ -42,14 +45,20 @@ def fitted(options: BuildOptions, found: Fitting) -> BuildOptions:
         fix = f"--target {found.larger} --fit, or a smaller model" if found.larger else "build a smaller model"
         raise OptionError(f"{found.assessment.room.name} {lacking(found)}", fix=fix)
     values: dict[str, object] = {"fit": False}
+    engines: dict[str, object] = {}
     if found.assessment.configuration.block != found.asked.block:
         values["block_size"] = found.assessment.configuration.block
     for gain in found.gains:
-        values |= OPTIONS[gain.choice.knob](found.assessment.configuration)
+        made = OPTIONS[gain.choice.knob](found.assessment.configuration)
+        (engines if gain.choice.knob in OF_ENGINES else values).update(made)
+    if engines:
+        values["engines"] = replace(options.engines or EngineOptions(options.backend), **engines)
     return replace(options, **values)
 
 
 def kept(options: BuildOptions) -> frozenset[str]:
     """The knobs that are not at their default: what is asked for is not chosen otherwise."""
     names = {each.name for each in fields(options) if getattr(options, each.name) != each.default}
-    return frozenset(names | {"head"} if options.quantize_head else names)
+    names |= {"head"} if options.quantize_head else set()
+    engines = options.engines or EngineOptions(options.backend)
+    return frozenset(names | {each for each in OF_ENGINES if getattr(engines, each) is not None})

@@ -79,6 +79,7 @@ class Recipe:
             plugins=engines.plugins if engines else True,
             floats=coding.floats,
             fixed=self.config.packing is not None,
+            layers_per_engine=engines.layers_per_engine if engines else None,
             residency=residency,
         )
 

@@ -12,6 +12,7 @@ from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, OPTIONAL, PARTS, kinds
 from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, is_template, is_turn_template
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
+from plugins.op import ITEMSIZE
 
 # The sizes that are believed, of a checkpoint's config too: many times those of any published model, and small enough
 # that what is computed from them alone, names and shapes of every tensor, stays in the megabytes; of the context, two
@@ -139,7 +140,7 @@ def _of_files(manifest: Manifest) -> Iterator[str]:
     used = [file for file in (manifest.prompt.tokenizer, manifest.kernels, manifest.scales) if file is not None]
     for part in manifest.parts.values():
         used += [part.weights, *(graph.file for graph in part.graphs.values())]
-        used += [plan.file for plan in part.plans.values()]
+        used += [file for plan in part.plans.values() for file in plan.used]
     seen: set[str] = set()
     for name in used:
         if name not in manifest.files:
@@ -165,7 +166,41 @@ def _of_plan(manifest: Manifest, part: str, backend: str, plan: Plan) -> str | N
             return f"profile {profile.name} has sizes {profile.sizes}, expected 0 < minimum <= optimum <= maximum"
     if plan.plugins and part != "decoder":
         return "needs plugins, which only a decoder does"
+    if plan.chain and (problem := _of_chain(manifest, part, plan)):
+        return f"its chain: {problem}"
     kernels = manifest.files[manifest.kernels].sha256 if manifest.kernels in manifest.files else None
     if plan.plugins != (plan.kernels is not None) or (plan.plugins and plan.kernels != kernels):
         return f"built with kernels {plan.kernels}, the bundle's are {kernels}"
+    return None
+
+
+def _of_chain(manifest: Manifest, part: str, plan: Plan) -> str | None:
+    """What is wrong with the engines of a part that has several: each takes what the part does, or one before gives."""
+    if part != "decoder" or plan.file != plan.chain[0].file:
+        return "only a decoder has one, whose first engine is the part's file"
+    ends = [0, *(link.layers[1] for link in plan.chain)]
+    for begin, link in zip(ends, plan.chain, strict=False):
+        if link.layers[0] != begin or link.layers[1] <= begin:
+            return f"layers {list(link.layers)} after {begin}"
+    if ends[-1] != manifest.geometry.layers:
+        return f"{ends[-1]} layers, expected {manifest.geometry.layers}"
+    own = {spec.name: spec for spec in plan.outputs}
+    there, read = {spec.name: spec for spec in plan.inputs}, set()
+    for link in plan.chain:
+        for spec in link.inputs:
+            if there.get(spec.name) != spec:
+                return f"{spec.name[:100]!r} is read, which none before it gives so"
+            read.add(spec.name)
+        for spec in link.outputs:
+            sizes = [size for size in spec.shape if not isinstance(size, str)]
+            odd = set(spec.shape) - {*sizes, "batch", "steps"} or any(not 0 < size < 1 << 31 for size in sizes)
+            if spec.name in there or own.get(spec.name, spec) != spec or odd or spec.dtype not in ITEMSIZE:
+                return f"{spec.name[:100]!r} is given twice, or not as the part has it"
+            there[spec.name] = spec
+    missing = [
+        spec.name for spec in (*plan.inputs, *plan.outputs) if spec.name not in (read if spec in plan.inputs else there)
+    ]
+    unread = there.keys() - own.keys() - read
+    if missing or unread:
+        return f"nobody reads or gives {sorted([*missing, *unread])[0][:100]!r}"
     return None

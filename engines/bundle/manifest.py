@@ -41,8 +41,19 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Link:
+    """One engine of several that make up a part: the layers from the first of `layers` to before the second. What it
+    takes beside the part's inputs, those before it give."""
+
+    file: str
+    layers: tuple[int, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A TensorRT engine: what it takes and gives, and where it runs."""
+    """A TensorRT engine, or the several that make up a part: what it takes and gives, and where it runs."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -53,6 +64,12 @@ class Plan:
     cuda: str  # version that the builder was made for
     sms: tuple[int, ...]  # compute capabilities it runs on; 86 is 8.6
     kernels: str | None  # SHA-256 of the bundle's kernels it was built with; None without plugins
+    chain: tuple[Link, ...] = ()  # of several engines, each; `file` is the first one's
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The files of all its engines."""
+        return tuple(link.file for link in self.chain) or (self.file,)
 
 
 @dataclass(frozen=True)

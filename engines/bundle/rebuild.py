@@ -88,7 +88,7 @@ def engine_words(record: Mapping[str, object]) -> list[str]:
     boards = [name for name in _list(record.get("boards")) if isinstance(name, str) and _BOARD.fullmatch(name)]
     targets = [f"sm_{int(sm)}" for sm in _list(record.get("targets")) if is_integer(sm)]
     words += ["--target", ",".join(boards + targets)] if targets else []
-    for knob in ("workspace", "optimization_level", "batch"):
+    for knob in ("workspace", "optimization_level", "batch", "layers_per_engine"):
         value = record.get(knob)
         words += [f"--{knob.replace('_', '-')}", str(int(value))] if is_integer(value) else []
     words += ["--no-timing-cache"] if record.get("timing_cache") is False else []

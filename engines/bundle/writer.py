@@ -19,7 +19,9 @@ from engines.bundle.work import OLD, sweep, work_folder, write_whole
 from engines.errors import BundleError, ExportError
 
 # What a build that was killed in its last moment leaves in a bundle, unlisted: engines, and a manifest in the making.
-_LEFT_OVER = re.compile(rf"({'|'.join(PARTS)})\.({'|'.join(BACKENDS)})-[0-9a-f]{{8}}\.plan|\.{re.escape(MANIFEST)}-\w+")
+_LEFT_OVER = re.compile(
+    rf"({'|'.join(PARTS)})(-\d+-\d+)?\.({'|'.join(BACKENDS)})-[0-9a-f]{{8}}\.plan|\.{re.escape(MANIFEST)}-\w+"
+)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

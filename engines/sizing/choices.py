@@ -98,6 +98,18 @@ def _in_order(choices: Iterable[Choice]) -> tuple[Choice, ...]:
     return tuple(sorted(choices, key=CHOICES.index))
 
 
+def _engines(count: int) -> Change:
+    """The decoder in so many engines of about one size, which takes this project's plugins."""
+
+    def change(c: Configuration) -> Configuration | None:
+        layers = -(-c.geometry.layers // count)
+        if c.backend == ONNXRUNTIME or not c.plugins or layers >= (c.layers_per_engine or c.geometry.layers):
+            return None
+        return replace(c, layers_per_engine=layers)
+
+    return change
+
+
 def _residency(c: Configuration) -> Configuration | None:
     return replace(c, residency=SHARED)
 
@@ -157,6 +169,10 @@ def _in_blocks(c: Configuration) -> Configuration | None:
 # From what costs least to what costs most: time, then quality. The page budget and lazy projection are not among them:
 # they save reading and computing, not memory.
 CHOICES = (
+    *(
+        Choice("layers_per_engine", _engines(count), "an engine's launches more in each step: not measured")
+        for count in (2, 4, 8, 16, 32)
+    ),
     Choice("residency", _residency, "opening vision and page projection again for every new image"),
     Choice("kv", _int8_pages, Quality("fp32, kv int8", "65 of 65", "0.997")),
     Choice("kv_cache", _int8_cache, Quality("fp32, kv cache int8", "64 of 65", "0.980")),

@@ -15,7 +15,15 @@ from engines.memory import available_bytes
 from engines.residency import SHARED
 from engines.sizing.choices import ROOM, Choice, fits_with, made, without
 from engines.sizing.machine import look_at
-from engines.sizing.needs import MAPS_WEIGHTS, Configuration, Need, builder_bytes, needs, size, speed, weight_bytes
+from engines.sizing.needs import (
+    MAPS_WEIGHTS,
+    Configuration,
+    Need,
+    largest_build,
+    needs,
+    size,
+    speed,
+)
 from engines.targets import TARGETS, Target, target
 
 if TYPE_CHECKING:
@@ -298,9 +306,25 @@ def builder_advice(a: Assessment, again: Again | None = None) -> str:
     """What to do where engines run but cannot be built. again: see Again."""
     missing = a.builder - a.room.usable
     swap = f"add {-(-missing // 10**9)} GB of swap on the board for the build"
+    if layers := _layers_that_fit(a):
+        swap = f"add --layers-per-engine {layers}, or {swap}"
     same = a.larger and target(a.larger).sm == target(a.room.name).sm
     other = f", or build on {a.larger} with the same TensorRT version and copy the bundle" if same else ""
-    return f"{swap}{other}" + (f", or {_proposal(a, a.proposal, again)}" if a.proposal else "")
+    proposal, asked = a.proposal, a.configuration
+    if proposal and replace(proposal.configuration, layers_per_engine=asked.layers_per_engine) == asked:
+        proposal = None  # which is said already
+    return f"{swap}{other}" + (f", or {_proposal(a, proposal, again)}" if proposal else "")
+
+
+def _layers_that_fit(a: Assessment) -> int | None:
+    """Layers an engine with which the builder fits, in as few engines of about one size as can be; None without
+    plugins, or if one layer alone takes too much."""
+    c = a.configuration
+    for engines in range(2, c.geometry.layers + 1) if c.plugins else ():
+        layers = -(-c.geometry.layers // engines)
+        if _assess(replace(c, layers_per_engine=layers), a.room).fits:
+            return layers
+    return None
 
 
 def changes(old: Configuration, new: Configuration) -> str:
@@ -308,6 +332,8 @@ def changes(old: Configuration, new: Configuration) -> str:
     options = [f"--context {new.geometry.context}"] if new.geometry.context != old.geometry.context else []
     options += [f"--batch {new.batch}"] if new.batch != old.batch else []
     options += [f"--slots {new.slots}"] if new.slots != old.slots else []
+    parts = new.layers_per_engine
+    options += [f"--layers-per-engine {parts}"] if parts not in (None, old.layers_per_engine) else []
     options += [f"--residency {new.residency}"] if new.residency != old.residency else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += ["--kv-cache int8"] if new.geometry.int8_cache != old.geometry.int8_cache else []
@@ -337,8 +363,8 @@ def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
 
 
 def _assess(c: Configuration, room: Room) -> Assessment:
-    copied, largest = c.backend == TENSORRT and room.copies, max(weight_bytes(c).values())
-    builder = 0 if c.backend == ONNXRUNTIME else builder_bytes(largest, copied=copied)
+    copied = c.backend == TENSORRT and room.copies
+    builder = 0 if c.backend == ONNXRUNTIME else largest_build(c, copied=copied)
     builds_here = c.backend == TENSORRT and room.integrated
     rate = None if room.bandwidth is None else speed(c, room.bandwidth)
     return Assessment(c, room, needs(c, integrated=room.integrated), builder, builds_here, rate, None, None)

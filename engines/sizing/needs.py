@@ -5,8 +5,10 @@ Every number that is not a shape is a named constant below, with where it comes 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 
 from engines.backend import MAX_SLOTS, Opening
@@ -20,12 +22,16 @@ from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
 from plugins.op import ALIGNMENT
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
 # Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
 # memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
 BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
+# And what the nodes of a decoder layer take of it, each plugin with its kernels: a decoder of 16 layers and 459 MB, in
+# engines of 16, 8, 4 and 2 of them (docs/figures.md).
+BUILDER_LAYER = 12_000_000
 # Read in the parser's source: that of TensorRT before 10.13 copies weights that lie beside a graph.
 MAPS_WEIGHTS = (10, 13)
 # Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
@@ -57,7 +63,8 @@ class Configuration:
     embeddings: names of the precisions these are stored in, or MODEL; floats: weights that are not quantised though
     others of their kind are. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
-    page. fixed: the checkpoint comes quantised, in no other precision. residency: see engines.backend.Opening.
+    page. fixed: the checkpoint comes quantised, in no other precision. layers_per_engine: of the decoder's layers those
+    that TensorRT builds an engine of, None = all. residency: see engines.backend.Opening.
     """
 
     geometry: Geometry
@@ -73,6 +80,7 @@ class Configuration:
     plugins: bool = True
     floats: tuple[str, ...] = ()
     fixed: bool = False
+    layers_per_engine: int | None = None
     residency: str = Opening.residency
 
     def __post_init__(self) -> None:
@@ -100,6 +108,8 @@ class Configuration:
             )
         budget = require_integer(self.page_budget, f"page budget {self.page_budget!r}", 0, g.pages, none="every page")
         keep("page_budget", budget)
+        size = self.layers_per_engine
+        keep("layers_per_engine", require_integer(size, f"layers per engine {size!r}", 1, none="all"))
         keep("geometry", replace(g, context=require_integer(g.context, f"context {g.context!r}", g.image_tokens + 1)))
 
     @property
@@ -154,15 +164,36 @@ class Need:
 def weight_bytes(c: Configuration) -> dict[str, int]:
     """Bytes of the file of weights of each part."""
     sizes: dict[str, int] = {}
-    coding = c.coding
-    for part, tensors in tensors_of_parts(c.geometry).items():
+    for part, tensors in _stored(c).items():
         offset = end = 0
-        for name, shape in sorted(tensors.items()):
-            for piece in _pieces(c, coding, name, shape):
+        for _, pieces in sorted(tensors.items()):
+            for piece in pieces:
                 end = offset + piece
                 offset = -(-end // ALIGNMENT) * ALIGNMENT
         sizes[part] = end
     return sizes
+
+
+def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
+    """Layers, and bytes of weights, of each engine of the decoder: the first has the table of embeddings, too, the last
+    what follows the layers."""
+    layers, size = c.geometry.layers, c.layers_per_engine or c.geometry.layers
+    counts = [min(size, layers - begin) for begin in range(0, layers, size)]
+    last, sizes = len(counts) - 1, [0] * len(counts)
+    for name, pieces in _stored(c)["decoder"].items():
+        layer = _LAYER.match(name)
+        users = {int(layer[1]) // size} if layer else {last}
+        if name == EMBEDDINGS:
+            users = {0, last} if c.geometry.tied_embeddings else {0}
+        for index in users:
+            sizes[index] += sum(-(-piece // ALIGNMENT) * ALIGNMENT for piece in pieces)
+    return tuple(zip(counts, sizes, strict=True))
+
+
+def handed_bytes(c: Configuration) -> int:
+    """Bytes of the hidden states between the engines of a decoder, which take turns in two places."""
+    g, rows = c.geometry, max(c.batch, c.slots)
+    return min(len(decoder_engines(c)) - 1, 2) * rows * g.context * g.hidden * c.item
 
 
 def cache_bytes(c: Configuration) -> int:
@@ -178,12 +209,19 @@ def store_bytes(c: Configuration) -> int:
     return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c, g.int8_pages)
 
 
-def builder_bytes(weights: int, *, copied: bool = False) -> int:
-    """Bytes of memory a TensorRT build of a part with these bytes of weights takes, the mapped weights not counted.
+def builder_bytes(weights: int, *, layers: int = 0, copied: bool = False) -> int:
+    """Bytes of memory a TensorRT build of an engine with these bytes of weights takes, the mapped weights not counted.
 
-    copied: they are not mapped but read (see MAPS_WEIGHTS).
+    layers: of the decoder, in it. copied: the weights are not mapped but read (see MAPS_WEIGHTS).
     """
-    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + (weights if copied else 0)
+    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + layers * BUILDER_LAYER + (weights if copied else 0)
+
+
+def largest_build(c: Configuration, *, copied: bool) -> int:
+    """`builder_bytes` of the engine that takes most: they are built one after the other."""
+    sizes = weight_bytes(c)
+    others = [builder_bytes(sizes[part], copied=copied) for part in ("vision", "pages")]
+    return max(*others, *(builder_bytes(size, layers=n, copied=copied) for n, size in decoder_engines(c)))
 
 
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
@@ -199,6 +237,8 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     hires, pixels = g.hires_side**2 * g.hidden * item, (1 + g.zoom**2) * 3 * g.lowres**2 * 4
     image = (rows + views) * taken + rows * (hires + pixels + g.vocab * 4)
     scratch = _activations(c)
+    if not ort:
+        scratch["decoder"] += handed_bytes(c)
     own = 0 if ort else SCRATCH
     opened = _opened(c, held, scratch) if c.takes_turns else None
     if opened is not None:
@@ -245,7 +285,7 @@ def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
     g, item = c.geometry, c.precision.itemsize
     decoder = weight_bytes(c)["decoder"]
     if not g.tied_embeddings:  # of the table, a step reads its tokens' rows
-        table = sum(_pieces(c, c.coding, EMBEDDINGS, (g.vocab, g.hidden)))
+        table = sum(_stored(c)["decoder"][EMBEDDINGS])
         decoder -= table * (g.vocab - c.rows) // g.vocab
     if g.lazy_pages:  # read when a page is new, not in every step
         decoder -= 2 * len(g.reading_layers) * g.hidden * g.kv_heads * g.head_dim * item
@@ -271,20 +311,30 @@ def size(count: float) -> str:
     return f"{count / unit:.{digits}f} {name}"
 
 
-def _pieces(c: Configuration, coding: Coding, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Bytes of a tensor as it is stored: of its values, and of their scales if it is quantised."""
-    scheme = coding.of(name, c.geometry)
-    return (prod(shape) * c.precision.itemsize,) if scheme is None else scheme.pieces(shape)
+def _stored(c: Configuration) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+    """Bytes of the tensors of each part as they are stored: of their values, and of their scales if they are
+    quantised."""
+    g = replace(c.geometry, context=0, int8_pages=False, int8_cache=False)  # what changes nothing of them
+    return _pieces(g, c.coding, c.precision.itemsize)
+
+
+@lru_cache(maxsize=64)  # asked again and again by who looks for what fits
+def _pieces(g: Geometry, coding: Coding, item: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+    def pieces(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        scheme = coding.of(name, g)
+        return (prod(shape) * item,) if scheme is None else scheme.pieces(shape)
+
+    parts = tensors_of_parts(g).items()
+    return {part: {name: pieces(name, shape) for name, shape in tensors.items()} for part, tensors in parts}
 
 
 def _held(c: Configuration) -> dict[str, int]:
     """Bytes of the weights of each part as ONNX Runtime holds them."""
-    held, coding = {}, c.coding
+    held = {}
     others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
-    for part, tensors in tensors_of_parts(c.geometry).items():
+    for part, tensors in _stored(c).items():
         total = 0.0
-        for name, shape in tensors.items():
-            pieces = _pieces(c, coding, name, shape)
+        for name, pieces in tensors.items():
             copies = ORT_COPIES_QUANTISED if len(pieces) > 1 else others
             total += sum(pieces) * (1 if name == EMBEDDINGS and len(pieces) > 1 else copies)  # read where it is mapped
         held[part] = int(total)

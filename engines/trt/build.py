@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from pydantic import TypeAdapter
 from engines import errors
 from engines.bundle.folder import Bundle, sha256
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import PARTS, PLUGIN_FREE, PLUGINS_ALONE, TENSORRT, TENSORRT_RTX, TRACED, needing_plugins
-from engines.bundle.manifest import File, Manifest, Part, Plan, Profile
+from engines.bundle.kinds import PLUGINS_ALONE, TENSORRT_RTX, needing_plugins
+from engines.bundle.manifest import File, Link, Manifest, Part, Plan
 from engines.bundle.pages import page_size
 from engines.bundle.rebuild import block_of, choices_of, rebuild
 from engines.bundle.specs import plan_io
@@ -34,9 +35,11 @@ from engines.errors import BackendError, BundleError, FlexError, OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
 from engines.sizing.fit import require_boards, require_sms
-from engines.sizing.needs import BUILDER_FACTOR, Configuration, builder_bytes
+from engines.sizing.needs import BUILDER_FACTOR, Configuration
 from engines.trt import library as trt
+from engines.trt.kept import Kept
 from engines.trt.options import EngineOptions, command
+from engines.trt.tasks import Task, tasks_of
 from engines.trt.worker import Built, Job
 from plugins import child
 from plugins.artifacts import Artifacts
@@ -45,6 +48,7 @@ from plugins.errors import KernelError
 from plugins.registry import OPS, kernels_of_model
 
 logger = logging.getLogger(__name__)
+FEWER_LAYERS = "--layers-per-engine with fewer layers takes less"
 KILLED = 9  # the signal; not every system has a name for it
 
 
@@ -84,24 +88,6 @@ def attributes(g: Geometry) -> dict[str, int]:
     return {name: int(getattr(g, name)) for name in sorted(names)} | {"page_size": page_size(g)}
 
 
-def profiles(part: str, g: Geometry, options: EngineOptions) -> tuple[Profile, ...]:
-    """The optimisation profiles of a part. TensorRT chooses kernels at the optimum of each; RTX does so when it runs,
-    and a second profile would double its engine."""
-    rows, tiles = options.batch, g.zoom**2
-    batch = 1, 1, rows
-    if part == "vision":
-        return (Profile("any", {"tiles": (1, tiles, tiles * rows)}),)
-    if part == "pages":
-        return (Profile("any", {"batch_tiles": (tiles, tiles, tiles * rows), "batch": batch}),)
-    if options.backend == TENSORRT_RTX:
-        return (Profile("any", {"batch": batch, "steps": (1, 1, g.context)}),)
-    usual = min(g.context, g.image_tokens + 64)  # an image and a question
-    return (
-        Profile("decode", {"batch": batch, "steps": (1, 1, 1)}),
-        Profile("prefill", {"batch": batch, "steps": (1, usual, g.context)}),
-    )
-
-
 def build_engines(
     folder: Path,
     options: EngineOptions,
@@ -116,8 +102,11 @@ def build_engines(
     `name`: what messages and logs call the folder, when it is a temporary one. `make_default`: the runtime opens these
     engines unless told otherwise. `quiet`: no picture of the progress; what else there is to say is logged.
     `warned`: what boards and GPUs have to be told was said before. A failed build changes nothing; its log stays beside
-    the bundle. Raises a FlexError.
+    the bundle, and so do the engines it has finished, unless the bundle itself is temporary: the next build takes
+    those that are what it would build. Raises a FlexError.
     """
+    there = folder.resolve()
+    kept = Kept(there.with_name(f"{there.name}.{options.backend}.unfinished") if name is None else None)
     bundle, name = Bundle(folder, verify=False), Path(name or folder)
     manifest = bundle.manifest
     if not options.plugins and (only := needing_plugins(manifest.geometry)):
@@ -136,49 +125,59 @@ def build_engines(
             logger.warning(warning)
     kernels = _require_kernels(bundle, name, options, sms)
     try:
-        with work_folder(folder.resolve()) as temporary:
+        with work_folder(there) as temporary:
             parts, files, moves = dict(manifest.parts), dict(manifest.files), []
-            for part in PARTS:
-                plugins = options.plugins and part == "decoder"
-                kind = PLUGIN_FREE if part == "decoder" and not plugins else TRACED
-                inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
-                file = temporary / f"{part}.plan"
-                job = Job(
-                    backend=options.backend,
-                    graph=str(bundle.graph(part, kind).resolve()),
-                    plan=str(file),
-                    kernels=str(bundle.file(manifest.kernels).resolve()) if plugins and manifest.kernels else None,
-                    sms=sms,
-                    inputs=inputs,
-                    outputs=outputs,
-                    profiles=profiles(part, manifest.geometry, options),
-                    workspace=None if options.workspace is None else options.workspace << 20,
-                    optimization_level=options.optimization_level,
-                    timing_cache=str(_timing_cache(options.backend, sms)) if options.timing_cache else None,
-                    rebuild=rebuild(manifest, name, backend=options.backend, engines=asdict(options)),
+            for part, tasks in groupby(tasks_of(bundle, name, options, asked, sms, temporary), lambda task: task.part):
+                plans = []
+                for task in tasks:
+                    built, digest = _engine(task, name, options, kept, quiet=quiet)
+                    file, job = Path(task.job.plan), task.job
+                    # A new name: the old engine stays until the manifest is there.
+                    final = f"{task.label}.{options.backend}-{digest[:8]}.plan"
+                    files[final] = File(file.stat().st_size, digest)
+                    moves.append((file, folder / final))
+                    own = kernels if job.kernels else None
+                    plan = Plan(
+                        final, job.inputs, job.outputs, job.profiles, own is not None, built.tensorrt, built.cuda,
+                        sms, own,
+                    )  # fmt: skip
+                    plans.append((task.layers, plan))
+                parts[part] = replace(
+                    parts[part], plans={**parts[part].plans, options.backend: _whole(bundle, part, plans)}
                 )
-                log = name.resolve().with_name(f"{name.resolve().name}.{part}.{options.backend}.log")
-                weights = manifest.files[manifest.parts[part].weights].bytes
-                needed, free = builder_bytes(weights, copied=not trt.maps_weights(options.backend)), available_bytes()
-                if needed > free:
-                    there = f"{free / 1e9:.1f} GB are free"
-                    logger.warning(f"{part}: needs about {needed / 1e9:.1f} GB of memory, {there}: it may fail")
-                built = _run(job, part, log, needed, keep_log=options.keep_log, quiet=quiet)
-                digest = sha256(file)
-                final = f"{part}.{options.backend}-{digest[:8]}.plan"  # a new name: the old stays until the manifest
-                files[final] = File(file.stat().st_size, digest)
-                moves.append((file, folder / final))
-                plan = Plan(
-                    final, inputs, outputs, job.profiles, plugins, built.tensorrt, built.cuda, sms,
-                    kernels if plugins else None,
-                )  # fmt: skip
-                parts[part] = replace(parts[part], plans={**parts[part].plans, options.backend: plan})
-                cost = f"{built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory"
-                logger.info(f"{part}: {cost}, plan {files[final].bytes / 1e6:.1f} MB")
             _put_in_place(folder, manifest, parts, files, moves, options, make_default)
+            kept.done()
     except OSError as error:
         raise BackendError(f"writing into {name} failed: {error.strerror or error}", fix="free disk space") from error
+    finally:
+        kept.tell()
     return Bundle(folder, verify=False)
+
+
+def _engine(task: Task, name: Path, options: EngineOptions, kept: Kept, *, quiet: bool) -> tuple[Built, str]:
+    """Build an engine, or take it from those kept: how it was built, and its SHA-256."""
+    plan = Path(task.job.plan)
+    if found := kept.find(task.key, plan):
+        logger.info(f"{task.label}: kept from the build before, plan {plan.stat().st_size / 1e6:.1f} MB")
+        return found
+    free = available_bytes()
+    if task.needed > free:
+        needed = f"{task.label}: needs about {task.needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        logger.warning(f"{needed}: it may fail" + (f"; {FEWER_LAYERS}" if task.part == "decoder" else ""))
+    log = name.resolve().with_name(f"{name.resolve().name}.{task.label}.{options.backend}.log")
+    built = _run(task.job, task.label, log, task.needed, keep_log=options.keep_log, quiet=quiet)
+    digest = sha256(plan)
+    kept.keep(task.key, plan, digest, built)
+    cost = f"{built.seconds:.0f} s, {built.peak_bytes / 1e9:.2f} GB memory"
+    logger.info(f"{task.label}: {cost}, plan {plan.stat().st_size / 1e6:.1f} MB")
+    return built, digest
+
+
+def _whole(bundle: Bundle, part: str, plans: list[tuple[tuple[int, int] | None, Plan]]) -> Plan:
+    """The plan of a part, of one engine or several."""
+    inputs, outputs = plan_io(part, bundle.manifest.geometry, bundle.precision)
+    chain = tuple(Link(plan.file, layers, plan.inputs, plan.outputs) for layers, plan in plans if layers)
+    return replace(plans[0][1], inputs=inputs, outputs=outputs, chain=chain)
 
 
 def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
@@ -197,6 +196,7 @@ def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
         backend=options.backend,
         plugins=options.plugins,
         floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
+        layers_per_engine=options.layers_per_engine,
     )
 
 
@@ -228,8 +228,8 @@ def _put_in_place(
     make_default: bool,
 ) -> None:
     """Move the engines into the bundle and list them; if that fails, the bundle is as it was."""
-    used = {plan.file for part in parts.values() for plan in part.plans.values()}
-    old = {plan.file for part in manifest.parts.values() for plan in part.plans.values()} - used
+    used = {file for part in parts.values() for plan in part.plans.values() for file in plan.used}
+    old = {file for part in manifest.parts.values() for plan in part.plans.values() for file in plan.used} - used
     files = {name: file for name, file in files.items() if name not in old}
     recorded = {**manifest.options, options.backend: json.loads(json.dumps(asdict(options)))}
     backend = options.backend if make_default else manifest.backend
@@ -269,13 +269,6 @@ def _require_kernels(bundle: Bundle, name: Path, options: EngineOptions, sms: Se
             )
         raise error.within(str(name), fix=again) from error
     return manifest.files[manifest.kernels].sha256
-
-
-def _timing_cache(backend: str, sms: Sequence[int]) -> Path:
-    """One file per TensorRT version, and per GPU where the GPU is timed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
-    gpu = f"-sm_{sms[0]}" if backend == TENSORRT else ""
-    return base / "flexattention" / f"timing-{backend}-{trt.load(backend).__version__}{gpu}.cache"
 
 
 def _run(job: Job, part: str, log: Path, needed: int, *, keep_log: bool, quiet: bool) -> Built:
@@ -343,7 +336,7 @@ def _explained(code: int, part: str, needed: int, said: str) -> FlexError:
             f"{part}: the builder was killed (signal 9), as the system does when memory runs out",
             expected=f"{BUILDER_FACTOR}x the weights and more: {wanted} free; there are {there}",
             fix="close programs, add swap, build on a machine with more memory, or build the bundle again with a "
-            "smaller --context (python export/build.py)",
+            "smaller --context (python export/build.py)" + (f"; {FEWER_LAYERS}" if part.startswith("decoder") else ""),
         )
     if code < 0:
         name = signal.Signals(-code).name

@@ -18,29 +18,30 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.specs import cache_inputs, in_place, page_inputs
 from engines.cuda import Buffer, Cuda, Graph, Shared
 from engines.errors import BackendError
-from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, padded
+from engines.trt.chain import Chain, ChainContext
+from engines.trt.engine import DeviceArray, allocate, padded
 from engines.trt.queue import Queue
 
 logger = logging.getLogger(__name__)
 
 
 class DecoderPart:
-    """The decoder's engine, and what all decoders of a model share. captures: until recording a step fails."""
+    """The decoder's engines, and what all decoders of a model share. captures: until recording a step fails."""
 
-    def __init__(self, engine: PartEngine, g: Geometry, cuda: Cuda, queue: Queue, scratch: Buffer) -> None:
+    def __init__(self, engine: Chain, g: Geometry, cuda: Cuda, queue: Queue, scratch: Buffer) -> None:
         """`scratch`: what all runs in `queue` work in."""
         self.engine, self.geometry, self.cuda, self.queue, self.captures = engine, g, cuda, queue, True
         self.in_place = in_place(engine.plan.outputs)
         self.cache_names = cache_inputs(g)
         self._scratch = scratch
-        self._prefill: dict[int, Context] = {}  # by profile
+        self._prefill: dict[int, ChainContext] = {}  # by profile
 
-    def step_context(self, batch: int) -> Context:
+    def step_context(self, batch: int) -> ChainContext:
         """A new context for single steps of so many rows; BackendError when the engine was built for fewer."""
         profile = self.engine.profile(batch=batch, steps=1)
         return self.engine.context(profile, self._scratch, self.queue.stream, one_shape=True)
 
-    def prefill_context(self, batch: int, steps: int) -> Context:
+    def prefill_context(self, batch: int, steps: int) -> ChainContext:
         """The context that takes `steps` new tokens; its bindings are whoever used it last's."""
         profile = self.engine.profile(batch=batch, steps=max(2, steps))  # the one of many: it takes a single one, too
         if profile not in self._prefill:
@@ -71,7 +72,7 @@ class DecoderPart:
             shapes["present_projected"] = (batch, len(g.reading_layers), g.pages), "int64"
         return Results(allocate(self.cuda, shapes, "the logits"))
 
-    def desk(self, batch: int, results: Results, context: Context | None) -> Desk:
+    def desk(self, batch: int, results: Results, context: ChainContext | None) -> Desk:
         """A desk for so many rows, in `results`, which has as many or more."""
         g, rows = self.geometry, (batch,)
         selecting = batch, len(g.selecting_layers)
@@ -124,7 +125,7 @@ class Desk:
     """What decoders work with beside cache and image, one at a time. context: for single steps, which are recorded;
     None: these go where all others go, too, and none is recorded."""
 
-    context: Context | None
+    context: ChainContext | None
     results: Results
     inputs: Block
     outputs: Block
@@ -197,7 +198,7 @@ class TrtDecoder:
             raise too_long(capacity, self.capacity)
         return self
 
-    def _recording(self, context: Context) -> Graph | None:
+    def _recording(self, context: ChainContext) -> Graph | None:
         """A single step as one launch; None before there is one. The first step goes to TensorRT as it is, which may
         have to get ready for its shapes and addresses; the second is recorded, and serves all others."""
         part, stream = self._part, self._part.queue.stream
@@ -209,7 +210,7 @@ class TrtDecoder:
                 logger.warning(f"decode steps run one by one, slower: recording failed: {error}")
         return self._graph
 
-    def _ask(self, context: Context, steps: int) -> None:
+    def _ask(self, context: ChainContext, steps: int) -> None:
         """A run with its copies, as far as they are needed; nothing waits."""
         desk, stream = self._desk, self._part.queue.stream
         ids = desk.inputs.places["input_ids"][0]
@@ -223,7 +224,7 @@ class TrtDecoder:
             self._image.pages["projected"].copy(self._results["present_projected"], stream)
         desk.outputs.memory.download(stream)
 
-    def _bind(self, context: Context, steps: int) -> None:
+    def _bind(self, context: ChainContext, steps: int) -> None:
         desk, batch = self._desk, len(self.length)
         for name, (_, shape) in desk.inputs.places.items():
             context.bind(name, desk.inputs.address(name), (batch, steps) if name == "input_ids" else shape)

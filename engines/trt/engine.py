@@ -186,8 +186,11 @@ class PartEngine:
         sizes = [profile.sizes[symbol] for profile in self.plan.profiles]
         return min(size[0] for size in sizes), max(size[2] for size in sizes)
 
-    def context(self, profile: int, scratch: Buffer, stream: Stream, *, one_shape: bool = False) -> Context:
-        """A new context for one profile that works in `scratch`, which no two runs may use at the same time.
+    def context(
+        self, profile: int, scratch: Buffer, stream: Stream, *, offset: int = 0, one_shape: bool = False
+    ) -> Context:
+        """A new context for one profile that works in `scratch` from `offset` on, which no two runs may use at the same
+        time.
 
         `one_shape`: its inputs never change their shapes, so that kernels made for these are worth their while.
         """
@@ -201,7 +204,7 @@ class PartEngine:
             raise self.error(f"profile {profile} could not be chosen: {error}") from error
         if not chosen:
             raise self.error(f"profile {profile} could not be chosen")
-        made.set_device_memory(scratch.address, scratch.size)
+        made.set_device_memory(scratch.address + offset, scratch.size - offset)
         return Context(self, made, settings)
 
     def error(self, what: str) -> FlexError:

@@ -104,7 +104,8 @@ def make_logger(trt: ModuleType, write: Callable[[str], object] | None = None) -
 
 
 def parse(trt: ModuleType, logger: Any, builder: Any, graph: Path, *, rebuild: str) -> tuple[Any, Any]:
-    """A strongly typed network of an .onnx file, and the parser, which must live as long as the network.
+    """A strongly typed network of an .onnx file, whose weights lie in the current folder, and the parser, which must
+    live as long as the network.
 
     Raises BackendError with the parser's first error and its node; `rebuild` is the command that makes the graph anew.
     """
@@ -112,8 +113,12 @@ def parse(trt: ModuleType, logger: Any, builder: Any, graph: Path, *, rebuild: s
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # later versions know no other networks
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
-    # With its path, so that the weights beside the graph are found, and mapped instead of read.
-    if not parser.parse_from_file(str(graph)):
+    try:
+        model = graph.read_bytes()
+    except OSError as error:
+        raise BackendError(f"TensorRT cannot read {graph}: {error.strerror}", fix=rebuild) from error
+    # With a path, so that the weights beside it are found, and mapped instead of read.
+    if not parser.parse(model, graph.name):
         _raise_error_of_plugin(trt)
         raise _parse_error(
             graph, [parser.get_error(index) for index in range(parser.num_errors)], logger.errors, rebuild

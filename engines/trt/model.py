@@ -17,6 +17,7 @@ from engines.bundle.mapped import MappedFiles
 from engines.cuda import Buffer, Cuda, Shared, Stream, this_gpu
 from engines.residency import IMAGE_PARTS, SHARED, ImageParts
 from engines.trt import library as tensorrt
+from engines.trt.chain import Chain
 from engines.trt.decoder import DecoderPart, Desk, TrtDecoder, less_memory, too_long
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, clear, padded, plans_of
 from engines.trt.queue import Queue
@@ -62,24 +63,21 @@ class TrtModel:
         # What is opened later must be what was checked.
         self._later = MappedFiles(bundle, [plans[part].file for part in IMAGE_PARTS if residency == SHARED])
 
-        def opened(part: str) -> PartEngine:
-            return PartEngine(trt, self.cuda, bundle, part, backend, plans[part])
-
         def opened_for_images(part: str) -> _ImageEngine:
             self._free.clear()  # with "shared" an image has the memory of earlier requests, too,
             self._blank.clear()  # before its own decoder is made
-            engine = opened(part)
+            engine = PartEngine(trt, self.cuda, bundle, part, backend, plans[part])
             self._later.require_mapped()
             return _ImageEngine(engine)
 
         self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
         self._blank: dict[int, Image[DeviceArray]] = {}
         self._images = ImageParts(residency, opened_for_images, self._in_turn)
-        engine, g = opened("decoder"), self.geometry
+        chain, g = Chain(trt, self.cuda, bundle, "decoder", backend, plans["decoder"]), self.geometry
         # Runs follow each other in one stream, so that all parts can work in the same memory.
-        size = padded(max(1, engine.scratch, *(self._images[part].engine.scratch for part in self._images)))
+        size = padded(max(1, chain.scratch, *(self._images[part].engine.scratch for part in self._images)))
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
-        self._decoder = DecoderPart(engine, g, self.cuda, self._queue, self._scratch)
+        self._decoder = DecoderPart(chain, g, self.cuda, self._queue, self._scratch)
 
     @property
     def stream(self) -> Stream:

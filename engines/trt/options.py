@@ -21,7 +21,9 @@ from plugins.compiler.ptxas import SMS
 BACKENDS_WITH_ENGINES = (TENSORRT, TENSORRT_RTX)
 RTX_SMS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 120: "RTX 50", 121: "DGX Spark"}
 RTX_DEFAULT = (86, 89, 120)  # several in one engine cost almost nothing
-KNOBS = ("plugins", "workspace", "optimization_level", "batch", "timing_cache", "keep_log")
+KNOBS = ("plugins", "workspace", "optimization_level", "batch", "layers_per_engine", "timing_cache", "keep_log")
+NONE = {"workspace": "TensorRT's own limit", "layers_per_engine": "one engine"}  # what None means, for people
+MAX_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class EngineOptions:
     plugins: the decoder runs this project's kernels; without, TensorRT's own. targets: SMs (86 is 8.6) to build for;
     None: RTX 30, 40 and 50, or with `tensorrt` the GPU of this machine, the only one it can build for. workspace: MiB
     of scratch memory an engine may use, None = TensorRT's limit. batch: rows of a step at most, one for each slot at
-    run time. boards: of engines.targets, which the engines must fit.
+    run time. layers_per_engine: consecutive layers of the decoder that become an engine, None = all; the fewer, the
+    less memory the builder takes. boards: of engines.targets, which the engines must fit.
     """
 
     backend: str
@@ -40,6 +43,7 @@ class EngineOptions:
     workspace: int | None = None
     optimization_level: int = 3
     batch: int = 1
+    layers_per_engine: int | None = None
     timing_cache: bool = True
     keep_log: bool = False
     boards: tuple[str, ...] = ()
@@ -47,9 +51,20 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS_WITH_ENGINES:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS_WITH_ENGINES)}")
-        for knob, low, high in (("workspace", 1, 1 << 20), ("optimization_level", 0, 5), ("batch", 1, MAX_BATCH)):
-            value, none = getattr(self, knob), "TensorRT's own limit" if knob == "workspace" else None
+        for knob, low, high in (
+            ("workspace", 1, 1 << 20),
+            ("optimization_level", 0, 5),
+            ("batch", 1, MAX_BATCH),
+            ("layers_per_engine", 1, MAX_LAYERS),
+        ):
+            value, none = getattr(self, knob), NONE.get(knob)
             object.__setattr__(self, knob, require_integer(value, f"{knob} {value!r}", low, high, none=none))
+        if self.layers_per_engine is not None and not self.plugins:
+            raise OptionError(
+                f"layers_per_engine {self.layers_per_engine} without plugins",
+                expected="plugins, or one engine: TensorRT-RTX 1.7 comes to no end with a part of the graph without",
+                fix="leave out --no-plugins, or --layers-per-engine",
+            )
         if self.targets is not None:
             targets = tuple(require_integer(sm, f"target {sm!r}", 1, 999) for sm in self.targets)
             object.__setattr__(self, "targets", targets)
@@ -141,6 +156,13 @@ def add_arguments(parser: Any) -> None:
         type=int,
         default=default.batch,
         help="rows of a decode step, at most: what slots need at run time, one each",
+    )
+    add(
+        "--layers-per-engine",
+        type=int,
+        metavar="N",
+        help="build the decoder as engines of N consecutive layers, one after the other: in less memory, and a build "
+        "that is cut short goes on where it was; one engine if not given",
     )
     add("--timing-cache", action=BooleanOptionalAction, default=default.timing_cache, help="reuse kernel timings")
     add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")

@@ -36,12 +36,14 @@ REPORT_EVERY = 0.1  # seconds between lines of progress
 class Job:
     """What to build; every path is absolute.
 
-    kernels: file of compiled kernels, None without plugins. inputs, outputs: of the graph; profiles: the sizes of their
-    symbols. workspace: bytes, None = no limit. timing_cache: a file, None = none.
+    weights: the folder where the graph's weights lie. kernels: file of compiled kernels, None without plugins. inputs,
+    outputs: of the graph; profiles: the sizes of their symbols. workspace: bytes, None = no limit. timing_cache: a
+    file, None = none.
     """
 
     backend: str
     graph: str
+    weights: str
     plan: str
     kernels: str | None
     sms: tuple[int, ...]
@@ -72,9 +74,8 @@ def build(job: Job, report: Callable[[float], None], log: Callable[[str], object
         register(trt, artifacts=Artifacts.read(job.kernels), sms=job.sms)
     logger = tensorrt.make_logger(trt, log)
     builder = trt.Builder(logger)
-    graph = Path(job.graph)
-    os.chdir(graph.parent)  # by its name alone: the order of an engine's tensors would depend on where the bundle lies
-    network, parser = tensorrt.parse(trt, logger, builder, Path(graph.name), rebuild=job.rebuild)
+    os.chdir(job.weights)  # by names alone: the order of an engine's tensors would depend on where the bundle lies
+    network, parser = tensorrt.parse(trt, logger, builder, Path(job.graph), rebuild=job.rebuild)
     _fix_and_check(trt, network, job)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # a float32 engine means float32, not TF32's 10-bit mantissa

@@ -26,13 +26,15 @@ from torch import Tensor
 from engines import cuda
 from engines.bundle.folder import Bundle, sha256
 from engines.bundle.kinds import ONNXRUNTIME, TRACED
-from engines.bundle.manifest import MANIFEST, File, Plan
+from engines.bundle.manifest import MANIFEST, File, Link, Plan
 from engines.bundle.specs import TensorSpec, in_place, plan_io
 from engines.bundle.writer import write_manifest
 from engines.cuda import Cuda
 from engines.trt import library
-from engines.trt.build import attributes, profiles
+from engines.trt.build import attributes
+from engines.trt.cut import cut
 from engines.trt.options import EngineOptions
+from engines.trt.tasks import profiles
 from plugins.artifacts import Artifacts
 from plugins.registry import kernels_of_model
 from tests.emulator.device import Device, OnGpu, OnHost
@@ -55,13 +57,14 @@ def with_plans(
     most: int = 2,
     plugins: bool = False,
     prefill: bool = True,
+    layers_per_engine: int | None = None,
     artifacts: Artifacts | None = None,
 ) -> Path:
     """A copy of a bundle that has emulated engines for `backend`, and opens with them unless told otherwise.
 
     `plugins`: they are of the traced graphs, custom ops go through the project's plugins; without `prefill` the
-    decoder's only where there is one new token, to save time. `artifacts`: the kernels, for a real GPU; else those that
-    the emulated driver loads.
+    decoder's only where there is one new token, to save time. `layers_per_engine`: of a decoder with plugins.
+    `artifacts`: the kernels, for a real GPU; else those that the emulated driver loads.
     """
     out.mkdir()
     for file in folder.iterdir():
@@ -83,15 +86,26 @@ def with_plans(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
-        content = {"tag": TAG, "plan": asdict(plan)}
-        if plugins:
-            content["traced"] = str((out / part.graphs[TRACED].file).resolve())
-        if with_kernels:
-            content["kernels"] = str((out / KERNELS).resolve())
-        if not plugins or (with_kernels and not prefill):
-            content["graph"] = str((out / part.graphs[ONNXRUNTIME].file).resolve())
-        (out / plan.file).write_text(json.dumps(content))
-        files[plan.file] = File((out / plan.file).stat().st_size, sha256(out / plan.file))
+        engines = [(plan, part.graphs[TRACED].file)]
+        if with_kernels and layers_per_engine:
+            graph, links = out / part.graphs[TRACED].file, []
+            for piece in cut(graph.read_bytes(), graph.name, g.layers, layers_per_engine, inputs, outputs, rebuild="-"):
+                stem = f"{name}-{piece.begin}-{piece.end - 1}"
+                (out / f"{stem}.onnx").write_bytes(piece.graph)
+                links.append(Link(f"{stem}.{backend}.plan", (piece.begin, piece.end), piece.inputs, piece.outputs))
+            plan = replace(plan, file=links[0].file, chain=tuple(links))
+            own = [replace(plan, file=each.file, inputs=each.inputs, outputs=each.outputs) for each in links]
+            engines = [(each, f"{each.file.removesuffix(f'.{backend}.plan')}.onnx") for each in own]
+        for each, graph in engines:
+            content = {"tag": TAG, "plan": asdict(each)}
+            if plugins:
+                content["traced"] = str((out / graph).resolve())
+            if with_kernels:
+                content["kernels"] = str((out / KERNELS).resolve())
+            if not plugins or (with_kernels and not prefill):
+                content["graph"] = str((out / part.graphs[ONNXRUNTIME].file).resolve())
+            (out / each.file).write_text(json.dumps(content))
+            files[each.file] = File((out / each.file).stat().st_size, sha256(out / each.file))
         parts[name] = replace(part, plans={backend: plan})
     changed = replace(manifest, parts=parts, files=files, backend=backend, kernels=KERNELS if plugins else None)
     write_manifest(out, changed)

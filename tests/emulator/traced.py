@@ -79,14 +79,15 @@ class Traced:
         self.constants = {name: _tensor(value.const_value) for name, value in model.graph.initializers.items()}
         self.weights = {name: device.put(value) for name, value in self.constants.items()}
         self.constants = {name: value for name, value in self.constants.items() if value.dtype in NUMBERS}
-        kinds = {value.name: value.dtype for value in model.graph.inputs}
+        weights = model.graph.initializers.items()
+        computed = next((value.dtype for name, value in weights if name.endswith("layernorm.weight")), None)
         artifacts = Artifacts.read(kernels) if kernels else None
         self.nodes = []
         for index, each in enumerate(model.graph):
             given = {name: _attribute(attribute) for name, attribute in each.attributes.items()}
             plugin = None
             if each.domain == NAMESPACE:
-                plugin = made(registry, each.op_type, each.name, given, kinds["features"].numpy().name, artifacts)
+                plugin = made(registry, each.op_type, each.name, given, computed.numpy().name, artifacts)
             inputs, outputs = (tuple(v.name if v else "" for v in values) for values in (each.inputs, each.outputs))
             self.nodes.append(
                 Node(each.name or f"{each.op_type} {index}", each.op_type, inputs, outputs, given, plugin)

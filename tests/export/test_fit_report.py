@@ -80,8 +80,10 @@ def test_requests_at_once(config_alone):
 def test_a_builder_that_does_not_fit(config_alone, monkeypatch):
     monkeypatch.setattr("export.fit_report.room_of", lambda board: Room(board.name, 21 * 10**9))
     fits, text = printed("--target", "agx-orin-64", "--model", config_alone)
-    assert not fits and "the engines fit, their builder does not: the builder needs 29.4 GB, has 21.0 GB" in text
-    assert "swap" in text
+    assert not fits and "the engines fit, their builder does not: the builder needs 29.8 GB, has 21.0 GB" in text
+    assert "fix: add --layers-per-engine 16, or add 9 GB of swap" in text
+    fits, text = printed("--target", "agx-orin-64", "--model", config_alone, "--layers-per-engine", 16)
+    assert fits and "part by part, 16 layers an engine, mapped weights apart" in text
 
 
 def test_this_machine_is_the_target_when_none_is_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,12 @@ def test_engines_that_fit_where_their_builder_does_not():
     found = on("orin-nx-16", precision=INT8)
     assert found.runs and not found.builds and not found.fits
     said = builder_advice(found)
-    assert "8 GB of swap" in said and "build on agx-orin-64" in said and "add --int4" in said
+    assert "9 GB of swap" in said and "build on agx-orin-64" in said and "add --int4" in said
+    layers = int(re.match(r"add --layers-per-engine (\d+), or add", said)[1])
+    assert on("orin-nx-16", precision=INT8, layers_per_engine=layers).fits
+    engines = -(-32 // layers)  # as few as can be
+    assert not on("orin-nx-16", precision=INT8, layers_per_engine=-(-32 // (engines - 1))).fits
+    assert "--layers-per-engine" not in builder_advice(on("orin-nx-16", precision=INT8, plugins=False))
     warnings = require_boards(found.configuration, ("orin-nx-16",))
     assert len(warnings) == 1 and "orin-nx-16: the builder needs" in warnings[0]
     card = on("rtx-4090")  # its engines are built anywhere: 29 GB of another memory

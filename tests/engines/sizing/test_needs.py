@@ -19,6 +19,9 @@ from engines.sizing.needs import (
     _activations,
     builder_bytes,
     cache_bytes,
+    decoder_engines,
+    handed_bytes,
+    largest_build,
     needs,
     size,
     speed,
@@ -188,6 +191,37 @@ def test_activations_are_what_tensorrt_rtx_reports(changes, batch, vision, pages
 def test_builders_take_no_more_than_estimated(part, lazy, peak):
     held = weights(replace(SLICE, lazy_pages=lazy), FP16)[part]
     assert peak - held < builder_bytes(held) < 1.4 * (peak - held)
+
+
+# docs/figures.md: of each engine its layers, the bytes of its weights, and the largest memory of its build.
+@pytest.mark.parametrize(
+    ("layers", "held", "peak"),
+    [(16, 459_343_872, 2.012e9), (8, 229_672_960, 1.085e9), (4, 128_468_992, 0.720e9), (2, 77_867_008, 0.538e9)],
+)
+def test_builders_of_some_layers_take_no_more_than_estimated(layers, held, peak):
+    g = official(hidden=1024, intermediate=2752, layers=16, heads=8, kv_heads=8, vocab=13312, start_layer=3)
+    engines = decoder_engines(Configuration(g, FP16, layers_per_engine=layers))
+    assert sum(size for _, size in engines) == 459_343_872 and max(engines, key=lambda each: each[1]) == (layers, held)
+    estimate = builder_bytes(held, layers=layers)
+    assert peak - held < estimate < 1.4 * (peak - held)
+    assert largest_build(Configuration(g, FP16, layers_per_engine=layers), copied=False) >= estimate
+
+
+def test_the_table_of_embeddings_is_in_each_engine_that_reads_it():
+    table = 32_000 * 4096 * 2
+    for tied in (False, True):
+        c = Configuration(official(tied_embeddings=tied), FP16)
+        one, some = decoder_engines(c), decoder_engines(replace(c, layers_per_engine=12))
+        assert [layers for layers, _ in some] == [12, 12, 8] and len(one) == 1
+        assert sum(size for _, size in some) - one[0][1] == (table if tied else 0)
+
+
+def test_hidden_states_between_engines_are_scratch_memory():
+    """Two of them, which take turns; one between two engines."""
+    c = Configuration(official(), FP16, batch=2)
+    one = 2 * 2048 * 4096 * 2
+    found = [handed_bytes(replace(c, layers_per_engine=size)) for size in (None, 32, 16, 8, 1)]
+    assert found == [0, 0, one, 2 * one, 2 * one]
 
 
 def test_a_step_reads_what_the_benchmark_counts():

@@ -41,7 +41,7 @@ METHODS = {
     "IProgressMonitor": ("phase_start", "phase_finish", "step_complete"),
     "INetworkDefinition": ("num_inputs", "num_outputs", "get_input", "get_output"),
     "ITensor": ("name", "dtype", "shape", "allowed_formats"),
-    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
+    "OnnxParser": ("parse", "num_errors", "get_error"),
     "ParserError": ("node", "node_name", "node_operator", "desc", "func"),
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": (

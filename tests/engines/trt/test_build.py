@@ -26,8 +26,9 @@ from engines.progress import print_log
 from engines.sizing.needs import builder_bytes
 from engines.trt import build as building
 from engines.trt import library as trt
-from engines.trt.build import attributes, build_engines, profiles
+from engines.trt.build import attributes, build_engines
 from engines.trt.options import EngineOptions, boards_of, command, parse_targets
+from engines.trt.tasks import profiles, timing_cache
 from engines.trt.worker import Job
 from export.build import BuildOptions, build, parse_arguments
 from plugins.artifacts import Artifacts
@@ -75,9 +76,9 @@ def job(bundle: Path, part: str = "vision", **changes) -> Job:
     inputs, outputs = plan_io(part, manifest.geometry, opened.precision)
     usual = Job(
         backend=TENSORRT_RTX, graph=str(bundle / manifest.parts[part].graphs[TRACED].file),
-        plan=str(bundle.parent / "test.plan"), kernels=str(bundle / manifest.kernels), sms=SMS, inputs=inputs,
-        outputs=outputs, profiles=profiles(part, manifest.geometry, options), workspace=None, optimization_level=3,
-        timing_cache=None, rebuild="python export/build.py",
+        weights=str(bundle), plan=str(bundle.parent / "test.plan"), kernels=str(bundle / manifest.kernels), sms=SMS,
+        inputs=inputs, outputs=outputs, profiles=profiles(part, manifest.geometry, options), workspace=None,
+        optimization_level=3, timing_cache=None, rebuild="python export/build.py",
     )  # fmt: skip
     return replace(usual, **changes)
 
@@ -152,9 +153,76 @@ def test_new_engines_replace_the_old(copy):
     assert not copy.with_name(f"{copy.name}.decoder.{TENSORRT_RTX}.log").exists()
 
 
+def test_engines_of_some_layers(copy, caplog):
+    """All layers' plugins are in one of them, none holds another's weights, and the whole is what one engine is."""
+    one = Bundle(copy).manifest.parts["decoder"].plans[TENSORRT_RTX]
+    bundle = build_engines(copy, EngineOptions(TENSORRT_RTX, layers_per_engine=2, keep_log=True), quiet=True)
+    g, plan = tiny(), bundle.manifest.parts["decoder"].plans[TENSORRT_RTX]
+    assert [link.layers for link in plan.chain] == [(0, 2), (2, 4), (4, 5)]
+    assert (plan.inputs, plan.outputs, plan.profiles) == (one.inputs, one.outputs, one.profiles)
+    logs = [log_of(copy, f"decoder-{begin}-{end - 1}") for begin, end in (link.layers for link in plan.chain)]
+    found = [plugins_of(log) for log in logs]
+    assert [layers.count("cached_attention") for layers in found] == [2, 0, 0]
+    assert [layers.count("hierarchical_attention") for layers in found] == [0, 2, 1]
+    assert sum(layers.count("select_pages") for layers in found) == len(g.selecting_layers)
+    assert {path.name for path in copy.iterdir()} == {*bundle.manifest.files, "bundle.json"}
+    assert bundle.manifest.options[TENSORRT_RTX]["layers_per_engine"] == 2
+    back = build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
+    assert not back.manifest.parts["decoder"].plans[TENSORRT_RTX].chain
+    assert {path.name for path in copy.iterdir()} == {*back.manifest.files, "bundle.json"}
+
+
+def test_a_build_that_dies_goes_on_where_it_was(copy, monkeypatch, caplog):
+    """Finished engines are kept, and taken when they are whole and of the same make; then they go."""
+    options, run_it, unfinished = EngineOptions(TENSORRT_RTX, layers_per_engine=2), building._run, []
+    folder = copy.with_name(f"{copy.name}.{TENSORRT_RTX}.unfinished")
+
+    def dying(job, label, *given, **named):
+        if label == "decoder-2-3":
+            raise BackendError("killed")
+        unfinished.append(label)
+        return run_it(job, label, *given, **named)
+
+    before = listing(copy)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(building, "_run", dying)
+        with pytest.raises(BackendError, match="killed"):
+            build_engines(copy, options, quiet=True)
+        assert unfinished == ["vision", "pages", "decoder-0-1"] and listing(copy) == before
+        assert f"3 finished engines are kept in {folder}" in caplog.text
+        assert folder.stat().st_mode & 0o077 == 0
+        kept = sorted(folder.glob("*.plan"), key=lambda path: path.stat().st_size)
+        kept[0].write_bytes(kept[0].read_bytes()[:-1])  # one is not whole any more, another has no record
+        kept[1].with_suffix(".json").write_text("{}")
+        unfinished.clear()
+        with pytest.raises(BackendError, match="killed"):
+            build_engines(copy, options, quiet=True)
+        assert len(unfinished) == 2
+        unfinished.clear()
+        with pytest.raises(BackendError, match="killed"):  # of other engines, none is taken
+            build_engines(copy, replace(options, optimization_level=2), quiet=True)
+        assert len(unfinished) == 3
+    built = []
+    monkeypatch.setattr(
+        building, "_run", lambda job, label, *a, **b: built.append(label) or run_it(job, label, *a, **b)
+    )
+    bundle = build_engines(copy, options, quiet=True)
+    assert built == ["decoder-2-3", "decoder-4-4"] and not folder.exists()
+    assert len(Bundle(copy).manifest.parts["decoder"].plans[TENSORRT_RTX].chain) == 3
+    assert {path.name for path in copy.iterdir()} == {*bundle.manifest.files, "bundle.json"}
+
+
+def test_a_folder_of_finished_engines_that_is_not_ours(copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    copy.with_name(f"{copy.name}.{TENSORRT_RTX}.unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BackendError, match="no folder of this user's") as caught:
+        build_engines(copy, EngineOptions(TENSORRT_RTX), quiet=True)
+    assert caught.value.fix == "move it away"
+
+
 def test_a_damaged_timing_cache_is_no_cache(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = building._timing_cache(TENSORRT_RTX, SMS)
+    path = timing_cache(TENSORRT_RTX, SMS)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a cache")
     run(job(copy, timing_cache=str(path)), tmp_path / "log")
@@ -321,7 +389,7 @@ def test_logs_and_caches_are_written_over_no_link(copy, tmp_path, monkeypatch):
     log = copy.with_name(f"{copy.name}.vision.{TENSORRT_RTX}.log")
     log.symlink_to(tmp_path / "mine")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache = building._timing_cache(TENSORRT_RTX, SMS)
+    cache = timing_cache(TENSORRT_RTX, SMS)
     cache.parent.mkdir(parents=True)
     cache.symlink_to(tmp_path / "mine")
     run(job(copy, timing_cache=str(cache)), log)  # no log is kept: the link goes
@@ -460,7 +528,16 @@ def test_targets_as_people_write_them():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"workspace": 0}, {"batch": 0}, {"optimization_level": 9}, {"batch": True}, {"workspace": 1.5}]
+    "knobs",
+    [
+        {"workspace": 0},
+        {"batch": 0},
+        {"optimization_level": 9},
+        {"batch": True},
+        {"workspace": 1.5},
+        {"layers_per_engine": 0},
+        {"layers_per_engine": 2, "plugins": False},
+    ],
 )
 def test_knobs_are_checked(knobs):
     with pytest.raises(OptionError, match=next(iter(knobs))):

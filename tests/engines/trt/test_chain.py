@@ -1,0 +1,153 @@
+"""A decoder in several engines: cut between layers, checked in the manifest, run one after the other."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bundle.folder import Bundle
+from engines.bundle.specs import plan_io
+from engines.errors import BackendError, BundleError
+from engines.trt.chain import _places
+from engines.trt.cut import cut, pieces_of
+from export.build import BuildOptions, build
+from runtime import Engine
+from tests.conftest import once
+from tests.emulator.driver import Driver
+from tests.emulator.tensorrt import install, with_plans
+from tests.engines.manifests import edit
+from tests.runtime.questions import GEOMETRY, PHOTO, QUESTION
+
+
+@pytest.fixture(scope="module", params=["eager", "lazy-int8"])
+def plain(request, random_model, shared):
+    """A bundle without engines, whose pages are projected at once, or when first selected and kept in 8 bits."""
+    checkpoint, bundle = random_model("engine", GEOMETRY, tokenizer=True)
+    if request.param == "eager":
+        return bundle
+    options = BuildOptions(checkpoint, shared / "engine-lazy-int8", precision="fp32", projection="lazy", kv="int8")
+    return once(options.out, lambda _: build(options))
+
+
+@pytest.fixture
+def chained(plain, shared):
+    """chained(N) -> the same with emulated engines of N layers."""
+
+    def get(size):
+        folder = shared / f"{plain.name}-chain-{size}"
+        return once(folder, lambda folder: with_plans(plain, folder, "tensorrt", plugins=True, layers_per_engine=size))
+
+    return get
+
+
+def of(plain, size):
+    """The pieces of a bundle's decoder."""
+    bundle = Bundle(plain)
+    g = bundle.manifest.geometry
+    graph = plain / "decoder.onnx"
+    io = plan_io("decoder", g, bundle.precision)
+    return g, *io, cut(graph.read_bytes(), graph.name, g.layers, size, *io, rebuild="rebuild")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
+def test_each_engine_has_its_layers_and_all_have_what_the_decoder_has(plain, size):
+    g, inputs, outputs, pieces = of(plain, size)
+    assert [(piece.begin, piece.end) for piece in pieces] == pieces_of(g.layers, size)
+    given = [spec for piece in pieces for spec in piece.outputs]
+    assert set(outputs) <= set(given) and len({spec.name for spec in given}) == len(given)
+    assert set(inputs) <= {spec for piece in pieces for spec in piece.inputs} <= {*inputs, *given}
+    for piece in pieces:
+        caches = {spec.name for spec in piece.inputs if spec.name.startswith("past_key.")}
+        assert caches == {f"past_key.{layer}" for layer in range(piece.begin, piece.end)}
+    states = [spec for spec in given if spec not in outputs and spec.shape == ("batch", "steps", g.hidden)]
+    assert len(states) == len(pieces) - 1
+
+
+@pytest.mark.parametrize("size", [2])
+def test_a_chain_answers_as_onnxruntime_does(chained, size, monkeypatch):
+    driver = Driver()
+    install(driver, monkeypatch)
+    folder, options = chained(size), {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
+    ours, theirs = Engine(folder), Engine(folder, backend="onnxruntime")
+    answers = []
+    for engine in (ours, theirs):
+        with engine.image(PHOTO) as view:  # the second question finds pages the first has projected
+            questions = [view.ask(question, **options) for question in (QUESTION, "and now?")]
+        answers.append([*questions, engine.generate(None, "hello", **options)])
+    for left, right in zip(*answers, strict=True):
+        assert left.token_ids == right.token_ids
+        assert np.array_equal(left.trace.cells, right.trace.cells)
+        assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
+    assert driver.counts["cuGraphInstantiate"] == 2  # a step is one graph, however many engines
+
+
+def test_hidden_states_take_turns_in_two_places(plain):
+    g, inputs, outputs, pieces = of(plain, 1)
+    own = {spec.name for spec in (*inputs, *outputs)}
+    handed = {spec.name: spec for piece in pieces for spec in piece.outputs if spec.name not in own}
+    places, total = _places(pieces, handed, {"batch": 2, "steps": g.context})
+    states = [places[name] for name, spec in handed.items() if "steps" in spec.shape]
+    assert len(states) == g.layers - 1 and len(set(states)) == 2
+    others = [name for name, spec in handed.items() if "steps" not in spec.shape]
+    assert len({places[name] for name in others}) == len(others)  # the last engine reads every selection
+    assert all(place % 256 == 0 for place in places.values()) and total > 2 * 2 * g.context * g.hidden * 4
+
+
+def test_what_is_no_decoder_is_not_cut(plain):
+    bundle = Bundle(plain)
+    g, graph = bundle.manifest.geometry, (plain / "decoder.onnx").read_bytes()
+    io = plan_io("decoder", g, bundle.precision)
+    vision = (plain / "vision.onnx").read_bytes()
+    for model in (
+        b"",
+        graph[:1],
+        graph[: len(graph) // 2],
+        b"\xff" * 40,
+        vision,
+        graph.replace(b"hidden.1", b"hidden_1"),
+    ):
+        with pytest.raises(BackendError, match=r"decoder\.onnx cannot be cut") as caught:
+            cut(model, "decoder.onnx", g.layers, 2, *io, rebuild="python export/build.py")
+        assert caught.value.fix == "python export/build.py"
+
+
+def spoiled(plan: dict, change: str) -> None:
+    """Make the record of a chain contradict itself."""
+    first, second = plan["chain"][:2]
+    match change:
+        case "order":
+            plan["chain"].reverse()
+            plan["file"] = plan["chain"][0]["file"]
+        case "layers":
+            second["layers"] = [2, 3]
+        case "short":
+            plan["chain"].pop()
+        case "file":
+            plan["file"] = second["file"]
+        case "twice":
+            second["file"] = first["file"]
+        case "missing":
+            first["outputs"] = [spec for spec in first["outputs"] if spec["shape"] != ["batch", "steps", 32]]
+        case "shape":
+            first["outputs"][0]["shape"][-1] = 7
+        case "symbol":
+            plan["chain"] = [
+                {**link, **{way: [renamed(spec) for spec in link[way]] for way in ("inputs", "outputs")}}
+                for link in plan["chain"]
+            ]
+
+
+def renamed(spec: dict) -> dict:
+    """A hidden state of another symbol."""
+    return {**spec, "shape": ["rows" if size == "batch" else size for size in spec["shape"]]}
+
+
+@pytest.mark.parametrize("change", ["order", "layers", "short", "file", "twice", "missing", "shape", "symbol"])
+def test_a_manifest_whose_chain_contradicts_it(chained, tmp_path, change):
+    folder = Path(shutil.copytree(chained(2), tmp_path / "bundle"))
+    edit(folder, lambda manifest: spoiled(manifest["parts"]["decoder"]["plans"]["tensorrt"], change))
+    with pytest.raises(BundleError, match=r"chain|used twice|not among"):
+        Bundle(folder, verify=False)
