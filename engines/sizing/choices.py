@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.precision import COLUMN, INT4, INT8, Precision
@@ -15,6 +17,13 @@ ROOM = 256  # tokens of a question and its answer: no smaller context is propose
 
 # A configuration with a choice made; None where there is no such choice.
 Change = Callable[[Configuration], Configuration | None]
+
+
+class Held(NamedTuple):
+    """A configuration against what there is. lacks: bytes that it is too large, 0 if it fits. takes: bytes in all."""
+
+    lacks: int
+    takes: int
 
 
 @dataclass(frozen=True)
@@ -42,35 +51,44 @@ class Choice:
 
 def fits_with(
     c: Configuration,
-    lacks: Callable[[Configuration], int],
+    held: Callable[[Configuration], Held],
     serves: Callable[[Precision], bool],
     kept: Collection[str] = (),
 ) -> tuple[Choice, ...]:
     """The choices with which `c` fits, each of them needed: without any one it would not. Those that leave least
-    lacking if it does not fit with all there are, either (ask `lacks` again).
+    lacking if it does not fit with all there are, either (ask `held` again).
 
-    lacks: bytes that a configuration is too large, 0 if it fits. serves: whether there is what a precision needs. kept:
+    held: what a configuration is, held against what there is. serves: whether there is what a precision needs. kept:
     knobs to leave alone.
 
-    They are made in the order of CHOICES until all fits, those that give nothing left out, and again from the first
-    for as long as that helps: some give only beside others. Then they are taken back, the last of CHOICES first, where
-    others have made them needless: what costs most quality is what is spared first.
+    They are made in the order of CHOICES until all fits, and with them what costs less than the last of them. Then they
+    are taken back from the last, where others make them needless: what costs most is what is spared first.
     """
-    chosen: tuple[Choice, ...] = ()
-    tried = None
-    while tried != chosen:
-        tried = chosen
-        for choice in CHOICES:
-            lacking = lacks(made(c, chosen))
-            if not lacking:
-                break
-            more = _in_order((*chosen, choice))
-            allowed = choice not in chosen and choice.knob not in kept
-            if allowed and serves(made(c, more).precision) and lacks(made(c, more)) < lacking:
-                chosen = more
+    held = cache(held)
+    open_ = [choice for choice in CHOICES if choice.knob not in kept]
+
+    def grown(chosen: tuple[Choice, ...], among: Collection[Choice], enough: bool) -> tuple[Choice, ...]:
+        """With those that give something, again from the first while that helps: some are only beside others. enough:
+        stop where all fits; else those that take nothing come, too: they may give something once others are gone."""
+        before = None
+        while before != chosen:
+            before = chosen
+            for choice in among:
+                now = held(made(c, chosen))
+                if enough and not now.lacks:
+                    return chosen
+                other = made(c, more := in_order((*chosen, choice)))
+                gives = held(other) < now if enough else held(other) <= now
+                if choice not in chosen and serves(other.precision) and gives:
+                    chosen = more
+        return chosen
+
+    chosen = grown((), open_, enough=True)
+    if chosen and not held(made(c, chosen)).lacks:
+        chosen = grown(chosen, open_[: open_.index(chosen[-1])], enough=False)
     for choice in reversed(chosen):
         others = without(chosen, choice)
-        if lacks(made(c, others)) <= lacks(made(c, chosen)):
+        if held(made(c, others)).lacks <= held(made(c, chosen)).lacks:
             chosen = others
     return chosen
 
@@ -94,7 +112,8 @@ def without(choices: Iterable[Choice], one: Choice) -> tuple[Choice, ...]:
     return tuple(each for each in choices if each is not one)
 
 
-def _in_order(choices: Iterable[Choice]) -> tuple[Choice, ...]:
+def in_order(choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    """As CHOICES has them."""
     return tuple(sorted(choices, key=CHOICES.index))
 
 

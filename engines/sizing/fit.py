@@ -13,7 +13,7 @@ from engines.bundle.tensors import CHOICES, sizes_of_blocks
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
-from engines.sizing.choices import ROOM, Choice, fits_with, made, without
+from engines.sizing.choices import ROOM, Choice, Held, fits_with, made, without
 from engines.sizing.machine import look_at
 from engines.sizing.needs import (
     MAPS_WEIGHTS,
@@ -199,7 +199,11 @@ def fit(c: Configuration, room: Room, kept: Collection[str] = ()) -> Fitting:
 
 
 def _choices(c: Configuration, room: Room, kept: Collection[str] = ()) -> tuple[Choice, ...]:
-    return fits_with(c, lambda other: _assess(other, room).lacks, room.serves, kept)
+    def held(other: Configuration) -> Held:
+        found = _assess(other, room)
+        return Held(found.lacks, found.total + found.builder * found.builds_here)
+
+    return fits_with(c, held, room.serves, kept)
 
 
 def _fits(c: Configuration, room: Room) -> bool:
