@@ -13,7 +13,6 @@ from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.errors import OptionError
 from engines.sizing.fit import (
     Assessment,
-    Fitting,
     Room,
     advice,
     builder_advice,
@@ -23,6 +22,7 @@ from engines.sizing.fit import (
     this_machine,
     verdict,
 )
+from engines.sizing.fitting import Fitting
 from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
@@ -57,7 +57,8 @@ def report(a: Assessment, model: str, console: Console) -> None:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
         if _limited(c) or c.geometry.lazy_pages:
-            _say(console, "  a page budget and lazy projection save reading and computing, not memory")
+            slots = "" if c.geometry.page_slots else "; page slots do: --projection lazy --page-slots K"
+            _say(console, f"  a page budget and lazy projection save reading and computing, not memory{slots}")
 
 
 def report_fitting(f: Fitting, model: str, console: Console) -> None:
@@ -136,11 +137,12 @@ def _title(c: Configuration, model: str, place: str) -> str:
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
     kept += f", residency {c.residency}" if c.residency != Opening.residency else ""
+    kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 
 
 def _limited(c: Configuration) -> bool:
-    return c.pages_read < c.geometry.pages
+    return c.page_budget is not None and c.page_budget < c.geometry.pages
 
 
 def _speed(a: Assessment) -> str:

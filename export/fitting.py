@@ -8,7 +8,7 @@ from functools import partial
 
 from engines.bundle.tensors import CHOICES
 from engines.errors import OptionError
-from engines.sizing.fit import Fitting, fit
+from engines.sizing.fitting import Fitting, fit
 from engines.sizing.needs import Configuration
 from engines.trt.options import EngineOptions
 from export.fit_report import lacking, room_for
@@ -26,6 +26,7 @@ OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "residency": lambda c: {},  # of the runtime
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
+    "page_slots": lambda c: {"projection": "lazy", "page_slots": c.geometry.page_slots},
     "context": lambda c: {"context": c.geometry.context},
     "precision": lambda c: {"precision": c.precision.name},
     **{kind: partial(_apart, kind) for kind in CHOICES},

@@ -51,15 +51,19 @@ def rebuild(
     with, no manifest says: CHECKPOINT and DATA stand for them.
 
     backend, engines: others than those of its build; `engines` are fields of engines.trt.options.EngineOptions.
-    changes: of the knobs precision (its name), block_size, context, kv and kv_cache ("int8"), head, vision and
-    embeddings (names of precisions, or MODEL).
+    changes: of the knobs precision (its name), block_size, context, page_slots, kv and kv_cache ("int8"), head, vision
+    and embeddings (names of precisions, or MODEL).
     """
     used, g = manifest.options, manifest.geometry
     backend = backend or (str(used["backend"]) if used.get("backend") in BACKENDS else manifest.backend)
     choices = choices_of(manifest)
     knobs: dict[str, object] = {"precision": manifest.precision, "block_size": block_of(manifest), **choices}
     kept = {"kv": g.int8_pages, "kv_cache": g.int8_cache}
-    knobs |= {"context": g.context, **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()}} | changes
+    knobs |= {
+        "context": g.context,
+        "page_slots": g.page_slots,
+        **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()},
+    } | changes
     size, precision = knobs["block_size"], PRECISIONS[str(knobs["precision"])]
     words = [rebuild_unknown(path), f"--{precision}"]
     words += ["--block-size", block_name(size)] if is_integer(size) else []
@@ -72,7 +76,8 @@ def rebuild(
         words += ["--calibrate DATA"] if used.get("calibrate") and precision.calibrates(size) else []
     words += ["--page-budget", str(manifest.page_budget)] if manifest.page_budget != g.pages else []
     words += ["--context", str(knobs["context"])]
-    words += ["--projection lazy"] if g.lazy_pages else []
+    words += ["--projection lazy"] if g.lazy_pages or is_integer(knobs["page_slots"]) else []
+    words += ["--page-slots", str(knobs["page_slots"])] if is_integer(knobs["page_slots"]) else []
     words += [f"--{knob.replace('_', '-')} int8" for knob in kept if knobs[knob] == "int8"]
     words += [f"--check {used['check']}"] if used.get("check") in ("weights", "none") else []
     if backend != ONNXRUNTIME:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.pages import equally_long
 from engines.bundle.precision import COLUMN, INT4, INT8, Precision
 from engines.bundle.tensors import MODEL, can_be_coded, fitting_blocks, sizes_of_blocks
 from engines.residency import SHARED
@@ -152,6 +153,19 @@ def _context(tokens: int) -> Change:
     return change
 
 
+def _page_slots(count: int) -> Change:
+    """For pages that are projected lazily, which TensorRT does with this project's plugins alone."""
+
+    def change(c: Configuration) -> Configuration | None:
+        g = c.geometry
+        able = (c.plugins or c.backend == ONNXRUNTIME) and not g.attention_bias and equally_long(g)
+        if not able or count >= g.stored_pages:
+            return None
+        return replace(c, geometry=replace(g, lazy_pages=True, page_slots=count))
+
+    return change
+
+
 def _precision(precision: Precision) -> Change:
     def change(c: Configuration) -> Configuration | None:
         if c.fixed or precision not in c.precision.smaller:
@@ -170,7 +184,8 @@ def _apart(kind: str, precision: Precision) -> Change:
         tied = c.geometry.tied_embeddings and kind != "vision"
         if tied or not can_be_coded(kind, c.precision) or now not in (MODEL, INT8.name) or now == precision.name:
             return None
-        return _in_blocks(replace(c, **{kind: precision.name}))
+        coded: dict[str, Any] = {kind: precision.name}
+        return _in_blocks(replace(c, **coded))
 
     return change
 
@@ -185,8 +200,8 @@ def _in_blocks(c: Configuration) -> Configuration | None:
     return replace(c, block=fitting[-1]) if fitting else None
 
 
-# From what costs least to what costs most: time, then quality. The page budget and lazy projection are not among them:
-# they save reading and computing, not memory.
+# From what costs least to what costs most: time, then quality, then answers. The page budget and lazy projection alone
+# are not among them: they save reading and computing, not memory.
 CHOICES = (
     *(
         Choice("layers_per_engine", _engines(count), "an engine's launches more in each step: not measured")
@@ -203,4 +218,8 @@ CHOICES = (
     Choice("head", _apart("head", INT4), "?"),
     Choice("vision", _apart("vision", INT4), "?"),
     Choice("precision", _precision(INT4), Quality("int4, blocks of 16", "34 of 65", "0.623")),
+    *(
+        Choice("page_slots", _page_slots(count), f"an error where a layer selects more than {count} pages in a step")
+        for count in (48, 24)
+    ),
 )

@@ -13,7 +13,7 @@ from engines.bundle.tensors import CHOICES, sizes_of_blocks
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
-from engines.sizing.choices import ROOM, Choice, Held, fits_with, made, without
+from engines.sizing.choices import ROOM, Choice, Held, fits_with, made
 from engines.sizing.machine import look_at
 from engines.sizing.needs import (
     MAPS_WEIGHTS,
@@ -109,33 +109,6 @@ class Assessment:
         return max(0, self.total - self.room.usable) + max(0, builder)
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What a choice gives where it was made: what all the others together would lack without it.
-
-    words: of the command line. request, builder: bytes it saves. faster: tokens per second at most that it adds to the
-    slowest step, None when the bandwidth is unknown.
-    """
-
-    choice: Choice
-    words: str
-    request: int
-    builder: int
-    faster: float | None
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """A configuration made to fit. asked: what it was. assessment: of what fits, or of the smallest where none does.
-    gains: of the choices made, none where none does. larger: the smallest target of the same kind that can be fitted
-    where this one cannot."""
-
-    asked: Configuration
-    assessment: Assessment
-    gains: tuple[Gain, ...]
-    larger: str | None
-
-
 def room_of(board: Target) -> Room:
     """The memory of a target."""
     reserved = SYSTEM_RESERVE if board.integrated else DISPLAY_RESERVE
@@ -171,65 +144,43 @@ def this_machine(backend: str, cuda: Cuda | None = None) -> Room:
 
 def assess(c: Configuration, room: Room) -> Assessment:
     """Whether `c` fits, and what would. OptionError when the target does not serve the precision."""
-    _require_served(c, room)
-    found = _assess(c, room)
+    require_served(c, room)
+    found = measured(c, room)
     if found.fits:
         return found
-    larger = _larger(room) if room.name in TARGETS else []
+    larger = larger_than(room) if room.name in TARGETS else []
     fitting = next((b.name for b in larger if _fits(c, room_of(b))), None)
     return replace(found, proposal=_nearest(found) or _by_choices(found), larger=fitting)
 
 
-def fit(c: Configuration, room: Room, kept: Collection[str] = ()) -> Fitting:
-    """The choices with which `c` fits, builder and all, each of them needed; the smallest there is where none does.
+def choices_for(c: Configuration, room: Room, kept: Collection[str] = ()) -> tuple[Choice, ...]:
+    """See fits_with."""
 
-    kept: knobs of the choices (engines.sizing.choices) that are not to be touched. OptionError when the target does
-    not serve the precision.
-    """
-    _require_served(c, room)
-    choices = _choices(c, room, kept)
-    assessment = _assess(made(c, choices), room)
-    larger = None
-    if not assessment.fits and room.name in TARGETS:
-        rooms = map(room_of, _larger(room))
-        holds = (each for each in rooms if each.serves(c.precision) and _fits(made(c, _choices(c, each, kept)), each))
-        larger = next((each.name for each in holds), None)
-    gains = tuple(_gain(c, choices, each, assessment) for each in choices) if assessment.fits else ()
-    return Fitting(c, assessment, gains, larger)
-
-
-def _choices(c: Configuration, room: Room, kept: Collection[str] = ()) -> tuple[Choice, ...]:
     def held(other: Configuration) -> Held:
-        found = _assess(other, room)
+        found = measured(other, room)
         return Held(found.lacks, found.total + found.builder * found.builds_here)
 
     return fits_with(c, held, room.serves, kept)
 
 
 def _fits(c: Configuration, room: Room) -> bool:
-    return _assess(c, room).fits
+    return measured(c, room).fits
 
 
 def _by_choices(found: Assessment) -> Assessment | None:
     """With as many choices as it takes."""
-    other = _assess(made(found.configuration, _choices(found.configuration, found.room)), found.room)
+    other = measured(made(found.configuration, choices_for(found.configuration, found.room)), found.room)
     return other if other.fits else None
 
 
-def _gain(c: Configuration, choices: tuple[Choice, ...], choice: Choice, a: Assessment) -> Gain:
-    other = _assess(made(c, without(choices, choice)), a.room)
-    faster = a.speed[0] - other.speed[0] if a.speed and other.speed else None
-    words = changes(other.configuration, a.configuration)
-    return Gain(choice, words, other.total - a.total, other.builder - a.builder, faster)
-
-
-def _require_served(c: Configuration, room: Room) -> None:
+def require_served(c: Configuration, room: Room) -> None:
+    """OptionError when the target does not serve the precision."""
     if not room.serves(c.precision):
         served = ", ".join((FP32.name, *(room.precisions or ())))
         raise OptionError(f"precision {c.precision} on {room.name}", expected=f"one of {served}")
 
 
-def _larger(room: Room) -> list[Target]:
+def larger_than(room: Room) -> list[Target]:
     """Targets of the same kind with more memory, the smallest first."""
     larger = [board for board in TARGETS.values() if board.integrated == room.integrated]
     return [b for b in sorted(larger, key=lambda b: b.memory) if b.memory > room.memory]
@@ -242,7 +193,7 @@ def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | Non
     for name in boards:
         found = assess(c, room_of(target(name)))
         if not found.runs:
-            turns = _assess(replace(c, residency=SHARED), found.room)
+            turns = measured(replace(c, residency=SHARED), found.room)
             if not turns.runs:
                 raise OptionError(f"{name} {verdict(found)}", fix=advice(found, again))
             warnings.append(f"{name} {verdict(found)}: run it there with --residency {SHARED}, which {verdict(turns)}")
@@ -326,7 +277,7 @@ def _layers_that_fit(a: Assessment) -> int | None:
     c = a.configuration
     for engines in range(2, c.geometry.layers + 1) if c.plugins else ():
         layers = -(-c.geometry.layers // engines)
-        if _assess(replace(c, layers_per_engine=layers), a.room).fits:
+        if measured(replace(c, layers_per_engine=layers), a.room).fits:
             return layers
     return None
 
@@ -339,6 +290,9 @@ def changes(old: Configuration, new: Configuration) -> str:
     parts = new.layers_per_engine
     options += [f"--layers-per-engine {parts}"] if parts not in (None, old.layers_per_engine) else []
     options += [f"--residency {new.residency}"] if new.residency != old.residency else []
+    slots, lazy = new.geometry.page_slots, new.geometry.lazy_pages
+    options += ["--projection lazy"] if lazy != old.geometry.lazy_pages else []
+    options += [f"--page-slots {slots}"] if slots != old.geometry.page_slots else []
     options += ["--kv int8"] if new.geometry.int8_pages != old.geometry.int8_pages else []
     options += ["--kv-cache int8"] if new.geometry.int8_cache != old.geometry.int8_cache else []
     options += [f"--{new.precision}"] if new.precision != old.precision else []
@@ -354,11 +308,15 @@ def changes(old: Configuration, new: Configuration) -> str:
 
 def _other(old: Configuration, new: Configuration, again: Again | None) -> str:
     """How to get `new` instead of `old`."""
+    running = [f"run it with --residency {new.residency}, and ask --plan so"] if new.residency != old.residency else []
+    new = replace(new, residency=old.residency)  # no option of a build
     if again:
-        return f"build the bundle again: {again(new)}"
+        return " and ".join([f"build the bundle again: {again(new)}", *running])
     gone = [f"--{old.precision}"] if new.precision != old.precision else []  # the command line takes one of them
     gone += ["--block-size"] if old.block is not None and new.block is None else []
-    return f"add {changes(old, new)}" + (f" (in place of {' and '.join(gone)})" if gone else "")
+    words = changes(old, new)
+    adding = [f"add {words}" + (f" (in place of {' and '.join(gone)})" if gone else "")] if words else []
+    return " and ".join([*adding, *running])
 
 
 def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
@@ -366,7 +324,8 @@ def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
     return words if proposal.builds else f"{words}, and build elsewhere or with swap: {builder_verdict(proposal)}"
 
 
-def _assess(c: Configuration, room: Room) -> Assessment:
+def measured(c: Configuration, room: Room) -> Assessment:
+    """Whether `c` fits, and nothing of what else would."""
     copied = c.backend == TENSORRT and room.copies
     builder = 0 if c.backend == ONNXRUNTIME else largest_build(c, copied=copied)
     builds_here = c.backend == TENSORRT and room.integrated
@@ -400,7 +359,7 @@ def _nearest(found: Assessment) -> Assessment | None:
             for fewer in _fewer_rows(c) if rows else (c,):
                 other = replace(_in(fewer, precision, c.block), geometry=geometry)
                 shorter = _largest_context(other, room, wanted) if context else other
-                if shorter is not None and wanted(fitting := _assess(shorter, room)):
+                if shorter is not None and wanted(fitting := measured(shorter, room)):
                     return fitting
     return None
 
@@ -426,9 +385,9 @@ def _largest_context(c: Configuration, room: Room, wanted: Callable[[Assessment]
     def shorter(blocks: int) -> Configuration:
         return replace(c, geometry=replace(c.geometry, context=64 * blocks))
 
-    if low > high or not wanted(_assess(shorter(low), room)):
+    if low > high or not wanted(measured(shorter(low), room)):
         return None
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if wanted(_assess(shorter(middle), room)) else (low, middle - 1)
+        low, high = (middle, high) if wanted(measured(shorter(middle), room)) else (low, middle - 1)
     return shorter(low)

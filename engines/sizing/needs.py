@@ -23,6 +23,7 @@ from engines.residency import RESIDENCIES, SHARED
 from plugins.op import ALIGNMENT
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+TABLE_ENTRY = 8  # bytes of a number in a table of page slots, which has two for each page
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
@@ -128,7 +129,8 @@ class Configuration:
     @property
     def pages_read(self) -> int:
         """Pages a layer may read at most."""
-        return self.geometry.pages if self.page_budget is None else self.page_budget
+        stored = self.geometry.stored_pages
+        return stored if self.page_budget is None else min(self.page_budget, stored)
 
     @property
     def rows(self) -> int:
@@ -204,9 +206,12 @@ def cache_bytes(c: Configuration) -> int:
 
 def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
-    not, since any may be selected (TrtModel.project, OrtModel.project)."""
+    not, since any may be selected (TrtModel.project, OrtModel.project); or of as many as there are page slots, and
+    their tables."""
     g = c.geometry
-    return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c, g.int8_pages)
+    layer = g.stored_pages * page_size(g) * _token_bytes(c, g.int8_pages)
+    layer += 0 if g.page_slots is None else 2 * g.pages * TABLE_ENTRY
+    return (c.rows + c.views) * len(g.reading_layers) * layer
 
 
 def builder_bytes(weights: int, *, layers: int = 0, copied: bool = False) -> int:
@@ -251,6 +256,7 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
     cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
+    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} slots of {g.pages} pages"
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need(
@@ -259,7 +265,7 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
             _list({part: weights[part] for part in held}) + (", and copies" if ort else ""),
         ),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
-        Need("hi-res pages", store_bytes(c), f"{whose} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
+        Need("hi-res pages", store_bytes(c), f"{whose} x {stored} in {len(g.reading_layers)} layers{kept}"),
         Need("image, logits", image, f"{whose} x pixels, features{lazy}, logits"),
         Need("activations", work, ("" if ort or opened is not None else "largest of ") + _list(scratch)),
         runtime,
@@ -314,7 +320,9 @@ def size(count: float) -> str:
 def _stored(c: Configuration) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
     """Bytes of the tensors of each part as they are stored: of their values, and of their scales if they are
     quantised."""
-    g = replace(c.geometry, context=0, int8_pages=False, int8_cache=False)  # what changes nothing of them
+    g = replace(
+        c.geometry, context=0, page_slots=None, int8_pages=False, int8_cache=False
+    )  # what changes nothing of them
     return _pieces(g, c.coding, c.precision.itemsize)
 
 

@@ -84,8 +84,9 @@ def elsewhere(options: EngineOptions) -> str | None:
 
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
-    names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
-    return {name: int(getattr(g, name)) for name in sorted(names)} | {"page_size": page_size(g)}
+    made = {"page_size": page_size(g), "page_slots": int(g.page_slots is not None)}
+    names = {name for op in OPS.values() for name in op.attribute_names} - made.keys()
+    return {name: int(getattr(g, name)) for name in sorted(names)} | made
 
 
 def build_engines(
@@ -208,10 +209,11 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         manifest,
         name,
         backend=options.backend,
-        engines={**asdict(options), "batch": other.batch},
+        engines={**asdict(options), "batch": other.batch, "layers_per_engine": other.layers_per_engine},
         precision=p.name,
         block_size=p.block_size(other.block, options.backend) if p.quantises else other.block,
         context=other.geometry.context,
+        page_slots=other.geometry.page_slots,
         kv="int8" if other.geometry.int8_pages else "model",
         kv_cache="int8" if other.geometry.int8_cache else "model",
         **{kind: getattr(other, kind) for kind in CHOICES},

@@ -69,6 +69,7 @@ LINES = [
     "--fp8 --head int4 --block-size 64",
     "--fp8 --quantize-head --embeddings int8",
     "--int8 --projection lazy --page-budget 7",
+    "--int4 --projection lazy --page-slots 24",
     "--context 1024",
     "--backend tensorrt-rtx",
     "--backend tensorrt --no-plugins",

@@ -11,7 +11,8 @@ from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.bundle.precision import FP32, INT4, INT8
 from engines.errors import OptionError
 from engines.sizing.choices import CHOICES, Quality, made, without
-from engines.sizing.fit import Assessment, Room, changes, fit, room_of
+from engines.sizing.fit import Assessment, Room, changes, room_of
+from engines.sizing.fitting import fit
 from engines.sizing.needs import Configuration
 from engines.targets import target
 from tests.geometries import official, tiny
