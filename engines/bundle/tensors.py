@@ -11,7 +11,7 @@ from engines.bundle.kinds import PARTS
 from engines.bundle.precision import BLOCK_SIZES
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
-HEAD = "lm_head.weight"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 _HIRES = re.compile(r"model\.layers\.\d+\.self_attn\.[kv]_proj_hd\.(weight|bias)")
 
@@ -58,7 +58,7 @@ def _projector_tensors(g: Geometry) -> dict[str, tuple[int, ...]]:
 
 def _decoder_tensors(g: Geometry) -> dict[str, tuple[int, ...]]:
     query, key = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (g.vocab, g.hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (g.vocab, g.hidden)}
     for index in range(g.layers):
         layer = f"model.layers.{index}."
         attend = layer + "self_attn."

@@ -14,7 +14,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.pages import page_size
 from engines.bundle.precision import COLUMN, DEFAULT, Precision
-from engines.bundle.tensors import is_quantised, tensors_of_parts
+from engines.bundle.tensors import EMBEDDINGS, is_quantised, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
 from plugins.op import ALIGNMENT
@@ -35,7 +35,6 @@ ENGINE_CODE = 50_000_000  # of all parts: plans were 12 MB larger than their wei
 HOST_PROCESS = 200_000_000  # Python, numpy, TensorRT's libraries: 152 MB resident
 # ONNX Runtime 1.32 on an x86 CPU, random model of 59M weights: memory of its sessions over the bytes of the weights.
 ORT_COPIES, ORT_COPIES_WIDENED, ORT_COPIES_QUANTISED = 1.2, 4.1, 2.0
-ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which is turned and widened in every run
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
@@ -236,7 +235,8 @@ def _held(c: Configuration) -> int:
     for tensors in tensors_of_parts(c.geometry).values():
         for name, shape in tensors.items():
             pieces = _pieces(c, name, shape)
-            others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
+            rows = name == EMBEDDINGS and not c.geometry.tied_embeddings  # read as they are stored
+            others = ORT_COPIES_WIDENED if c.precision.widened and not rows else ORT_COPIES
             total += sum(pieces) * (ORT_COPIES_QUANTISED if len(pieces) > 1 else others)
     return int(total)
 
@@ -262,7 +262,6 @@ def _activations(c: Configuration) -> dict[str, int]:
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
         decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
-        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision.ort_dtype == "float16" else 0
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 
