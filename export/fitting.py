@@ -61,5 +61,4 @@ def kept(options: BuildOptions) -> frozenset[str]:
     """The knobs that are not at their default: what is asked for is not chosen otherwise."""
     names = {each.name for each in fields(options) if getattr(options, each.name) != each.default}
     names |= {"head"} if options.quantize_head else set()
-    engines = options.engines or EngineOptions(options.backend)
-    return frozenset(names | {each for each in OF_ENGINES if getattr(engines, each) is not None})
+    return frozenset(names | {each for each in OF_ENGINES if getattr(options.engines, each, None) is not None})

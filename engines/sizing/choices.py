@@ -205,7 +205,7 @@ def _in_blocks(c: Configuration) -> Configuration | None:
 CHOICES = (
     *(
         Choice("layers_per_engine", _engines(count), "an engine's launches more in each step: not measured")
-        for count in (2, 4, 8, 16, 32)
+        for count in (2, 4, 8)
     ),
     Choice("residency", _residency, "opening vision and page projection again for every new image"),
     Choice("kv", _int8_pages, Quality("fp32, kv int8", "65 of 65", "0.997")),

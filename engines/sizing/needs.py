@@ -42,7 +42,6 @@ ENGINE_CODE = 50_000_000  # of all parts: plans were 12 MB larger than their wei
 HOST_PROCESS = 200_000_000  # Python, numpy, TensorRT's libraries: 152 MB resident
 # ONNX Runtime 1.32 on an x86 CPU, random model of 59M weights: memory of its sessions over the bytes of the weights.
 ORT_COPIES, ORT_COPIES_WIDENED, ORT_COPIES_QUANTISED = 1.2, 4.1, 2.0
-ORT_TABLE = 26  # bytes for each value of a vocabulary table in float16, which is turned and widened in every run
 ORT_PROCESS = 150_000_000  # 64 MB after its import, and arenas that grow in large steps
 ORT_SCORES = 4  # float32 copies of the scores that attention holds at once: 3, and one for growing arenas
 
@@ -339,12 +338,13 @@ def _pieces(g: Geometry, coding: Coding, item: int) -> Mapping[str, Mapping[str,
 def _held(c: Configuration) -> dict[str, int]:
     """Bytes of the weights of each part as ONNX Runtime holds them."""
     held = {}
-    others = ORT_COPIES_WIDENED if c.precision.widened else ORT_COPIES
     for part, tensors in _stored(c).items():
         total = 0.0
         for name, pieces in tensors.items():
-            copies = ORT_COPIES_QUANTISED if len(pieces) > 1 else others
-            total += sum(pieces) * (1 if name == EMBEDDINGS and len(pieces) > 1 else copies)  # read where it is mapped
+            rows = name == EMBEDDINGS and not c.geometry.tied_embeddings  # read as they are stored
+            others = ORT_COPIES_WIDENED if c.precision.widened and not rows else ORT_COPIES
+            codes = 1 if rows else ORT_COPIES_QUANTISED
+            total += sum(pieces) * (codes if len(pieces) > 1 else others)
         held[part] = int(total)
     return held
 
@@ -370,7 +370,6 @@ def _activations(c: Configuration) -> dict[str, int]:
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
         decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
-        decoder += ORT_TABLE * g.vocab * g.hidden if c.precision.ort_dtype == "float16" else 0
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 

@@ -16,6 +16,7 @@ from onnxscript.optimizer import fold_constants
 
 from engines.bundle.precision import Precision
 from engines.errors import ExportError
+from export.graph.tables import read_tables_narrow
 from export.graph.tidy import drop_idle_casts, drop_idle_reshapes, share_sizes
 from plugins.cached_attention import onnx_body as cached_attention
 from plugins.cached_attention import onnx_int8 as int8_cached_attention
@@ -80,12 +81,15 @@ def for_onnxruntime(model: ir.Model, precision: Precision, *, cuda: bool = False
     """Bind a traced graph to ONNX Runtime, in place: dynamic ONNX bodies for the flex:: nodes, or with `cuda` those
     that keep its CUDA provider from waiting: no branch or loop, but for lazy projection, which skips what is there.
 
-    Graphs of a precision that is widened compute in float32, over weights and scales that stay as they are stored.
+    Graphs of a precision that is widened compute in float32, over weights and scales that stay as they are stored. On
+    the CPU, tables of the vocabulary stay so, too (export/graph/tables.py).
     """
     _bind(model, CUDA if cuda else DYNAMIC)
     if precision.widened:
         _widen(model, ir.DataType[precision.dtype.upper()])
     drop_idle_casts(model)
+    if not cuda:
+        read_tables_narrow(model)
     return model
 
 

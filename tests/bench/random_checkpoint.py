@@ -27,12 +27,25 @@ from tests.geometries import official
 SHARD = 1 << 30  # bytes
 BLOCK = 1 << 24  # random numbers drawn once; tensors are windows of them
 SMALL_TOWER = Vision(32, 64, 3, 4, 14, 1e-5, "quick_gelu")
+MIDDLE_TOWER = Vision(512, 2048, 11, 8, 14, 1e-5, "quick_gelu")
 SHAPES = {
     "small": official(
         hidden=64, intermediate=176, layers=12, heads=4, kv_heads=4, head_dim=16, vocab=512, vision=SMALL_TOWER
     ),
     "mid": official(
         hidden=512, intermediate=1376, layers=16, heads=8, kv_heads=8, head_dim=64, vocab=4096, vision=SMALL_TOWER
+    ),
+    # Half of its weights are the tables of its vocabulary, a third the vision tower.
+    "tables": official(
+        hidden=768,
+        intermediate=2048,
+        layers=4,
+        heads=12,
+        kv_heads=12,
+        head_dim=64,
+        vocab=32000,
+        start_layer=1,
+        vision=MIDDLE_TOWER,
     ),
     "7b": official(),
     "7b-slice": official(layers=4, start_layer=1),  # two layers of each kind
@@ -50,7 +63,7 @@ def write(
 ) -> Path:
     """Write a checkpoint of `shape`, a key of SHAPES, into `out` and return it; threshold -1 selects all."""
     g = replace(SHAPES[shape], threshold=threshold, context=context)
-    tower = "clip" if g.vision == SMALL_TOWER else "openai/clip-vit-large-patch14-336"
+    tower = "openai/clip-vit-large-patch14-336" if g.vision == official().vision else "clip"
     write_config(out, g, tower=tower, dtype=str(dtype).removeprefix("torch."))
     _write_tokenizer(out, g.vocab)
     _write_shards(out, g, dtype, seed)

@@ -1,0 +1,1 @@
+"""What a process that answers holds in memory."""
