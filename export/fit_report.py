@@ -10,6 +10,7 @@ from rich.table import Table
 
 from engines.backend import Opening
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
+from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import OptionError
 from engines.sizing.fit import (
     Assessment,
@@ -85,7 +86,8 @@ def choices_outline(f: Fitting, console: Console) -> None:
     for gain in f.gains:
         given = [size(gain.request)] if gain.request > 0 else []
         given += [f"{size(gain.builder)} of the builder"] if gain.builder > 0 and f.assessment.builds_here else []
-        given += [f"{SHARE_OF_BANDWIDTH * gain.faster:.1f} tokens/s"] if gain.faster and gain.faster > 0 else []
+        rate = SHARE_OF_BANDWIDTH * (gain.faster or 0)
+        given += [f"{rate:.1f} tokens/s"] if rate >= 0.05 else []
         _say(console, f"  {escape(gain.words)}: {', '.join(given)}; costs {escape(str(gain.choice.costs))}")
     if (residency := f.assessment.configuration.residency) != Opening.residency:
         _say(console, f"run it with --residency {residency}: python -m runtime BUNDLE --residency {residency} ...")
@@ -136,6 +138,7 @@ def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
+    kept += "".join(f", {kind} {getattr(c, kind)}" for kind in CHOICES if getattr(c, kind) != MODEL)
     kept += f", residency {c.residency}" if c.residency != Opening.residency else ""
     kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"

@@ -110,7 +110,7 @@ SETTLED = assess(read_recipe(BuildOptions(fit=True)).configuration(), Room("a ro
 
 def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
     """Into less than it takes as it is: what is built is what was chosen, and the manifest says so."""
-    model = write_checkpoint(tmp_path / "model", tiny())
+    model = write_checkpoint(tmp_path / "model", tiny(context=4096))
     options = BuildOptions(model=model, out=tmp_path / "out", fit=True, check="weights")
     recipe = read_recipe(options)
     asked = recipe.configuration()
@@ -125,7 +125,7 @@ def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
     assert chosen != replace(options, fit=False) and not chosen.fit
     assert manifest.options["kv_cache"] == chosen.kv_cache == "int8" and manifest.geometry.int8_cache
     assert manifest.backend == ONNXRUNTIME and "fit" not in manifest.options
-    assert manifest.options["context"] == manifest.geometry.context == 160
+    assert manifest.options["context"] == manifest.geometry.context == 4096
 
 
 def test_it_is_no_option_of_others():
