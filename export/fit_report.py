@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
+from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import OptionError
 from engines.sizing.fit import Assessment, Room, advice, builder_advice, builder_verdict, room_of, this_machine, verdict
 from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
@@ -69,6 +70,7 @@ def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
+    kept += "".join(f", {kind} {name}" for kind in CHOICES if (name := getattr(c, kind)) != MODEL)
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 
 
