@@ -61,6 +61,15 @@ def test_what_is_printed(config_alone):
     assert fits and "1 x 1024 tokens" in text and "on any machine" in text
 
 
+def test_what_is_stored_apart(config_alone):
+    board = "--target", "orin-nano-8", "--model", config_alone, "--int4"
+    apart = "--head", "int4", "--vision", "int8", "--embeddings", "int8"
+    plain, text = (" ".join(printed(*board, *options)[1].split()) for options in ((), apart))
+    assert "4.9 GB vision 624 MB, pages 398 MB, decoder 3.9 GB" in plain and "embeddings" not in plain
+    assert "4.3 GB vision 314 MB, pages 398 MB, decoder 3.5 GB" in text
+    assert "int4, head int4, vision int8, embeddings int8, tensorrt" in text
+
+
 def test_requests_at_once(config_alone):
     """As many requests at once as there are slots, each about an image of its own."""
     board = "--target", "agx-orin-64", "--model", config_alone

@@ -69,6 +69,20 @@ def test_a_packed_checkpoint_brings_its_own():
         settled(replace(CONFIG, packing=packing), precision="int4", calibrate=Path("examples"))
 
 
+def test_what_a_packed_checkpoint_holds_as_floats_may_be_stored_in_codes():
+    packing = Packing("gptq", 4, 64, True)
+    apart = {"precision": "int4", "head": "int8", "vision": "int8", "embeddings": "int8"}
+    columns = Scheme(INT8, COLUMN)
+    coding = settled(replace(CONFIG, packing=packing), **apart).coding
+    assert coding == replace(coding, head=columns, vision=columns, embeddings=replace(columns, rows=True))
+    assert coding.linear == Scheme(INT4, 64)
+    with pytest.raises(OptionError, match="--head int8 for a checkpoint that is quantised already") as caught:
+        settled(replace(CONFIG, packing=replace(packing, head=True)), **apart)
+    assert caught.value.fix.startswith("--int4 --block-size 64 --quantize-head, ")
+    same = settled(replace(CONFIG, packing=replace(packing, head=True)), **apart | {"head": "int4"}).coding
+    assert same.head == same.linear
+
+
 @pytest.mark.parametrize(
     ("g", "options", "text"),
     [

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from engines.bundle.folder import Bundle
-from engines.bundle.precision import COLUMN, FP32, INT4, PRECISIONS
+from engines.bundle.precision import COLUMN, FP16, FP32, INT4, INT8, PRECISIONS
+from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import OptionError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
@@ -35,13 +36,16 @@ from tests.paths import OFFICIAL
 @dataclass(frozen=True)
 class Row:
     """A build whose cost the report shows. block: of int8, int4 and fp8 alone; kv: of the hi-res pages; kv_cache: of
-    ordinary tokens."""
+    ordinary tokens; head, vision, embeddings: what these are stored in."""
 
     precision: str
     block: int | None = None
     calibrated: bool = False
     kv: str = "model"
     kv_cache: str = "model"
+    head: str = MODEL
+    vision: str = MODEL
+    embeddings: str = MODEL
 
     @property
     def label(self) -> str:
@@ -49,7 +53,8 @@ class Row:
         layout = "columns" if self.block == COLUMN else f"blocks of {self.block}"
         label = self.precision if self.block is None else f"{self.precision}, {layout}"
         label += ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
-        return label + ("" if self.kv_cache == "model" else f", kv cache {self.kv_cache}")
+        label += "" if self.kv_cache == "model" else f", kv cache {self.kv_cache}"
+        return label + "".join(f", {kind} {value}" for kind in CHOICES if (value := getattr(self, kind)) != MODEL)
 
 
 BY_PRECISION = sorted(PRECISIONS.values(), key=lambda each: each != FP32)  # first what the answers are compared with
@@ -61,6 +66,14 @@ ROWS[1:1] = [
     Row(FP32.name, kv="int8", kv_cache="int8"),
 ]
 ROWS += [Row(INT4.name, block, calibrated=True) for block in INT4.block_sizes]
+# What is stored in codes beside the linear layers: each alone, beside what costs least of what it can be beside; all.
+EVERYTHING = {"vision": INT8.name, "embeddings": INT8.name}
+APART = [
+    Row(FP16.name, embeddings="int8"),
+    *(Row(INT8.name, 16, **{kind: code}) for kind in ("head", "vision") for code in CHOICES[kind] if code != MODEL),
+    *(Row(INT4.name, 16, head=head) for head in CHOICES["head"] if head != MODEL),
+    *(Row(INT4.name, 16, calibrated, head=INT8.name, **EVERYTHING) for calibrated in (False, True)),
+]
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (
@@ -186,7 +199,7 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]
                 out, calibrate = Path(folder) / str(index), data[index] if row.calibrated else None
                 options = BuildOptions(
                     models[index], out, row.precision, row.block, calibrate=calibrate, kv=row.kv, kv_cache=row.kv_cache,
-                    check="none",
+                    head=row.head, vision=row.vision, embeddings=row.embeddings, check="none",
                 )  # fmt: skip
                 return build(options).path
             except OptionError as error:
@@ -227,7 +240,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
-    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, ROWS)))
+    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, ROWS + APART)))
 
 
 if __name__ == "__main__":

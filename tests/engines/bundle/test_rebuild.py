@@ -65,7 +65,7 @@ LINES = [
     "--int4 --head int8 --vision int8 --embeddings int8",
     "--int8 --block-size column --head int4 --vision int4",
     "--int8 --head int8",
-    "--head int4 --block-size 32",
+    "--embeddings int8",
     "--fp8 --head int4 --block-size 64",
     "--fp8 --quantize-head --embeddings int8",
     "--int8 --projection lazy --page-budget 7",
