@@ -205,10 +205,6 @@ def _of_chain(manifest: Manifest, part: str, plan: Plan) -> str | None:
             if spec.name in there or own.get(spec.name, spec) != spec or odd or spec.dtype not in ITEMSIZE:
                 return f"{spec.name[:100]!r} is given twice, or not as the part has it"
             there[spec.name] = spec
-    missing = [
-        spec.name for spec in (*plan.inputs, *plan.outputs) if spec.name not in (read if spec in plan.inputs else there)
-    ]
-    unread = there.keys() - own.keys() - read
-    if missing or unread:
-        return f"nobody reads or gives {sorted([*missing, *unread])[0][:100]!r}"
+    if lost := (own.keys() - there.keys()) | (there.keys() - own.keys() - read):
+        return f"nobody gives or reads {sorted(lost)[0][:100]!r}"
     return None

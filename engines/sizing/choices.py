@@ -119,11 +119,11 @@ def in_order(choices: Iterable[Choice]) -> tuple[Choice, ...]:
 
 
 def _engines(count: int) -> Change:
-    """The decoder in so many engines of about one size, which takes this project's plugins."""
+    """The decoder in so many engines of about one size."""
 
     def change(c: Configuration) -> Configuration | None:
         layers = -(-c.geometry.layers // count)
-        if c.backend == ONNXRUNTIME or not c.plugins or layers >= (c.layers_per_engine or c.geometry.layers):
+        if c.backend == ONNXRUNTIME or layers >= (c.layers_per_engine or c.geometry.layers):
             return None
         return replace(c, layers_per_engine=layers)
 

@@ -272,10 +272,10 @@ def builder_advice(a: Assessment, again: Again | None = None) -> str:
 
 
 def _layers_that_fit(a: Assessment) -> int | None:
-    """Layers an engine with which the builder fits, in as few engines of about one size as can be; None without
-    plugins, or if one layer alone takes too much."""
+    """Layers an engine with which the builder fits, in as few engines of about one size as can be; None if
+    one layer alone takes too much."""
     c = a.configuration
-    for engines in range(2, c.geometry.layers + 1) if c.plugins else ():
+    for engines in range(2, c.geometry.layers + 1):
         layers = -(-c.geometry.layers // engines)
         if measured(replace(c, layers_per_engine=layers), a.room).fits:
             return layers

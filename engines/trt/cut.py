@@ -2,8 +2,8 @@
 
 Read and written as protobuf has it on the wire, field by field: the board that builds engines has no onnx, and what a
 node says beside its names is copied as it is. What one piece hands to the next is the hidden state between two layers,
-and what the plugins of earlier layers gave (selections); everything else that a piece needs and that holds no weight,
-positions say, it computes itself.
+and what the plugins of earlier layers gave (selections), or what was put in their place; everything else that a piece
+needs and that holds no weight, positions say, it computes itself.
 """
 
 from __future__ import annotations
@@ -76,16 +76,21 @@ def cut(
     outputs: Sequence[TensorSpec],
     *,
     rebuild: str,
+    traced: bytes | None = None,
 ) -> tuple[Piece, ...]:
-    """The pieces of a traced decoder of so many layers, of `size` layers each but perhaps the last.
+    """The pieces of a decoder of so many layers, of `size` layers each but perhaps the last.
 
     model: the .onnx file's bytes; name: what errors call it. inputs, outputs: what the whole engine takes and gives.
-    Raises BackendError, whose fix is `rebuild`, for what is no graph of a decoder.
+    traced: the graph with plugins that it was made of, whose values it still has; None: it is that graph. Raises
+    BackendError, whose fix is `rebuild`, for what is no graph of a decoder.
     """
     try:
         graph = _read(model)
+        plugins = graph if traced is None else _read(traced)
         bounds = pieces_of(layers, size)
-        return _cut(graph, bounds, {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs})
+        states = [_state(plugins, begin) for begin, _ in bounds[1:]]
+        home = _homes(plugins, bounds) | {value: index for index, value in enumerate(states)}
+        return _cut(graph, bounds, home, {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs})
     except (IndexError, KeyError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8, too
         raise BackendError(
             f"{name} cannot be cut between its layers: {error}", expected="a decoder as it was written", fix=rebuild
@@ -93,10 +98,13 @@ def cut(
 
 
 def _cut(
-    graph: _Graph, bounds: list[tuple[int, int]], inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec]
+    graph: _Graph,
+    bounds: list[tuple[int, int]],
+    home: dict[str, int],
+    inputs: dict[str, TensorSpec],
+    outputs: dict[str, TensorSpec],
 ) -> tuple[Piece, ...]:
-    state = {begin: _state(graph, begin) for begin, _ in bounds[1:]}  # the hidden state that goes into a layer
-    home = _homes(graph, bounds) | {value: index for index, value in enumerate(state.values())}
+    """`home`: the piece that gives each value which may be handed on."""
     wanted: list[dict[str, None]] = [{} for _ in bounds]  # outputs of each piece, in a fixed order
     for value in outputs:
         match = _STORE.fullmatch(value)
@@ -191,6 +199,8 @@ def _read(model: bytes) -> _Graph:
     for number, content in _fields(_only(model, _MODEL_GRAPH)):
         match number:
             case 1:
+                if any(number in (6, 11) for each in _all(content, 5) for number, _ in _fields(each)):
+                    raise ValueError("a node holds a graph of its own, and may read what its inputs do not name")
                 node = _Node(_texts(content, 1), _texts(content, 2), "".join(_texts(content, 7)), content)
                 graph.nodes.append(node)
                 graph.sources |= {value: node for value in node.outputs if value}
@@ -208,12 +218,16 @@ def _read(model: bytes) -> _Graph:
     return graph
 
 
+def _all(content: bytes, number: int) -> list[bytes]:
+    return [value for found, value in _fields(content) if found == number]
+
+
 def _texts(content: bytes, number: int) -> tuple[str, ...]:
-    return tuple(value.decode() for found, value in _fields(content) if found == number)
+    return tuple(value.decode() for value in _all(content, number))
 
 
 def _only(content: bytes, number: int) -> bytes:
-    found = [value for each, value in _fields(content) if each == number]
+    found = _all(content, number)
     if len(found) != 1:
         raise ValueError(f"field {number} is there {len(found)} times")
     return found[0]

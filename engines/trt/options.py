@@ -59,12 +59,6 @@ class EngineOptions:
         ):
             value, none = getattr(self, knob), NONE.get(knob)
             object.__setattr__(self, knob, require_integer(value, f"{knob} {value!r}", low, high, none=none))
-        if self.layers_per_engine is not None and not self.plugins:
-            raise OptionError(
-                f"layers_per_engine {self.layers_per_engine} without plugins",
-                expected="plugins, or one engine: TensorRT-RTX 1.7 comes to no end with a part of the graph without",
-                fix="leave out --no-plugins, or --layers-per-engine",
-            )
         if self.targets is not None:
             targets = tuple(require_integer(sm, f"target {sm!r}", 1, 999) for sm in self.targets)
             object.__setattr__(self, "targets", targets)

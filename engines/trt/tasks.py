@@ -56,7 +56,8 @@ def tasks_of(
         engines: list[_Engine] = [(part, None, graph, inputs, outputs, weights.bytes)]
         if part == "decoder" and options.layers_per_engine is not None:
             count, size = manifest.geometry.layers, options.layers_per_engine
-            pieces = cut(graph.read_bytes(), str(graph), count, size, inputs, outputs, rebuild=again)
+            traced = None if plugins else bundle.graph(part, TRACED).read_bytes()
+            pieces = cut(graph.read_bytes(), str(graph), count, size, inputs, outputs, rebuild=again, traced=traced)
             engines = [*map(partial(_of_piece, folder), pieces, (size for _, size in decoder_engines(asked)))]
         for label, layers, file, taken, given, size in engines:
             job = Job(

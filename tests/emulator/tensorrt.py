@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engines import cuda
 from engines.bundle.folder import Bundle, sha256
-from engines.bundle.kinds import ONNXRUNTIME, TRACED
+from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA, TRACED
 from engines.bundle.manifest import MANIFEST, File, Link, Plan
 from engines.bundle.specs import TensorSpec, in_place, plan_io
 from engines.bundle.writer import write_manifest
@@ -86,10 +86,14 @@ def with_plans(
             f"{name}.{backend}.plan", inputs, outputs, profiles(name, g, options), plugins=with_kernels,
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
-        engines = [(plan, part.graphs[TRACED].file)]
-        if with_kernels and layers_per_engine:
-            graph, links = out / part.graphs[TRACED].file, []
-            for piece in cut(graph.read_bytes(), graph.name, g.layers, layers_per_engine, inputs, outputs, rebuild="-"):
+        engines = [(plan, part.graphs[TRACED if plugins else ONNXRUNTIME].file)]
+        if name == "decoder" and layers_per_engine:
+            assert prefill, "a prefill by another graph is of the whole decoder"
+            # Of ONNX Runtime's graphs the one that has no branches, whose nodes name all that they read.
+            kind, links = TRACED if plugins else ONNXRUNTIME_CUDA, []
+            traced, graph = (out / part.graphs[TRACED].file).read_bytes(), out / part.graphs[kind].file
+            how = {"rebuild": "python export/build.py", "traced": None if plugins else traced}
+            for piece in cut(graph.read_bytes(), graph.name, g.layers, layers_per_engine, inputs, outputs, **how):
                 stem = f"{name}-{piece.begin}-{piece.end - 1}"
                 (out / f"{stem}.onnx").write_bytes(piece.graph)
                 links.append(Link(f"{stem}.{backend}.plan", (piece.begin, piece.end), piece.inputs, piece.outputs))
@@ -100,9 +104,11 @@ def with_plans(
             content = {"tag": TAG, "plan": asdict(each)}
             if plugins:
                 content["traced"] = str((out / graph).resolve())
+            else:
+                content["graph"] = str((out / graph).resolve())
             if with_kernels:
                 content["kernels"] = str((out / KERNELS).resolve())
-            if not plugins or (with_kernels and not prefill):
+            if with_kernels and not prefill:
                 content["graph"] = str((out / part.graphs[ONNXRUNTIME].file).resolve())
             (out / each.file).write_text(json.dumps(content))
             files[each.file] = File((out / each.file).stat().st_size, sha256(out / each.file))

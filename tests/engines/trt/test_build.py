@@ -172,6 +172,13 @@ def test_engines_of_some_layers(copy, caplog):
     assert {path.name for path in copy.iterdir()} == {*back.manifest.files, "bundle.json"}
 
 
+def test_engines_of_some_layers_without_plugins(copy):
+    options = EngineOptions(TENSORRT_RTX, plugins=False, layers_per_engine=2, targets=(89,))
+    plan = build_engines(copy, options, quiet=True).manifest.parts["decoder"].plans[TENSORRT_RTX]
+    assert [link.layers for link in plan.chain] == [(0, 2), (2, 4), (4, 5)] and not plan.plugins
+    Bundle(copy)
+
+
 def test_a_build_that_dies_goes_on_where_it_was(copy, monkeypatch, caplog):
     """Finished engines are kept, and taken when they are whole and of the same make; then they go."""
     options, run_it, unfinished = EngineOptions(TENSORRT_RTX, layers_per_engine=2), building._run, []
@@ -536,7 +543,6 @@ def test_targets_as_people_write_them():
         {"batch": True},
         {"workspace": 1.5},
         {"layers_per_engine": 0},
-        {"layers_per_engine": 2, "plugins": False},
     ],
 )
 def test_knobs_are_checked(knobs):

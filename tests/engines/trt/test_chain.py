@@ -19,7 +19,7 @@ from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
 from tests.engines.manifests import edit
-from tests.runtime.questions import GEOMETRY, PHOTO, QUESTION
+from tests.runtime.questions import GEOMETRY, OPTIONS, PHOTO, QUESTION, same
 
 
 @pytest.fixture(scope="module", params=["eager", "lazy-int8"])
@@ -66,11 +66,11 @@ def test_each_engine_has_its_layers_and_all_have_what_the_decoder_has(plain, siz
     assert len(states) == len(pieces) - 1
 
 
-@pytest.mark.parametrize("size", [2])
-def test_a_chain_answers_as_onnxruntime_does(chained, size, monkeypatch):
+def test_a_chain_answers_as_onnxruntime_does(chained, monkeypatch):
+    """With the kernels of the plugins, interpreted: slow."""
     driver = Driver()
     install(driver, monkeypatch)
-    folder, options = chained(size), {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
+    folder, options = chained(2), {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
     ours, theirs = Engine(folder), Engine(folder, backend="onnxruntime")
     answers = []
     for engine in (ours, theirs):
@@ -82,6 +82,25 @@ def test_a_chain_answers_as_onnxruntime_does(chained, size, monkeypatch):
         assert np.array_equal(left.trace.cells, right.trace.cells)
         assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
     assert driver.counts["cuGraphInstantiate"] == 2  # a step is one graph, however many engines
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_chain_without_plugins_answers_as_onnxruntime_does(random_model, shared, size, monkeypatch):
+    driver = Driver()
+    install(driver, monkeypatch)
+    plain = random_model("engine", GEOMETRY, tokenizer=True)[1]
+    folder = once(
+        shared / f"engine-free-chain-{size}", lambda out: with_plans(plain, out, "tensorrt-rtx", layers_per_engine=size)
+    )
+    ours, theirs = Engine(folder), Engine(folder, backend="onnxruntime")
+    for image, question, more in ((PHOTO, QUESTION, {}), (None, "hello", {}), (PHOTO, "and now?", {"page_budget": 3})):
+        assert same(*(engine.generate(image, question, **OPTIONS, **more) for engine in (ours, theirs)))
+    assert driver.counts["cuGraphInstantiate"] == 3  # one a request, however many engines
+    with Engine(folder, slots=2) as slots:  # rows step together, and one is prefilled between
+        requests = [(PHOTO, QUESTION), (None, "hello"), (PHOTO, "and now?")]
+        answers = slots.generate_many(requests, max_new_tokens=6, stop_at_eos=False)
+    alone = [theirs.generate(*request, max_new_tokens=6, stop_at_eos=False) for request in requests]
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
 
 
 def test_hidden_states_take_turns_in_two_places(plain):
