@@ -7,8 +7,9 @@ between looks inside. A backend satisfies the protocols by having their methods;
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -52,6 +53,8 @@ class Image(Generic[Array]):
     pages: dict[str, Array]  # what the decoder takes about hi-res pages, by name; lazily projected pages change in it
     begin: np.ndarray  # [B] int64: position of image token 0
     margins: np.ndarray  # [B, 2] int64: rows, columns of the map zeroed at each end
+    # Held by a run that may take pages away, of page slots, which a run of another decoder may be reading.
+    turn: Lock = field(default_factory=Lock)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Step:
     token: np.ndarray  # [B] int64: the largest logit
     pages: np.ndarray  # [B, M, pages] int64, best first
     page_count: np.ndarray  # [B, M] int64; the first page_count entries of `pages` are selected
+    # [B, R, 2] int64, with page slots alone: how many pages each reading layer let go, and projected for another time.
+    turnover: np.ndarray | None = None
 
     @cached_property
     def logits(self) -> np.ndarray:

@@ -257,7 +257,7 @@ def _decode(
     prefill = Stage("prefill logits", _error(theirs.logits, ours.logits), limits.prefill)
     token, flips, errors = ids[:, -1:], [], []
     for _ in range(STEPS):
-        theirs, ours = slow.run(token, g.pages), fast.run(token, g.pages)
+        theirs, ours = slow.run(token, g.stored_pages), fast.run(token, g.stored_pages)
         differ = theirs.cells() != ours.cells()
         if differ.any() and not (differ & ~_on_the_edge(slow, g)).any():
             break  # both are right, and have gone different ways

@@ -45,6 +45,7 @@ class BuildOptions:
     page_budget: int | None = None  # None: every page, the official behaviour
     context: int | None = None  # None: the checkpoint's
     projection: str = "eager"
+    page_slots: int | None = None  # pages of a layer that are kept, projected lazily; None: all
     kv: str = "model"  # of hi-res pages
     kv_cache: str = "model"  # of ordinary tokens
     backend: str = ONNXRUNTIME
@@ -62,8 +63,14 @@ class BuildOptions:
         ):
             if getattr(self, knob) not in known:
                 raise OptionError(f"{knob} {getattr(self, knob)!r}", expected=f"one of {', '.join(known)}")
-        for knob, none in (("page_budget", "every page"), ("context", "the checkpoint's")):
+        knobs = ("page_budget", "every page"), ("context", "the checkpoint's"), ("page_slots", "all pages")
+        for knob, none in knobs:
             require_integer(getattr(self, knob), f"{knob} {getattr(self, knob)!r}", none=none)
+        if self.page_slots is not None and self.projection != "lazy":
+            raise OptionError(
+                f"page_slots {self.page_slots} with projection {self.projection}, which projects all pages at once",
+                fix="add --projection lazy, or leave out --page-slots",
+            )
         size = self.block_size
         if size is not None and not (is_integer(size) and size in precision.block_sizes):
             having = [f"--{each}" for each in QUANTISING if size in each.block_sizes]
@@ -145,6 +152,13 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         choices=PROJECTIONS,
         default=default.projection,
         help="of hi-res pages; " + "; ".join(f"{key}: {text}" for key, text in PROJECTIONS.items()),
+    )
+    add(
+        "--page-slots",
+        type=int,
+        metavar="K",
+        help="with --projection lazy: room for K pages in each layer, where the one selected longest ago makes room; a "
+        "step that selects more is an error, one with a page budget of K selects no more; all pages when not given",
     )
     add(
         "--kv",

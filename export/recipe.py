@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME
+from engines.bundle.pages import equally_long
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
 from engines.errors import OptionError
 from engines.sizing.needs import Configuration
@@ -87,6 +88,7 @@ class Recipe:
             "page_budget": self.page_budget,
             "context": g.context,
             "projection": "lazy" if g.lazy_pages else "eager",
+            "page_slots": g.page_slots,
             "kv": "int8" if g.int8_pages else "model",
             "kv_cache": "int8" if g.int8_cache else "model",
             "backend": self.backend,
@@ -154,8 +156,21 @@ def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
+    slots = options.page_slots
+    if slots is not None and not 1 <= slots <= g.pages:
+        raise OptionError(
+            f"--page-slots {slots}",
+            expected=f"1 .. {g.pages}, this model's pages",
+            fix=f"--page-slots {min(max(slots, 1), g.pages)}",
+        )
+    if slots is not None and not equally_long(g):
+        raise OptionError(
+            f"--page-slots for a model of {g.hires_side} hi-res tokens a side in {g.cells} cells",
+            expected="pages that are all equally long, so that each can take another's slot",
+            fix="leave out --page-slots: every page then has a place of its own",
+        )
     int8_pages, int8_cache = options.kv == "int8", options.kv_cache == "int8"
-    return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache)
+    return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache, page_slots=slots)
 
 
 def _carried(packing: Packing, g: Geometry, options: BuildOptions) -> Scheme:

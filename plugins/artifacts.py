@@ -23,9 +23,9 @@ from typing import Any
 
 from plugins.errors import Error, KernelError
 from plugins.files import read_file
-from plugins.op import CACHE_SCALES, FIRST_SM, PAGE_SCALES, Kernel
+from plugins.op import CACHE_SCALES, FIRST_SM, PAGE_SCALES, SLOTS, Kernel
 
-FORMAT = 4  # raised when an older reader would misread the file; what the others lack: `_upgraded`
+FORMAT = 5  # raised when an older reader would misread the file; what the others lack: `_upgraded`
 _INDEX = "index.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 REBUILD_KERNELS = "build the bundle again, with the options it was built with: they are in its bundle.json"
@@ -251,7 +251,8 @@ def _upgraded(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
 
     Up to format 3 no kernel knows an int8 cache, and of int8 pages a constant of another name says whether they are.
     In format 1 the kernels of int8 pages are functions of their own, without that constant, and two parameters of
-    `select_pages` have other names than the op's tensors. Format 2 has one variant of each kernel and no tiles.
+    `select_pages` have other names than the op's tensors. Format 2 has one variant of each kernel and no tiles. Up to
+    format 4 no kernel knows page slots.
     """
     name, upgraded = record["name"], {"absent": [], **record}
     if number == 1:
@@ -270,6 +271,9 @@ def _upgraded(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
             constants.append(["INT8_CACHE", 0])
             upgraded["absent"] = [*upgraded["absent"], *CACHE_SCALES]
         upgraded["constants"] = constants
+    if number <= 4 and name == "project_pages":
+        upgraded["constants"] = [*upgraded["constants"], ["PAGE_SLOTS", 0]]
+        upgraded["absent"] = [*upgraded["absent"], *SLOTS]
     return upgraded
 
 

@@ -20,6 +20,7 @@ from plugins.registry import kernels_of_model
 OFFICIAL_7B = {
     "hidden": 4096, "heads": 32, "kv_heads": 32, "head_dim": 128,
     "grid": 24, "cells": 9, "page_size": 64, "threshold": 48, "int8_pages": 0, "int8_cache": 0,
+    "page_slots": 0,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from engines.backend import Step, chosen_pages
 from engines.bundle.geometry import Geometry
+from engines.errors import OptionError
 from runtime.request import Request
 from runtime.sampling import Sampler, require_finite
 from runtime.stats import Clock, Stats
@@ -88,7 +89,8 @@ class Decoding(Protocol):
         of steps that count no longer are forgotten."""
 
     def take(self, step: Step) -> Token:
-        """Take what a step of one row says; what to tell of it. Raises BackendError when a logit is not finite."""
+        """Take what a step of one row says; what to tell of it. Raises BackendError when a logit is not finite, and
+        what `require_slots` does."""
 
     def rest(self) -> Iterator[Token]:
         """What was held back, when no more steps come."""
@@ -136,7 +138,9 @@ class Draft:
 
     def take(self, step: Step) -> Token:
         """Choose a token after a step of one row, and take it. Raises BackendError when a logit is not finite: in the
-        first step and the last, and where somebody looks; what goes wrong in a step goes wrong in all after it."""
+        first step and the last, and where somebody looks; what goes wrong in a step goes wrong in all after it.
+        OptionError when the step selected more pages than there are slots."""
+        require_slots(step, self.geometry)
         options = self.request.options
         token = int(step.token[0])  # chosen on the device, where the logits stay
         looks = options.trace or options.temperature > 0  # somebody needs the logits of every step
@@ -161,6 +165,7 @@ class Draft:
             prompt_tokens=len(self.request.ids),
             reused_tokens=reused_tokens,
             pages_read=counts[:, :-1],  # each reading layer reads what the layer before it selected
+            turnover=(step.turnover for step in self.steps),
         )
         trace = self._trace() if self.request.options.trace else None
         self.answer = Answer(self.text.text, self.tokens, stats, trace, "stop" if self._ended else "length")
@@ -171,6 +176,19 @@ class Draft:
         logits = np.concatenate([step.logits for step in self.steps])
         side = self.geometry.cells
         return Trace(logits, mask.reshape(*mask.shape[:2], side, side))
+
+
+def require_slots(step: Step, g: Geometry) -> None:
+    """OptionError when a layer that is read from selected more pages in a step of one row than the bundle has slots for
+    (--page-slots): it then read the best of them alone, which is another answer."""
+    most = int(step.page_count[0, :-1].max())
+    if most > g.stored_pages:
+        raise OptionError(
+            f"a step that selects {most} pages of {g.pages} in a layer",
+            expected=f"at most {g.stored_pages}, the bundle's --page-slots",
+            fix=f"page_budget={g.stored_pages} reads the best {g.stored_pages} in each layer; or build the bundle "
+            f"again with --page-slots {most} or more",
+        )
 
 
 _NOTHING = np.zeros(0)

@@ -335,4 +335,5 @@ class Batch:
 def _of_row(step: Step, row: int) -> Step:
     """What a step says of one row, as a step of one."""
     one = slice(row, row + 1)
-    return Step(lambda: step.logits[one], step.token[one], step.pages[one], step.page_count[one])
+    turnover = None if step.turnover is None else step.turnover[one]
+    return Step(lambda: step.logits[one], step.token[one], step.pages[one], step.page_count[one], turnover)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
@@ -34,6 +34,10 @@ class Stats:
     projection_device_ms: float = 0.0
     prefill_device_ms: float = 0.0
     decode_device_ms: tuple[float, ...] = ()
+    # With page slots (--page-slots): how often a page of a layer gave its slot to another, and how often one was
+    # projected that had been before, for this image.
+    pages_evicted: int = 0
+    pages_projected_again: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,6 +46,8 @@ class Stats:
 
     def __str__(self) -> str:
         pages = f", {self.pages_read.mean():.1f} pages read per layer and token" if self.pages_read.size else ""
+        if self.pages_evicted or self.pages_projected_again:
+            pages += f" ({self.pages_evicted} evicted, {self.pages_projected_again} projected again)"
         device = f" ({np.mean(self.decode_device_ms):.2f} ms each on the GPU)" if self.decode_device_ms else ""
         return (
             f"preprocess {self.preprocess_ms:.0f} ms, vision {self.vision_ms:.0f} ms, page projection "
@@ -76,9 +82,12 @@ class Clock:
         self._host[name].append(host_ms)
         self._device[name].append(device_ms)
 
-    def stats(self, *, prompt_tokens: int, reused_tokens: int, pages_read: np.ndarray) -> Stats:
-        """The sums, with what else Stats tells: see there."""
+    def stats(
+        self, *, prompt_tokens: int, reused_tokens: int, pages_read: np.ndarray, turnover: Iterable[np.ndarray | None]
+    ) -> Stats:
+        """The sums, with what else Stats tells: see there. `turnover`: of each step, Step.turnover."""
         host, device = self._host, self._device
+        evicted, again = sum((each.reshape(-1, 2).sum(0) for each in turnover if each is not None), np.zeros(2, int))
         return Stats(
             preprocess_ms=fsum(host["preprocess"]),
             vision_ms=fsum(host["vision"]),
@@ -93,4 +102,6 @@ class Clock:
             projection_device_ms=fsum(device["projection"]),
             prefill_device_ms=fsum(device["prefill"]),
             decode_device_ms=tuple(device["decode"]) if any(device["decode"]) else (),
+            pages_evicted=int(evicted),
+            pages_projected_again=int(again),
         )

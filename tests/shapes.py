@@ -10,6 +10,7 @@ def sizes(g: Geometry) -> dict[str, int]:
     """The attributes of the ops of a model."""
     names = "hidden", "heads", "kv_heads", "head_dim", "grid", "cells", "threshold"
     stores = {"int8_pages": int(g.int8_pages), "int8_cache": int(g.int8_cache)}
+    stores |= {"page_slots": int(g.page_slots is not None)}
     return {name: getattr(g, name) for name in names} | {"page_size": page_size(g)} | stores
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, OPTIONAL, PARTS, kinds
 from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, is_template, is_turn_template
+from engines.bundle.pages import equally_long
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
 
@@ -116,6 +117,13 @@ def contradictions_of(g: Geometry) -> Iterator[str]:
         (f"cells {g.cells}", f"at most {g.grid}, the image tokens a side", g.cells <= g.grid),
         (f"context {g.context}", f"more than the {g.image_tokens} image tokens", g.context > g.image_tokens),
         (f"start_layer {g.start_layer}", f"at most {g.layers - 2}", g.start_layer <= g.layers - 2),
+        (f"page_slots {g.page_slots}", f"1 .. {g.pages}, the pages", 1 <= g.stored_pages <= g.pages),
+        ("page_slots without lazy_pages", "both", g.page_slots is None or g.lazy_pages),
+        (
+            f"page_slots with {g.hires_side} hi-res tokens a side in {g.cells} cells",
+            "a divisor of them, as slots have pages of one length",
+            g.page_slots is None or equally_long(g),
+        ),
     ):
         if not fits:
             yield f"geometry: {found}, expected {expected}"

@@ -55,6 +55,9 @@ class Geometry:
     int8_pages: bool = False
     # And the same for the cache of ordinary tokens.
     int8_cache: bool = False
+    # With lazy pages: how many pages a layer has room for; None: for all. The least recently selected one makes room.
+    # The answers are the same, as long as no layer selects more in one step.
+    page_slots: int | None = None
 
     @property
     def highres(self) -> int:
@@ -80,6 +83,11 @@ class Geometry:
     def pages(self) -> int:
         """Number of pages, selected or not (official: 81)."""
         return self.cells * self.cells
+
+    @property
+    def stored_pages(self) -> int:
+        """Pages that a layer's store has room for."""
+        return self.pages if self.page_slots is None else self.page_slots
 
     @property
     def selecting_layers(self) -> range:

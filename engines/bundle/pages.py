@@ -35,6 +35,11 @@ def page_size(geometry: Geometry) -> int:
     return int(np.bincount(cell_of_row(geometry)).max()) ** 2  # rows times columns, which are cut alike
 
 
+def equally_long(geometry: Geometry) -> bool:
+    """Whether all pages have as many tokens: what a slot needs, whose page is now this one and now that."""
+    return geometry.hires_side % geometry.cells == 0
+
+
 def page_order(geometry: Geometry) -> np.ndarray:
     """Row-major hi-res token index of every page slot: int64 [pages * page_size]; padding points at token 0."""
     order = np.zeros((geometry.pages, page_size(geometry)), dtype=np.int64)

@@ -32,13 +32,17 @@ def rebuild(
     with, no manifest says: CHECKPOINT and DATA stand for them.
 
     backend, engines: others than those of its build; `engines` are fields of engines.trt.options.EngineOptions.
-    changes: of the knobs precision (its name), block_size, context, kv and kv_cache ("int8").
+    changes: of the knobs precision (its name), block_size, context, page_slots, kv and kv_cache ("int8").
     """
     used, g = manifest.options, manifest.geometry
     backend = backend or (str(used["backend"]) if used.get("backend") in BACKENDS else manifest.backend)
     knobs: dict[str, object] = {"precision": manifest.precision, "block_size": manifest.block_size}
     kept = {"kv": g.int8_pages, "kv_cache": g.int8_cache}
-    knobs |= {"context": g.context, **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()}} | changes
+    knobs |= {
+        "context": g.context,
+        "page_slots": g.page_slots,
+        **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()},
+    } | changes
     block = knobs["block_size"]
     words = [rebuild_unknown(path), f"--{knobs['precision']}"]
     words += ["--block-size", block_name(block)] if is_integer(block) else []
@@ -49,6 +53,7 @@ def rebuild(
     words += ["--page-budget", str(manifest.page_budget)] if manifest.page_budget != g.pages else []
     words += ["--context", str(knobs["context"])]
     words += ["--projection lazy"] if g.lazy_pages else []
+    words += ["--page-slots", str(knobs["page_slots"])] if is_integer(knobs["page_slots"]) else []
     words += [f"--{knob.replace('_', '-')} int8" for knob in kept if knobs[knob] == "int8"]
     words += [f"--check {used['check']}"] if used.get("check") in ("weights", "none") else []
     if backend != ONNXRUNTIME:

@@ -61,10 +61,12 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     selecting = len(g.selecting_layers)
     lazy: list[TensorSpec] = []
     if g.lazy_pages:
-        done = "int64", ("batch", len(g.reading_layers), g.pages)
+        done = "int64", ("batch", *projected_sizes(g))
         inputs += [*_page_sources(g), TensorSpec("projected", *done)]
         lazy = _pages("present_page_key", g) + _pages("present_page_value", g)
         lazy.append(TensorSpec("present_projected", *done))
+    if g.page_slots is not None:
+        lazy.append(TensorSpec("turnover", "int64", ("batch", *turnover_sizes(g))))
     outputs = [
         TensorSpec("logits", "float32", ("batch", g.vocab)),
         TensorSpec("token", "int64", ("batch",)),
@@ -95,6 +97,17 @@ def page_inputs(g: Geometry) -> tuple[str, ...]:
     return stores + (("page_features", "page_cos", "page_sin", "projected") if g.lazy_pages else ())
 
 
+def projected_sizes(g: Geometry) -> tuple[int, ...]:
+    """Of what says which pages are projected, for a row of the batch: of each reading layer a number for each page;
+    with page slots two, its slot and when it was last selected (export/network/slots.py)."""
+    return len(g.reading_layers), *(() if g.page_slots is None else (2,)), g.pages
+
+
+def turnover_sizes(g: Geometry) -> tuple[int, ...]:
+    """Of what says how pages took turns in slots, for a row of the batch: see Step.turnover."""
+    return len(g.reading_layers), 2
+
+
 def _page_sources(g: Geometry) -> list[TensorSpec]:
     """What lazy projection works from, page by page."""
     slots = "batch", g.pages, page_size(g)
@@ -109,7 +122,7 @@ def _cache(name: str, g: Geometry) -> list[TensorSpec]:
 
 def _pages(name: str, g: Geometry) -> list[TensorSpec]:
     """Pages of every reading layer; where they are int8, as in _cache."""
-    shape = ("batch", g.kv_heads, g.pages, page_size(g), g.head_dim)
+    shape = ("batch", g.kv_heads, g.stored_pages, page_size(g), g.head_dim)
     return _stores(name, g.reading_layers, shape, int8=g.int8_pages)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
-from engines.bundle.specs import TensorSpec
+from engines.bundle.specs import TensorSpec, projected_sizes, turnover_sizes
 from engines.errors import BackendError
 from engines.ort.buffers import Buffers
 from engines.ort.library import failed
@@ -97,7 +98,9 @@ class DecoderPart:
             "page_count": empty((batch, selecting), np.int64),
         }
         if g.lazy_pages and not self.projected_in_place:
-            results["present_projected"] = empty((batch, len(g.reading_layers), g.pages), np.int64)
+            results["present_projected"] = empty((batch, *projected_sizes(g)), np.int64)
+        if g.page_slots is not None:
+            results["turnover"] = empty((batch, *turnover_sizes(g)), np.int64)
         return results
 
 
@@ -122,7 +125,8 @@ class OrtDecoder:
 
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See Decoder.run; in the host's memory the logits stay, on a GPU they lie there until somebody asks."""
-        return self._part.thread.do(lambda: self._run(ids, page_budget, lengths))
+        with nullcontext() if self._part.geometry.page_slots is None else self._image.turn:
+            return self._part.thread.do(lambda: self._run(ids, page_budget, lengths))
 
     def _run(self, ids: np.ndarray, page_budget: np.ndarray | int, lengths: np.ndarray | None) -> Step:
         (batch, steps), desk, results = ids.shape, self._desk, self._desk.results
@@ -142,7 +146,8 @@ class OrtDecoder:
         if "present_projected" in results:
             self._inputs["projected"].update_inplace(results["present_projected"].numpy())
         token, pages, page_count = (results[name].numpy().copy() for name in ("token", "pages", "page_count"))
-        return Step(self._fetch(), token, pages, page_count)
+        turnover = results["turnover"].numpy().copy() if "turnover" in results else None
+        return Step(self._fetch(), token, pages, page_count, turnover)
 
     def _step(self) -> None:
         """Run a single step, whose inputs are there."""

@@ -79,8 +79,9 @@ def elsewhere(options: EngineOptions) -> str | None:
 
 def attributes(g: Geometry) -> dict[str, int]:
     """What the ops of a model have as attributes, and their kernels are compiled for."""
-    names = {name for op in OPS.values() for name in op.attribute_names} - {"page_size"}
-    return {name: int(getattr(g, name)) for name in sorted(names)} | {"page_size": page_size(g)}
+    made = {"page_size": page_size(g), "page_slots": int(g.page_slots is not None)}
+    names = {name for op in OPS.values() for name in op.attribute_names} - made.keys()
+    return {name: int(getattr(g, name)) for name in sorted(names)} | made
 
 
 def profiles(part: str, g: Geometry, options: EngineOptions) -> tuple[Profile, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.backend import Image, Step
 from engines.bundle.geometry import Geometry
-from engines.bundle.specs import cache_inputs, in_place, page_inputs
+from engines.bundle.specs import cache_inputs, in_place, page_inputs, projected_sizes, turnover_sizes
 from engines.cuda import Buffer, Cuda, Graph, Shared
 from engines.errors import BackendError
 from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, padded
@@ -68,7 +68,7 @@ class DecoderPart:
         g = self.geometry
         shapes: dict[str, tuple[tuple[int, ...], str]] = {"logits": ((batch, g.vocab), "float32")}
         if g.lazy_pages:
-            shapes["present_projected"] = (batch, len(g.reading_layers), g.pages), "int64"
+            shapes["present_projected"] = (batch, *projected_sizes(g)), "int64"
         return Results(allocate(self.cuda, shapes, "the logits"))
 
     def desk(self, batch: int, results: Results, context: Context | None) -> Desk:
@@ -76,11 +76,13 @@ class DecoderPart:
         g, rows = self.geometry, (batch,)
         selecting = batch, len(g.selecting_layers)
         inputs = {"past_length": rows, "page_budget": rows, "image_begin": rows, "margins": (batch, 2)}
+        outputs = {"token": rows, "page_count": selecting, "pages": (*selecting, g.pages)}
+        outputs |= {} if g.page_slots is None else {"turnover": (batch, *turnover_sizes(g))}
         return Desk(
             context,
             results,
             Block.of(self.cuda, {**inputs, "input_ids": (batch, g.context)}),
-            Block.of(self.cuda, {"token": rows, "page_count": selecting, "pages": (*selecting, g.pages)}),
+            Block.of(self.cuda, outputs),
         )
 
 
@@ -188,8 +190,8 @@ class TrtDecoder:
                     graph.launch(part.queue.stream)
             self._runs += single is not None
             self.length += steps if lengths is None else lengths
-            token, pages, page_count = (desk.outputs.view(name).copy() for name in ("token", "pages", "page_count"))
-            return Step(self._logits_of(desk.results.runs), token, pages, page_count)
+            told = {name: desk.outputs.view(name).copy() for name in desk.outputs.places}
+            return Step(self._logits_of(desk.results.runs), **told)
 
     def enlarged(self, capacity: int) -> TrtDecoder:
         """See Decoder.enlarged: this decoder, whose capacity is the engine's, or an error."""

@@ -26,7 +26,7 @@ class TrtSlots:
         self._begin, self._margins = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
         g = part.geometry
         shapes = part.cache_shapes(count) | part.image_shapes(count)
-        what = f"{count} slots of {g.context} tokens and {g.pages} pages"
+        what = f"{count} slots of {g.context} tokens and {g.stored_pages} pages"
         fix = f"open the bundle with fewer slots; or {less_memory(g)}"
         self._arrays = allocate(part.cuda, shapes, what, fix)
         # TensorRT takes aligned addresses alone, and not every row begins at one: a copy of such a row is worked on.
@@ -135,7 +135,8 @@ class FirstRows:
         )
         tokens[:rows], budgets[:rows], valid[:rows] = ids, page_budget, steps if lengths is None else lengths
         step = decoder.run(tokens, budgets, lengths=valid)
-        return Step(lambda: step.logits[:rows], step.token[:rows], step.pages[:rows], step.page_count[:rows])
+        turnover = None if step.turnover is None else step.turnover[:rows]
+        return Step(lambda: step.logits[:rows], step.token[:rows], step.pages[:rows], step.page_count[:rows], turnover)
 
     def enlarged(self, capacity: int) -> FirstRows:
         """See Decoder.enlarged: this decoder, whose capacity is the engine's, or an error."""

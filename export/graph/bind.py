@@ -24,9 +24,10 @@ from plugins.hierarchical_attention import onnx_body as hierarchical_attention
 from plugins.hierarchical_attention import onnx_cuda as cuda_hierarchical_attention
 from plugins.hierarchical_attention import onnx_int8 as int8_hierarchical_attention
 from plugins.hierarchical_attention import onnx_static as static_hierarchical_attention
-from plugins.op import INT8_CACHE, INT8_PAGES, STORES
+from plugins.op import INT8_CACHE, INT8_PAGES, PAGE_SLOTS, STORES
 from plugins.project_pages import onnx_body as project_pages
 from plugins.project_pages import onnx_int8 as int8_project_pages
+from plugins.project_pages import onnx_slots as slots_project_pages
 from plugins.select_pages import onnx_body as select_pages
 from plugins.select_pages import onnx_static as static_select_pages
 
@@ -38,6 +39,8 @@ SHARED: Bodies = {
     ("CachedAttention",): cached_attention.FUNCTIONS,
     ("ProjectPages",): project_pages.FUNCTIONS,
     ("ProjectPages", INT8_PAGES): int8_project_pages.FUNCTIONS,
+    ("ProjectPages", PAGE_SLOTS): slots_project_pages.FUNCTIONS,
+    ("ProjectPages", INT8_PAGES, PAGE_SLOTS): slots_project_pages.INT8_FUNCTIONS,
 }  # of ONNX Runtime's CPU and its CUDA provider
 DYNAMIC: Bodies = SHARED | {
     ("CachedAttention", INT8_CACHE): int8_cached_attention.FUNCTIONS,
@@ -63,7 +66,7 @@ STATIC: Bodies = {
 # Operators of the traced graphs whose meaning is the same in opset 20 (DequantizeLinear: 21) and 24: later versions
 # only admit more types.
 STABLE_SINCE_20 = {
-    "Abs", "Add", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Cos", "DequantizeLinear", "Div",
+    "Abs", "Add", "And", "ArgMax", "Cast", "Concat", "Constant", "ConstantOfShape", "Cos", "DequantizeLinear", "Div",
     "Equal", "Expand",
     "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "Identity", "LayerNormalization",
     "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "QuantizeLinear", "Range",

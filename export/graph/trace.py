@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
-from engines.bundle.specs import IO_OF_PART
+from engines.bundle.specs import IO_OF_PART, projected_sizes
 from export.graph.bind import PLUGIN_ATTRIBUTES
 from export.network.parts import module_of
-from plugins.op import INT8_CACHE, INT8_PAGES
+from plugins.op import INT8_CACHE, INT8_PAGES, PAGE_SLOTS
 
 TRACED_OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses; the flex:: functions bring what is newer
 OP_NAMES = {
@@ -41,6 +41,8 @@ OP_NAMES = {
     "hierarchical_attention_int8_both": ("HierarchicalAttention", 6, {INT8_PAGES: 1, INT8_CACHE: 1}),
     "project_pages": ("ProjectPages", 3),
     "project_pages_int8": ("ProjectPages", 5, {INT8_PAGES: 1}),
+    "project_pages_slots": ("ProjectPages", 3, {PAGE_SLOTS: 1}),
+    "project_pages_int8_slots": ("ProjectPages", 5, {INT8_PAGES: 1, PAGE_SLOTS: 1}),
 }  # in torch -> in ONNX: op, number of outputs, attributes that torch's op has not
 BATCH, STEPS, CAPACITY = torch.export.Dim("batch"), torch.export.Dim("steps"), torch.export.Dim("capacity")
 TILES = torch.export.Dim("tiles")
@@ -109,7 +111,7 @@ def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
         return stores(g.layers, (batch, g.kv_heads, capacity, g.head_dim), g.int8_cache)
 
     def store() -> list[torch.Tensor]:
-        return stores(reading, (batch, g.kv_heads, g.pages, page_size(g), g.head_dim), g.int8_pages)
+        return stores(reading, (batch, g.kv_heads, g.stored_pages, page_size(g), g.head_dim), g.int8_pages)
 
     features = floats(batch, g.image_tokens, g.hidden)
     rows = integers(batch), integers(batch, 2), integers(batch)
@@ -119,9 +121,10 @@ def _decoder(g: Geometry, dtype: torch.dtype) -> tuple[tuple, tuple]:
     shapes = {0: BATCH, 1: STEPS}, *[{0: BATCH}] * 5, by_cache, by_cache, by_store, by_store
     if not g.lazy_pages:
         return args, shapes
-    slots = batch, g.pages, page_size(g)
-    turn = (torch.zeros(*slots, g.head_dim // 2) for _ in range(2))
-    return (*args, floats(*slots, g.hidden), *turn, integers(batch, reading, g.pages)), (*shapes, *[{0: BATCH}] * 4)
+    places = batch, g.pages, page_size(g)
+    turn = (torch.zeros(*places, g.head_dim // 2) for _ in range(2))
+    projected = integers(batch, *projected_sizes(g))
+    return (*args, floats(*places, g.hidden), *turn, projected), (*shapes, *[{0: BATCH}] * 4)
 
 
 def _export(module: nn.Module, args: tuple, shapes: tuple, inputs: list[str], outputs: list[str]) -> ir.Model:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engines.bundle import pages as layout
 from engines.bundle.geometry import Geometry
+from export.network.slots import assign
 from plugins.cached_attention.reference import cached_attention, cached_attention_int8_cache, quantise, rotary
 from plugins.hierarchical_attention.reference import (
     hierarchical_attention,
@@ -20,7 +21,12 @@ from plugins.hierarchical_attention.reference import (
     hierarchical_attention_int8_both,
     hierarchical_attention_int8_cache,
 )
-from plugins.project_pages.reference import project_pages, project_pages_int8
+from plugins.project_pages.reference import (
+    project_pages,
+    project_pages_int8,
+    project_pages_int8_slots,
+    project_pages_slots,
+)
 from plugins.select_pages.reference import select_pages
 
 CACHED = {False: cached_attention, True: cached_attention_int8_cache}  # by Geometry.int8_cache
@@ -30,6 +36,12 @@ HIERARCHICAL = {
     (False, True): hierarchical_attention_int8_cache,
     (True, True): hierarchical_attention_int8_both,
 }  # by Geometry.int8_pages, int8_cache
+PROJECT = {
+    (False, False): project_pages,
+    (True, False): project_pages_int8,
+    (False, True): project_pages_slots,
+    (True, True): project_pages_int8_slots,
+}  # by Geometry.int8_pages, and whether it has page_slots
 
 
 class RMSNorm(nn.Module):
@@ -75,13 +87,31 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(g.hidden, g.rms_eps)
         self.mlp = MLP(g)
 
-    def project(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The store with the pages it lacks. hires: features, cos, sin of all pages; store: the op's last inputs."""
+    def project(
+        self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...], done: Tensor, listed: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        """The store with those of the `listed` pages that it lacks. hires: features, cos, sin of all pages; store: keys
+        and values, then their scales if it has any; done: which pages it holds, or with page slots the table of them.
+
+        Returns the store, `done` and `listed`, now; with page slots the list is one of slots, and their turnover
+        follows.
+        """
+        g = self.geometry
+        if g.page_slots is None:
+            *present, done = self._projected(hires, store, done, *listed)
+            return tuple(present), done, listed, ()
+        pages, page_count = listed
+        given = assign(done, pages, page_count, g.page_slots)
+        *present, _ = self._projected(hires, store, given.held, pages, given.count, given.slots)
+        return tuple(present), given.table, (given.listed, given.count), (given.turnover,)
+
+    def _projected(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...], *which: Tensor) -> tuple[Tensor, ...]:
+        """What the op makes of the store; which: projected, pages, page_count, and the slots where there are such."""
         g, (features, cos, sin) = self.geometry, hires
         weights = self.self_attn.k_proj_hd.weight, self.self_attn.v_proj_hd.weight
         sizes = g.hidden, g.kv_heads, g.head_dim, layout.page_size(g), g.cells
-        project = project_pages_int8 if g.int8_pages else project_pages
-        return project(features, *weights, cos, sin, *store, *sizes)
+        project = PROJECT[g.int8_pages, g.page_slots is not None]
+        return project(features, *weights, cos, sin, *store[:2], *which[:3], *store[2:], *which[3:], *sizes)
 
     def forward(
         self,
@@ -120,7 +150,8 @@ class FlexDecoder(nn.Module):
         cos, sin = rotary_tables(g)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("page_lengths", torch.from_numpy(layout.page_lengths(g)), persistent=False)
+        lengths = layout.page_lengths(g)[: g.stored_pages]  # slots have pages that are all equally long
+        self.register_buffer("page_lengths", torch.from_numpy(lengths), persistent=False)
 
     def forward(
         self,
@@ -132,18 +163,20 @@ class FlexDecoder(nn.Module):
         page_budget: Tensor,  # [B] int64: 0 = the last token sees no pages
         past_key: list[Tensor],  # layers x [B, kv_heads, L, hd]; int8 cache: and layers x their scales, without hd
         past_value: list[Tensor],
-        page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]; int8 pages: and R x their scales, without hd
+        page_key: list[Tensor],  # R x [B, kv_heads, pages, P, hd]; int8 pages: and R x their scales, without hd; with
+        # page slots as many pages as there are of these
         page_value: list[Tensor],
         page_features: Tensor | None = None,  # [B, pages, P, hidden]: with lazy pages alone, as all that follows
         page_cos: Tensor | None = None,  # [B, pages, P, hd/2] float32
         page_sin: Tensor | None = None,
-        projected: Tensor | None = None,  # [B, R, pages] int64: 1 where page_key and page_value hold the page
+        projected: Tensor | None = None,  # [B, R, pages] int64: 1 where page_key and page_value hold the page; with
+        # page slots the table of each layer's, [B, R, 2, pages] int64
     ) -> tuple[Tensor | list[Tensor], ...]:
         """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
         pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the
         update); with lazy pages also present_page_key, present_page_value (as page_key, after the update) and
-        present_projected; and for debugging map (M x [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output
-        of each layer, then of the final norm).
+        present_projected; with page slots turnover [B, R, 2] int64 (see slots.py); and for debugging map (M x [B, G, G]
+        float32) and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
         """
         g = self.geometry
         is_image = input_ids < 0
@@ -155,19 +188,22 @@ class FlexDecoder(nn.Module):
         selected: list[tuple[Tensor, Tensor]] = []
         present, maps, hidden = [], [], []
         lazy: list[tuple[Tensor, ...]] = []  # what each reading layer's projection changed
+        turnover: list[Tensor] = []
         layers, reading = g.layers, len(g.reading_layers)
         for index, layer in enumerate(self.model.layers):
             pages: tuple[Tensor, ...] = ()
             if layer.reads:
                 store = index - g.reading_layers.start
-                stored = page_key[store], page_value[store]
-                scales = (page_key[reading + store], page_value[reading + store]) if g.int8_pages else ()
+                kept = page_key[store], page_value[store]
+                if g.int8_pages:
+                    kept = (*kept, page_key[reading + store], page_value[reading + store])
+                listed = selected[-1]
                 if g.lazy_pages:
                     hires = page_features, page_cos, page_sin
-                    new = layer.project(hires, (*stored, projected[:, store], *selected[-1], *scales))
-                    lazy.append(new)
-                    stored, scales = new[:2], new[2:-1]
-                pages = (*stored, self.page_lengths, *selected[-1], *scales)
+                    kept, done, listed, turns = layer.project(hires, kept, projected[:, store], listed)
+                    lazy.append((*kept, done))
+                    turnover += turns
+                pages = (*kept[:2], self.page_lengths, *listed, *kept[2:])
             cache = past_key[index], past_value[index]
             steps = (past_key[layers + index], past_value[layers + index]) if g.int8_cache else ()
             x, changed, map = layer(x, cache, shared, pages, steps)
@@ -184,6 +220,8 @@ class FlexDecoder(nn.Module):
         if g.lazy_pages:
             *stores, done = zip(*lazy, strict=True)
             projected_pages = (*_by_half(stores), torch.stack(done, 1))
+        if g.page_slots is not None:
+            projected_pages = (*projected_pages, torch.stack(turnover, 1))
         present_key, present_value = _by_half([*zip(*present, strict=True)])
         return logits, logits.argmax(-1), chosen, count, present_key, present_value, *projected_pages, maps, hidden
 

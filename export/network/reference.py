@@ -29,7 +29,7 @@ class ReferenceModel:
 
     def __init__(self, geometry: Geometry, checkpoint: Weights, dtype: torch.dtype = torch.float32) -> None:
         """Load every tensor the model needs, converted to `dtype`."""
-        self.geometry, self.dtype = replace(geometry, lazy_pages=False, int8_pages=False), dtype
+        self.geometry, self.dtype = replace(geometry, lazy_pages=False, int8_pages=False, page_slots=None), dtype
         self._vision, self._pages, self._decoder = (
             load(module_of(part, self.geometry, dtype), checkpoint, dtype) for part in ("vision", "pages", "decoder")
         )

@@ -96,7 +96,7 @@ def calibration_bytes(g: Geometry, scheme: Scheme, pictures: int, lengths: Seque
     """Bytes that calibration on requests of `lengths` tokens about `pictures` images needs: the vision tower, then the
     embedding, then one decoder layer at a time, in float32; and through all of it the requests between two layers, the
     images' tiles and features, `rows` inputs of each linear layer, and how far to clip each block."""
-    parts = tensors_of_parts(replace(g, lazy_pages=False))
+    parts = tensors_of_parts(replace(g, lazy_pages=False, page_slots=None))
     layers: dict[str, int] = {}
     for name, shape in {**parts["pages"], **parts["decoder"]}.items():
         key = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
@@ -151,7 +151,7 @@ def calibrate(
     hires = torch.cat([_sample(each.high.flatten(0, 1), share) for each in seen.values()])
     # Lazy projection is the same network, and keys and values in 8 bits are nearly; the pages part has the projections
     # as linear layers.
-    plain = replace(g, lazy_pages=False, int8_pages=False, int8_cache=False)
+    plain = replace(g, lazy_pages=False, int8_pages=False, int8_cache=False, page_slots=None)
     decoder, pages = (module_of(part, plain, F32) for part in ("decoder", "pages"))
     projections = dict(pages.model.layers)
     for index in range(g.layers):

@@ -18,14 +18,18 @@ N = C*C pages of P token slots; Hkv key/value heads of size hd; T = model dtype.
 | present_key, present_value | [B, Hkv, N, P, hd] | T | the store with the new pages; bind it to the buffer of page_* |
 | present_projected | [B, N] | int64 | `projected`, and the wanted pages |
 
-Attributes: `hidden`, `kv_heads` (Hkv), `head_dim` (hd), `page_size` (P), `cells` (C), and `int8_pages` (0 where a node
-lacks it).
+Attributes: `hidden`, `kv_heads` (Hkv), `head_dim` (hd), `page_size` (P), `cells` (C), and `int8_pages` and `page_slots`
+(0 where a node lacks them).
 
 With `int8_pages` = 1 the store takes 8 bits a value: page_* and present_* are int8, two inputs page_key_scale and
 page_value_scale [B, Hkv, N, P] float32 follow, and after present_value the outputs present_key_scale and
 present_value_scale, which share their buffers. How numbers are kept in 8 bits: plugins/cached_attention; what is
 rounded is the projection in T, keys after the rotation in float32.
 
-Faces: `reference.py` (PyTorch), `onnx_body.py` and `onnx_int8.py` (ONNX functions), `kernel.py` (Triton), `launch.py`
-(its launches, as a TensorRT plugin asks for them).
+With `page_slots` = 1 the store has room for fewer pages, in K slots: page_*, present_* and their scales have K in place
+of N, and a last input follows, slots [B, N] int64: the slot that each new page is written to; other pages are not
+looked up. Who gives a page its slot, and takes it away: export/network/slots.py.
+
+Faces: `reference.py` (PyTorch), `onnx_body.py`, `onnx_int8.py` and `onnx_slots.py` (ONNX functions), `kernel.py`
+(Triton), `launch.py` (its launches, as a TensorRT plugin asks for them).
 """

@@ -21,15 +21,17 @@ def project_pages(
     value_weight,
     cos,  # [B, N, P, hd/2] float32
     sin,
-    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8_PAGES int8
+    page_key,  # [B, Hkv, N, P, hd], new pages written; with INT8_PAGES int8; with PAGE_SLOTS K in place of N
     page_value,
     projected,  # [B, N] int64
     pages,  # [B, N] int64
     page_count,  # [B] int64
     page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8_PAGES
     page_value_scale,
+    slots,  # [B, N] int64: where the store has each new page; absent without PAGE_SLOTS
     present_projected,  # [B, N] int64, written
     page_total,  # N
+    slot_total,  # K; absent without PAGE_SLOTS
     HIDDEN: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -41,6 +43,7 @@ def project_pages(
     LANES: tl.constexpr,  # tiles that every head takes before the next ones
     PROGRAMS: tl.constexpr,  # of a row of the batch
     INT8_PAGES: tl.constexpr,  # whether the pages are stored in 8 bits
+    PAGE_SLOTS: tl.constexpr,  # whether the store has slots for pages, and not a place for each
 ):
     """Programs: (PROGRAMS, 1, B). With nothing new they end after three loads.
 
@@ -103,7 +106,11 @@ def project_pages(
                 c = tl.load(cos + source * half + column[None, :], mask=inside, other=0.0)
                 s = tl.load(sin + source * half + column[None, :], mask=inside, other=0.0)
                 left, right = left * c - right * s, right * c + left * s
-            target = ((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot
+            if PAGE_SLOTS:  # past the end nothing is stored
+                held_in = tl.load(slots + row * page_total + page)
+                target = ((row * KV_HEADS + head) * slot_total + held_in) * PAGE_SIZE + slot
+            else:
+                target = ((row * KV_HEADS + head) * page_total + page) * PAGE_SIZE + slot
             if INT8_PAGES:
                 step = step_of(larger(magnitude(left), magnitude(right)))  # both 0 past the head's columns
                 left, right = whole_steps(left, step[:, None]), whole_steps(right, step[:, None])

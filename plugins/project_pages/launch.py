@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from plugins.op import PAGE_SCALES, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
+from plugins.op import PAGE_SCALES, SLOTS, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
 from plugins.tiles import tiled
 
 
 class ProjectPages(Op):
     name = "ProjectPages"
-    attribute_names = ("hidden", "kv_heads", "head_dim", "page_size", "cells", "int8_pages")
-    defaults: ClassVar[dict[str, int]] = {"int8_pages": 0}
+    attribute_names = ("hidden", "kv_heads", "head_dim", "page_size", "cells", "int8_pages", "page_slots")
+    defaults: ClassVar[dict[str, int]] = {"int8_pages": 0, "page_slots": 0}
     inputs: tuple[Tensor, ...] = (
         Tensor("features", "model"),
         Tensor("key_weight", "model"),
@@ -41,6 +41,8 @@ class ProjectPages(Op):
             self.outputs = *stores, *present_scales, projected
             scales_in_place = {f"{output}_scale": f"{store}_scale" for output, store in self.in_place.items()}
             self.in_place = {**self.in_place, **scales_in_place}
+        if self.attributes["page_slots"]:
+            self.inputs = *self.inputs, Tensor("slots", "int64")
 
     def output_shapes(self, shapes: Shapes[Any]) -> dict[str, tuple[Any, ...]]:
         sources = {**self.in_place, "present_projected": "projected"}
@@ -55,6 +57,7 @@ class ProjectPages(Op):
             (
                 *((tensor.name, f"*{TRITON_TYPES[tensor.kind(dtype)]}") for tensor in pointers),
                 ("page_total", "i32"),
+                *((("slot_total", "i32"),) if a["page_slots"] else ()),
             ),
             (
                 ("HIDDEN", a["hidden"]),
@@ -64,8 +67,9 @@ class ProjectPages(Op):
                 ("PAGE_SIZE", a["page_size"]),
                 ("PAGE_BLOCK", power_of_two(a["cells"] ** 2)),
                 ("INT8_PAGES", a["int8_pages"]),
+                ("PAGE_SLOTS", a["page_slots"]),
             ),
-            absent=() if a["int8_pages"] else PAGE_SCALES,
+            absent=(*(() if a["int8_pages"] else PAGE_SCALES), *(() if a["page_slots"] else SLOTS)),
             tile=("ROWS", "WIDTH", "LANES", "PROGRAMS"),
         )
         return (tiled(kernel),)
@@ -81,4 +85,6 @@ class ProjectPages(Op):
         tile = dict(kernel.constants)
         # Code of version 0.1.0 has no PROGRAMS: its programs have a head each, of which LANES share the new pages.
         grid = (tile["PROGRAMS"], 1) if "PROGRAMS" in tile else (tile["LANES"], 2 * self.attributes["kv_heads"])
-        return [kernel.launch((*grid, batch), {**addresses, "page_total": page_total})]
+        totals = {"page_total": page_total}
+        totals |= {"slot_total": shapes["page_key"][2]} if self.attributes["page_slots"] else {}
+        return [kernel.launch((*grid, batch), {**addresses, **totals})]

@@ -2,132 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from plugins.cached_attention.reference import quantise, rotary
+from plugins.op import PAGE_SCALES
+
+TENSORS = (
+    "features", "key_weight", "value_weight", "cos", "sin",
+    "page_key", "page_value", "projected", "pages", "page_count",
+)  # fmt: skip
+SIZES = "hidden", "kv_heads", "head_dim", "page_size", "cells"
 
 
-def _new_pages(
-    features: Tensor, weights: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor,
-    projected: Tensor, pages: Tensor, page_count: Tensor, kv_heads: int, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The official projection of selected hi-res features, each page once (official: every page in every step).
-
-    Returns keys [n, Hkv, P, hd] float32 and values T of the n new pages, the row and the page of each, `projected`.
-    """
-    first = torch.arange(pages.shape[1], device=pages.device) < page_count[:, None]
+def _project(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The store with the pages it lacks: the official projection of selected hi-res features, each page once (official:
+    every page in every step)."""
+    projected, pages = given["projected"], given["pages"]
+    first = torch.arange(pages.shape[1], device=pages.device) < given["page_count"][:, None]
     wanted = torch.zeros_like(projected).scatter(1, pages, first.to(projected.dtype))
     row, page = (wanted > projected).nonzero(as_tuple=True)
-    new = features[row, page]  # [n, P, hidden]
+    new = given["features"][row, page]  # [n, P, hidden]
 
     def heads(weight: Tensor) -> Tensor:
-        return F.linear(new, weight).unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+        return F.linear(new, weight).unflatten(-1, (given["kv_heads"], given["head_dim"])).transpose(1, 2)
 
-    key = rotary(heads(weights[0]), cos[row, page][:, None], sin[row, page][:, None])
-    return key, heads(weights[1]), row, page, torch.maximum(projected, wanted)
-
-
-@torch.library.custom_op("flex::project_pages", mutates_args=())
-def project_pages(
-    features: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    page_key: Tensor,
-    page_value: Tensor,
-    projected: Tensor,
-    pages: Tensor,
-    page_count: Tensor,
-    hidden: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    cells: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The store with the pages it lacks."""
-    key, value, row, page, present = _new_pages(
-        features, (key_weight, value_weight), cos, sin, projected, pages, page_count, kv_heads, head_dim
-    )
-    present_key, present_value = page_key.clone(), page_value.clone()
-    present_key[row, :, page] = key.to(page_key.dtype)
-    present_value[row, :, page] = value
-    return present_key, present_value, present
+    key = rotary(heads(given["key_weight"]), given["cos"][row, page][:, None], given["sin"][row, page][:, None])
+    halves = key, heads(given["value_weight"])
+    place = given["slots"][row, page] if "slots" in given else page
+    stores = [name for name in ("page_key", "page_value", *PAGE_SCALES) if name in given]
+    if len(stores) > 2:
+        (keys, key_steps), (values, value_steps) = map(quantise, halves)
+        halves = keys, values, key_steps, value_steps
+    present = [given[name].clone() for name in stores]
+    for store, half in zip(present, halves, strict=True):
+        store[row, :, place] = half.to(store.dtype)
+    return *present, torch.maximum(projected, wanted)
 
 
-@torch.library.custom_op("flex::project_pages_int8", mutates_args=())
-def project_pages_int8(
-    features: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    page_key: Tensor,
-    page_value: Tensor,
-    projected: Tensor,
-    pages: Tensor,
-    page_count: Tensor,
-    page_key_scale: Tensor,
-    page_value_scale: Tensor,
-    hidden: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    cells: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The int8 store and its steps with the pages they lack."""
-    key, value, row, page, present = _new_pages(
-        features, (key_weight, value_weight), cos, sin, projected, pages, page_count, kv_heads, head_dim
-    )
-    stores = page_key.clone(), page_value.clone(), page_key_scale.clone(), page_value_scale.clone()
-    (key, key_step), (value, value_step) = quantise(key), quantise(value)
-    for store, new in zip(stores, (key, value, key_step, value_step), strict=True):
-        store[row, :, page] = new
-    return (*stores, present)
+def _variant(name: str, *, int8_pages: bool = False, page_slots: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    """The torch op for one kind of store: the scales of int8 pages follow the other tensors, then the slots."""
+    scales = PAGE_SCALES if int8_pages else ()
+    names = *TENSORS, *scales, *(("slots",) if page_slots else ()), *SIZES
+    stores = "page_key", "page_value", *scales
+
+    def body(*inputs: Any) -> tuple[Tensor, ...]:
+        return _project(dict(zip(names, inputs, strict=True)))
+
+    arguments = ", ".join(f"{'int' if each in SIZES else 'Tensor'} {each}" for each in names)
+    results = ", ".join(["Tensor"] * (len(stores) + 1))
+    op = torch.library.custom_op(f"flex::{name}", body, mutates_args=(), schema=f"({arguments}) -> ({results})")
+
+    @op.register_fake
+    def _(*inputs: Any) -> tuple[Tensor, ...]:
+        given = dict(zip(names, inputs, strict=True))
+        return tuple(torch.empty_like(given[each]) for each in (*stores, "projected"))
+
+    return op
 
 
-@project_pages.register_fake
-def _(
-    features: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    page_key: Tensor,
-    page_value: Tensor,
-    projected: Tensor,
-    pages: Tensor,
-    page_count: Tensor,
-    hidden: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    cells: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(page_key), torch.empty_like(page_value), torch.empty_like(projected)
-
-
-@project_pages_int8.register_fake
-def _(
-    features: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    page_key: Tensor,
-    page_value: Tensor,
-    projected: Tensor,
-    pages: Tensor,
-    page_count: Tensor,
-    page_key_scale: Tensor,
-    page_value_scale: Tensor,
-    hidden: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    cells: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty_like
-    return like(page_key), like(page_value), like(page_key_scale), like(page_value_scale), like(projected)
+project_pages = _variant("project_pages")
+project_pages_int8 = _variant("project_pages_int8", int8_pages=True)
+project_pages_slots = _variant("project_pages_slots", page_slots=True)
+project_pages_int8_slots = _variant("project_pages_int8_slots", int8_pages=True, page_slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.backend import Step, chosen_pages
 from engines.bundle.geometry import Geometry
-from runtime.answer import Token
+from runtime.answer import Token, require_slots
 from runtime.request import Request
 from runtime.sampling import require_finite
 from runtime.score.continuations import Scoring
@@ -88,6 +88,7 @@ class Walk:
         self._root = _Node(int(request.ids[-1]), 0)
         self._ahead = [self._root]  # to be fed, the next one last
         self._page_counts: list[np.ndarray] = []
+        self._turnover: list[np.ndarray | None] = []
         self.scores: dict[int, Score] = {}
         for ids in self._continuations.values():
             node = self._root
@@ -113,6 +114,7 @@ class Walk:
         """See Decoding.take."""
         logits = step.logits[0]
         require_finite(logits)
+        require_slots(step, self._geometry)
         node, exact = self._ahead.pop(), logits.astype(np.float64)
         largest = exact.max()
         total = largest + math.log(np.exp(exact - largest).sum())
@@ -121,6 +123,7 @@ class Walk:
             child.likeliest = child.token == int(step.token[0])
         node.pages, node.page_count = step.pages[0], step.page_count[0]
         self._page_counts.append(node.page_count)
+        self._turnover.append(step.turnover)
         self._ahead += [child for child in reversed(node.children.values()) if child.children]
         return Token(None, "", node.pages, node.page_count)
 
@@ -134,6 +137,7 @@ class Walk:
             prompt_tokens=len(self.request.ids),
             reused_tokens=reused_tokens,
             pages_read=np.stack(self._page_counts)[:, :-1],
+            turnover=self._turnover,
         )
         self.scores = {place: self._score(ids, stats) for place, ids in self._continuations.items()}
 

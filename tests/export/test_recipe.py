@@ -51,6 +51,10 @@ def test_the_geometry_is_the_bundles():
     recipe = settled(kv_cache="int8")  # of ordinary tokens alone
     assert recipe.geometry == replace(official(), int8_cache=True)
     assert recipe.record(None)["kv_cache"] == "int8" and recipe.record(None)["kv"] == "model"
+    assert recipe.record(None)["page_slots"] is None
+    recipe = settled(projection="lazy", page_slots=24)
+    assert recipe.geometry == replace(official(), lazy_pages=True, page_slots=24)
+    assert recipe.record(None)["page_slots"] == 24
 
 
 def test_a_packed_checkpoint_brings_its_own():
@@ -70,6 +74,8 @@ def test_a_packed_checkpoint_brings_its_own():
         (official(), {"page_budget": 82}, "--page-budget 82"),
         (official(), {"context": 4096}, "a context of 4096"),
         (tiny(attention_bias=True), {"projection": "lazy"}, "attention biases"),
+        (tiny(), {"projection": "lazy", "page_slots": 17}, r"--page-slots 17(.|\n)*1 .. 16"),
+        (tiny(zoom=2, cells=3), {"projection": "lazy", "page_slots": 4}, "16 hi-res tokens a side in 3 cells"),
         (tiny(), {"precision": "int4"}, "blocks of 128 do not divide"),  # sizes of what cannot be built are none
         (tiny(tied_embeddings=True), {"precision": "int4", "block_size": 16, "quantize_head": True}, "shares"),
     ],
@@ -87,6 +93,8 @@ def test_what_a_model_does_not_admit(g, options, text):
         {"context": -5},
         {"page_budget": 82},
         {"page_budget": -1},
+        {"projection": "lazy", "page_slots": 0},
+        {"projection": "lazy", "page_slots": 82},
         {"projection": "lazy"},
         {"precision": "int8", "block_size": 64},
         {"precision": "int4", "quantize_head": True},
@@ -97,7 +105,8 @@ def test_the_advice_is_taken(options):
     """What a fix names is an option of the command, and is accepted in place of what was refused."""
     odd = tiny(attention_bias=True, tied_embeddings=True)
     model = Path("a/b")
-    config = replace(CONFIG, geometry=odd if options.keys() & {"projection", "precision"} else official())
+    is_odd = "precision" in options or options == {"projection": "lazy"}
+    config = replace(CONFIG, geometry=odd if is_odd else official())
     with pytest.raises(OptionError) as caught:
         settle(BuildOptions(model=model, **options), config)
     advice = caught.value.fix.split(", or")[0].split()
@@ -106,7 +115,21 @@ def test_the_advice_is_taken(options):
         assert advice[2:] == ["--quantize-head"]
     else:
         command = advice + ([f"--{options['precision']}"] if "precision" in options else [])
+        command += ["--projection", "lazy"] if "page_slots" in options else []
     settle(replace(parse_arguments(command), model=model), config)
+
+
+@pytest.mark.parametrize("slots", [True, 2.0, "24"])
+def test_page_slots_are_a_number(slots):
+    with pytest.raises(OptionError, match="page_slots"):
+        settled(projection="lazy", page_slots=slots)
+
+
+def test_page_slots_need_lazy_pages():
+    with pytest.raises(OptionError, match="page_slots 24 with projection eager") as caught:
+        parse_arguments(["--page-slots", "24"])
+    assert caught.value.fix == "add --projection lazy, or leave out --page-slots"
+    assert parse_arguments(["--page-slots", "24", "--projection", "lazy"]).page_slots == 24
 
 
 @pytest.mark.parametrize(("option", "why"), PLUGINS_ALONE.values())

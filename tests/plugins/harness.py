@@ -21,7 +21,12 @@ from plugins.hierarchical_attention.reference import (
     hierarchical_attention_int8_cache,
 )
 from plugins.op import STORES, Kernel, Launch, Op, named
-from plugins.project_pages.reference import project_pages, project_pages_int8
+from plugins.project_pages.reference import (
+    project_pages,
+    project_pages_int8,
+    project_pages_int8_slots,
+    project_pages_slots,
+)
 from plugins.select_pages.reference import select_pages
 from tests.emulator.interpreter import NUMPY
 from tests.plugins.inputs import to_bits, to_torch
@@ -35,12 +40,14 @@ TYPES = {
     "int8": TensorProto.INT8,
     "int64": TensorProto.INT64,
 }
-REFERENCES = {  # by what is stored in 8 bits
+REFERENCES = {  # by how things are stored
     ("SelectPages",): select_pages,
     ("CachedAttention",): cached_attention,
     ("CachedAttention", "int8_cache"): cached_attention_int8_cache,
     ("ProjectPages",): project_pages,
     ("ProjectPages", "int8_pages"): project_pages_int8,
+    ("ProjectPages", "page_slots"): project_pages_slots,
+    ("ProjectPages", "int8_pages", "page_slots"): project_pages_int8_slots,
     ("HierarchicalAttention",): hierarchical_attention,
     ("HierarchicalAttention", "int8_pages"): hierarchical_attention_int8,
     ("HierarchicalAttention", "int8_cache"): hierarchical_attention_int8_cache,

@@ -237,15 +237,38 @@ def projection_inputs(
 
 def projection_op(arrays: Mapping[str, np.ndarray]) -> ProjectPages:
     """The op that takes these inputs."""
-    _, kv_heads, pages, page_size, head_dim = arrays["page_key"].shape
+    _, kv_heads, _, page_size, head_dim = arrays["page_key"].shape
     return ProjectPages(
         hidden=arrays["features"].shape[-1],
         kv_heads=kv_heads,
         head_dim=head_dim,
         page_size=page_size,
-        cells=round(pages**0.5),
+        cells=round(arrays["pages"].shape[1] ** 0.5),
         int8_pages=int("page_key_scale" in arrays),
+        page_slots=int("slots" in arrays),
     )
+
+
+def in_slots(arrays: Mapping[str, np.ndarray], count: int) -> Arrays:
+    """The same store in `count` slots: each page that it holds or is to hold has one, in no order; the rest is NaN, or
+    of integers 77. Of other pages the slot is far out of range."""
+    rng, pages, projected = np.random.default_rng(5), arrays["pages"], arrays["projected"]
+    slots = np.full(pages.shape, 1 << 20, np.int64)
+    stores = {
+        name: np.full(
+            (*store.shape[:2], count, *store.shape[3:]), 77 if store.dtype == np.int8 else np.nan, store.dtype
+        )
+        for name, store in arrays.items()
+        if name.startswith("page_") and store.ndim > 3
+    }
+    for row, held in enumerate(projected == 1):
+        held = held.copy()
+        held[pages[row, : arrays["page_count"][row]]] = True
+        slots[row, held] = rng.permutation(count)[: held.sum()]
+        there = projected[row] == 1
+        for name, store in stores.items():
+            store[row][:, slots[row, there]] = arrays[name][row][:, there]
+    return {**arrays, **stores, "slots": slots}
 
 
 def int8_projection_inputs(dtype: str, poison: float = np.nan, **case: object) -> Arrays:

@@ -42,6 +42,8 @@ VARIANTS = {
     "int8-pages": {"int8_pages": 1},
     "int8-cache": {"int8_cache": 1},
     "int8-both": {"int8_pages": 1, "int8_cache": 1},
+    "page-slots": {"page_slots": 1},
+    "int8-page-slots": {"int8_pages": 1, "page_slots": 1},
 }
 
 
@@ -49,6 +51,8 @@ CHANGED = {
     "int8-pages": {"attend_pages", "project_pages"},
     "int8-cache": {"append", "dequantise", "attend", "attend_pages"},
     "int8-both": {"append", "dequantise", "attend", "attend_pages", "project_pages"},
+    "page-slots": {"project_pages"},
+    "int8-page-slots": {"attend_pages", "project_pages"},
 }  # kernels that the official model has otherwise, or not at all
 
 

@@ -24,10 +24,11 @@ SIZES = attributes(tiny())
 KINDS = {dtype: kind for kind, dtype in plugin.DTYPE_OF_KIND.items()}
 SMS = (86, 89)
 CHANGES = ({"int8_pages": 1}, {"int8_cache": 1}, {"int8_pages": 1, "int8_cache": 1})
+CHANGES += ({"page_slots": 1}, {"int8_pages": 1, "page_slots": 1})
 
 
 def int8_of(op) -> dict[str, int]:
-    """What of an op is in 8 bits."""
+    """What of an op is in 8 bits, or in slots."""
     return {store: 1 for store in STORES if op.attributes.get(store)}
 
 
@@ -104,6 +105,7 @@ def shape_of(name: str) -> tuple[int, ...]:
     shapes = {
         "query": (1, steps, g.hidden), "past_key": (1, g.kv_heads, capacity, g.head_dim), "map": (1, g.grid, g.grid),
         "page_lengths": (g.pages,), "features": (1, g.pages, SIZES["page_size"], g.hidden),
+        "page_key": (1, g.kv_heads, 5, SIZES["page_size"], g.head_dim),
     }  # fmt: skip
     return shapes.get(name, (1, 1))
 

@@ -182,6 +182,11 @@ BAD = {
     "cells": (set_geometry("cells", 9), "cells 9"),
     "context": (set_geometry("context", 64), "context 64"),
     "start_layer": (set_geometry("start_layer", 4), "start_layer 4"),
+    "page_slots alone": (set_geometry("page_slots", 4), "page_slots without lazy_pages"),
+    "page_slots 0": (lambda m: m["geometry"].update(page_slots=0, lazy_pages=True), "page_slots 0"),
+    "page_slots 17": (lambda m: m["geometry"].update(page_slots=17, lazy_pages=True), "page_slots 17"),
+    "page_slots of unlike pages": (
+        lambda m: m["geometry"].update(page_slots=4, lazy_pages=True, cells=5), "page_slots with 24 hi-res tokens"),
     "hi-res side": (lambda m: (m["geometry"].update(lowres=8192, zoom=32), m["geometry"]["vision"].update(patch=1)),
                     "hi-res tokens"),
     "eos": (lambda m: m["prompt"].update(eos_token_ids=[2, 64]), "eos_token_ids 64"),

@@ -63,6 +63,7 @@ LINES = [
     "--int4 --calibrate DATA --check weights",
     "--int4 --block-size 64 --quantize-head",
     "--int8 --projection lazy --page-budget 7",
+    "--int4 --projection lazy --page-slots 24",
     "--context 1024",
     "--backend tensorrt-rtx",
     "--backend tensorrt --no-plugins",

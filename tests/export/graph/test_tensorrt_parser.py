@@ -63,10 +63,13 @@ GEOMETRIES = {
     "int8 pages, lazy": tiny(int8_pages=True, lazy_pages=True),
     "int8 cache": tiny(int8_cache=True, kv_heads=2),
     "int8 both, lazy": tiny(int8_cache=True, int8_pages=True, lazy_pages=True),
+    "page slots": tiny(lazy_pages=True, page_slots=5),
+    "int8 both, page slots": tiny(int8_cache=True, int8_pages=True, lazy_pages=True, page_slots=5),
 }  # fmt: skip
 COMBINATIONS = [("tiny", "float32"), ("tiny", "bfloat16"), ("everything else", "float16"), ("no zoom", "float16")]
 COMBINATIONS += [("int8 pages", "float16"), ("int8 pages", "bfloat16"), ("int8 pages, lazy", "float16")]
 COMBINATIONS += [("int8 cache", "float16"), ("int8 cache", "bfloat16"), ("int8 both, lazy", "float16")]
+COMBINATIONS += [("page slots", "float16"), ("int8 both, page slots", "bfloat16")]
 
 
 def problems(model: ir.Model) -> list[str]:
