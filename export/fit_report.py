@@ -62,18 +62,20 @@ def report(a: Assessment, model: str, console: Console) -> None:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
         if _limited(c) or c.geometry.lazy_pages:
-            _say(console, "  a page budget and lazy projection save reading and computing, not memory")
+            slots = "" if c.geometry.page_slots else "; page slots do: --projection lazy --page-slots K"
+            _say(console, f"  a page budget and lazy projection save reading and computing, not memory{slots}")
 
 
 def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
+    kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 
 
 def _limited(c: Configuration) -> bool:
-    return c.pages_read < c.geometry.pages
+    return c.page_budget is not None and c.page_budget < c.geometry.pages
 
 
 def _speed(a: Assessment) -> str:

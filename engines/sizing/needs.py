@@ -20,6 +20,7 @@ from engines.errors import OptionError
 from plugins.op import ALIGNMENT
 
 SCALE = 2  # bytes of the float16 scale of a block of quantised weights
+TABLE_ENTRY = 8  # bytes of a number in a table of page slots, which has two for each page
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
@@ -96,7 +97,8 @@ class Configuration:
     @property
     def pages_read(self) -> int:
         """Pages a layer may read at most."""
-        return self.geometry.pages if self.page_budget is None else self.page_budget
+        stored = self.geometry.stored_pages
+        return stored if self.page_budget is None else min(self.page_budget, stored)
 
     @property
     def rows(self) -> int:
@@ -144,9 +146,12 @@ def cache_bytes(c: Configuration) -> int:
 
 def store_bytes(c: Configuration) -> int:
     """Bytes of the keys and values of the hi-res pages: all of them, whatever the page budget, lazily projected or
-    not, since any may be selected (TrtModel.project, OrtModel.project)."""
+    not, since any may be selected (TrtModel.project, OrtModel.project); or of as many as there are page slots, and
+    their tables."""
     g = c.geometry
-    return (c.rows + c.views) * len(g.reading_layers) * g.pages * page_size(g) * _token_bytes(c, g.int8_pages)
+    layer = g.stored_pages * page_size(g) * _token_bytes(c, g.int8_pages)
+    layer += 0 if g.page_slots is None else 2 * g.pages * TABLE_ENTRY
+    return (c.rows + c.views) * len(g.reading_layers) * layer
 
 
 def builder_bytes(weights: int, *, copied: bool = False) -> int:
@@ -178,11 +183,12 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
     cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
+    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} slots of {g.pages} pages"
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need("weights", held, _list(weights) + (", and copies" if ort else "")),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
-        Need("hi-res pages", store_bytes(c), f"{whose} x all {g.pages} pages in {len(g.reading_layers)} layers{kept}"),
+        Need("hi-res pages", store_bytes(c), f"{whose} x {stored} in {len(g.reading_layers)} layers{kept}"),
         Need("image, logits", image, f"{whose} x pixels, features{lazy}, logits"),
         Need("activations", work, ("" if ort else "largest of ") + _list(scratch)),
         runtime,

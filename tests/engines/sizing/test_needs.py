@@ -152,6 +152,19 @@ def test_neither_page_budget_nor_lazy_projection_saves_memory():
     assert named["image, logits"] > {need.name: need.bytes for need in needs(c, integrated=True)}["image, logits"]
 
 
+def test_page_slots_do():
+    c = Configuration(official())
+    lazy, slots = (replace(c, geometry=official(lazy_pages=True, page_slots=count)) for count in (None, 24))
+    tables = 23 * 2 * 81 * 8
+    assert store_bytes(slots) == store_bytes(lazy) * 24 // 81 + tables
+    named, others = ({need.name: need for need in needs(each, integrated=True)} for each in (slots, lazy))
+    assert named["hi-res pages"].how == "1 x 24 slots of 81 pages in 23 layers"
+    assert [name for name in named if named[name] != others[name]] == ["hi-res pages"]
+    assert (slots.pages_read, lazy.pages_read, replace(slots, page_budget=7).pages_read) == (24, 81, 7)
+    int8 = replace(c, geometry=official(lazy_pages=True, page_slots=24, int8_pages=True))
+    assert store_bytes(int8) == 23 * 24 * 64 * 2 * 32 * 132 + tables
+
+
 def test_pages_that_do_not_divide_are_padded():
     g = tiny(zoom=2, cells=3)  # 16 rows in 3 cells: pages of 6 x 6 at most
     assert store_bytes(Configuration(g, FP32)) == 3 * 9 * 36 * 2 * 4 * 8 * 4

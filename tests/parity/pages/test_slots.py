@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
+from engines.bundle.precision import FP32
 from engines.errors import OptionError
 from engines.ort import OrtModel
+from engines.sizing.needs import Configuration, store_bytes
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once
@@ -157,3 +159,10 @@ def test_threads_that_ask_one_view(in_slots):
         for thread in threads:
             thread.join()
     assert found == [[each] * 4 for each in expected]
+
+
+def test_the_store_has_the_size_that_was_counted(in_slots):
+    model, case = OrtModel(Bundle(in_slots("plain", FEW))), recorded("square")
+    pages = case.encode(model, model.geometry).pages
+    stored = [value for name, value in pages.items() if name.startswith(("page_key", "page_value", "projected"))]
+    assert sum(map(model.nbytes, stored)) == store_bytes(Configuration(model.geometry, FP32))
