@@ -24,8 +24,10 @@ def project_pages(
     page_count,  # [B] int64
     page_key_scale,  # [B, Hkv, N, P] float32, of new pages written; absent without INT8_PAGES
     page_value_scale,
+    slots,  # absent
     present_projected,  # [B, N] int64, written
     page_total,  # N
+    slot_total,  # absent
     HIDDEN: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -36,6 +38,7 @@ def project_pages(
     PAGE_BLOCK: tl.constexpr,  # power of two, at least N
     LANES: tl.constexpr,  # programs that share the new pages
     INT8_PAGES: tl.constexpr,  # whether the pages are stored in 8 bits
+    PAGE_SLOTS: tl.constexpr,  # 0
 ):
     """Programs: (LANES; Hkv for the keys, then Hkv for the values; B). With nothing new they end after three loads.
 

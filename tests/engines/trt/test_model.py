@@ -323,18 +323,22 @@ def test_no_driver_here(bundles):
     assert Engine(bundles("tensorrt"), backend="onnxruntime").generate(None, "hello", max_new_tokens=1)
 
 
+FEW = 2  # page slots
+
+
 # With plugins: the decoder's custom ops through plugins/tensorrt.py, the driver's wrapper and the interpreted kernels.
 
 
-@pytest.fixture(scope="module", params=["eager", "lazy", "lazy-int8"])
+@pytest.fixture(scope="module", params=["eager", "lazy", "lazy-int8", "lazy-slots"])
 def plugin_bundle(request, random_model, shared):
     """A bundle whose emulated decoder has plugins; its pages are projected at once, or when first selected, and kept in
-    float32 or in 8 bits."""
+    float32 or in 8 bits, or in fewer slots than there are pages."""
     checkpoint, plain = random_model("engine", GEOMETRY, tokenizer=True)
     projection, _, kv = request.param.partition("-")
     if request.param != "eager":
-        out, kv = shared / f"engine-{request.param}", kv or "model"
-        options = BuildOptions(checkpoint, out, precision="fp32", projection=projection, kv=kv)
+        out, slots = shared / f"engine-{request.param}", FEW if kv == "slots" else None
+        kv = kv if kv == "int8" else "model"
+        options = BuildOptions(checkpoint, out, precision="fp32", projection=projection, kv=kv, page_slots=slots)
         plain = once(options.out, lambda _: build(options))
     folder = shared / f"engine-plugins-{request.param}"
     return once(folder, lambda folder: with_plans(plain, folder, "tensorrt-rtx", plugins=True))
@@ -344,7 +348,7 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
     driver = Driver()
     install(driver, monkeypatch)
     ours, theirs = pair(plugin_bundle)
-    options = {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
+    options = {"max_new_tokens": 3, "trace": True, "stop_at_eos": False, "page_budget": ours.geometry.stored_pages}
     answers = []
     for engine in (ours, theirs):
         with engine.image(PHOTO) as view:  # the second question finds pages the first has projected
@@ -354,6 +358,10 @@ def test_plugins_answer_as_onnxruntime_does(plugin_bundle, monkeypatch):
         assert left.token_ids == right.token_ids
         assert np.array_equal(left.trace.cells, right.trace.cells)
         assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
+        assert left.stats.pages_evicted == right.stats.pages_evicted
+        assert left.stats.pages_projected_again == right.stats.pages_projected_again
+    if ours.geometry.page_slots is not None:
+        assert sum(answer.stats.pages_projected_again for answer in answers[0]) > 0
     kernels = {"append", "prefill", "attend", "attend_pages", "combine", "select_pages"}
     assert set(driver.launches) == kernels | ({"project_pages"} if ours.geometry.lazy_pages else set())
     assert driver.counts["cuGraphInstantiate"] == 2  # one for the view, one without an image

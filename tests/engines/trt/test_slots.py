@@ -35,6 +35,8 @@ KINDS = {
     "lazy-int8": {"projection": "lazy", "kv": "int8"},
     "lazy-int8-both": {"projection": "lazy", "kv": "int8", "kv_cache": "int8"},
     "odd-int8-cache": {"kv_cache": "int8"},
+    "page-slots": {"projection": "lazy", "page_slots": 3},
+    "page-slots-int8": {"projection": "lazy", "page_slots": 3, "kv": "int8"},
 }
 FEW_STEPS = 0.02  # of logits, where a key that differs in its last bit may be stored a step of 127 away
 
@@ -129,6 +131,8 @@ def step(slots, *requests: Asked, within: float = 1e-5) -> None:
         wanted, it.at = it.alone[it.at], it.at + 1
         assert found.token[it.row] == wanted.token[0]
         assert np.array_equal(found.cells()[it.row], wanted.cells()[0])
+        if wanted.turnover is not None:
+            assert np.array_equal(found.turnover[it.row], wanted.turnover[0])
         assert np.abs(found.logits[it.row] - wanted.logits[0]).max() <= within
 
 
@@ -301,7 +305,7 @@ def test_what_is_refused(bundles, monkeypatch):
         Engine(folder, slots=4)
 
 
-@pytest.mark.parametrize("kind", ["lazy", "lazy-int8", "lazy-int8-both"])
+@pytest.mark.parametrize("kind", ["lazy", "lazy-int8", "lazy-int8-both", "page-slots", "page-slots-int8"])
 def test_with_kernels(driver, bundles, kind):
     """Pages of each row are projected into its own store when it selects them, and go along when it is copied."""
     folder = bundles(kind, backend="tensorrt-rtx", most=2, plugins=True)
@@ -321,6 +325,8 @@ def test_with_kernels(driver, bundles, kind):
     assert done[0].any() and done[1].any() and not np.array_equal(*done)
     slots.copy(1, 0, int(slots.length[1]), image=True)
     step(slots, first, replace(first, row=0), within=within)
+    if kind.startswith("page-slots"):
+        assert sum(each.turnover.sum(axis=(0, 1)) for it in (first, second) for each in it.alone).min() > 0
 
 
 # Through the public interface, from several threads.

@@ -21,35 +21,38 @@ SMS = (86, 89, 120)
 
 @pytest.fixture
 def engines(shared, checkpoint):
-    """engines(projection, plugins, kv="model", kv_cache="model") -> bundle in float16; the builder's logs lie beside
-    it."""
+    """engines(projection, plugins, kv="model", kv_cache="model", page_slots=None) -> bundle in float16; the builder's
+    logs lie beside it."""
 
-    def get(projection: str, plugins: bool, kv: str = "model", kv_cache: str = "model"):
+    def get(projection: str, plugins: bool, kv: str = "model", kv_cache: str = "model", page_slots: int | None = None):
         knobs = EngineOptions(TENSORRT_RTX, plugins=plugins, targets=SMS, keep_log=True, timing_cache=False)
 
         def make(folder):
             model = checkpoint("plain")
-            how = {"projection": projection, "kv": kv, "kv_cache": kv_cache, "check": "none"}
+            how = {"projection": projection, "kv": kv, "kv_cache": kv_cache, "page_slots": page_slots, "check": "none"}
             build(BuildOptions(model, folder, backend=TENSORRT_RTX, engines=knobs, **how))
 
-        return once(shared / f"official-{projection}-{kv}-{kv_cache}-{'plugins' if plugins else 'free'}", make)
+        flavour = "plugins" if plugins else "free"
+        return once(shared / f"official-{projection}-{kv}-{kv_cache}-{page_slots}-{flavour}", make)
 
     return get
 
 
-# The tracer's names of the nodes, which tell what is kept in 8 bits; the plugins are the same.
+# The tracer's names of the nodes, which tell what is kept in 8 bits, and in slots; the plugins are the same.
 @pytest.mark.parametrize(
-    ("projection", "kv", "kv_cache", "cached", "hierarchical", "project"),
+    ("projection", "kv", "kv_cache", "page_slots", "cached", "hierarchical", "project"),
     [
-        ("eager", "model", "model", "", "", None),
-        ("lazy", "model", "model", "", "", ""),
-        ("lazy", "int8", "model", "", "_int8", "_int8"),
-        ("eager", "model", "int8", "_int8_cache", "_int8_cache", None),
-        ("lazy", "int8", "int8", "_int8_cache", "_int8_both", "_int8"),
+        ("eager", "model", "model", None, "", "", None),
+        ("lazy", "model", "model", None, "", "", ""),
+        ("lazy", "model", "model", 24, "", "", "_slots"),
+        ("lazy", "int8", "model", None, "", "_int8", "_int8"),
+        ("eager", "model", "int8", None, "_int8_cache", "_int8_cache", None),
+        ("lazy", "int8", "int8", None, "_int8_cache", "_int8_both", "_int8"),
+        ("lazy", "int8", "int8", 24, "_int8_cache", "_int8_both", "_int8_slots"),
     ],
 )
-def test_every_op_is_a_plugin(engines, projection, kv, kv_cache, cached, hierarchical, project):
-    folder = engines(projection, plugins=True, kv=kv, kv_cache=kv_cache)
+def test_every_op_is_a_plugin(engines, projection, kv, kv_cache, page_slots, cached, hierarchical, project):
+    folder = engines(projection, plugins=True, kv=kv, kv_cache=kv_cache, page_slots=page_slots)
     manifest = Bundle(folder).manifest
     g = manifest.geometry
     expected = {
