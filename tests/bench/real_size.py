@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ANSWER = """
 import sys, numpy as np
 from runtime import Engine
-engine = Engine(sys.argv[1])
+engine = Engine(sys.argv[1], residency=sys.argv[3])
 photo = np.random.default_rng(0).integers(0, 256, (1008, 1008, 3), dtype=np.uint8)
 answer = engine.generate(photo, "What does the sign say?", max_new_tokens=int(sys.argv[2]), stop_at_eos=False)
 print(answer.stats)
@@ -44,18 +44,25 @@ def main() -> None:
     parser.add_argument("--precision", default="int4", help="of export/build.py")
     parser.add_argument("--kv", default="model", help="of export/build.py: int8 keeps the hi-res pages in 8 bits")
     parser.add_argument("--kv-cache", default="model", help="of export/build.py: int8 keeps the cache in 8 bits, too")
+    for part in ("head", "embeddings", "vision"):
+        parser.add_argument(f"--{part}", default="model", help="of export/build.py")
+    parser.add_argument("--residency", default="all", choices=("all", "shared"), help="of the engine")
     parser.add_argument("--tokens", type=int, default=16, help="of the answer")
     given = parser.parse_args()
     folder = given.folder.resolve()
-    checkpoint, bundle = folder / "7b", folder / f"7b-{given.precision}-{given.kv}-{given.kv_cache}"
+    chosen = {name: getattr(given, name) for name in ("kv", "kv_cache", "head", "embeddings", "vision")}
+    checkpoint, bundle = folder / "7b", folder / "-".join(("7b", given.precision, *chosen.values()))
     rows = []
     if not checkpoint.exists():
         rows.append(stage("checkpoint", "tests/bench/random_checkpoint.py", "--shape", "7b", "--out", str(checkpoint)))
     export = "export/build.py", "--model", str(checkpoint), "--out", str(bundle), "--check", "weights"
-    knobs = f"--{given.precision}", "--kv", given.kv, "--kv-cache", given.kv_cache
+    options = [(f"--{name.replace('_', '-')}", value) for name, value in chosen.items() if value != "model"]
+    knobs = f"--{given.precision}", *(word for option in options for word in option)
     rows.append(stage(f"export `{' '.join(knobs)}`", *export, *knobs))
-    rows.append(stage("open", "-c", "import sys; from runtime import Engine; Engine(sys.argv[1])", str(bundle)))
-    rows.append(stage(f"open, answer {given.tokens} tokens", "-c", ANSWER, str(bundle), str(given.tokens)))
+    opened = "import sys; from runtime import Engine; Engine(sys.argv[1], residency=sys.argv[2])"
+    rows.append(stage("open", "-c", opened, str(bundle), given.residency))
+    asked = str(bundle), str(given.tokens), given.residency
+    rows.append(stage(f"open, answer {given.tokens} tokens", "-c", ANSWER, *asked))
     size = sum(path.stat().st_size for path in bundle.iterdir()) / 1e9
     print(f"| stage | wall | peak memory |\n|---|---:|---:|\n{os.linesep.join(_row(*row[:3]) for row in rows)}")
     print(f"\nBundle: {size:.1f} GB. {rows[-1][3]}")
