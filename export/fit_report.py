@@ -28,7 +28,6 @@ from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
 
-
 SEEN = 10_000_000  # bytes: less of the builder is not worth a word
 
 
