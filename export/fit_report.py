@@ -28,6 +28,8 @@ from engines.sizing.needs import SHARE_OF_BANDWIDTH, Configuration, size
 from engines.targets import TARGETS, target
 from engines.trt.options import EngineOptions
 
+SEEN = 10_000_000  # bytes: less of the builder is not worth a word
+
 
 def require_one_board(boards: tuple[str, ...], asking: str) -> None:
     """OptionError unless there is one: sizes are held against one memory. asking: the option that does."""
@@ -85,7 +87,7 @@ def choices_outline(f: Fitting, console: Console) -> None:
     _say(console, "chosen by --fit, all of it needed; what each choice gives beside the others, and costs:")
     for gain in f.gains:
         given = [size(gain.request)] if gain.request > 0 else []
-        given += [f"{size(gain.builder)} of the builder"] if gain.builder > 0 and f.assessment.builds_here else []
+        given += [f"{size(gain.builder)} of the builder"] if gain.builder > SEEN and f.assessment.builds_here else []
         rate = SHARE_OF_BANDWIDTH * (gain.faster or 0)
         given += [f"{rate:.1f} tokens/s"] if rate >= 0.05 else []
         _say(console, f"  {escape(gain.words)}: {', '.join(given)}; costs {escape(str(gain.choice.costs))}")

@@ -38,7 +38,7 @@ APART = {  # the help of CHOICES
     "vision": "linear layers of vision tower and projector: in the dtype of activations, in 8 bits with a scale for "
     "each output, or in 4 bits in blocks",
     "embeddings": "the table of tokens: in the dtype of activations, or in 8 bits with a scale for each token, of "
-    "which only what is read is unpacked",
+    "which only what is read is unpacked (TensorRT has no such gather)",
 }
 
 

@@ -36,13 +36,17 @@ class Buffers:
 
     def empty(self, shape: Shape, dtype: type | str) -> ort.OrtValue:
         """A tensor that holds anything: for what is written before it is read."""
-        if self.device == "cpu":
-            return self.of(np.empty(shape, dtype))
+        return self.of(np.empty(shape, dtype)) if self.device == "cpu" else self.owned(shape, dtype)
+
+    def owned(self, shape: Shape, dtype: type | str) -> ort.OrtValue:
+        """As `empty`, of memory that is ONNX Runtime's: an array made of it may outlive it. BackendError when there is
+        no room."""
         try:
             return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype).type, self.device, 0)
         except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
             size = prod(shape) * np.dtype(dtype).itemsize
-            raise BackendError(f"the GPU has no room for {size} bytes: {error}") from error
+            where = "this machine" if self.device == "cpu" else "the GPU"
+            raise BackendError(f"{where} has no room for {size} bytes: {error}") from error
 
     def zeros(self, shape: Shape, dtype: type | str) -> ort.OrtValue:
         """A zeroed tensor. On the CPU the system zeroes its memory as it is first touched."""

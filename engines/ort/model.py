@@ -167,7 +167,13 @@ class OrtModel:
     def vision(self, tiles: np.ndarray) -> ort.OrtValue:
         """See Model.vision."""
         with self.held("vision"):
-            return self._thread.do(lambda: self._run("vision", {"tiles": self.buffers.of(tiles)})[0])
+            return self._thread.do(lambda: self._vision(tiles))
+
+    def _vision(self, tiles: np.ndarray) -> ort.OrtValue:
+        g = self.geometry
+        features = self.buffers.owned((len(tiles), g.image_tokens, g.hidden), self.part.dtype)
+        self._run("vision", {"tiles": self.buffers.of(tiles)}, {"features": features})
+        return features
 
     def project(self, hires: ort.OrtValue, begin: np.ndarray) -> dict[str, ort.OrtValue]:
         """See Model.project."""
@@ -178,13 +184,14 @@ class OrtModel:
         pages: dict[str, ort.OrtValue] = {}
         if isinstance(self.part, CapturedPart):
             pages = self.part.stores(self._page_specs, len(begin))
-        found = self._run("pages", {"hires_features": hires, "image_begin": self.buffers.of(begin)}, into=pages)
-        for output, value in zip(self._images["pages"].get_outputs(), found, strict=True):
-            pages.setdefault(output.name, value)
-        release_freed()
+        projected = {output.name for output in self._images["pages"].get_outputs()}
         for spec in self._page_specs:
-            if spec.name not in pages:  # lazy: nothing is projected yet
-                pages[spec.name] = self._blank(spec, len(begin))
+            if spec.name not in pages:  # with lazy pages some are there to be filled later: nothing is projected yet
+                make = self.buffers.owned if spec.name in projected else self.buffers.zeros
+                pages[spec.name] = make(spec.of_batch(len(begin)), spec.dtype)
+        inputs = {"hires_features": hires, "image_begin": self.buffers.of(begin)}
+        self._run("pages", inputs, {name: pages[name] for name in projected})
+        release_freed()
         return pages
 
     def nbytes(self, array: ort.OrtValue) -> int:
@@ -228,22 +235,16 @@ class OrtModel:
     def _blank(self, spec: TensorSpec, batch: int) -> ort.OrtValue:
         return self.buffers.zeros(spec.of_batch(batch), spec.dtype)
 
-    def _run(
-        self, part: str, inputs: Mapping[str, ort.OrtValue], into: Mapping[str, ort.OrtValue] | None = None
-    ) -> list[ort.OrtValue]:
-        """The outputs of a part, those of `into` written there."""
-        session, into = self._images[part], into or {}
+    def _run(self, part: str, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Run a part into memory for its outputs. ONNX Runtime's own would keep the session for as long as it is."""
+        session = self._images[part]
         binding = session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
-        for output in session.get_outputs():
-            if output.name in into:
-                binding.bind_ortvalue_output(output.name, into[output.name])
-            else:
-                binding.bind_output(output.name, self.device)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
             raise failed(part, error) from error
         binding.synchronize_outputs()
-        return list(binding.get_outputs())

@@ -181,8 +181,9 @@ def _apart(kind: str, precision: Precision) -> Change:
 
     def change(c: Configuration) -> Configuration | None:
         now = getattr(c, kind)
-        tied = c.geometry.tied_embeddings and kind != "vision"
-        if tied or not can_be_coded(kind, c.precision) or now not in (MODEL, INT8.name) or now == precision.name:
+        barred = c.geometry.tied_embeddings and kind != "vision"
+        barred |= kind == "embeddings" and c.backend != ONNXRUNTIME  # TensorRT-RTX 1.7 builds no gather of int8
+        if barred or not can_be_coded(kind, c.precision) or now not in (MODEL, INT8.name) or now == precision.name:
             return None
         coded: dict[str, Any] = {kind: precision.name}
         return _in_blocks(replace(c, **coded))
@@ -209,14 +210,16 @@ CHOICES = (
     ),
     Choice("residency", _residency, "opening vision and page projection again for every new image"),
     Choice("kv", _int8_pages, Quality("fp32, kv int8", "65 of 65", "0.997")),
+    Choice("head", _apart("head", INT8), Quality("int8, blocks of 16, head int8", "57 of 65", "0.933")),
+    Choice("embeddings", _apart("embeddings", INT8), Quality("fp16, embeddings int8", "64 of 65", "0.985")),
     Choice("kv_cache", _int8_cache, Quality("fp32, kv cache int8", "64 of 65", "0.980")),
-    Choice("embeddings", _apart("embeddings", INT8), "?"),
-    Choice("head", _apart("head", INT8), "?"),
-    Choice("vision", _apart("vision", INT8), "?"),
-    *(Choice("context", _context(tokens), "shorter questions, answers, conversations") for tokens in (1536, 1024)),
+    Choice("vision", _apart("vision", INT8), Quality("int8, blocks of 16, vision int8", "54 of 65", "0.883")),
+    *(
+        Choice("context", _context(tokens), "shorter questions, answers, conversations")
+        for tokens in (1792, 1536, 1280, 1024)
+    ),
+    Choice("head", _apart("head", INT4), Quality("int8, blocks of 16, head int4", "48 of 65", "0.933")),
     Choice("precision", _precision(INT8), Quality("int8, columns", "57 of 65", "0.899")),
-    Choice("head", _apart("head", INT4), "?"),
-    Choice("vision", _apart("vision", INT4), "?"),
     Choice("precision", _precision(INT4), Quality("int4, blocks of 16", "34 of 65", "0.623")),
     *(
         Choice("page_slots", _page_slots(count), f"an error where a layer selects more than {count} pages in a step")

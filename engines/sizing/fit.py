@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
-from engines.bundle.tensors import CHOICES, sizes_of_blocks
+from engines.bundle.tensors import CHOICES, MODEL, sizes_of_blocks
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
@@ -204,12 +204,19 @@ def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | Non
 
 
 def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None) -> list[str]:
-    """OptionError when TensorRT cannot build the precision, or its blocks, for one of these SMs; what to know about the
+    """OptionError when TensorRT cannot build weights that are stored so for one of these SMs; what to know about the
     engines of those it can build. again: see Again.
 
     What is warned of was seen in engines of TensorRT-RTX 1.7 (tests/engines/trt/test_weights.py).
     """
     p, least = c.precision, c.precision.least_sm or 0
+    if c.backend != ONNXRUNTIME and c.coding.embeddings:
+        raise OptionError(
+            f"embeddings in {c.embeddings} with {c.backend}",
+            expected="embeddings in the dtype of activations: TensorRT takes no constant of int8 but right before a "
+            "DequantizeLinear, which would unpack the whole table",
+            fix=_other(c, replace(c, embeddings=MODEL), again),
+        )
     old = [sm for sm in sms if sm < least]
     if old:
         able = [sm for sm in sms if sm not in old]

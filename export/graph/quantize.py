@@ -54,8 +54,8 @@ def _multiply(graph: ir.Graph, user: ir.Node, weight: ir.Value, scale: ir.Value,
 
 
 def _gather(graph: ir.Graph, user: ir.Node, weight: ir.Value, scale: ir.Value, scheme: Scheme) -> None:
-    """Rows of codes and their scales, gathered, and only these unpacked: with a scale of 1, since a scale for each row
-    of what was gathered DequantizeLinear has not, and TensorRT has no other way from int8 to floats."""
+    """Rows of codes and their scales, gathered, and only these unpacked: with a scale of 1, since DequantizeLinear has
+    none for each row of what was gathered."""
     ids, name = user.inputs[1], weight.name
     one = ir.Value(name=f"{name}.one", shape=ir.Shape(()), type=ir.TensorType(scale.dtype))
     one.const_value = ir.tensor(np.ones((), scale.dtype.numpy()), scale.dtype, name=one.name)

@@ -182,6 +182,7 @@ def _repeated(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Ten
 OPERATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Abs": torch.abs,
     "Add": torch.add,
+    "And": torch.logical_and,
     "ArgMax": _argmax,
     "Cast": lambda x, *, to, saturate=1, round_mode="up": x.to(DTYPES[to]),
     "Concat": lambda *parts, axis: torch.cat(parts, axis),

@@ -31,6 +31,7 @@ CASES = [
     *((name, (X,), {}) for name in ("Abs", "Cos", "Identity", "Neg", "Sigmoid", "Sin", "Tanh")),
     *((name, (X, Y), {}) for name in ("Add", "Div", "Greater", "Less", "LessOrEqual", "Max", "Min", "Mul", "Sub")),
     *((name, (POSITIVE,), {}) for name in ("Reciprocal", "Sqrt")),
+    ("And", (X > 0, Y > 0), {}),
     ("ArgMax", (X,), {"axis": -1, "keepdims": 0}),
     ("Cast", (X * 9,), {"to": 7}),
     ("Cast", (WHOLE,), {"to": 10}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_what_it_gives_is_the_same(copy):
     for _ in range(2):
         assert all(map(np.array_equal, encoded(kept), encoded(shared)))
     assert list(kept._images) == list(IMAGE_PARTS) and not list(shared._images)
+
+
+def test_what_came_of_a_session_does_not_keep_it(random_model):
+    """Features and pages live as long as an image is asked about; ONNX Runtime's own outputs hold on to the session."""
+    tiles, _, begin = request(tiny(), seed=3, text=9, begin=3)
+    model, sessions = OrtModel(Bundle(random_model("tiny", tiny())[1]), threads=1, residency=SHARED), []
+    with model.held("vision"), model.held("pages"):
+        sessions += [weakref.ref(model._images[name]) for name in IMAGE_PARTS]
+        kept = model.vision(tiles[1:])
+        pages = model.project(kept, begin)
+    assert [session() for session in sessions] == [None, None]
+    assert np.isfinite(kept.numpy()).all() and all(np.isfinite(each.numpy()).all() for each in pages.values())
 
 
 @pytest.mark.parametrize("name", ["vision.weights", "vision.onnxruntime.onnx", "pages.onnxruntime.onnx"])

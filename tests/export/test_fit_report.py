@@ -63,11 +63,14 @@ def test_what_is_printed(config_alone):
 
 def test_what_is_stored_apart(config_alone):
     board = "--target", "orin-nano-8", "--model", config_alone, "--int4"
-    apart = "--head", "int4", "--vision", "int8", "--embeddings", "int8"
+    apart = "--head", "int4", "--vision", "int8"
     plain, text = (" ".join(printed(*board, *options)[1].split()) for options in ((), apart))
-    assert "4.9 GB vision 624 MB, pages 398 MB, decoder 3.9 GB" in plain and "embeddings" not in plain
-    assert "4.3 GB vision 314 MB, pages 398 MB, decoder 3.5 GB" in text
-    assert "int4, head int4, vision int8, embeddings int8, tensorrt" in text
+    assert "4.9 GB vision 624 MB, pages 398 MB, decoder 3.9 GB" in plain and "head" not in plain
+    assert "4.4 GB vision 314 MB, pages 398 MB, decoder 3.7 GB" in text
+    assert "int4, head int4, vision int8, tensorrt" in text
+    with pytest.raises(OptionError, match="embeddings in int8 with tensorrt") as caught:
+        printed(*board, "--embeddings", "int8")
+    assert caught.value.fix == "add --embeddings model"
 
 
 def test_requests_at_once(config_alone):

@@ -123,7 +123,10 @@ def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
     assert "chosen by --fit, all of it needed" in console.file.getvalue()
     chosen = fitted(options, found)
     assert chosen != replace(options, fit=False) and not chosen.fit
-    assert manifest.options["kv_cache"] == chosen.kv_cache == "int8" and manifest.geometry.int8_cache
+    knobs = {name: getattr(chosen, name) for gain in found.gains for name in OPTIONS[gain.choice.knob](found.asked)}
+    assert knobs and {name: manifest.options[name] for name in knobs} == knobs
+    assert manifest.geometry.int8_pages == (chosen.kv == "int8")
+    assert manifest.geometry.int8_cache == (chosen.kv_cache == "int8")
     assert manifest.backend == ONNXRUNTIME and "fit" not in manifest.options
     assert manifest.options["context"] == manifest.geometry.context == 4096
 

@@ -68,6 +68,27 @@ def test_quantised_weights_in_the_engine(shared, random_model, precision, block,
         assert len(unpacking) == 6 * G.layers and len(apart) == (G.layers if precision == "fp8" else 0), Counter(names)
 
 
+def test_what_is_stored_apart_in_the_engine(shared, random_model):
+    """int8 columns of vision and of lm_head stay as they are stored, and vision's are unpacked inside its products."""
+    checkpoint, _ = random_model("wide-table", replace(G, vocab=8192))
+    plans, weights = {}, {}
+    for name, apart in (("plain", {}), ("apart", {"head": "int8", "vision": "int8"})):
+        knobs = EngineOptions(TENSORRT_RTX, targets=(89,), plugins=False, keep_log=True)
+        out = shared / f"wide-table-{name}"
+        options = BuildOptions(
+            checkpoint, out, "int8", COLUMN, backend=TENSORRT_RTX, check="none", engines=knobs, **apart
+        )
+        bundle = Bundle(once(out, lambda _, options=options: build(options)))
+        files, parts = bundle.manifest.files, bundle.manifest.parts
+        plans[name] = {part: files[parts[part].plans[TENSORRT_RTX].file].bytes for part in ("vision", "decoder")}
+        weights[name] = {part: files[parts[part].weights].bytes for part in ("vision", "decoder")}
+    print(plans, weights)
+    saved = weights["plain"]["decoder"] - weights["apart"]["decoder"]
+    assert saved == 8192 * 256 - 8192 * 2 and plans["plain"]["decoder"] - plans["apart"]["decoder"] > 0.9 * saved
+    names = [layer.name for layer in layers_of(log_of(bundle.path, "vision"))]
+    assert any("CastMulCast" in name for name in names), Counter(names)
+
+
 # What cannot be built, and how that is said.
 
 

@@ -10,13 +10,14 @@ import onnx_ir as ir
 import pytest
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import ONNXRUNTIME, PARTS, TRACED
+from engines.bundle.kinds import ONNXRUNTIME, PARTS, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, INT4, INT8, Scheme
 from engines.bundle.rebuild import choices_of
-from engines.bundle.tensors import EMBEDDINGS, HEAD, Coding, coding_of, in_vision
+from engines.bundle.tensors import EMBEDDINGS, HEAD, MODEL, Coding, coding_of, in_vision
 from engines.errors import OptionError, ParityError
 from engines.ort import OrtModel
+from engines.sizing.fit import require_sms
 from engines.sizing.needs import Configuration, step_bytes, weight_bytes
 from export.build import BuildOptions, build, parse_arguments, read_recipe
 from export.check import limits_of, parity
@@ -216,6 +217,17 @@ def test_what_7b_gains_by_hand():
     step = step_bytes(plain, 1024, 0)
     assert step - step_bytes(replace(plain, head="int4"), 1024, 0) == sizes["decoder"] - head["decoder"]
     assert 0 < step - step_bytes(replace(plain, embeddings="int8"), 1024, 0) < 2 * 4096
+
+
+@pytest.mark.parametrize("backend", [TENSORRT, TENSORRT_RTX])
+def test_tensorrt_gathers_no_codes(backend):
+    """Seen with TensorRT-RTX 1.7: "Quantized constant is only allowed before DQ", it says of the table."""
+    c = Configuration(official(), INT4, embeddings="int8", backend=backend)
+    with pytest.raises(OptionError, match=f"embeddings in int8 with {backend}") as caught:
+        require_sms(c, (89,))
+    assert caught.value.fix == "add --embeddings model"
+    assert require_sms(replace(c, embeddings=MODEL, head="int4", vision="int8"), (89,)) == []
+    assert require_sms(replace(c, backend=ONNXRUNTIME), ()) == []
 
 
 def test_a_coded_tower_is_held_to_a_bound_of_its_own():
