@@ -46,11 +46,12 @@ def main() -> None:
     parser.add_argument("--kv-cache", default="model", help="of export/build.py: int8 keeps the cache in 8 bits, too")
     for part in ("head", "embeddings", "vision"):
         parser.add_argument(f"--{part}", default="model", help="of export/build.py")
+    parser.add_argument("--context", default="model", help="of export/build.py: tokens")
     parser.add_argument("--residency", default="all", choices=("all", "shared"), help="of the engine")
     parser.add_argument("--tokens", type=int, default=16, help="of the answer")
     given = parser.parse_args()
     folder = given.folder.resolve()
-    chosen = {name: getattr(given, name) for name in ("kv", "kv_cache", "head", "embeddings", "vision")}
+    chosen = {name: getattr(given, name) for name in ("kv", "kv_cache", "head", "embeddings", "vision", "context")}
     checkpoint, bundle = folder / "7b", folder / "-".join(("7b", given.precision, *chosen.values()))
     rows = []
     if not checkpoint.exists():
