@@ -61,10 +61,10 @@ def decoder_io(g: Geometry) -> tuple[list[TensorSpec], list[TensorSpec]]:
     selecting = len(g.selecting_layers)
     lazy: list[TensorSpec] = []
     if g.lazy_pages:
-        done = "int64", ("batch", *projected_sizes(g))
-        inputs += [*_page_sources(g), TensorSpec("projected", *done)]
+        done: tuple[int | str, ...] = ("batch", *projected_sizes(g))
+        inputs += [*_page_sources(g), TensorSpec("projected", "int64", done)]
         lazy = _pages("present_page_key", g) + _pages("present_page_value", g)
-        lazy.append(TensorSpec("present_projected", *done))
+        lazy.append(TensorSpec("present_projected", "int64", done))
     if g.page_slots is not None:
         lazy.append(TensorSpec("turnover", "int64", ("batch", *turnover_sizes(g))))
     outputs = [

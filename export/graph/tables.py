@@ -2,7 +2,8 @@
 
 Left to itself it makes all of a table float32: embeddings before it reads a row of them (once, to be kept, or with
 float16 in every run), the head's weights whole before a product with them. Here rows are read as they are stored, and
-the head's are made float32 block by block, in memory that one block after the other uses. Neither changes a result.
+the head's are made float32 block by block, in memory that one block after the other uses. Results are the same, but for
+the order of float32 sums in the head (2e-7 in the logits of a model of 118M weights).
 """
 
 from __future__ import annotations
