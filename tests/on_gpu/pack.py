@@ -151,7 +151,7 @@ def write(archive: Path, folder: Path) -> int:
     """Pack `folder`; the size of the archive. BackendError when it is larger than MOST: then there is none."""
     part = archive.with_name(f".{archive.name}.part")
     try:
-        with tarfile.open(part, "w:xz", preset=4) as tar:
+        with tarfile.open(part, "w:xz", preset=6) as tar:
             tar.add(folder, folder.name)
         size = part.stat().st_size
         if size > MOST:
