@@ -103,8 +103,8 @@ def compare_int8_cache(
                     assert np.array_equal(right[row, :, old], past[row, :, old], equal_nan=store != half), store
                 new, wanted = right[row, :, length:end], left[row, :, length:end]
                 if store == half:
-                    # What differs in its last bit may be a tie that is rounded to the other side, by one step: halves of
-                    # a step are common where numbers have few bits, and a GPU divides otherwise. Few numbers: two.
+                    # What differs in its last bit may be a tie that is rounded to the other side, by one step: halves
+                    # of a step are common where numbers have few bits, and a GPU divides otherwise. Of few numbers two.
                     moved = np.abs(new.astype(int) - wanted)
                     assert moved.max() <= 1 and moved.sum() <= max(2, 1e-3 * moved.size), store
                 else:
