@@ -12,6 +12,7 @@ from engines.backend import Opening
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import OptionError
+from engines.sizing.choices import CHOICES as CHOICES_OF_FIT
 from engines.sizing.fit import (
     Assessment,
     Room,
@@ -60,7 +61,8 @@ def report(a: Assessment, model: str, console: Console) -> None:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
         if _limited(c) or c.geometry.lazy_pages:
-            slots = "" if c.geometry.page_slots else "; page slots do: --projection lazy --page-slots K"
+            possible = any(choice.knob == "page_slots" and choice.change(c) for choice in CHOICES_OF_FIT)
+            slots = "; page slots do: --projection lazy --page-slots K" if possible else ""
             _say(console, f"  a page budget and lazy projection save reading and computing, not memory{slots}")
 
 
@@ -75,7 +77,9 @@ def report_fitting(f: Fitting, model: str, console: Console) -> None:
         _say(console, f"build it: the same command without --plan{words}")
         return
     _say(console, f"[red]does not fit[/]: {lacking(f)}")
-    larger = f"add --target {f.larger} --fit" if f.larger else "no larger board known here holds it, either"
+    known = f.assessment.room.name in TARGETS
+    none = "no larger board known here holds it, either" if known else "free memory, or name a board: --target NAME"
+    larger = f"add --target {f.larger} --fit" if f.larger else none
     _say(console, f"  fix: {larger}" + (" (the smallest board that holds it)" if f.larger else ""))
 
 
@@ -84,13 +88,15 @@ def choices_outline(f: Fitting, console: Console) -> None:
     if not f.gains:
         _say(console, "--fit: nothing needs to be chosen")
         return
-    _say(console, "chosen by --fit, all of it needed; what each choice gives beside the others, and costs:")
+    _say(console, "chosen by --fit, all of it needed; what each choice gives beside the others, and what else it does:")
     for gain in f.gains:
         given = [size(gain.request)] if gain.request > 0 else []
         given += [f"{size(gain.builder)} of the builder"] if gain.builder > SEEN and f.assessment.builds_here else []
         rate = SHARE_OF_BANDWIDTH * (gain.faster or 0)
         given += [f"{rate:.1f} tokens/s"] if rate >= 0.05 else []
-        _say(console, f"  {escape(gain.words)}: {', '.join(given)}; costs {escape(str(gain.choice.costs))}")
+        costs = gain.choice.costs
+        told = f"costs {costs}" if isinstance(costs, str) else str(costs)
+        _say(console, f"  {escape(gain.words)}: {', '.join(given)}; {escape(told)}")
     if (residency := f.assessment.configuration.residency) != Opening.residency:
         _say(console, f"run it with --residency {residency}: python -m runtime BUNDLE --residency {residency} ...")
 
@@ -98,7 +104,7 @@ def choices_outline(f: Fitting, console: Console) -> None:
 def lacking(f: Fitting) -> str:
     """What is missing where no configuration fits."""
     a, usable = f.assessment, f.assessment.room.usable
-    missing = [f"a request needs {size(a.total)} at least, {size(a.total - usable)} more than there is"] * (not a.runs)
+    missing = [f"a request needs {size(a.total)}, {size(a.total - usable)} more than there is"] * (not a.runs)
     if not a.builds:
         missing.append(f"the builder needs {size(a.builder)}, {size(a.builder - usable)} more than there is")
     words = changes(f.asked, a.configuration)

@@ -29,21 +29,22 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Quality:
-    """What a choice alone does to the official runs, whose weights are random and the hardest to round: a row of
-    docs/figures.md, Precisions. tokens: equal ones. iou: of the selected pages in the worst layer."""
+    """The official runs of a bundle with a choice and with what else `row` names, whose weights are random and the
+    hardest to round: a row of docs/figures.md, Precisions. tokens: equal ones. iou: of the selected pages in the worst
+    layer."""
 
     row: str
     tokens: str
     iou: str
 
     def __str__(self) -> str:
-        return f"{self.tokens} official tokens, IoU {self.iou} ({self.row})"
+        return f"{self.tokens} official tokens stay, IoU of pages {self.iou} (measured: {self.row})"
 
 
 @dataclass(frozen=True)
 class Choice:
     """A way to need less. knob: the option that makes it, a field of the options of a build, or of the runtime. costs:
-    in quality or time, for people."""
+    what else it does, for people: "costs ..." of time and use, or what was measured of answers."""
 
     knob: str
     change: Change
@@ -170,10 +171,16 @@ def _precision(precision: Precision) -> Change:
     def change(c: Configuration) -> Configuration | None:
         if c.fixed or precision not in c.precision.smaller:
             return None
-        block = c.block if c.block in sizes_of_blocks(precision, c.head, c.vision) else None
-        return _in_blocks(replace(c, precision=precision, block=block))
+        return _in_blocks(in_precision(c, precision, c.block))
 
     return change
+
+
+def in_precision(c: Configuration, precision: Precision, block: int | None) -> Configuration:
+    """`c` in another precision, in these blocks if it has them; a head that is stored as its linear layers stays so."""
+    head = precision.name if c.head == c.precision.name and precision.quantises else c.head
+    sizes = sizes_of_blocks(precision, head, c.vision)
+    return replace(c, precision=precision, block=block if block in sizes else None, head=head)
 
 
 def _apart(kind: str, precision: Precision) -> Change:

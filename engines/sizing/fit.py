@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
-from engines.bundle.tensors import CHOICES, MODEL, sizes_of_blocks
+from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
-from engines.sizing.choices import ROOM, Choice, Held, fits_with, made
+from engines.sizing.choices import ROOM, Choice, Held, fits_with, in_precision, made
 from engines.sizing.machine import look_at
 from engines.sizing.needs import (
     MAPS_WEIGHTS,
@@ -224,7 +224,7 @@ def require_sms(c: Configuration, sms: Sequence[int], again: Again | None = None
         raise OptionError(
             f"precision {p} on {', '.join(f'sm_{sm}' for sm in old)}",
             expected=f"GPUs of SM {least / 10} or newer",
-            fix=fix + _other(c, _in(c, INT8, COLUMN), again),
+            fix=fix + _other(c, in_precision(c, INT8, COLUMN), again),
         )
     if p.e4m3:
         return [
@@ -364,18 +364,11 @@ def _nearest(found: Assessment) -> Assessment | None:
             cache, pages = g.int8_cache or int8_cache, g.int8_pages or int8_pages
             geometry = replace(g, int8_cache=cache, int8_pages=pages)
             for fewer in _fewer_rows(c) if rows else (c,):
-                other = replace(_in(fewer, precision, c.block), geometry=geometry)
+                other = replace(in_precision(fewer, precision, c.block), geometry=geometry)
                 shorter = _largest_context(other, room, wanted) if context else other
                 if shorter is not None and wanted(fitting := measured(shorter, room)):
                     return fitting
     return None
-
-
-def _in(c: Configuration, precision: Precision, block: int | None) -> Configuration:
-    """`c` in another precision, in these blocks if it has them; a head that is stored as its linear layers stays so."""
-    head = precision.name if c.head == c.precision.name and precision.quantises else c.head
-    sizes = sizes_of_blocks(precision, head, c.vision)
-    return replace(c, precision=precision, block=block if block in sizes else None, head=head)
 
 
 def _fewer_rows(c: Configuration) -> Iterator[Configuration]:

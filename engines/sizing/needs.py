@@ -143,9 +143,9 @@ class Configuration:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether the parts that encode an image are closed before there is a cache. With slots others decode
-        meanwhile."""
-        return self.residency == SHARED and self.slots == 1
+        """Whether the parts that encode an image are closed before there is a cache. With several rows, which
+        are slots at run time, others decode meanwhile."""
+        return self.residency == SHARED and self.rows == 1
 
     @property
     def item(self) -> int:

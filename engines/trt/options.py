@@ -155,8 +155,8 @@ def add_arguments(parser: Any) -> None:
         "--layers-per-engine",
         type=int,
         metavar="N",
-        help="build the decoder as engines of N consecutive layers, one after the other: in less memory, and a build "
-        "that is cut short goes on where it was; one engine if not given",
+        help="build the decoder as engines of N consecutive layers, one after the other, in less memory; python -m "
+        "engines.build that is cut short goes on where it was; one engine if not given",
     )
     add("--timing-cache", action=BooleanOptionalAction, default=default.timing_cache, help="reuse kernel timings")
     add("--keep-log", action="store_true", help="keep the builder's log beside the bundle though nothing failed")
