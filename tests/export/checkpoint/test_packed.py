@@ -20,7 +20,7 @@ from engines.bundle.precision import INT4, INT8, Scheme
 from engines.errors import CheckpointError, ConfigError, ExportError, OptionError, ParityError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build, parse_arguments, print_sizes
-from export.check import _stages, parity
+from export.check import _stages, limits_of, parity
 from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.packed import PackedCheckpoint, open_checkpoint
@@ -156,7 +156,8 @@ def test_with_exact_products_the_bundle_is_the_model_of_the_same_floats(built, m
     assert manifest.options["floats"] == [] and parity(bundle, checkpoint)[0].error == 0
     monkeypatch.setattr("engines.ort.model.ACCURACY_LEVEL", 1)  # float32 products
     reference = ReferenceModel(G, Checkpoint.open(exact, exact / "clip"))
-    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(bundle), manifest.geometry, precision)}
+    limits = limits_of(precision, manifest.geometry)
+    stages = {stage.name: stage.error for stage in _stages(reference, OrtModel(bundle), manifest.geometry, limits)}
     rounded = 1e-3 if projection == "lazy" else 1e-4  # k_proj_hd and v_proj_hd are float16 there
     assert stages["selected cells"] == 0 and max(stages.values()) <= rounded, stages
     if projection == "lazy":
