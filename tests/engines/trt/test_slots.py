@@ -331,7 +331,7 @@ def test_with_kernels(driver, bundles, kind):
 
 
 def test_what_a_failed_run_has_written_is_not_taken_for_what_was_there(driver, bundles, monkeypatch):
-    """An engine fails once the one before it has put pages in the places of others; the steps before are asked again."""
+    """An engine fails once the one before it has put pages in the places of others; older steps are asked again."""
     folder = bundles("page-slots", backend="tensorrt-rtx", most=2, plugins=True, layers_per_engine=3)
     model, theirs = TrtModel(Bundle(folder), "tensorrt-rtx"), OrtModel(Bundle(folder))
     it = asked(theirs, 0, 3, 5, steps=3)
@@ -347,7 +347,7 @@ def test_what_a_failed_run_has_written_is_not_taken_for_what_was_there(driver, b
     decoder.run(it.ids[:, :-1])
     for it.at in (0, 1):
         decoder.run(np.array([[it.token]]), it.budget)
-    it.at, before = 2, decoder.length.copy()
+    it.at, before, expected = 2, decoder.length.copy(), it.alone
     with monkeypatch.context() as patch:
         patch.setattr(Context, "enqueue", fail)
         with pytest.raises(BackendError, match="the device is gone"):
@@ -355,7 +355,7 @@ def test_what_a_failed_run_has_written_is_not_taken_for_what_was_there(driver, b
     assert np.array_equal(decoder.length, before)
     assert not image.pages["projected"].numpy(model.stream).any()
     decoder.length -= 2
-    for it.at, wanted in enumerate(it.alone):
+    for it.at, wanted in enumerate(expected):
         found = decoder.run(np.array([[it.token]]), it.budget)
         assert found.token[0] == wanted.token[0] and np.array_equal(found.cells(), wanted.cells())
         assert np.abs(found.logits - wanted.logits).max() <= 2e-4
