@@ -136,18 +136,29 @@ class OrtDecoder:
         desk.budget.update_inplace(np.broadcast_to(np.asarray(page_budget, np.int64), (batch,)).copy())
         ids = np.ascontiguousarray(ids, np.int64)
         self._runs += 1
-        if steps == 1:
-            desk.ids.update_inplace(ids)
-            self._step()
-        else:
-            value = self._part.buffers.of(ids)  # must outlive the run: the binding alone does not keep it
-            self._part.run(self._bind(value))
+        try:
+            if steps == 1:
+                desk.ids.update_inplace(ids)
+                self._step()
+            else:
+                value = self._part.buffers.of(ids)  # must outlive the run: the binding alone does not keep it
+                self._part.run(self._bind(value))
+            if "present_projected" in results:
+                self._inputs["projected"].update_inplace(results["present_projected"].numpy())
+        except BaseException:
+            self._forget_pages()
+            raise
         self.length += steps if lengths is None else lengths
-        if "present_projected" in results:
-            self._inputs["projected"].update_inplace(results["present_projected"].numpy())
         token, pages, page_count = (results[name].numpy().copy() for name in ("token", "pages", "page_count"))
         turnover = results["turnover"].numpy().copy() if "turnover" in results else None
         return Step(self._fetch(), token, pages, page_count, turnover)
+
+    def _forget_pages(self) -> None:
+        """After a run that failed: slots may hold other pages than the image's table says, which is written last. With
+        an empty one all are projected again."""
+        if self._part.geometry.page_slots is not None:
+            table = self._inputs["projected"]
+            table.update_inplace(np.zeros(table.shape(), np.int64))
 
     def _step(self) -> None:
         """Run a single step, whose inputs are there."""

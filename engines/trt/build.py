@@ -128,7 +128,8 @@ def build_engines(
     try:
         with work_folder(there) as temporary:
             parts, files, moves = dict(manifest.parts), dict(manifest.files), []
-            for part, tasks in groupby(tasks_of(bundle, name, options, asked, sms, temporary), lambda task: task.part):
+            all_tasks = [*tasks_of(bundle, name, options, asked, sms, temporary)]  # what cannot be cut is told first
+            for part, tasks in groupby(all_tasks, lambda task: task.part):
                 plans = []
                 for task in tasks:
                     built, digest = _engine(task, name, options, kept, quiet=quiet)

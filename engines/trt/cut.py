@@ -177,7 +177,11 @@ def _back_from(
 
 
 def _index(bounds: list[tuple[int, int]], layer: int) -> int:
-    return next(index for index, (begin, end) in enumerate(bounds) if begin <= layer < end)
+    """The piece that a layer is in."""
+    for index, (begin, end) in enumerate(bounds):
+        if begin <= layer < end:
+            return index
+    raise ValueError(f"layer {layer} of {bounds[-1][1]}")
 
 
 def _spec(graph: _Graph, value: str) -> TensorSpec:

@@ -183,12 +183,16 @@ class TrtDecoder:
                 ("margins", self._image.margins),
             ):
                 desk.inputs.view(name)[:] = value
-            with part.queue.timed():
-                graph = None if single is None else self._recording(single)
-                if graph is None:
-                    self._ask(context, steps)
-                else:
-                    graph.launch(part.queue.stream)
+            try:
+                with part.queue.timed():
+                    graph = None if single is None else self._recording(single)
+                    if graph is None:
+                        self._ask(context, steps)
+                    else:
+                        graph.launch(part.queue.stream)
+            except BaseException:
+                self._forget_pages()
+                raise
             self._runs += single is not None
             self.length += steps if lengths is None else lengths
             told = {name: desk.outputs.view(name).copy() for name in desk.outputs.places}
@@ -199,6 +203,13 @@ class TrtDecoder:
         if capacity > self.capacity:
             raise too_long(capacity, self.capacity)
         return self
+
+    def _forget_pages(self) -> None:
+        """After a run that failed: slots may hold other pages than the image's table says, which is written last. With
+        an empty one all are projected again."""
+        if self._part.geometry.page_slots is not None:
+            self._image.pages["projected"].clear(self._part.queue.stream)
+            self._part.queue.stream.wait()
 
     def _recording(self, context: ChainContext) -> Graph | None:
         """A single step as one launch; None before there is one. The first step goes to TensorRT as it is, which may

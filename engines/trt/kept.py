@@ -86,11 +86,11 @@ class Kept:
             )
 
 
-def key_of(job: Job, version: str, *digests: str | None) -> str:
-    """What an engine is made of, as a name: the job without where things lie, the builder's version, and the digests of
-    graph, weights and kernels."""
+def key_of(job: Job, version: str, gpu: str | None, *digests: str | None) -> str:
+    """What an engine is made of, as a name: the job without where things lie, the builder's version, the name of the
+    GPU whose times it goes by, if there is one, and the digests of graph, weights and kernels."""
     nowhere = replace(job, graph="", weights="", plan="", kernels=None, timing_cache=None, rebuild="")
-    text = json.dumps([asdict(nowhere), version, *digests], sort_keys=True)
+    text = json.dumps([asdict(nowhere), version, gpu, *digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

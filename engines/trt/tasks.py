@@ -14,6 +14,7 @@ from engines.bundle.kinds import PARTS, PLUGIN_FREE, TENSORRT, TENSORRT_RTX, TRA
 from engines.bundle.manifest import Profile
 from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, plan_io
+from engines.cuda import this_gpu
 from engines.sizing.needs import Configuration, builder_bytes, decoder_engines
 from engines.trt import library as trt
 from engines.trt.cut import Piece, cut
@@ -46,6 +47,7 @@ def tasks_of(
     manifest, copied = bundle.manifest, not trt.maps_weights(options.backend)
     again = rebuild(manifest, name, backend=options.backend, engines=asdict(options))
     version = trt.load(options.backend).__version__
+    gpu = this_gpu().name if options.backend == TENSORRT else None  # TensorRT-RTX builds without one
     timing = str(timing_cache(options.backend, sms)) if options.timing_cache else None
     for part in PARTS:
         plugins = options.plugins and part == "decoder"
@@ -78,7 +80,7 @@ def tasks_of(
             digests = sha256(file), weights.sha256, manifest.files[kernels].sha256 if kernels else None
             begin, end = layers or (0, manifest.geometry.layers if part == "decoder" else 0)
             needed = builder_bytes(size, layers=end - begin, copied=copied)
-            yield Task(part, label, layers, needed, job, key_of(job, version, *digests))
+            yield Task(part, label, layers, needed, job, key_of(job, version, gpu, *digests))
 
 
 def _of_piece(folder: Path, piece: Piece, weights: int) -> _Engine:

@@ -178,6 +178,15 @@ def test_kernels_are_compiled_once_each_and_kept_by_set(tmp_path, monkeypatch):
         assert tuple(each.kernel for each in found.compiled) == kernels and found.sms == sms
 
 
+def test_what_is_compiled_beforehand_is_asked_for_without_a_gpu(monkeypatch):
+    """Here of the tests of 8 bits, where comparisons are left out."""
+    run, few = subprocess.run, ["-k", "8_bits and float16 and not bfloat16"]
+    monkeypatch.setattr(subprocess, "run", lambda command, **named: run([*command, *few], **named))
+    found = pack.asked((90,))
+    names = {kernel.name for kernels, sms in found for kernel in kernels if sms == (90,)}
+    assert {"append", "project_pages"} <= names, names
+
+
 def test_what_a_bare_machine_lacks_is_carried(tmp_path):
     """All that the steps import comes with the archive or with the few packages that the machine has; ptxas runs."""
     packages.carry(tmp_path, ".".join(map(str, sys.version_info[:2])))

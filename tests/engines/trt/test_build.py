@@ -179,6 +179,14 @@ def test_engines_of_some_layers_without_plugins(copy):
     Bundle(copy)
 
 
+def test_a_decoder_that_cannot_be_cut_is_told_before_anything_is_built(copy, monkeypatch):
+    graph = copy / Bundle(copy).manifest.parts["decoder"].graphs[TRACED].file
+    graph.write_bytes(graph.read_bytes().replace(b"_key.3", b"_key.7"))
+    monkeypatch.setattr(building, "_engine", lambda task, *given, **named: pytest.fail(f"built {task.label}"))
+    with pytest.raises(BackendError, match=r"cannot be cut between its layers: layer 7 of 5"):
+        build_engines(copy, EngineOptions(TENSORRT_RTX, layers_per_engine=2), quiet=True)
+
+
 def test_a_build_that_dies_goes_on_where_it_was(copy, monkeypatch, caplog):
     """Finished engines are kept, and taken when they are whole and of the same make; then they go."""
     options, run_it, unfinished = EngineOptions(TENSORRT_RTX, layers_per_engine=2), building._run, []

@@ -11,8 +11,11 @@ import pytest
 from engines.bundle.folder import Bundle
 from engines.bundle.specs import plan_io
 from engines.errors import BackendError, BundleError
+from engines.sizing.needs import Configuration
 from engines.trt.chain import _places
 from engines.trt.cut import cut, pieces_of
+from engines.trt.options import EngineOptions
+from engines.trt.tasks import tasks_of
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.conftest import once
@@ -127,10 +130,29 @@ def test_what_is_no_decoder_is_not_cut(plain):
         b"\xff" * 40,
         vision,
         graph.replace(b"hidden.1", b"hidden_1"),
+        graph.replace(b"_key.3", b"_key.7"),  # of 5 layers
     ):
         with pytest.raises(BackendError, match=r"decoder\.onnx cannot be cut") as caught:
             cut(model, "decoder.onnx", g.layers, 2, *io, rebuild="python export/build.py")
         assert caught.value.fix == "python export/build.py"
+
+
+def test_an_engine_is_kept_for_the_gpu_whose_times_it_goes_by(random_model, tmp_path, monkeypatch):
+    """TensorRT times kernels on the GPU it builds on; TensorRT-RTX needs none."""
+    plain = random_model("engine", GEOMETRY, tokenizer=True)[1]
+    bundle = Bundle(plain)
+
+    def keys(backend: str, gpu: str) -> list[str]:
+        driver = Driver()
+        driver.cuDeviceGetName = lambda length, device: (0, gpu.encode().ljust(length, b"\0"))
+        install(driver, monkeypatch)
+        asked = Configuration(bundle.manifest.geometry, bundle.precision)
+        return [each.key for each in tasks_of(bundle, plain, EngineOptions(backend), asked, (86,), tmp_path)]
+
+    first = keys("tensorrt", "one")
+    assert len(set(first)) == 3 and keys("tensorrt", "one") == first
+    assert not set(keys("tensorrt", "other")) & set(first)
+    assert keys("tensorrt-rtx", "one") == keys("tensorrt-rtx", "other")
 
 
 def spoiled(plan: dict, change: str) -> None:

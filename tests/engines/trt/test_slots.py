@@ -19,6 +19,7 @@ from engines.backend import Image, Model, Step
 from engines.bundle.folder import Bundle
 from engines.errors import BackendError
 from engines.ort import OrtModel
+from engines.trt.engine import Context
 from engines.trt.model import TrtModel
 from export.build import BuildOptions, build
 from runtime import Engine
@@ -327,6 +328,37 @@ def test_with_kernels(driver, bundles, kind):
     step(slots, first, replace(first, row=0), within=within)
     if kind.startswith("page-slots"):
         assert sum(each.turnover.sum(axis=(0, 1)) for it in (first, second) for each in it.alone).min() > 0
+
+
+def test_what_a_failed_run_has_written_is_not_taken_for_what_was_there(driver, bundles, monkeypatch):
+    """An engine fails once the one before it has put pages in the places of others; older steps are asked again."""
+    folder = bundles("page-slots", backend="tensorrt-rtx", most=2, plugins=True, layers_per_engine=3)
+    model, theirs = TrtModel(Bundle(folder), "tensorrt-rtx"), OrtModel(Bundle(folder))
+    it = asked(theirs, 0, 3, 5, steps=3)
+    image, last, enqueue = made(model, 0, 5), model._decoder.engine.links[-1], Context.enqueue
+    model._decoder.captures = False  # a step is asked for engine by engine
+
+    def fail(context: Context, stream: object) -> None:
+        if context._part is last:
+            raise BackendError("the device is gone")
+        enqueue(context, stream)
+
+    decoder = model.decoder(image, it.ids.shape[1] + STEPS)
+    decoder.run(it.ids[:, :-1])
+    for it.at in (0, 1):
+        decoder.run(np.array([[it.token]]), it.budget)
+    it.at, before, expected = 2, decoder.length.copy(), it.alone
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "enqueue", fail)
+        with pytest.raises(BackendError, match="the device is gone"):
+            decoder.run(np.array([[it.token]]), it.budget)
+    assert np.array_equal(decoder.length, before)
+    assert not image.pages["projected"].numpy(model.stream).any()
+    decoder.length -= 2
+    for it.at, wanted in enumerate(expected):
+        found = decoder.run(np.array([[it.token]]), it.budget)
+        assert found.token[0] == wanted.token[0] and np.array_equal(found.cells(), wanted.cells())
+        assert np.abs(found.logits - wanted.logits).max() <= 2e-4
 
 
 # Through the public interface, from several threads.

@@ -9,8 +9,9 @@ import pytest
 
 from engines.bundle.folder import Bundle
 from engines.bundle.precision import FP32
-from engines.errors import OptionError
+from engines.errors import BackendError, OptionError
 from engines.ort import OrtModel
+from engines.ort.decoder import OrtDecoder
 from engines.sizing.needs import Configuration, store_bytes
 from export.build import BuildOptions, build
 from runtime import Engine
@@ -115,6 +116,35 @@ def test_a_step_that_selects_more_says_so_and_the_engine_goes_on(in_slots):
     assert stats.pages_evicted > stats.pages_projected_again > 0 == whole.stats.pages_evicted
     assert f"{stats.pages_evicted} evicted, {stats.pages_projected_again} projected again" in str(stats)
     assert engine.generate(None, input_ids=[1, 5, 9], max_new_tokens=3, stop_at_eos=False).stats.pages_evicted == 0
+
+
+def test_what_a_failed_run_has_written_is_not_taken_for_what_was_there(in_slots, monkeypatch):
+    """Pages that it put in the places of others, before what says so was written."""
+    engine, case, step, steps = Engine(in_slots("plain", FEW)), recorded("landscape"), OrtDecoder._step, []
+    options = {"max_new_tokens": 6, "stop_at_eos": False, "page_budget": FEW, "trace": True}
+    first, other = case.golden["input_ids"].tolist(), [1, -200, 5, 7]
+    expected = engine.generate(case.image, input_ids=first, **options)
+
+    def fail(decoder: OrtDecoder) -> None:
+        table = decoder._inputs["projected"].numpy().copy()
+        step(decoder)
+        steps.append(decoder)
+        if len(steps) == 2:
+            assert not np.array_equal(decoder._inputs["projected"].numpy(), table)
+            decoder._inputs["projected"].update_inplace(table)
+            raise BackendError("the device is gone")
+
+    with engine.image(case.image) as view:
+        view.ask(input_ids=first, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(OrtDecoder, "_step", fail)
+            with pytest.raises(BackendError, match="the device is gone"):
+                view.ask(input_ids=other, **options)
+        assert not steps[-1]._inputs["projected"].numpy().any()
+        answer = view.ask(input_ids=first, **options)
+    assert answer.token_ids == expected.token_ids
+    assert np.array_equal(answer.trace.cells, expected.trace.cells)
+    assert np.abs(answer.trace.logits - expected.trace.logits).max() <= 1e-5
 
 
 def test_requests_that_share_steps(in_slots):
