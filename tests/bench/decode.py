@@ -28,10 +28,9 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.bundle.pages import page_size
-from engines.bundle.precision import BLOCK_SIZES
+from engines.bundle.precision import BLOCK_SIZES, SCALE_BYTES
 from engines.ort import OrtModel
 from engines.residency import SHARED
-from engines.sizing.needs import SCALE
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
@@ -141,7 +140,7 @@ def measure(
         seconds = float(np.median(runner.times))
         keys = length + (hires if runner is runners[-1] else 0)
         again = runner.budget > 0 and isinstance(runner.decoder, OfficialDecoder)
-        packed = 0.5 + SCALE / quantised.manifest.block_size if runner is runners[4] else None
+        packed = 0.5 + SCALE_BYTES / quantised.manifest.block_size if runner is runners[4] else None
         price = cost(g, keys, runner.budget * page_size(g), itemsize=4, layer_itemsize=packed, project_again=again)
         rows.append(Row(runner.name, runner.budget, 1000 * seconds, seconds / base, price))
     return g, rows
