@@ -74,9 +74,9 @@ def NewHalves(
 
 
 @script(flex, default_opset=op)
-def Stored(page_key, page_value, halves, where, slot):
-    """The stores with the new `halves`; slot: the dimensions of what a head has in a page."""
-    to_rows = op.Concat(op.Constant(value_ints=[-1]), slot, axis=0)  # [n*Hkv, ...]
+def Stored(page_key, page_value, halves, where):
+    """The stores with the new `halves`."""
+    to_rows = op.Concat(op.Constant(value_ints=[-1]), op.Shape(page_key, start=3), axis=0)  # [n*Hkv, ...]
     keys = op.Reshape(op.Gather(halves, op.Constant(value_int=0), axis=0), to_rows)
     values = op.Reshape(op.Gather(halves, op.Constant(value_int=1), axis=0), to_rows)
     return op.ScatterND(page_key, where, keys), op.ScatterND(page_value, where, values)
@@ -91,10 +91,7 @@ def ProjectPages(
         features, key_weight, value_weight, cos, sin, projected, pages, page_count, page_key,
         kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, cells=cells,
     )  # fmt: skip
-    keep = op.Constant(value_ints=[0])
-    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
-    present_key, present_value = Stored(page_key, page_value, halves, where, op.Concat(size, width, axis=0))
+    present_key, present_value = Stored(page_key, page_value, halves, where)
     return present_key, present_value, present
 
 

@@ -23,12 +23,9 @@ def ProjectPages(
         features, key_weight, value_weight, cos, sin, projected, pages, page_count, page_key_scale,
         kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, cells=cells,
     )  # fmt: skip
-    keep = op.Constant(value_ints=[0])
-    size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-    width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     whole, step = InSteps(halves)
-    present_key, present_value = Stored(page_key, page_value, whole, where, op.Concat(size, width, axis=0))
-    present_key_scale, present_value_scale = Stored(page_key_scale, page_value_scale, step, where, size)
+    present_key, present_value = Stored(page_key, page_value, whole, where)
+    present_key_scale, present_value_scale = Stored(page_key_scale, page_value_scale, step, where)
     return present_key, present_value, present_key_scale, present_value_scale, present
 
 

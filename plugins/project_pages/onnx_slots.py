@@ -34,11 +34,8 @@ def of_floats() -> OnnxFunction:
             features, key_weight, value_weight, cos, sin, projected, pages, page_count, page_key,
             kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, cells=cells,
         )  # fmt: skip
-        keep = op.Constant(value_ints=[0])
-        size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-        width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
         place = InSlots(where, slots)
-        present_key, present_value = Stored(page_key, page_value, halves, place, op.Concat(size, width, axis=0))
+        present_key, present_value = Stored(page_key, page_value, halves, place)
         return present_key, present_value, present
 
     return ProjectPages
@@ -57,13 +54,10 @@ def of_int8() -> OnnxFunction:
             features, key_weight, value_weight, cos, sin, projected, pages, page_count, page_key_scale,
             kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, cells=cells,
         )  # fmt: skip
-        keep = op.Constant(value_ints=[0])
-        size = op.Unsqueeze(op.Constant(value_int=page_size), keep)
-        width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
         whole, step = InSteps(halves)
         place = InSlots(where, slots)
-        present_key, present_value = Stored(page_key, page_value, whole, place, op.Concat(size, width, axis=0))
-        present_key_scale, present_value_scale = Stored(page_key_scale, page_value_scale, step, place, size)
+        present_key, present_value = Stored(page_key, page_value, whole, place)
+        present_key_scale, present_value_scale = Stored(page_key_scale, page_value_scale, step, place)
         return present_key, present_value, present_key_scale, present_value_scale, present
 
     return ProjectPages
