@@ -87,6 +87,11 @@ class Step:
         """The selection as a mask: bool [B, M, pages]."""
         return chosen_pages(self.pages, self.page_count)
 
+    def rows(self, which: slice) -> Step:
+        """What it says of these rows; the logits are fetched with those of all."""
+        turnover = None if self.turnover is None else self.turnover[which]
+        return Step(lambda: self.logits[which], self.token[which], self.pages[which], self.page_count[which], turnover)
+
 
 def chosen_pages(pages: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The selection as a mask: bool [..., pages], from what a Step says: pages best first, and how many are chosen."""

@@ -300,7 +300,7 @@ class Batch:
             step = self._slots.first(rows).run(tokens, budgets)
         self.steps += 1
         for index, seat in by_row.items():
-            self._guarded([seat], partial(self._take, seat, _of_row(step, index)))
+            self._guarded([seat], partial(self._take, seat, step.rows(slice(index, index + 1))))
 
     @contextmanager
     def _timed(self, stage: str, seats: list[_Seat]) -> Iterator[None]:
@@ -330,10 +330,3 @@ class Batch:
                 seat.error = error
                 with self._changing:
                     self._leave(seat)
-
-
-def _of_row(step: Step, row: int) -> Step:
-    """What a step says of one row, as a step of one."""
-    one = slice(row, row + 1)
-    turnover = None if step.turnover is None else step.turnover[one]
-    return Step(lambda: step.logits[one], step.token[one], step.pages[one], step.page_count[one], turnover)

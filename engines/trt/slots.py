@@ -134,9 +134,7 @@ class FirstRows:
             np.zeros(every, np.int64),
         )
         tokens[:rows], budgets[:rows], valid[:rows] = ids, page_budget, steps if lengths is None else lengths
-        step = decoder.run(tokens, budgets, lengths=valid)
-        turnover = None if step.turnover is None else step.turnover[:rows]
-        return Step(lambda: step.logits[:rows], step.token[:rows], step.pages[:rows], step.page_count[:rows], turnover)
+        return decoder.run(tokens, budgets, lengths=valid).rows(slice(rows))
 
     def enlarged(self, capacity: int) -> FirstRows:
         """See Decoder.enlarged: this decoder, whose capacity is the engine's, or an error."""
