@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,25 +13,11 @@ import export.build
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.errors import CheckpointError, ConfigError, OptionError
 from engines.sizing.fit import Room
-from export.build import BuildOptions, SizingRequest, build, parse_arguments, print_sizes
-from export.checkpoint.write_config import write_config
+from export.build import BuildOptions, SizingRequest, build, parse_arguments
 from tests.checkpoints import write_checkpoint
-from tests.geometries import official, tiny
+from tests.export.plans import printed
+from tests.geometries import tiny
 from tests.paths import ROOT
-
-
-@pytest.fixture
-def config_alone(tmp_path) -> Path:
-    """A folder with the config.json of LLaVA-1.5-7B-FlexAttention and nothing else."""
-    write_config(tmp_path, official(), tower="openai/clip-vit-large-patch14-336")
-    return tmp_path
-
-
-def printed(*arguments: object) -> tuple[bool, str]:
-    """Whether it fits, and what --plan prints."""
-    console = Console(file=io.StringIO(), width=200)
-    fits = print_sizes(parse_arguments(["--plan", *map(str, arguments)]), console)
-    return fits, console.file.getvalue()
 
 
 def test_the_command(config_alone):

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -21,22 +20,14 @@ from export.checkpoint.write_config import write_config
 from export.fitting import OPTIONS, fitted, fitting, kept
 from export.options import BuildOptions, SizingRequest
 from tests.checkpoints import write_checkpoint
+from tests.export.plans import printed
 from tests.geometries import official, tiny
 from tests.paths import ROOT
 
 
-@pytest.fixture
-def config_alone(tmp_path) -> Path:
-    """A folder with the config.json of LLaVA-1.5-7B-FlexAttention and nothing else."""
-    write_config(tmp_path, official(), tower="openai/clip-vit-large-patch14-336")
-    return tmp_path
-
-
-def printed(*arguments: object) -> tuple[bool, str]:
+def chosen(*arguments: object) -> tuple[bool, str]:
     """Whether something fits, and what --plan --fit prints."""
-    console = Console(file=io.StringIO(), width=200)
-    fits = print_sizes(parse_arguments(["--plan", "--fit", *map(str, arguments)]), console)
-    return fits, console.file.getvalue()
+    return printed("--fit", *arguments)
 
 
 def test_the_command(config_alone):
@@ -51,19 +42,19 @@ def test_what_was_proposed_fits(config_alone):
     """The words that are printed are those of a plan that fits."""
     for board, batch in (("orin-nano-8", 1), ("orin-nx-16", 4), ("rtx-3090", 4)):
         asked = "--target", board, "--model", config_alone, "--batch", batch
-        fits, text = printed(*asked)
+        fits, text = chosen(*asked)
         (built,) = (line for line in text.splitlines() if line.startswith("build it: "))
         words = built.partition(", or with ")[2].removesuffix(" in place of --fit").split()
         words += ["--residency", "shared"] * ("\nrun it with --residency shared: " in text)
         assert fits and words and print_sizes(parse_arguments(["--plan", *map(str, asked), *words]))
-    assert "has 6.5 GB" in printed("--target", "orin-nano-8", "--model", config_alone)[1]
+    assert "has 6.5 GB" in chosen("--target", "orin-nano-8", "--model", config_alone)[1]
 
 
 def test_what_is_asked_for_is_kept(config_alone):
     asked = "--target", "orin-nx-16", "--model", config_alone
-    fits, text = printed(*asked, "--fp16", "--context", 2048)
+    fits, text = chosen(*asked, "--fp16", "--context", 2048)
     assert not fits and " more than there is" in text and "--int" not in text and "fp16, int8 pages" in text
-    fits, text = printed(*asked, "--int4", "--context", 2048)
+    fits, text = chosen(*asked, "--int4", "--context", 2048)
     assert fits and "nothing needs to be chosen" in text and "without --plan\n" in text
     assert kept(BuildOptions(kv="int8", context=2048, precision="fp16")) >= {"kv", "context", "precision"}
     assert not kept(BuildOptions()) & {choice.knob for choice in CHOICES}
@@ -73,10 +64,10 @@ def test_a_board_that_holds_it_in_no_configuration(tmp_path):
     """What is missing, and the smallest board that does; where there is none, that."""
     write_config(tmp_path, official(layers=80, hidden=8192, heads=64, kv_heads=64, intermediate=28672))
     board = "--model", tmp_path, "--target", "orin-nx-16"
-    fits, text = printed(*board)
+    fits, text = chosen(*board)
     assert not fits and "does not fit: has 14.5 GB: " in text and " more than there is (with " in text
     assert "fix: add --target agx-orin-64 --fit (the smallest board that holds it)" in text
-    fits, text = printed("--model", tmp_path, "--target", "orin-nx-16", "--fp16")
+    fits, text = chosen("--model", tmp_path, "--target", "orin-nx-16", "--fp16")
     assert not fits and "fix: no larger board known here holds it, either" in text
     options = parse_arguments([*map(str, board), "--fit", "--out", str(tmp_path / "out")])
     with pytest.raises(OptionError, match=r"orin-nx-16 has 14\.5 GB: .* more than there is") as caught:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime import Answer
+from runtime import Answer, Engine
 from tests.geometries import tiny
 
 VOCAB = 300  # room for a byte-level tokenizer
@@ -24,3 +24,18 @@ def same(left: Answer, right: Answer) -> bool:
         and np.abs(left.trace.logits - right.trace.logits).max() <= 1e-5
         and np.array_equal(left.trace.cells, right.trace.cells)
     )
+
+
+def answers_alike(ours: Engine, theirs: Engine, **options: object) -> tuple[list[Answer], list[Answer]]:
+    """Ask two backends' engines two questions about one picture, of which the second finds pages that the first has
+    projected, and one without a picture: equal tokens and cells, logits within 2e-4. The answers of each."""
+    found = []
+    for engine in (ours, theirs):
+        with engine.image(PHOTO) as view:
+            questions = [view.ask(question, **options) for question in (QUESTION, "and now?")]
+        found.append([*questions, engine.generate(None, "hello", **options)])
+    for left, right in zip(*found, strict=True):
+        assert left.token_ids == right.token_ids
+        assert np.array_equal(left.trace.cells, right.trace.cells)
+        assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
+    return found[0], found[1]
