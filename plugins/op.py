@@ -35,6 +35,11 @@ def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
+def padded(size: int) -> int:
+    """`size` bytes, rounded up to ALIGNMENT."""
+    return blocks(size, ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One variant of a Triton function: everything a compiler needs, and everything a launcher must pass.

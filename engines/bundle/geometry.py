@@ -98,3 +98,10 @@ class Geometry:
     def reading_layers(self) -> range:
         """Layers that read pages, each those its predecessor selected (official: 9 .. 31)."""
         return range(self.start_layer + 1, self.layers)
+
+
+def pieces_of(layers: int, size: int | None) -> list[tuple[int, int]]:
+    """The first layer of each piece of a decoder, and the one after its last, of `size` layers each but perhaps the
+    last piece; None: one piece."""
+    size = layers if size is None else size
+    return [(begin, min(begin + size, layers)) for begin in range(0, layers, size)]

@@ -148,8 +148,7 @@ def assess(c: Configuration, room: Room) -> Assessment:
     found = measured(c, room)
     if found.fits:
         return found
-    larger = larger_than(room) if room.name in TARGETS else []
-    fitting = next((b.name for b in larger if _fits(c, room_of(b))), None)
+    fitting = next((b.name for b in larger_than(room) if measured(c, room_of(b)).fits), None)
     return replace(found, proposal=_nearest(found) or _by_choices(found), larger=fitting)
 
 
@@ -161,10 +160,6 @@ def choices_for(c: Configuration, room: Room, kept: Collection[str] = ()) -> tup
         return Held(found.lacks, found.total + found.builder * found.builds_here)
 
     return fits_with(c, held, room.serves, kept)
-
-
-def _fits(c: Configuration, room: Room) -> bool:
-    return measured(c, room).fits
 
 
 def _by_choices(found: Assessment) -> Assessment | None:
@@ -181,9 +176,9 @@ def require_served(c: Configuration, room: Room) -> None:
 
 
 def larger_than(room: Room) -> list[Target]:
-    """Targets of the same kind with more memory, the smallest first."""
-    larger = [board for board in TARGETS.values() if board.integrated == room.integrated]
-    return [b for b in sorted(larger, key=lambda b: b.memory) if b.memory > room.memory]
+    """Targets of the same kind as a target with more memory, the smallest first; none for this machine."""
+    alike = [board for board in TARGETS.values() if board.integrated == room.integrated and room.name in TARGETS]
+    return [b for b in sorted(alike, key=lambda b: b.memory) if b.memory > room.memory]
 
 
 def require_boards(c: Configuration, boards: tuple[str, ...], again: Again | None = None) -> list[str]:

@@ -17,7 +17,6 @@ from engines.sizing.fit import (
     room_of,
 )
 from engines.sizing.needs import Configuration
-from engines.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def fit(c: Configuration, room: Room, kept: Collection[str] = ()) -> Fitting:
     choices = choices_for(c, room, kept)
     assessment = measured(made(c, choices), room)
     larger = None
-    if not assessment.fits and room.name in TARGETS:
+    if not assessment.fits:
         rooms = map(room_of, larger_than(room))
         holds = (
             each

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from math import prod
 
 from engines.backend import MAX_SLOTS, Opening
-from engines.bundle.geometry import Geometry
+from engines.bundle.geometry import Geometry, pieces_of
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.pages import page_size
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
@@ -20,7 +20,7 @@ from engines.bundle.tensors import CHOICES, EMBEDDINGS, MODEL, Coding, coding_of
 from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
-from plugins.op import ALIGNMENT
+from plugins.op import padded
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TABLE_ENTRY = 8  # bytes of a number in a table of page slots, which has two for each page
@@ -170,7 +170,7 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
         for _, pieces in sorted(tensors.items()):
             for piece in pieces:
                 end = offset + piece
-                offset = -(-end // ALIGNMENT) * ALIGNMENT
+                offset = padded(end)
         sizes[part] = end
     return sizes
 
@@ -178,17 +178,16 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
 def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
     """Layers, and bytes of weights, of each engine of the decoder: the first has the table of embeddings, too, the last
     what follows the layers."""
-    layers, size = c.geometry.layers, c.layers_per_engine or c.geometry.layers
-    counts = [min(size, layers - begin) for begin in range(0, layers, size)]
-    last, sizes = len(counts) - 1, [0] * len(counts)
+    bounds = pieces_of(c.geometry.layers, c.layers_per_engine)
+    first, last, sizes = bounds[0][1], len(bounds) - 1, [0] * len(bounds)
     for name, pieces in _stored(c)["decoder"].items():
         layer = _LAYER.match(name)
-        users = {int(layer[1]) // size} if layer else {last}
+        users = {int(layer[1]) // first} if layer else {last}
         if name == EMBEDDINGS:
             users = {0, last} if c.geometry.tied_embeddings else {0}
         for index in users:
-            sizes[index] += sum(-(-piece // ALIGNMENT) * ALIGNMENT for piece in pieces)
-    return tuple(zip(counts, sizes, strict=True))
+            sizes[index] += sum(map(padded, pieces))
+    return tuple((end - begin, size) for (begin, end), size in zip(bounds, sizes, strict=True))
 
 
 def handed_bytes(c: Configuration) -> int:

@@ -14,7 +14,8 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Plan
 from engines.bundle.specs import TensorSpec
 from engines.cuda import Buffer, Cuda, Stream
-from engines.trt.engine import Context, PartEngine, nbytes, padded
+from engines.trt.engine import Context, PartEngine, nbytes
+from plugins.op import padded
 
 
 class Chain:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engines.bundle.geometry import pieces_of
 from engines.bundle.specs import TensorSpec
 from engines.errors import BackendError
 from plugins.tensorrt import NAMESPACE
@@ -58,13 +59,6 @@ class _Graph:
     outputs: dict[str, bytes] = field(default_factory=dict)
     values: dict[str, bytes] = field(default_factory=dict)
     sources: dict[str, _Node] = field(default_factory=dict)
-
-
-def pieces_of(layers: int, size: int | None) -> list[tuple[int, int]]:
-    """The first layer of each piece, and the one after its last, of `size` layers each but perhaps the last piece;
-    None: one piece."""
-    size = layers if size is None else size
-    return [(begin, min(begin + size, layers)) for begin in range(0, layers, size)]
 
 
 def cut(

@@ -19,8 +19,9 @@ from engines.bundle.specs import cache_inputs, in_place, page_inputs, projected_
 from engines.cuda import Buffer, Cuda, Graph, Shared
 from engines.errors import BackendError
 from engines.trt.chain import Chain, ChainContext
-from engines.trt.engine import DeviceArray, allocate, padded
+from engines.trt.engine import DeviceArray, allocate
 from engines.trt.queue import Queue
+from plugins.op import padded
 
 logger = logging.getLogger(__name__)
 

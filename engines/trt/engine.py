@@ -20,7 +20,7 @@ from engines.trt.library import deserialise
 from engines.trt.options import RTX_SMS, command, recorded
 from plugins.artifacts import Artifacts, with_command
 from plugins.compiler.ptxas import SMS
-from plugins.op import ALIGNMENT, ITEMSIZE
+from plugins.op import ITEMSIZE, padded
 from plugins.tensorrt import take_error
 
 
@@ -115,11 +115,6 @@ class DeviceArray:
 def nbytes(shape: Iterable[int], dtype: str) -> int:
     """Bytes of a tensor."""
     return int(np.prod(tuple(shape))) * ITEMSIZE[dtype]
-
-
-def padded(size: int) -> int:
-    """`size` bytes, rounded up to ALIGNMENT."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def allocate(

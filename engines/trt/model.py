@@ -19,9 +19,10 @@ from engines.residency import IMAGE_PARTS, SHARED, ImageParts
 from engines.trt import library as tensorrt
 from engines.trt.chain import Chain
 from engines.trt.decoder import DecoderPart, Desk, TrtDecoder, less_memory, too_long
-from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, clear, padded, plans_of
+from engines.trt.engine import Context, DeviceArray, PartEngine, allocate, clear, plans_of
 from engines.trt.queue import Queue
 from engines.trt.slots import TrtSlots
+from plugins.op import padded
 from plugins.tensorrt import register
 
 T = TypeVar("T")

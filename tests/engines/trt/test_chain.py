@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engines.bundle.folder import Bundle
+from engines.bundle.geometry import pieces_of
 from engines.bundle.specs import plan_io
 from engines.errors import BackendError, BundleError
 from engines.sizing.needs import Configuration
 from engines.trt.chain import _places
-from engines.trt.cut import cut, pieces_of
+from engines.trt.cut import cut
 from engines.trt.options import EngineOptions
 from engines.trt.tasks import tasks_of
 from export.build import BuildOptions, build
@@ -22,7 +22,7 @@ from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
 from tests.engines.manifests import edit
-from tests.runtime.questions import GEOMETRY, OPTIONS, PHOTO, QUESTION, same
+from tests.runtime.questions import GEOMETRY, OPTIONS, PHOTO, QUESTION, answers_alike, same
 
 
 @pytest.fixture(scope="module", params=["eager", "lazy-int8"])
@@ -74,16 +74,7 @@ def test_a_chain_answers_as_onnxruntime_does(chained, monkeypatch):
     driver = Driver()
     install(driver, monkeypatch)
     folder, options = chained(2), {"max_new_tokens": 3, "trace": True, "stop_at_eos": False}
-    ours, theirs = Engine(folder), Engine(folder, backend="onnxruntime")
-    answers = []
-    for engine in (ours, theirs):
-        with engine.image(PHOTO) as view:  # the second question finds pages the first has projected
-            questions = [view.ask(question, **options) for question in (QUESTION, "and now?")]
-        answers.append([*questions, engine.generate(None, "hello", **options)])
-    for left, right in zip(*answers, strict=True):
-        assert left.token_ids == right.token_ids
-        assert np.array_equal(left.trace.cells, right.trace.cells)
-        assert np.abs(left.trace.logits - right.trace.logits).max() <= 2e-4
+    answers_alike(Engine(folder), Engine(folder, backend="onnxruntime"), **options)
     assert driver.counts["cuGraphInstantiate"] == 2  # a step is one graph, however many engines
 
 
