@@ -113,7 +113,7 @@ def run(schedule: Schedule, out: Path, baseline: Path, device: str = "cpu", kept
         begun, name = time.perf_counter(), "decoder" if reads else "lowres_only"
         student, log[name] = train_decoder(
             seen, steps, whitening=whitening, directions=directions(tower), validation=held_out, reads=reads,
-            seed=schedule.seed, workers=0 if device == "cpu" else 12,
+            seed=schedule.seed, workers=1 if device == "cpu" else 12,
         )  # fmt: skip
         log[f"{name}_seconds"] = round(time.perf_counter() - begun)
         write_checkpoint(folder, official_names(tower.state_dict(), student.state_dict()))

@@ -75,10 +75,8 @@ def pack(
     *,
     wording: str = "train",
     talking: float | None = None,
-    crop: bool = True,
 ) -> Batch:
-    """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES.
-    `crop`: to the longest of them, else all batches are LENGTH + 1 and READS long."""
+    """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES."""
     rows = []
     for things, size in scenes:
         own: list[dict[str, np.ndarray]] = []
@@ -96,8 +94,6 @@ def pack(
     stacked = {
         field.name: np.array([[row[field.name] for row in own] for own in rows], np.int64) for field in fields(Batch)
     }
-    if not crop:
-        return Batch(**{name: torch.from_numpy(values) for name, values in stacked.items()})
     reads = int((stacked["answer"] >= 0).sum(-1).max())
     length = int(stacked["where"].max()) + 2  # one more than is used: what lies behind an answer's end goes there
     for name in ("where", "answer", "parts", "goals", "words", "named"):
@@ -204,8 +200,8 @@ def _answers(
 class Lessons(Dataset[tuple[list[int], Batch]]):
     """Step i -> which scenes, and conversations about them. The same whoever asks, in any order."""
 
-    def __init__(self, scenes: list[Described], steps: int, per_step: tuple[int, int], seed: int, crop: bool) -> None:
-        self.scenes, self.steps, self.per_step, self.seed, self.crop = scenes, steps, per_step, seed, crop
+    def __init__(self, scenes: list[Described], steps: int, per_step: tuple[int, int], seed: int) -> None:
+        self.scenes, self.steps, self.per_step, self.seed = scenes, steps, per_step, seed
 
     def __len__(self) -> int:
         return self.steps
@@ -215,7 +211,7 @@ class Lessons(Dataset[tuple[list[int], Batch]]):
         chosen = rng.integers(len(self.scenes), size=self.per_step[0]).tolist()
         talking = TALKING if rng.random() < TALK else 0.0
         scenes = [self.scenes[index] for index in chosen]
-        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking, crop=self.crop)
+        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking)
 
     def ahead(self, workers: int) -> Iterator[tuple[list[int], Batch]]:
         """All steps in order, made by other processes while training runs."""

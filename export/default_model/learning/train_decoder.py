@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.default_model.learning import aids
-from export.default_model.learning.bfloat16 import Bfloat16, Recorded
-from export.default_model.learning.packing import Batch, Described, Lessons, pack, prefix_ids
+from export.default_model.learning.bfloat16 import Bfloat16
+from export.default_model.learning.packing import Described, Lessons, pack, prefix_ids
 from export.default_model.learning.student import MODES, Student, Whitening, run
 from export.default_model.model import GEOMETRY
 from export.default_model.questions import KINDS, build_tokenizer
@@ -59,31 +59,23 @@ def train(
     shares = [SHARES[mode] for mode in MODES] if reads else [1, 0, 0, 0]
     wanted = tuple(aids.WEIGHTS) if reads else aids.LOWRES_AIDS
     started, recent = time.perf_counter(), []
-    names: list[str] = []
 
-    def step(index: Tensor, modes: Tensor, threshold: Tensor, gap: Tensor, fade: Tensor, *arrays: Tensor) -> Tensor:
-        batch = Batch(*arrays)
-        inputs = features.of(index, torch.bfloat16)
+    lessons = Lessons(features.scenes, steps, (SCENES, QUESTIONS), seed)
+    for number, (chosen, packed) in enumerate(lessons.ahead(workers)):
+        batch = packed.to(device)
+        modes = torch.from_numpy(rng.choice(len(MODES), size=batch.where.shape, p=shares)).to(device)
+        gap = int(rng.integers(0, 200)) if rng.random() < GAP else 0
+        threshold = int(rng.integers(56, 150))
+        inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
         answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)
+        fade = 1.0 if number < FADE * steps else 0.5
         trainer.update(answer + fade * sum(aids.WEIGHTS[name] * losses[name] for name in wanted))
-        names[:] = ["answer", *losses, "pages"]
-        return torch.stack([answer.detach(), *(loss.detach() for loss in losses.values()), pages.detach()])
-
-    on_gpu = features.low.is_cuda
-    ask = Recorded(step) if on_gpu else step
-    lessons = Lessons(features.scenes, steps, (SCENES, QUESTIONS), seed, crop=not on_gpu)
-    for number, (chosen, batch) in enumerate(lessons.ahead(workers)):
-        modes = torch.from_numpy(rng.choice(len(MODES), size=batch.where.shape, p=shares))
-        gap = int(rng.integers(0, 200)) if rng.random() < GAP else 0
-        scalars = int(rng.integers(56, 150)), gap, 1.0 if number < FADE * steps else 0.5
-        arrays = [getattr(batch, field.name) for field in fields(batch)]
-        inputs = [torch.tensor(chosen), modes, *(torch.tensor(value) for value in scalars), *arrays]
-        recent.append(ask(*(each.to(device) for each in inputs)).clone())
-        trainer.advance()
+        recent.append(torch.stack([answer.detach(), *(loss.detach() for loss in losses.values()), pages.detach()]))
         if (number + 1) % log == 0 or number + 1 == steps:
             means = torch.stack(recent).mean(0).tolist()
             recent = []
+            names = "answer", *losses, "pages"
             text = " ".join(f"{name} {value:.3f}" for name, value in zip(names, means, strict=True))
             found = check(student, validation, mode=1 if reads else 0)
             text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())

@@ -112,7 +112,6 @@ def train(
             SIZE * features.float().pow(2).mean() + _loss(tower, x[:SHEETS], wanted) + _loss(tower, x[SHEETS:], asked)
         )
         trainer.update(loss)
-        trainer.advance()
         if (step + 1) % log == 0 or step + 1 == steps:
             found = evaluate(tower, validation)
             shown = " ".join(f"{name} {value:.4f}" for name, value in found.items())
