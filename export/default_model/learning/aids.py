@@ -18,21 +18,24 @@ G = GEOMETRY
 # `map`: selecting layers look at what the token is about; `read`: page attention at the digit; `words`, `joined`: a
 # head of layer 1 at the words that name it, `found`: a head at the thing where its name ends; `asked`, `placed`,
 # `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side
-# the second thing lies, how many there are; `spread`: maps stay narrow.
+# the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are;
+# `holds`, `larger`: whether the side is the one asked for, the first number the larger one; `spread`: maps stay narrow.
 WEIGHTS = {
     "map": 0.15, "read": 0.15, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
-    "seated": 0.15, "apart": 0.15, "tally": 0.15, "spread": 0.3,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "holds": 0.15, "larger": 0.15, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
-WORDS, SEATED, ASKED, FOUND, PLACED, TALLY, APART = 1, 1, G.start_layer, (2, 3), 4, 5, 6  # layers
-FINDER = 3  # the head of FOUND
+WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
+PLACED, TALLY, APART, HOLDS, LARGER = 4, 5, 5, 6, 6
+FINDER, COUNTING = 3, 2  # the heads of FOUND and COUNTER
+REST = 3  # things that the first token of all counts for: of n things each has a share of 1 / (n + REST)
 
 
 def probes(width: int) -> nn.ModuleDict:
     """One linear map per question a probe asks."""
     sizes = {
         "colour": len(COLOURS), "shape": len(SHAPES), "row": G.grid, "column": G.grid, "there": 2,
-        "own_row": G.grid, "own_column": G.grid, "right": 2, "below": 2, "count": 10,
+        "own_row": G.grid, "own_column": G.grid, "right": 2, "below": 2, "count": 10, "holds": 2, "larger": 2,
     }  # fmt: skip
     return nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
@@ -79,6 +82,10 @@ class Losses:
             here = at(batch.ends[..., 1:])
             ask("apart", "right", here, batch.apart[..., 0])
             ask("apart", "below", here, batch.apart[..., 1])
+        if layer == HOLDS:
+            ask("holds", "holds", at(batch.ends[..., 1:]), batch.holds)
+        if layer == LARGER:
+            ask("larger", "larger", at(batch.where.gather(2, batch.compared[..., None])), batch.larger)
 
     def attention(self, layer: int, weights: Tensor, span: int, begin: int) -> None:
         """Ordinary attention [S, Q, H, L, span + L]; image token 0 is key `begin`."""
@@ -101,6 +108,17 @@ class Losses:
             key = torch.where(batch.places == ABSENT, 0, begin + batch.places)
             found = mass(FINDER, batch.ends, key)
             self.parts["found"].append(_mean(-(found + 1e-5).log(), batch.ends >= 0))
+
+        if layer == COUNTER:
+            index = batch.counted[..., None]
+            row = weights[:, :, COUNTING].gather(
+                2, batch.where.gather(2, index)[..., None].expand(-1, -1, -1, weights.shape[-1])
+            )[:, :, 0]  # [S, Q, keys]
+            goals = batch.goals.gather(2, index[..., None].expand(-1, -1, -1, batch.goals.shape[-1]))[:, :, 0]
+            each = -(row.gather(-1, begin + goals.clamp(min=0)) + 1e-5).log() * (goals >= 0)
+            rest = -(row[..., 0] + 1e-5).log()
+            many = (goals >= 0).sum(-1)
+            self.parts["counter"].append(_mean((each.sum(-1) + REST * rest) / (many + REST), batch.count >= 0))
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
         """Weights of hi-res keys [S, H, Q * R, 1296], pages in view [S, Q, R, 81]."""

@@ -52,6 +52,9 @@ class Batch:
     apart: Tensor  # [S, Q, 2]: whether the second thing is right of, below the first one
     count: Tensor  # [S, Q]: what is counted
     counted: Tensor  # [S, Q]: index into R of the token that says it
+    holds: Tensor  # [S, Q]: whether the second thing lies where it is asked for: 0, 1
+    larger: Tensor  # [S, Q]: whether the first of two numbers to compare is the larger one: 0, 1
+    compared: Tensor  # [S, Q]: index into R of the token behind the second number
     kind: Tensor  # [S, Q]: of the question, index into KINDS
 
     def to(self, device: str) -> Batch:
@@ -115,6 +118,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         "parts": np.full((READS, PARTS), -1), "goals": np.full((READS, GOALS), -1), "words": np.full((READS, 2), -1),
         "named": np.full((READS, 2), -1), "ends": np.full(MENTIONS, -1), "joined": np.full(MENTIONS, -1),
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
+        "holds": np.array(-1), "larger": np.array(-1), "compared": np.array(0),
         "kind": np.array(KINDS.index(question.kind)),
     }  # fmt: skip
     row["ids"][: len(asked.ids) + len(answer) - 1] = [*asked.ids, *answer[:-1]]
@@ -157,6 +161,8 @@ def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thin
         for axis in (0, 1):
             if abs(second[axis] - first[axis]) > 30:
                 row["apart"][axis] = second[axis] > first[axis]
+    if question.kind == "side":
+        row["holds"] = np.array(question.answer.startswith("yes"))
 
 
 def _answers(
@@ -181,6 +187,9 @@ def _answers(
         row["goals"][token, : len(low)] = low
         if thing in by_thing:
             about(token, by_thing[thing])
+    if question.kind == "compare":
+        first, second = (int(things[thing].number) for thing in dict.fromkeys(thing for _, thing, _ in question.reads))
+        row["larger"], row["compared"] = np.array(first > second), np.array(max(read))
     goals = list(dict.fromkeys(_token_of(things[index]) for index in question.about))[:GOALS]
     first = 0
     if question.kind == "count":
