@@ -161,8 +161,8 @@ def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
         target = label.long().flatten()
         target = torch.where(target == NOTHING, -100, target)
         logits = tower.heads[name](x).float().flatten(0, 1)
-        if name == "digit":  # most patches hold none: there the place says so, too
-            weight = torch.where(target == 10, 0.3, 1.0) * (target >= 0)
+        if name in ("digit", "place"):  # most patches hold none
+            weight = torch.where(target == NONE.get(name, CLASSES[name] - 1), 0.3, 1.0) * (target >= 0)
             each = F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=0.02)
             total = total + 2 * (each * weight).sum() / weight.sum().clamp(min=1)
         else:
