@@ -121,7 +121,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
     recipe = read_recipe(request.options)
-    asked = recipe.configuration(request.batch, request.slots, request.residency)
+    asked = recipe.configuration(request.batch, request.slots)
     if recipe.engines:
         require_sms(asked, recipe.engines.sms)  # what it warns of is said when they are built
     console, name = console or Console(quiet=True), recipe.model.resolve().name
@@ -195,6 +195,7 @@ def _write(
             dropped=checkpoint.dropped,
             scales=SCALES if calibration else None,
             block_size=recipe.coding.linear.block if recipe.coding.linear else None,
+            residency=recipe.residency,
         )
     )
 

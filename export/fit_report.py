@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engines.backend import Opening
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.tensors import CHOICES, MODEL
 from engines.errors import OptionError
@@ -72,8 +69,8 @@ def report_fitting(f: Fitting, model: str, console: Console) -> None:
     if f.assessment.fits:
         _fits(f.assessment, console)
         choices_outline(f, console)
-        built = replace(f.assessment.configuration, residency=f.asked.residency)
-        words = f", or with {escape(words)} in place of --fit" if (words := changes(f.asked, built)) else ""
+        words = changes(f.asked, f.assessment.configuration)
+        words = f", or with {escape(words)} in place of --fit" if words else ""
         _say(console, f"build it: the same command without --plan{words}")
         return
     _say(console, f"[red]does not fit[/]: {lacking(f)}")
@@ -97,8 +94,6 @@ def choices_outline(f: Fitting, console: Console) -> None:
         costs = gain.choice.costs
         told = f"costs {costs}" if isinstance(costs, str) else str(costs)
         _say(console, f"  {escape(gain.words)}: {', '.join(given)}; {escape(told)}")
-    if (residency := f.assessment.configuration.residency) != Opening.residency:
-        _say(console, f"run it with --residency {residency}: python -m runtime BUNDLE --residency {residency} ...")
 
 
 def lacking(f: Fitting) -> str:
@@ -147,7 +142,7 @@ def _title(c: Configuration, model: str, place: str) -> str:
     kept = ", int8 pages" if c.geometry.int8_pages else ""
     kept += ", int8 cache" if c.geometry.int8_cache else ""
     kept += "".join(f", {kind} {getattr(c, kind)}" for kind in CHOICES if getattr(c, kind) != MODEL)
-    kept += f", residency {c.residency}" if c.residency != Opening.residency else ""
+    kept += f", residency {c.residency}" if c.residency != Configuration.residency else ""
     kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
     return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
 

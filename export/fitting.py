@@ -23,7 +23,7 @@ def _apart(kind: str, c: Configuration) -> dict[str, object]:
 # What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
 OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "layers_per_engine": lambda c: {"layers_per_engine": c.layers_per_engine},
-    "residency": lambda c: {},  # of the runtime
+    "residency": lambda c: {"residency": c.residency},
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
     "page_slots": lambda c: {"projection": "lazy", "page_slots": c.geometry.page_slots},

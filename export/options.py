@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
+from engines.bundle.manifest import Manifest
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
 from engines.bundle.tensors import CHOICES, MODEL, can_be_coded, sizes_of_blocks
 from engines.checks import is_integer, require_integer
@@ -62,6 +63,7 @@ class BuildOptions:
     kv: str = "model"  # of hi-res pages
     kv_cache: str = "model"  # of ordinary tokens
     backend: str = ONNXRUNTIME
+    residency: str = Manifest.residency  # that the bundle opens with, unless it is told otherwise
     check: str = "parity"
     engines: EngineOptions | None = None  # of TensorRT; None: their defaults
     fit: bool = False  # what is left at its default is chosen so that it fits the board, or this machine
@@ -74,6 +76,7 @@ class BuildOptions:
             ("kv", KV),
             ("kv_cache", KV),
             ("backend", BACKENDS),
+            ("residency", RESIDENCIES),
             ("check", CHECKS),
         ):
             if getattr(self, knob) not in known:
@@ -131,13 +134,12 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class SizingRequest:
-    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots,
-    residency: of engines.backend.Opening, when the bundle runs."""
+    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots: of
+    engines.backend.Opening, when the bundle runs."""
 
     options: BuildOptions = field(default_factory=BuildOptions)
     batch: int = 1
     slots: int = Opening.slots
-    residency: str = Opening.residency
 
 
 def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | SizingRequest:
@@ -218,8 +220,9 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     add(
         "--residency",
         choices=RESIDENCIES,
-        default=SizingRequest.residency,
-        help="with --plan, for what encodes images (an option of the runtime): all = always, shared = while it does",
+        default=default.residency,
+        help="how the bundle opens when whoever runs it does not say: what encodes images is in memory all = always, "
+        "shared = while it does",
     )
     add(
         "--check",
@@ -229,18 +232,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     add_arguments(parser.add_argument_group("TensorRT engines"))
     given = vars(parser.parse_args(arguments))
-    sizing, batch, slots, residency = given.pop("plan"), given["batch"], given.pop("slots"), given.pop("residency")
+    sizing, batch, slots = given.pop("plan"), given["batch"], given.pop("slots")
     if slots != SizingRequest.slots and not sizing:
         raise OptionError(
             f"--slots {slots} without --plan",
             expected="--slots where memory is asked about: slots are opened when a bundle runs",
             fix=f"leave it out; engines of TensorRT have {slots} slots when they are built with --batch {slots}",
-        )
-    if residency != SizingRequest.residency and not sizing:
-        raise OptionError(
-            f"--residency {residency} without --plan",
-            expected="--residency where memory is asked about: it is chosen when a bundle runs",
-            fix=f"leave it out, and add --residency {residency} to python -m runtime",
         )
     named = given["target"]
     if named is not None:
@@ -252,7 +249,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         given["batch"] = EngineOptions.batch  # of a build there it would be an error
     engines = options_of(given, backend)
     options = BuildOptions(**given, engines=engines)
-    return SizingRequest(options, batch, slots, residency) if sizing else options
+    return SizingRequest(options, batch, slots) if sizing else options
 
 
 def _sizes(precision: Precision) -> str:

@@ -30,7 +30,8 @@ class Recipe:
 
     config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. coding: which weights
     are stored in codes, and how. calibrate: data to choose scales and clips by. page_budget: pages a layer may read
-    at most. engines: the TensorRT engines to build, None for ONNX Runtime. check: one of CHECKS.
+    at most. engines: the TensorRT engines to build, None for ONNX Runtime. residency: one of RESIDENCIES, that the
+    bundle opens with. check: one of CHECKS.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Recipe:
     page_budget: int
     backend: str
     engines: EngineOptions | None
+    residency: str
     check: str
 
     @property
@@ -56,14 +58,9 @@ class Recipe:
             return self
         return replace(self, coding=replace(self.coding, floats=floats_of(checkpoint, self.config)))
 
-    def configuration(
-        self,
-        batch: int | None = None,
-        slots: int = Configuration.slots,
-        residency: str = Configuration.residency,
-    ) -> Configuration:
+    def configuration(self, batch: int | None = None, slots: int = Configuration.slots) -> Configuration:
         """What sizing asks about; `batch`: rows of a request, those of the engines when not given; `slots`: requests
-        that share decode steps; `residency`: of the runtime."""
+        that share decode steps."""
         engines, coding = self.engines, self.coding
         rows = engines.batch if engines else 1
         return Configuration(
@@ -81,7 +78,7 @@ class Recipe:
             floats=coding.floats,
             fixed=self.config.packing is not None,
             layers_per_engine=engines.layers_per_engine if engines else None,
-            residency=residency,
+            residency=self.residency,
         )
 
     def record(self, calibration: dict[str, object] | None) -> dict[str, object]:
@@ -103,6 +100,7 @@ class Recipe:
             "kv": "int8" if g.int8_pages else "model",
             "kv_cache": "int8" if g.int8_cache else "model",
             "backend": self.backend,
+            "residency": self.residency,
             "check": self.check,
             "floats": list(coding.floats),
             "not_obeyed": list(self.config.unknown),
@@ -140,6 +138,7 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
         page_budget=g.pages if options.page_budget is None else options.page_budget,
         backend=options.backend,
         engines=None if options.backend == ONNXRUNTIME else options.engines or EngineOptions(options.backend),
+        residency=options.residency,
         check=options.check,
     )
 

@@ -52,7 +52,7 @@ def rebuild(
 
     backend, engines: others than those of its build; `engines` are fields of engines.trt.options.EngineOptions.
     changes: of the knobs precision (its name), block_size, context, page_slots, kv and kv_cache ("int8"), head, vision
-    and embeddings (names of precisions, or MODEL).
+    and embeddings (names of precisions, or MODEL), residency.
     """
     used, g = manifest.options, manifest.geometry
     backend = backend or (str(used["backend"]) if used.get("backend") in BACKENDS else manifest.backend)
@@ -62,6 +62,7 @@ def rebuild(
     knobs |= {
         "context": g.context,
         "page_slots": g.page_slots,
+        "residency": manifest.residency,
         **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()},
     } | changes
     size, precision = knobs["block_size"], PRECISIONS[str(knobs["precision"])]
@@ -79,6 +80,7 @@ def rebuild(
     words += ["--projection lazy"] if g.lazy_pages or is_integer(knobs["page_slots"]) else []
     words += ["--page-slots", str(knobs["page_slots"])] if is_integer(knobs["page_slots"]) else []
     words += [f"--{knob.replace('_', '-')} int8" for knob in kept if knobs[knob] == "int8"]
+    words += [f"--residency {knobs['residency']}"] if knobs["residency"] != Manifest.residency else []
     words += [f"--check {used['check']}"] if used.get("check") in ("weights", "none") else []
     if backend != ONNXRUNTIME:
         record = used.get(backend) if engines is None else engines

@@ -43,7 +43,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to need less. knob: the option that makes it, a field of the options of a build, or of the runtime. costs:
+    """A way to need less. knob: the option that makes it, a field of the options of a build, or of its engines. costs:
     what else it does, for people: "costs ..." of time and use, or what was measured of answers."""
 
     knob: str

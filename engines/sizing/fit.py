@@ -310,15 +310,11 @@ def changes(old: Configuration, new: Configuration) -> str:
 
 def _other(old: Configuration, new: Configuration, again: Again | None) -> str:
     """How to get `new` instead of `old`."""
-    running = [f"run it with --residency {new.residency}, and ask --plan so"] if new.residency != old.residency else []
-    new = replace(new, residency=old.residency)  # no option of a build
     if again:
-        return " and ".join([f"build the bundle again: {again(new)}", *running])
+        return f"build the bundle again: {again(new)}"
     gone = [f"--{old.precision}"] if new.precision != old.precision else []  # the command line takes one of them
     gone += ["--block-size"] if old.block is not None and new.block is None else []
-    words = changes(old, new)
-    adding = [f"add {words}" + (f" (in place of {' and '.join(gone)})" if gone else "")] if words else []
-    return " and ".join([*adding, *running])
+    return f"add {changes(old, new)}" + (f" (in place of {' and '.join(gone)})" if gone else "")
 
 
 def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:

@@ -14,6 +14,7 @@ from math import prod
 from engines.backend import MAX_SLOTS, Opening
 from engines.bundle.geometry import Geometry, pieces_of
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
+from engines.bundle.manifest import Manifest
 from engines.bundle.pages import page_size
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
 from engines.bundle.tensors import CHOICES, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
@@ -64,7 +65,7 @@ class Configuration:
     others of their kind are. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
     page. fixed: the checkpoint comes quantised, in no other precision. layers_per_engine: of the decoder's layers those
-    that TensorRT builds an engine of, None = all. residency: see engines.backend.Opening.
+    that TensorRT builds an engine of, None = all. residency: that the bundle opens with, see engines.backend.Opening.
     """
 
     geometry: Geometry
@@ -81,7 +82,7 @@ class Configuration:
     floats: tuple[str, ...] = ()
     fixed: bool = False
     layers_per_engine: int | None = None
-    residency: str = Opening.residency
+    residency: str = Manifest.residency
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:

@@ -199,6 +199,7 @@ def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
         plugins=options.plugins,
         floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
         layers_per_engine=options.layers_per_engine,
+        residency=manifest.residency,
     )
 
 
@@ -217,6 +218,7 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         page_slots=other.geometry.page_slots,
         kv="int8" if other.geometry.int8_pages else "model",
         kv_cache="int8" if other.geometry.int8_cache else "model",
+        residency=other.residency,
         **{kind: getattr(other, kind) for kind in CHOICES},
     )
 

@@ -45,7 +45,6 @@ def test_what_was_proposed_fits(config_alone):
         fits, text = chosen(*asked)
         (built,) = (line for line in text.splitlines() if line.startswith("build it: "))
         words = built.partition(", or with ")[2].removesuffix(" in place of --fit").split()
-        words += ["--residency", "shared"] * ("\nrun it with --residency shared: " in text)
         assert fits and words and print_sizes(parse_arguments(["--plan", *map(str, asked), *words]))
     assert "has 6.5 GB" in chosen("--target", "orin-nano-8", "--model", config_alone)[1]
 
@@ -116,6 +115,7 @@ def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
     assert chosen != replace(options, fit=False) and not chosen.fit
     knobs = {name: getattr(chosen, name) for gain in found.gains for name in OPTIONS[gain.choice.knob](found.asked)}
     assert knobs and {name: manifest.options[name] for name in knobs} == knobs
+    assert chosen.residency == manifest.residency == "shared"  # it opens as it fits
     assert manifest.geometry.int8_pages == (chosen.kv == "int8")
     assert manifest.geometry.int8_cache == (chosen.kv_cache == "int8")
     assert manifest.backend == ONNXRUNTIME and "fit" not in manifest.options
