@@ -119,7 +119,7 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
     table.add_column(justify="right")
     table.add_column()
     for need in a.needs:
-        table.add_row(need.name, size(need.bytes), need.how)
+        table.add_row(need.name, size(need.bytes) if need.bytes else "none", need.how)
     reserved = f", {size(room.memory)} less {size(room.reserved)} for the system" if room.reserved else ""
     table.add_row("[bold]request[/]", f"[bold]{size(a.total)}[/]", f"has {size(room.usable)}{reserved}")
     if c.backend != ONNXRUNTIME:

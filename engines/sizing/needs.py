@@ -255,13 +255,14 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
     cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
+    projecting = " with the projection of pages" if g.lazy_pages else ""  # of the decoder, which is named last
     stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} slots of {g.pages} pages"
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need(
             "weights",
             sum(held.values()),
-            _list({part: weights[part] for part in held}) + (", and copies" if ort else ""),
+            _list({part: weights[part] for part in held}) + projecting + (", and copies" if ort else ""),
         ),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
         Need("hi-res pages", store_bytes(c), f"{whose} x {stored} in {len(g.reading_layers)} layers{kept}"),
@@ -280,8 +281,9 @@ def _opened(c: Configuration, held: dict[str, int], scratch: dict[str, int]) -> 
     for part in store:
         own = scratch[part] if ort else scratch[part] + SCRATCH if scratch[part] > scratch["decoder"] else 0
         taken[part] = held[part] + own
-    largest = max(taken[part] + store[part] for part in store)
-    return Need("image parts", max(0, largest - later), f"one after the other, before the cache: {_list(taken)}")
+    beyond = max(0, max(taken[part] + store[part] for part in store) - later)
+    within = "" if beyond else ", in whose memory they fit"
+    return Need("image parts", beyond, f"one after the other, before the cache{within}: {_list(taken)}")
 
 
 def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
@@ -380,4 +382,5 @@ def _token_bytes(c: Configuration, int8: bool) -> int:
 
 
 def _list(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
+    """Of what takes something: the pages of lazy bundles have no weights of their own."""
+    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items() if count)
