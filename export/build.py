@@ -28,7 +28,7 @@ from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
-from export.check import parity, require_memory, why_no_second_opinion
+from export.check import parity, require_memory, stored_of, why_no_second_opinion
 from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.model_folder import require_model_folder
@@ -247,7 +247,7 @@ def _check(recipe: Recipe, bundle: Bundle, checkpoint: Checkpoint, console: Cons
     if recipe.check == "parity":
         with console.status("parity check"):
             stages = parity(bundle, checkpoint)
-        console.print(parity_table(stages, recipe.precision))
+        console.print(parity_table(stages, stored_of(bundle)))
         if missing := why_no_second_opinion(checkpoint):
             console.print(f"[yellow]not compared with transformers' own models[/]: {missing}", soft_wrap=True)
     elif recipe.check == "weights":

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
-from engines.bundle.tensors import CHOICES, MODEL
+from engines.bundle.tensors import CHOICES, stored_as
 from engines.errors import OptionError
 from engines.sizing.choices import CHOICES as CHOICES_OF_FIT
 from engines.sizing.fit import (
@@ -139,12 +139,10 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
 
 def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
-    kept = ", int8 pages" if c.geometry.int8_pages else ""
-    kept += ", int8 cache" if c.geometry.int8_cache else ""
-    kept += "".join(f", {kind} {getattr(c, kind)}" for kind in CHOICES if getattr(c, kind) != MODEL)
-    kept += f", residency {c.residency}" if c.residency != Configuration.residency else ""
+    stored = stored_as(c.precision, c.geometry, {kind: getattr(c, kind) for kind in CHOICES})
+    kept = f", residency {c.residency}" if c.residency != Configuration.residency else ""
     kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
-    return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
+    return f"{model}, {stored}{kept}, {c.backend}{page_budget}, on {place}"
 
 
 def _limited(c: Configuration) -> bool:

@@ -4,7 +4,7 @@ geometry and the choices of a build alone."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from engines.bundle.geometry import Geometry
@@ -171,6 +171,13 @@ class Coding:
         if self.linear and (len(self.linear.precision.block_sizes) > 1 or not beside):
             return self.linear.block
         return beside[0].block if beside else None
+
+
+def stored_as(precision: Precision, g: Geometry, apart: Mapping[str, str]) -> str:
+    """How a bundle stores what it does, for people: "int4, int8 pages, head int8". `apart`: names of precisions, or
+    MODEL, by the keys of CHOICES."""
+    words = [str(precision), *["int8 pages"] * g.int8_pages, *["int8 cache"] * g.int8_cache]
+    return ", ".join(words + [f"{kind} {apart[kind]}" for kind in CHOICES if apart[kind] != MODEL])
 
 
 def can_be_coded(knob: str, precision: Precision) -> bool:

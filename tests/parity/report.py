@@ -74,6 +74,8 @@ APART = [
     *(Row(INT4.name, 16, head=head) for head in CHOICES["head"] if head != MODEL),
     *(Row(INT4.name, 16, calibrated, head=INT8.name, **EVERYTHING) for calibrated in (False, True)),
 ]
+# All at once that --fit may choose for an engine of TensorRT, which has no embeddings in codes.
+WHOLE = Row(INT4.name, 16, kv=INT8.name, kv_cache=INT8.name, head=INT8.name, vision=INT8.name)
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (
@@ -240,7 +242,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
-    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, ROWS + APART)))
+    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, [*ROWS, *APART, WHOLE])))
 
 
 if __name__ == "__main__":
