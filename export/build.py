@@ -68,12 +68,13 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started, versions = perf_counter(), _versions()
-    settled = read_recipe(options)
+    config = read_settings(options.model)
+    settled = settle(options, config)
     if options.fit:
         found = fitting(options, settled, settled.configuration())
         options = fitted(options, found)
         choices_outline(found, console)
-        settled = read_recipe(options)
+        settled = settle(options, config)
     for warning in _warnings(settled):
         console.print(warning, soft_wrap=True, markup=False, style="yellow")
     recipe, tokenizer, checkpoint = read_model(settled)
@@ -103,8 +104,13 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
 
 def read_recipe(options: BuildOptions) -> Recipe:
     """What is to be built, as far as settings tell. Raises CheckpointError, ConfigError, OptionError."""
-    require_model_folder(options.model)
-    return settle(options, read_config(options.model))
+    return settle(options, read_settings(options.model))
+
+
+def read_settings(model: Path) -> ModelConfig:
+    """What a checkpoint's configuration says, and nothing else of it. Raises CheckpointError, ConfigError."""
+    require_model_folder(model)
+    return read_config(model)
 
 
 def read_model(settled: Recipe) -> tuple[Recipe, CheckpointTokenizer | None, Checkpoint]:
