@@ -14,7 +14,7 @@ from engines.backend import Image
 from engines.bundle.folder import Bundle
 from engines.bundle.geometry import Geometry
 from engines.bundle.precision import BF16, FP8, FP16, FP32, INT4, INT8, Precision
-from engines.bundle.rebuild import choices_of
+from engines.bundle.rebuild import apart_of
 from engines.bundle.tensors import Coding, expected_tensors, in_vision, stored_as
 from engines.errors import OptionError, ParityError
 from engines.memory import available_bytes
@@ -73,7 +73,7 @@ THROUGH_CODED_VISION = 7e-2
 
 def stored_of(bundle: Bundle) -> str:
     """How a bundle stores what it does, for people: what it is held to follows from it."""
-    return stored_as(bundle.precision, bundle.manifest.geometry, choices_of(bundle.manifest))
+    return stored_as(bundle.precision, bundle.manifest.geometry, apart_of(bundle.manifest))
 
 
 def limits_of(precision: Precision, g: Geometry, coded_vision: bool = False) -> Limits:

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
-from engines.bundle.tensors import CHOICES, stored_as
+from engines.bundle.tensors import APART, stored_as
 from engines.errors import OptionError
-from engines.sizing.choices import CHOICES as CHOICES_OF_FIT
+from engines.sizing.choices import CHOICES
 from engines.sizing.fit import (
     Assessment,
     Room,
@@ -58,7 +58,7 @@ def report(a: Assessment, model: str, console: Console) -> None:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
         if _limited(c) or c.geometry.lazy_pages:
-            possible = any(choice.knob == "page_slots" and choice.change(c) for choice in CHOICES_OF_FIT)
+            possible = any(choice.knob == "page_slots" and choice.change(c) for choice in CHOICES)
             slots = "; page slots do: --projection lazy --page-slots K" if possible else ""
             _say(console, f"  a page budget and lazy projection save reading and computing, not memory{slots}")
 
@@ -139,7 +139,7 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
 
 def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
-    stored = stored_as(c.precision, c.geometry, {kind: getattr(c, kind) for kind in CHOICES})
+    stored = stored_as(c.precision, c.geometry, {kind: getattr(c, kind) for kind in APART})
     kept = f", residency {c.residency}" if c.residency != Configuration.residency else ""
     kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
     return f"{model}, {stored}{kept}, {c.backend}{page_budget}, on {place}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 
-from engines.bundle.tensors import CHOICES
+from engines.bundle.tensors import APART
 from engines.errors import OptionError
 from engines.sizing.fitting import Fitting, fit
 from engines.sizing.needs import Configuration
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "page_slots": lambda c: {"projection": "lazy", "page_slots": c.geometry.page_slots},
     "context": lambda c: {"context": c.geometry.context},
     "precision": lambda c: {"precision": c.precision.name},
-    **{kind: partial(_apart, kind) for kind in CHOICES},
+    **{kind: partial(_apart, kind) for kind in APART},
 }
 OF_ENGINES = ("layers_per_engine",)  # of these, fields of EngineOptions
 

@@ -10,7 +10,7 @@ from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
 from engines.bundle.manifest import Manifest
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
-from engines.bundle.tensors import CHOICES, MODEL, can_be_coded, sizes_of_blocks
+from engines.bundle.tensors import APART, MODEL, can_be_coded, sizes_of_blocks
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES
@@ -33,7 +33,7 @@ KV = {  # of hi-res pages, and of the cache of ordinary tokens
     "model": "in the dtype of activations",
     "int8": "in 8 bits, with a scale for each head of each token: half of float16, a quarter of float32",
 }
-APART = {  # the help of CHOICES
+HELP_OF_APART = {  # by the options of APART
     "head": "lm_head: in the dtype of activations, in 8 bits with a scale for each token, or in 4 bits in blocks; "
     "of as many bits as the linear layers, in their blocks",
     "vision": "linear layers of vision tower and projector: in the dtype of activations, in 8 bits with a scale for "
@@ -52,7 +52,7 @@ class BuildOptions:
     precision: str | None = None  # a key of PRECISIONS; None: DEFAULT, or that of the integers of a packed checkpoint
     block_size: int | None = None  # int8, int4, fp8: weights that share a scale, or COLUMN; None: default, or packed
     quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too, as the linear layers are
-    head: str = MODEL  # lm_head: one of CHOICES["head"]
+    head: str = MODEL  # lm_head: one of APART["head"]
     vision: str = MODEL  # linear layers of the vision tower and the projector
     embeddings: str = MODEL
     calibrate: Path | None = None  # int8 and int4 alone: data to choose scales and clips by; None: round to nearest
@@ -71,7 +71,7 @@ class BuildOptions:
     def __post_init__(self) -> None:
         precision = DEFAULT if self.precision is None else precision_named(self.precision)
         for knob, known in (
-            *CHOICES.items(),
+            *APART.items(),
             ("projection", PROJECTIONS),
             ("kv", KV),
             ("kv_cache", KV),
@@ -102,7 +102,7 @@ class BuildOptions:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
         if self.quantize_head and self.head != MODEL:
             raise OptionError(f"quantize_head with head {self.head!r}", fix="leave out one of them")
-        for knob in CHOICES:
+        for knob in APART:
             value, takes = getattr(self, knob), [each for each in PRECISIONS.values() if can_be_coded(knob, each)]
             if value != MODEL and precision not in takes:
                 raise OptionError(
@@ -168,8 +168,8 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     text = f"with --{', --'.join(map(str, QUANTISING))}: lm_head as the linear layers"
     add("--quantize-head", action="store_true", help=text)
-    for knob, what in APART.items():
-        add(f"--{knob}", choices=CHOICES[knob], default=getattr(default, knob), help=what)
+    for knob, what in HELP_OF_APART.items():
+        add(f"--{knob}", choices=APART[knob], default=getattr(default, knob), help=what)
     add(
         "--calibrate",
         type=Path,

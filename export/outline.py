@@ -12,7 +12,7 @@ from rich.table import Table
 
 from engines.bundle.kinds import TRACED, kinds
 from engines.bundle.precision import COLUMN, Scheme
-from engines.bundle.tensors import CHOICES
+from engines.bundle.tensors import APART
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
 from export.checkpoint.config import ModelConfig
@@ -84,7 +84,7 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
         )
     beside = [
         f"{kind} in {scheme.precision}, {layout_name(scheme)}"
-        for kind in CHOICES
+        for kind in APART
         if (scheme := getattr(coding, kind)) and scheme != coding.linear
     ]
     if beside:

@@ -10,7 +10,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.pages import equally_long
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
-from engines.bundle.tensors import CHOICES, Coding, coding_of
+from engines.bundle.tensors import APART, Coding, coding_of
 from engines.errors import OptionError
 from engines.sizing.needs import Configuration
 from engines.trt.options import EngineOptions
@@ -67,9 +67,9 @@ class Recipe:
             self.geometry,
             self.precision,
             block=coding.block,
-            head=coding.choice("head"),
-            vision=coding.choice("vision"),
-            embeddings=coding.choice("embeddings"),
+            head=coding.option("head"),
+            vision=coding.option("vision"),
+            embeddings=coding.option("embeddings"),
             batch=rows if batch is None else batch,
             slots=slots,
             page_budget=self.page_budget,
@@ -91,7 +91,7 @@ class Recipe:
             "precision": self.precision.name,
             "block_size": coding.block,
             "quantize_head": coding.head is not None and coding.head == coding.linear,
-            **{kind: coding.choice(kind) for kind in CHOICES},
+            **{kind: coding.option(kind) for kind in APART},
             "calibrate": self.calibrate.resolve().name if self.calibrate else None,
             "page_budget": self.page_budget,
             "context": g.context,

@@ -17,7 +17,7 @@ from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
 from engines.bundle.manifest import Manifest
 from engines.bundle.pages import page_size
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
-from engines.bundle.tensors import CHOICES, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
+from engines.bundle.tensors import APART, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
@@ -89,9 +89,9 @@ class Configuration:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS)}")
         if self.residency not in RESIDENCIES:
             raise OptionError(f"residency {self.residency!r}", expected=f"one of {', '.join(RESIDENCIES)}")
-        for kind in CHOICES:
+        for kind in APART:
             if (named := getattr(self, kind)) != MODEL and named not in PRECISIONS:
-                raise OptionError(f"{kind} {named!r}", expected=f"one of {', '.join(CHOICES[kind])}")
+                raise OptionError(f"{kind} {named!r}", expected=f"one of {', '.join(APART[kind])}")
         sizes = sizes_of_blocks(self.precision, self.head, self.vision)
         if self.block is not None and self.block not in sizes:
             raise OptionError(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from engines.bundle.precision import COLUMN
-from engines.bundle.tensors import CHOICES, fitting_blocks, quantised_tensors
+from engines.bundle.tensors import APART, fitting_blocks, quantised_tensors
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from tests.conftest import once
 from tests.parity import gates
-from tests.parity.report import APART, ROWS, WHOLE, Replay, Row, official_cases, overlap, replay, table
+from tests.parity.report import ROWS, ROWS_APART, WHOLE, Replay, Row, official_cases, overlap, replay, table
 from tests.paths import OFFICIAL
 
 AT_ONCE = "a cell flips in the first step of each run"
@@ -84,7 +84,7 @@ def require(found: Replay, bound: Bound) -> None:
 @pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row.label)
 def test_what_a_row_costs(row, shared):
     out = shared / f"report-{row.label.replace(', ', '-').replace(' ', '-')}"
-    apart = {kind: getattr(row, kind) for kind in CHOICES}
+    apart = {kind: getattr(row, kind) for kind in APART}
     apart |= {"kv": row.kv, "kv_cache": row.kv_cache}
     options = BuildOptions(OFFICIAL / "weights", out, row.precision, row.block, **apart, check="none")
     found = replay(once(options.out, lambda _: build(options)), official_cases())
@@ -93,13 +93,13 @@ def test_what_a_row_costs(row, shared):
 
 
 def test_every_row_has_a_bound_or_a_reason():
-    for row in (*ROWS, *APART, WHOLE):
+    for row in (*ROWS, *ROWS_APART, WHOLE):
         bound = BOUNDS.get(row) or REPLAYED.get(row)
         if bound is None:
             assert why_unbounded(row), row.label
         else:
             assert all(np.isfinite(each) for each in astuple(bound) if not isinstance(each, str)), row.label
-    assert {*BOUNDS, *REPLAYED} <= {*ROWS, *APART, WHOLE}
+    assert {*BOUNDS, *REPLAYED} <= {*ROWS, *ROWS_APART, WHOLE}
 
 
 @pytest.mark.parametrize(
