@@ -168,21 +168,23 @@ def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
-    slots = options.page_slots
-    if slots is not None and not 1 <= slots <= g.pages:
+    page_slots = options.page_slots
+    if page_slots is not None and not 1 <= page_slots <= g.pages:
         raise OptionError(
-            f"--page-slots {slots}",
+            f"--page-slots {page_slots}",
             expected=f"1 .. {g.pages}, this model's pages",
-            fix=f"--page-slots {min(max(slots, 1), g.pages)}",
+            fix=f"--page-slots {min(max(page_slots, 1), g.pages)}",
         )
-    if slots is not None and not equally_long(g):
+    if page_slots is not None and not equally_long(g):
         raise OptionError(
             f"--page-slots for a model of {g.hires_side} hi-res tokens a side in {g.cells} cells",
-            expected="pages that are all equally long, so that each can take another's slot",
+            expected="pages that are all equally long, so that each can take another's page slot",
             fix="leave out --page-slots: every page then has a place of its own",
         )
     int8_pages, int8_cache = options.kv == "int8", options.kv_cache == "int8"
-    return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache, page_slots=slots)
+    return replace(
+        g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache, page_slots=page_slots
+    )
 
 
 def _coding(precision: Precision, block: int | None, head: str, options: BuildOptions) -> Coding:

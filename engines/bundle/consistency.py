@@ -125,7 +125,7 @@ def contradictions_of(g: Geometry) -> Iterator[str]:
         ("page_slots without lazy_pages", "both", g.page_slots is None or g.lazy_pages),
         (
             f"page_slots with {g.hires_side} hi-res tokens a side in {g.cells} cells",
-            "a divisor of them, as slots have pages of one length",
+            "a divisor of them, as page slots hold pages of one length",
             g.page_slots is None or equally_long(g),
         ),
     ):

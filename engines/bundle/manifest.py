@@ -89,7 +89,7 @@ def is_template(text: str) -> bool:
 
 def is_turn_template(text: str) -> bool:
     """Whether the text between two questions holds "{answer}" and then "{prompt}", each once, and no "<image>"."""
-    found = [text.count(slot) for slot in ("{answer}", "{prompt}", "<image>")]
+    found = [text.count(field) for field in ("{answer}", "{prompt}", "<image>")]
     return found == [1, 1, 0] and text.index("{answer}") < text.index("{prompt}")
 
 

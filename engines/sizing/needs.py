@@ -256,7 +256,7 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
     cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
     projecting = " with the projection of pages" if g.lazy_pages else ""  # of the decoder, which is named last
-    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} slots of {g.pages} pages"
+    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} page slots for {g.pages} pages"
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need(
