@@ -18,7 +18,7 @@ import numpy as np
 from engines.bundle.geometry import Geometry
 from engines.checks import require_integer, shown
 from engines.errors import BackendError
-from engines.residency import ALL, RESIDENCIES
+from engines.residency import RESIDENCIES
 
 Array = TypeVar("Array")
 MAX_SLOTS, MAX_CHUNK = 256, 1 << 20
@@ -33,7 +33,8 @@ class Opening:
     core this process may use. slots: requests that share decode steps; 1 = each has steps of its own. prefill_chunk:
     tokens of a prompt between two steps that others wait for, with several slots. residency: "all", the parts that
     encode images stay in memory; "shared", each is opened for an image, one after the other, and closed before the
-    image's question is decoded: a new image costs opening them again, and what follows has their memory.
+    image's question is decoded: a new image costs opening them again, and what follows has their memory; None = what
+    the bundle was built for.
     """
 
     backend: str | None = None
@@ -41,15 +42,15 @@ class Opening:
     threads: int | None = None
     slots: int = 1
     prefill_chunk: int = 256
-    residency: str = ALL
+    residency: str | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("slots", MAX_SLOTS), ("prefill_chunk", MAX_CHUNK)):
             value = getattr(self, name)
             checked = require_integer(value, f"{name}={shown(value)}", 1, most, error=BackendError)
             object.__setattr__(self, name, checked)
-        if self.residency not in RESIDENCIES:
-            raise BackendError(f"residency={shown(self.residency)}", expected=f"one of {list(RESIDENCIES)}")
+        if self.residency is not None and self.residency not in RESIDENCIES:
+            raise BackendError(f"residency={shown(self.residency)}", expected=f"one of {list(RESIDENCIES)}, or None")
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,10 +62,15 @@ def require_integer(
     bound).
 
     found: what the message says of the value, such as "batch 0". none: None is allowed, and means this ("every core").
+    The fix is the nearest integer there is, or None where that is allowed.
     """
     if value is None and none is not None:
         return None
     if is_integer(value) and (low is None or value >= low) and (high is None or value <= high):
         return int(value)
     bounds = "" if low is None else f" of at least {low}" if high is None else f", {low} .. {high}"
-    raise error(found, expected=f"an integer{bounds}" + (f", or None for {none}" if none else ""))
+    nearest = low if is_integer(value) and low is not None and value < low else high if is_integer(value) else None
+    ways = [f"use {nearest}"] if nearest is not None else []
+    ways += [f"leave it out: {none}"] if none else []
+    expected = f"an integer{bounds}" + (f", or None for {none}" if none else "")
+    raise error(found, expected=expected, fix=", or ".join(ways) or None)

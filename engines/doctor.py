@@ -103,7 +103,7 @@ def check(path: Path, expect: str | None) -> str:
     lines = [
         f"digest  {bundle.digest}",
         f"bundle  {path}: {manifest.precision}, {len(manifest.files)} files of {size(size_of)}, unchanged",
-        f"opens   with {manifest.backend}; engines: {', '.join(engines) or 'none'}",
+        f"opens   with {manifest.backend}, residency {manifest.residency}; engines: {', '.join(engines) or 'none'}",
     ]
     return "\n".join(lines + ["expect  the digest is the one expected"] * (expect is not None))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines.backend import Model, Opening
 from engines.bundle.folder import Bundle
@@ -21,8 +21,9 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, default=Opening.backend, help="None = what the bundle was built for")
     add("--device", choices=DEVICES, default=Opening.device, help="None = cpu for onnxruntime, cuda for TensorRT")
     add("--threads", type=int, default=Opening.threads, help="of one operator; None = every core")
-    shared = "of what encodes images: all = always in memory, shared = while one is encoded, opened for each"
-    add("--residency", choices=RESIDENCIES, default=Opening.residency, help=shared)
+    kept = "of what encodes images: all = always in memory, shared = while one is encoded, opened for each"
+    kept += "; None = what the bundle was built for"
+    add("--residency", choices=RESIDENCIES, default=Opening.residency, help=kept)
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of each file")
     add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
 
@@ -41,21 +42,30 @@ def opening_options(given: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(given, name) for name in names if hasattr(given, name)}
 
 
-def chosen(bundle: Bundle, opening: Opening) -> tuple[str, str]:
-    """(backend, device) that a bundle is opened with, what `opening` leaves open decided. Raises BackendError for a
-    backend that there is not, and for a device that it does not know."""
+class Chosen(NamedTuple):
+    """What `Opening` leaves open, decided for one bundle."""
+
+    backend: str
+    device: str
+    residency: str
+
+
+def chosen(bundle: Bundle, opening: Opening) -> Chosen:
+    """What a bundle is opened with: as `opening` says, else as the bundle does. Raises BackendError for a backend that
+    there is not, and for a device that it does not know."""
+    residency = bundle.manifest.residency if opening.residency is None else opening.residency
     backend = bundle.manifest.backend if opening.backend is None else opening.backend
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}", expected=f"one of {list(BACKENDS)}")
     if backend == ONNXRUNTIME:
-        return backend, "cpu" if opening.device is None else opening.device
+        return Chosen(backend, "cpu" if opening.device is None else opening.device, residency)
     if opening.device not in (None, "cuda"):  # TensorRT, in both its kinds
         raise BackendError(
             f"device {opening.device!r} with the backend {backend}",
             expected="'cuda'",
             fix="leave the device out, or open the bundle with backend='onnxruntime'",
         )
-    return backend, "cuda"
+    return Chosen(backend, "cuda", residency)
 
 
 def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
@@ -63,15 +73,15 @@ def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
 
     Raises BackendError, and BundleError when it was not built for this. Only what the backend needs is imported.
     """
-    backend, device = chosen(bundle, opening)
+    backend, device, residency = chosen(bundle, opening)
     if backend == ONNXRUNTIME:
         from engines.ort import OrtModel
 
-        return OrtModel(bundle, device=device, threads=opening.threads, residency=opening.residency)
+        return OrtModel(bundle, device=device, threads=opening.threads, residency=residency)
     if opening.threads is not None:
         raise BackendError(
             f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"
         )
     from engines.trt.model import TrtModel
 
-    return TrtModel(bundle, backend, residency=opening.residency)
+    return TrtModel(bundle, backend, residency=residency)

@@ -28,7 +28,7 @@ from engines.progress import print_log
 from engines.sizing.fit import assess, require_boards, require_sms
 from engines.trt.build import attributes, build_engines, elsewhere
 from engines.trt.options import command as engines_command
-from export.check import parity, require_memory, why_no_second_opinion
+from export.check import parity, require_memory, stored_of, why_no_second_opinion
 from export.checkpoint.config import ModelConfig, read_config
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.model_folder import require_model_folder
@@ -68,12 +68,13 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
     """
     console = console or Console(quiet=True)
     started, versions = perf_counter(), _versions()
-    settled = read_recipe(options)
+    config = read_settings(options.model)
+    settled = settle(options, config)
     if options.fit:
         found = fitting(options, settled, settled.configuration())
         options = fitted(options, found)
         choices_outline(found, console)
-        settled = read_recipe(options)
+        settled = settle(options, config)
     for warning in _warnings(settled):
         console.print(warning, soft_wrap=True, markup=False, style="yellow")
     recipe, tokenizer, checkpoint = read_model(settled)
@@ -103,8 +104,13 @@ def build(options: BuildOptions, console: Console | None = None) -> Bundle:
 
 def read_recipe(options: BuildOptions) -> Recipe:
     """What is to be built, as far as settings tell. Raises CheckpointError, ConfigError, OptionError."""
-    require_model_folder(options.model)
-    return settle(options, read_config(options.model))
+    return settle(options, read_settings(options.model))
+
+
+def read_settings(model: Path) -> ModelConfig:
+    """What a checkpoint's configuration says, and nothing else of it. Raises CheckpointError, ConfigError."""
+    require_model_folder(model)
+    return read_config(model)
 
 
 def read_model(settled: Recipe) -> tuple[Recipe, CheckpointTokenizer | None, Checkpoint]:
@@ -121,7 +127,7 @@ def print_sizes(request: SizingRequest, console: Console | None = None) -> bool:
     Raises a FlexError: ConfigError, OptionError, or BackendError when the memory to fit into cannot be told.
     """
     recipe = read_recipe(request.options)
-    asked = recipe.configuration(request.batch, request.slots, request.residency)
+    asked = recipe.configuration(request.batch, request.slots)
     if recipe.engines:
         require_sms(asked, recipe.engines.sms)  # what it warns of is said when they are built
     console, name = console or Console(quiet=True), recipe.model.resolve().name
@@ -195,6 +201,7 @@ def _write(
             dropped=checkpoint.dropped,
             scales=SCALES if calibration else None,
             block_size=recipe.coding.linear.block if recipe.coding.linear else None,
+            residency=recipe.residency,
         )
     )
 
@@ -246,7 +253,7 @@ def _check(recipe: Recipe, bundle: Bundle, checkpoint: Checkpoint, console: Cons
     if recipe.check == "parity":
         with console.status("parity check"):
             stages = parity(bundle, checkpoint)
-        console.print(parity_table(stages, recipe.precision))
+        console.print(parity_table(stages, stored_of(bundle)))
         if missing := why_no_second_opinion(checkpoint):
             console.print(f"[yellow]not compared with transformers' own models[/]: {missing}", soft_wrap=True)
     elif recipe.check == "weights":

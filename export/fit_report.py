@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engines.backend import Opening
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
-from engines.bundle.tensors import CHOICES, MODEL
+from engines.bundle.tensors import APART, stored_as
 from engines.errors import OptionError
-from engines.sizing.choices import CHOICES as CHOICES_OF_FIT
+from engines.sizing.choices import CHOICES
 from engines.sizing.fit import (
     Assessment,
     Room,
@@ -61,7 +58,7 @@ def report(a: Assessment, model: str, console: Console) -> None:
         _say(console, f"[red]does not fit[/]: {verdict(a)}")
         _say(console, f"  fix: {advice(a)}")
         if _limited(c) or c.geometry.lazy_pages:
-            possible = any(choice.knob == "page_slots" and choice.change(c) for choice in CHOICES_OF_FIT)
+            possible = any(choice.knob == "page_slots" and choice.change(c) for choice in CHOICES)
             slots = "; page slots do: --projection lazy --page-slots K" if possible else ""
             _say(console, f"  a page budget and lazy projection save reading and computing, not memory{slots}")
 
@@ -72,8 +69,8 @@ def report_fitting(f: Fitting, model: str, console: Console) -> None:
     if f.assessment.fits:
         _fits(f.assessment, console)
         choices_outline(f, console)
-        built = replace(f.assessment.configuration, residency=f.asked.residency)
-        words = f", or with {escape(words)} in place of --fit" if (words := changes(f.asked, built)) else ""
+        words = changes(f.asked, f.assessment.configuration)
+        words = f", or with {escape(words)} in place of --fit" if words else ""
         _say(console, f"build it: the same command without --plan{words}")
         return
     _say(console, f"[red]does not fit[/]: {lacking(f)}")
@@ -97,8 +94,6 @@ def choices_outline(f: Fitting, console: Console) -> None:
         costs = gain.choice.costs
         told = f"costs {costs}" if isinstance(costs, str) else str(costs)
         _say(console, f"  {escape(gain.words)}: {', '.join(given)}; {escape(told)}")
-    if (residency := f.assessment.configuration.residency) != Opening.residency:
-        _say(console, f"run it with --residency {residency}: python -m runtime BUNDLE --residency {residency} ...")
 
 
 def lacking(f: Fitting) -> str:
@@ -124,7 +119,7 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
     table.add_column(justify="right")
     table.add_column()
     for need in a.needs:
-        table.add_row(need.name, size(need.bytes), need.how)
+        table.add_row(need.name, size(need.bytes) if need.bytes else "none", need.how)
     reserved = f", {size(room.memory)} less {size(room.reserved)} for the system" if room.reserved else ""
     table.add_row("[bold]request[/]", f"[bold]{size(a.total)}[/]", f"has {size(room.usable)}{reserved}")
     if c.backend != ONNXRUNTIME:
@@ -144,12 +139,10 @@ def _sizes(a: Assessment, model: str, console: Console) -> None:
 
 def _title(c: Configuration, model: str, place: str) -> str:
     page_budget = f", page budget {c.page_budget}" if _limited(c) else ""
-    kept = ", int8 pages" if c.geometry.int8_pages else ""
-    kept += ", int8 cache" if c.geometry.int8_cache else ""
-    kept += "".join(f", {kind} {getattr(c, kind)}" for kind in CHOICES if getattr(c, kind) != MODEL)
-    kept += f", residency {c.residency}" if c.residency != Opening.residency else ""
+    stored = stored_as(c.precision, c.geometry, {kind: getattr(c, kind) for kind in APART})
+    kept = f", residency {c.residency}" if c.residency != Configuration.residency else ""
     kept += f", {c.geometry.page_slots} page slots" if c.geometry.page_slots is not None else ""
-    return f"{model}, {c.precision}{kept}, {c.backend}{page_budget}, on {place}"
+    return f"{model}, {stored}{kept}, {c.backend}{page_budget}, on {place}"
 
 
 def _limited(c: Configuration) -> bool:

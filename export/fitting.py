@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 
-from engines.bundle.tensors import CHOICES
+from engines.bundle.tensors import APART
 from engines.errors import OptionError
 from engines.sizing.fitting import Fitting, fit
 from engines.sizing.needs import Configuration
@@ -23,13 +23,13 @@ def _apart(kind: str, c: Configuration) -> dict[str, object]:
 # What a choice is among the options of a build, by its knob (engines/sizing/choices.py).
 OPTIONS: dict[str, Callable[[Configuration], dict[str, object]]] = {
     "layers_per_engine": lambda c: {"layers_per_engine": c.layers_per_engine},
-    "residency": lambda c: {},  # of the runtime
+    "residency": lambda c: {"residency": c.residency},
     "kv": lambda c: {"kv": "int8" if c.geometry.int8_pages else "model"},
     "kv_cache": lambda c: {"kv_cache": "int8" if c.geometry.int8_cache else "model"},
     "page_slots": lambda c: {"projection": "lazy", "page_slots": c.geometry.page_slots},
     "context": lambda c: {"context": c.geometry.context},
     "precision": lambda c: {"precision": c.precision.name},
-    **{kind: partial(_apart, kind) for kind in CHOICES},
+    **{kind: partial(_apart, kind) for kind in APART},
 }
 OF_ENGINES = ("layers_per_engine",)  # of these, fields of EngineOptions
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from engines.backend import Opening
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, PLUGINS_ALONE
+from engines.bundle.manifest import Manifest
 from engines.bundle.precision import COLUMN, DEFAULT, PRECISIONS, Precision, block_name, precision_named
-from engines.bundle.tensors import CHOICES, MODEL, can_be_coded, sizes_of_blocks
+from engines.bundle.tensors import APART, MODEL, can_be_coded, sizes_of_blocks
 from engines.checks import is_integer, require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES
@@ -32,7 +33,7 @@ KV = {  # of hi-res pages, and of the cache of ordinary tokens
     "model": "in the dtype of activations",
     "int8": "in 8 bits, with a scale for each head of each token: half of float16, a quarter of float32",
 }
-APART = {  # the help of CHOICES
+HELP_OF_APART = {  # by the options of APART
     "head": "lm_head: in the dtype of activations, in 8 bits with a scale for each token, or in 4 bits in blocks; "
     "of as many bits as the linear layers, in their blocks",
     "vision": "linear layers of vision tower and projector: in the dtype of activations, in 8 bits with a scale for "
@@ -51,7 +52,7 @@ class BuildOptions:
     precision: str | None = None  # a key of PRECISIONS; None: DEFAULT, or that of the integers of a packed checkpoint
     block_size: int | None = None  # int8, int4, fp8: weights that share a scale, or COLUMN; None: default, or packed
     quantize_head: bool = False  # int8, int4 and fp8 alone: lm_head, too, as the linear layers are
-    head: str = MODEL  # lm_head: one of CHOICES["head"]
+    head: str = MODEL  # lm_head: one of APART["head"]
     vision: str = MODEL  # linear layers of the vision tower and the projector
     embeddings: str = MODEL
     calibrate: Path | None = None  # int8 and int4 alone: data to choose scales and clips by; None: round to nearest
@@ -62,6 +63,7 @@ class BuildOptions:
     kv: str = "model"  # of hi-res pages
     kv_cache: str = "model"  # of ordinary tokens
     backend: str = ONNXRUNTIME
+    residency: str = Manifest.residency  # that the bundle opens with, unless it is told otherwise
     check: str = "parity"
     engines: EngineOptions | None = None  # of TensorRT; None: their defaults
     fit: bool = False  # what is left at its default is chosen so that it fits the board, or this machine
@@ -69,11 +71,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         precision = DEFAULT if self.precision is None else precision_named(self.precision)
         for knob, known in (
-            *CHOICES.items(),
+            *APART.items(),
             ("projection", PROJECTIONS),
             ("kv", KV),
             ("kv_cache", KV),
             ("backend", BACKENDS),
+            ("residency", RESIDENCIES),
             ("check", CHECKS),
         ):
             if getattr(self, knob) not in known:
@@ -99,7 +102,7 @@ class BuildOptions:
             raise OptionError(f"quantize_head with {precision}", fix="add --int4 or --int8, or leave it out")
         if self.quantize_head and self.head != MODEL:
             raise OptionError(f"quantize_head with head {self.head!r}", fix="leave out one of them")
-        for knob in CHOICES:
+        for knob in APART:
             value, takes = getattr(self, knob), [each for each in PRECISIONS.values() if can_be_coded(knob, each)]
             if value != MODEL and precision not in takes:
                 raise OptionError(
@@ -131,13 +134,12 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class SizingRequest:
-    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots,
-    residency: of engines.backend.Opening, when the bundle runs."""
+    """What --plan asks instead of a build. batch: rows of a request; ONNX Runtime's builds know no limit. slots: of
+    engines.backend.Opening, when the bundle runs."""
 
     options: BuildOptions = field(default_factory=BuildOptions)
     batch: int = 1
     slots: int = Opening.slots
-    residency: str = Opening.residency
 
 
 def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | SizingRequest:
@@ -166,8 +168,8 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     text = f"with --{', --'.join(map(str, QUANTISING))}: lm_head as the linear layers"
     add("--quantize-head", action="store_true", help=text)
-    for knob, what in APART.items():
-        add(f"--{knob}", choices=CHOICES[knob], default=getattr(default, knob), help=what)
+    for knob, what in HELP_OF_APART.items():
+        add(f"--{knob}", choices=APART[knob], default=getattr(default, knob), help=what)
     add(
         "--calibrate",
         type=Path,
@@ -218,8 +220,9 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     add(
         "--residency",
         choices=RESIDENCIES,
-        default=SizingRequest.residency,
-        help="with --plan, for what encodes images (an option of the runtime): all = always, shared = while it does",
+        default=default.residency,
+        help="how the bundle opens when whoever runs it does not say: what encodes images is in memory all = always, "
+        "shared = while it does",
     )
     add(
         "--check",
@@ -229,18 +232,12 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
     )
     add_arguments(parser.add_argument_group("TensorRT engines"))
     given = vars(parser.parse_args(arguments))
-    sizing, batch, slots, residency = given.pop("plan"), given["batch"], given.pop("slots"), given.pop("residency")
+    sizing, batch, slots = given.pop("plan"), given["batch"], given.pop("slots")
     if slots != SizingRequest.slots and not sizing:
         raise OptionError(
             f"--slots {slots} without --plan",
             expected="--slots where memory is asked about: slots are opened when a bundle runs",
             fix=f"leave it out; engines of TensorRT have {slots} slots when they are built with --batch {slots}",
-        )
-    if residency != SizingRequest.residency and not sizing:
-        raise OptionError(
-            f"--residency {residency} without --plan",
-            expected="--residency where memory is asked about: it is chosen when a bundle runs",
-            fix=f"leave it out, and add --residency {residency} to python -m runtime",
         )
     named = given["target"]
     if named is not None:
@@ -252,7 +249,7 @@ def parse_arguments(arguments: list[str] | None = None) -> BuildOptions | Sizing
         given["batch"] = EngineOptions.batch  # of a build there it would be an error
     engines = options_of(given, backend)
     options = BuildOptions(**given, engines=engines)
-    return SizingRequest(options, batch, slots, residency) if sizing else options
+    return SizingRequest(options, batch, slots) if sizing else options
 
 
 def _sizes(precision: Precision) -> str:

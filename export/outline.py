@@ -11,8 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from engines.bundle.kinds import TRACED, kinds
-from engines.bundle.precision import COLUMN, Precision, Scheme
-from engines.bundle.tensors import CHOICES
+from engines.bundle.precision import COLUMN, Scheme
+from engines.bundle.tensors import APART
 from engines.sizing.needs import cache_bytes, size, store_bytes, weight_bytes
 from export.check import Stage, parity_bytes
 from export.checkpoint.config import ModelConfig
@@ -84,7 +84,7 @@ def outline(console: Console, recipe: Recipe, checkpoint: Checkpoint) -> None:
         )
     beside = [
         f"{kind} in {scheme.precision}, {layout_name(scheme)}"
-        for kind in CHOICES
+        for kind in APART
         if (scheme := getattr(coding, kind)) and scheme != coding.linear
     ]
     if beside:
@@ -109,9 +109,9 @@ def progress_of(part: str, total: int, console: Console) -> Iterator[Callable[[i
         yield lambda size: bar.advance(task, size)
 
 
-def parity_table(stages: list[Stage], precision: Precision) -> Table:
-    """The stages of the parity check."""
-    table = Table("stage", "largest difference", "limit", title=f"parity with the float32 reference, {precision}")
+def parity_table(stages: list[Stage], stored: str) -> Table:
+    """The stages of the parity check. `stored`: how the bundle stores what it does, see stored_of."""
+    table = Table("stage", "largest difference", "limit", title=f"parity with the float32 reference, {stored}")
     for stage in stages:
         table.add_row(stage.name, f"{stage.error:.1e}", f"{stage.limit:.0e}")
     return table

@@ -10,7 +10,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME
 from engines.bundle.pages import equally_long
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
-from engines.bundle.tensors import CHOICES, Coding, coding_of
+from engines.bundle.tensors import APART, Coding, coding_of
 from engines.errors import OptionError
 from engines.sizing.needs import Configuration
 from engines.trt.options import EngineOptions
@@ -30,7 +30,8 @@ class Recipe:
 
     config: the checkpoint's, with the geometry of the bundle. folder: where the bundle goes. coding: which weights
     are stored in codes, and how. calibrate: data to choose scales and clips by. page_budget: pages a layer may read
-    at most. engines: the TensorRT engines to build, None for ONNX Runtime. check: one of CHECKS.
+    at most. engines: the TensorRT engines to build, None for ONNX Runtime. residency: one of RESIDENCIES, that the
+    bundle opens with. check: one of CHECKS.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Recipe:
     page_budget: int
     backend: str
     engines: EngineOptions | None
+    residency: str
     check: str
 
     @property
@@ -56,23 +58,18 @@ class Recipe:
             return self
         return replace(self, coding=replace(self.coding, floats=floats_of(checkpoint, self.config)))
 
-    def configuration(
-        self,
-        batch: int | None = None,
-        slots: int = Configuration.slots,
-        residency: str = Configuration.residency,
-    ) -> Configuration:
+    def configuration(self, batch: int | None = None, slots: int = Configuration.slots) -> Configuration:
         """What sizing asks about; `batch`: rows of a request, those of the engines when not given; `slots`: requests
-        that share decode steps; `residency`: of the runtime."""
+        that share decode steps."""
         engines, coding = self.engines, self.coding
         rows = engines.batch if engines else 1
         return Configuration(
             self.geometry,
             self.precision,
             block=coding.block,
-            head=coding.choice("head"),
-            vision=coding.choice("vision"),
-            embeddings=coding.choice("embeddings"),
+            head=coding.option("head"),
+            vision=coding.option("vision"),
+            embeddings=coding.option("embeddings"),
             batch=rows if batch is None else batch,
             slots=slots,
             page_budget=self.page_budget,
@@ -81,7 +78,7 @@ class Recipe:
             floats=coding.floats,
             fixed=self.config.packing is not None,
             layers_per_engine=engines.layers_per_engine if engines else None,
-            residency=residency,
+            residency=self.residency,
         )
 
     def record(self, calibration: dict[str, object] | None) -> dict[str, object]:
@@ -94,7 +91,7 @@ class Recipe:
             "precision": self.precision.name,
             "block_size": coding.block,
             "quantize_head": coding.head is not None and coding.head == coding.linear,
-            **{kind: coding.choice(kind) for kind in CHOICES},
+            **{kind: coding.option(kind) for kind in APART},
             "calibrate": self.calibrate.resolve().name if self.calibrate else None,
             "page_budget": self.page_budget,
             "context": g.context,
@@ -103,6 +100,7 @@ class Recipe:
             "kv": "int8" if g.int8_pages else "model",
             "kv_cache": "int8" if g.int8_cache else "model",
             "backend": self.backend,
+            "residency": self.residency,
             "check": self.check,
             "floats": list(coding.floats),
             "not_obeyed": list(self.config.unknown),
@@ -140,6 +138,7 @@ def settle(options: BuildOptions, config: ModelConfig) -> Recipe:
         page_budget=g.pages if options.page_budget is None else options.page_budget,
         backend=options.backend,
         engines=None if options.backend == ONNXRUNTIME else options.engines or EngineOptions(options.backend),
+        residency=options.residency,
         check=options.check,
     )
 
@@ -169,21 +168,23 @@ def _adjusted(g: Geometry, options: BuildOptions) -> Geometry:
     lazy = options.projection == "lazy"
     if lazy and g.attention_bias:
         raise OptionError("--projection lazy for a model with attention biases", fix="--projection eager")
-    slots = options.page_slots
-    if slots is not None and not 1 <= slots <= g.pages:
+    page_slots = options.page_slots
+    if page_slots is not None and not 1 <= page_slots <= g.pages:
         raise OptionError(
-            f"--page-slots {slots}",
+            f"--page-slots {page_slots}",
             expected=f"1 .. {g.pages}, this model's pages",
-            fix=f"--page-slots {min(max(slots, 1), g.pages)}",
+            fix=f"--page-slots {min(max(page_slots, 1), g.pages)}",
         )
-    if slots is not None and not equally_long(g):
+    if page_slots is not None and not equally_long(g):
         raise OptionError(
             f"--page-slots for a model of {g.hires_side} hi-res tokens a side in {g.cells} cells",
-            expected="pages that are all equally long, so that each can take another's slot",
+            expected="pages that are all equally long, so that each can take another's page slot",
             fix="leave out --page-slots: every page then has a place of its own",
         )
     int8_pages, int8_cache = options.kv == "int8", options.kv_cache == "int8"
-    return replace(g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache, page_slots=slots)
+    return replace(
+        g, context=context, lazy_pages=lazy, int8_pages=int8_pages, int8_cache=int8_cache, page_slots=page_slots
+    )
 
 
 def _coding(precision: Precision, block: int | None, head: str, options: BuildOptions) -> Coding:

@@ -23,7 +23,7 @@ from typing import Any
 
 from plugins.errors import Error, KernelError
 from plugins.files import read_file
-from plugins.op import CACHE_SCALES, FIRST_SM, PAGE_SCALES, SLOTS, Kernel
+from plugins.op import CACHE_SCALES, FIRST_SM, OF_PAGE_SLOTS, PAGE_SCALES, Kernel
 
 FORMAT = 5  # raised when an older reader would misread the file; what the others lack: `_upgraded`
 _INDEX = "index.json"
@@ -273,7 +273,7 @@ def _upgraded(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
         upgraded["constants"] = constants
     if number <= 4 and name == "project_pages":
         upgraded["constants"] = [*upgraded["constants"], ["PAGE_SLOTS", 0]]
-        upgraded["absent"] = [*upgraded["absent"], *SLOTS]
+        upgraded["absent"] = [*upgraded["absent"], *OF_PAGE_SLOTS]
     return upgraded
 
 

@@ -15,14 +15,14 @@ FIRST_SM = 80  # what code that all SMs share is written for: older GPUs cannot 
 ALIGNMENT = 256  # bytes: tensors begin at multiples of it, in files of weights and on a GPU
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int64": 8}
 MODEL_DTYPES = "float32", "float16", "bfloat16"  # what a model may compute in
-# Attributes that say how things are kept, pages or the cache in 8 bits, pages in slots, in the order in which what they
-# add follows an op's other inputs.
+# Attributes that say how things are kept, pages or the cache in 8 bits, pages in page slots, in the order in which what
+# they add follows an op's other inputs.
 STORES = INT8_PAGES, INT8_CACHE, PAGE_SLOTS = "int8_pages", "int8_cache", "page_slots"
 # Inputs of ops on an int8 store of pages, or on an int8 cache, which ops on other stores lack.
 PAGE_SCALES = "page_key_scale", "page_value_scale"
 CACHE_SCALES = "past_key_scale", "past_value_scale"
-# What the kernel of pages in slots is given, and no other.
-SLOTS = "slots", "slot_total"
+# What the kernel of pages in page slots is given, and no other.
+OF_PAGE_SLOTS = "slots", "slot_total"
 
 
 def power_of_two(number: int) -> int:

@@ -64,7 +64,7 @@ class Engine(InOneProcess):
         threads: int | None = Opening.threads,
         slots: int = Opening.slots,
         prefill_chunk: int = Opening.prefill_chunk,
-        residency: str = Opening.residency,
+        residency: str | None = Opening.residency,
         verify: bool = True,
         expect: str | None = None,
     ) -> None:
@@ -80,8 +80,8 @@ class Engine(InOneProcess):
         self.geometry = opened.manifest.geometry
         self.digest = opened.digest
         opening = Opening(backend, device, threads, slots, prefill_chunk, residency)
-        self.backend, self.device = chosen(opened, opening)
-        self.slots, self._residency = opening.slots, opening.residency
+        self.backend, self.device, self._residency = chosen(opened, opening)
+        self.slots = opening.slots
         prompt = opened.manifest.prompt
         self.prompter = Prompter(
             opened.file(prompt.tokenizer) if prompt.tokenizer else None,

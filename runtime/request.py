@@ -208,12 +208,12 @@ def request_of(
     )
 
 
-Room = Callable[[Conversation], int]  # tokens a cache must have room for, of a conversation and what is to follow it
+TokensNeeded = Callable[[Conversation], int]  # room that a cache must have for a conversation and what follows it
 
 
 def too_long(
     asked: Conversation | None,
-    room: Room,
+    needed: TokensNeeded,
     prompt: int,
     behind: str,
     prompter: Prompter,
@@ -227,7 +227,7 @@ def too_long(
     return _context_error(
         f"{what} {prompt} tokens (image included) and {behind}",
         f"at most {context} tokens together",
-        _turns_that_fit(asked, room, prompter, context) if asked else None,
+        _turns_that_fit(asked, needed, prompter, context) if asked else None,
         others,
     )
 
@@ -238,13 +238,13 @@ def may_fit(characters: int, prompter: Prompter, context: int) -> bool:
 
 
 def too_many_characters(
-    asked: Conversation, room: Room, characters: int, prompter: Prompter, context: int
+    asked: Conversation, needed: TokensNeeded, characters: int, prompter: Prompter, context: int
 ) -> ContextError:
     """What to say of text that cannot fit, however it is cut into tokens."""
     return _context_error(
         f"a prompt of {characters} characters",
         f"at most {context * prompter.longest}: {context} tokens of at most {prompter.longest} characters",
-        _turns_that_fit(asked, room, prompter, context),
+        _turns_that_fit(asked, needed, prompter, context),
         (),
     )
 
@@ -261,13 +261,13 @@ def _context_error(found: str, expected: str, kept: int | None, others: Sequence
     return error
 
 
-def _turns_that_fit(asked: Conversation, room: Room, prompter: Prompter, context: int) -> int | None:
+def _turns_that_fit(asked: Conversation, needed: TokensNeeded, prompter: Prompter, context: int) -> int | None:
     """How many turns of the history fit with the question and what follows it, the last ones, given that not all do;
     None when the question alone does not."""
 
     def fits(kept: int) -> bool:
         shorter = replace(asked, history=asked.history.last(kept))
-        return may_fit(shorter.characters, prompter, context) and room(shorter) <= context
+        return may_fit(shorter.characters, prompter, context) and needed(shorter) <= context
 
     fit, more = -1, len(asked.history.turns)  # so many turns fit, or not even none; so many do not
     while more - fit > 1:

@@ -13,6 +13,7 @@ from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, 
 from engines.bundle.pages import equally_long
 from engines.bundle.precision import PRECISIONS
 from engines.bundle.specs import graph_io, plan_io, symbols
+from engines.residency import RESIDENCIES
 from plugins.op import ITEMSIZE
 
 # The sizes that are believed, of a checkpoint's config too: many times those of any published model, and small enough
@@ -55,6 +56,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield f"block size {manifest.block_size} with {manifest.precision}, expected {' or '.join(map(str, sizes))}"
     if manifest.backend not in BACKENDS:
         yield f"backend {manifest.backend!r:.100}, expected one of {list(BACKENDS)}"
+    if manifest.residency not in RESIDENCIES:
+        yield f"residency {manifest.residency!r:.100}, expected one of {list(RESIDENCIES)}"
     if not 0 <= manifest.page_budget <= g.pages:
         yield f"page_budget {manifest.page_budget}, expected 0 .. {g.pages}"
     if list(manifest.parts) != list(PARTS):
@@ -122,7 +125,7 @@ def contradictions_of(g: Geometry) -> Iterator[str]:
         ("page_slots without lazy_pages", "both", g.page_slots is None or g.lazy_pages),
         (
             f"page_slots with {g.hires_side} hi-res tokens a side in {g.cells} cells",
-            "a divisor of them, as slots have pages of one length",
+            "a divisor of them, as page slots hold pages of one length",
             g.page_slots is None or equally_long(g),
         ),
     ):

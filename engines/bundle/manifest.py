@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.specs import TensorSpec
+from engines.residency import ALL
 
 MANIFEST = "bundle.json"
 DIGEST = "digest"  # its key that holds the digest of all others; no field: it is of the file
@@ -88,7 +89,7 @@ def is_template(text: str) -> bool:
 
 def is_turn_template(text: str) -> bool:
     """Whether the text between two questions holds "{answer}" and then "{prompt}", each once, and no "<image>"."""
-    found = [text.count(slot) for slot in ("{answer}", "{prompt}", "<image>")]
+    found = [text.count(field) for field in ("{answer}", "{prompt}", "<image>")]
     return found == [1, 1, 0] and text.index("{answer}") < text.index("{prompt}")
 
 
@@ -148,6 +149,7 @@ class Manifest:
         None  # file of the scales folded into the weights (export/weights/folding.py); None: not calibrated
     )
     block_size: int | None = None  # one of its precision's; None where nothing is quantised
+    residency: str = ALL  # one of RESIDENCIES: that it opens with unless told otherwise
 
 
 def canonical(manifest: Mapping[str, object]) -> str:

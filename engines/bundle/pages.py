@@ -36,12 +36,12 @@ def page_size(geometry: Geometry) -> int:
 
 
 def equally_long(geometry: Geometry) -> bool:
-    """Whether all pages have as many tokens: what a slot needs, whose page is now this one and now that."""
+    """Whether all pages have as many tokens: what a page slot needs, which holds now this one and now that."""
     return geometry.hires_side % geometry.cells == 0
 
 
 def page_order(geometry: Geometry) -> np.ndarray:
-    """Row-major hi-res token index of every page slot: int64 [pages * page_size]; padding points at token 0."""
+    """Row-major hi-res token index of every place in pages: int64 [pages * page_size]; padding points at token 0."""
     order = np.zeros((geometry.pages, page_size(geometry)), dtype=np.int64)
     for row, tokens in zip(order, page_tokens(geometry), strict=True):
         row[: len(tokens)] = tokens

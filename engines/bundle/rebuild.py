@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME
 from engines.bundle.manifest import Manifest
 from engines.bundle.precision import BLOCK_SIZES, INT4, PRECISIONS, block_name
-from engines.bundle.tensors import CHOICES, MODEL
+from engines.bundle.tensors import APART, MODEL
 from engines.checks import is_integer
 
 _BOARD = re.compile(r"[a-z0-9-]{1,40}")
@@ -21,20 +21,20 @@ def rebuild_unknown(path: str | os.PathLike[str]) -> str:
     return f"python export/build.py --model CHECKPOINT --out {shlex.quote(os.fspath(path))}"
 
 
-def choices_of(manifest: Manifest) -> dict[str, str]:
-    """How the bundle stores what may be stored apart: names of precisions, or MODEL, by the keys of CHOICES. What its
+def apart_of(manifest: Manifest) -> dict[str, str]:
+    """How the bundle stores what may be stored apart: names of precisions, or MODEL, by the keys of APART. What its
     options say is text that somebody else wrote: what is no such choice is left out."""
     used = manifest.options
-    found = {kind: value for kind, known in CHOICES.items() if (value := used.get(kind)) in known}
+    found = {kind: value for kind, known in APART.items() if (value := used.get(kind)) in known}
     if used.get("quantize_head") is True:  # all that bundles of before know
         found["head"] = manifest.precision
-    return {kind: str(found.get(kind, MODEL)) for kind in CHOICES}
+    return {kind: str(found.get(kind, MODEL)) for kind in APART}
 
 
 def block_of(manifest: Manifest) -> int | None:
     """The block size that a build was told: of the linear layers, or of an int4 head or vision beside others."""
     used, own = manifest.options.get("block_size"), PRECISIONS[manifest.precision].block_sizes
-    if INT4.name in choices_of(manifest).values() and len(own) < 2 and used in BLOCK_SIZES:
+    if INT4.name in apart_of(manifest).values() and len(own) < 2 and used in BLOCK_SIZES:
         return int(str(used))
     return manifest.block_size
 
@@ -52,26 +52,27 @@ def rebuild(
 
     backend, engines: others than those of its build; `engines` are fields of engines.trt.options.EngineOptions.
     changes: of the knobs precision (its name), block_size, context, page_slots, kv and kv_cache ("int8"), head, vision
-    and embeddings (names of precisions, or MODEL).
+    and embeddings (names of precisions, or MODEL), residency.
     """
     used, g = manifest.options, manifest.geometry
     backend = backend or (str(used["backend"]) if used.get("backend") in BACKENDS else manifest.backend)
-    choices = choices_of(manifest)
-    knobs: dict[str, object] = {"precision": manifest.precision, "block_size": block_of(manifest), **choices}
+    apart = apart_of(manifest)
+    knobs: dict[str, object] = {"precision": manifest.precision, "block_size": block_of(manifest), **apart}
     kept = {"kv": g.int8_pages, "kv_cache": g.int8_cache}
     knobs |= {
         "context": g.context,
         "page_slots": g.page_slots,
+        "residency": manifest.residency,
         **{knob: "int8" if int8 else "model" for knob, int8 in kept.items()},
     } | changes
     size, precision = knobs["block_size"], PRECISIONS[str(knobs["precision"])]
     words = [rebuild_unknown(path), f"--{precision}"]
     words += ["--block-size", block_name(size)] if is_integer(size) else []
-    if "head" not in changes and choices["head"] == manifest.precision:  # what is stored as they are, stays so
+    if "head" not in changes and apart["head"] == manifest.precision:  # what is stored as they are, stays so
         knobs["head"] = precision.name if precision.quantises else MODEL
     same = knobs["head"] == precision.name
     words += ["--quantize-head"] if same else []
-    words += [f"--{kind} {knobs[kind]}" for kind in CHOICES if knobs[kind] != MODEL and not (same and kind == "head")]
+    words += [f"--{kind} {knobs[kind]}" for kind in APART if knobs[kind] != MODEL and not (same and kind == "head")]
     if is_integer(size):  # what is quantised, has one
         words += ["--calibrate DATA"] if used.get("calibrate") and precision.calibrates(size) else []
     words += ["--page-budget", str(manifest.page_budget)] if manifest.page_budget != g.pages else []
@@ -79,6 +80,7 @@ def rebuild(
     words += ["--projection lazy"] if g.lazy_pages or is_integer(knobs["page_slots"]) else []
     words += ["--page-slots", str(knobs["page_slots"])] if is_integer(knobs["page_slots"]) else []
     words += [f"--{knob.replace('_', '-')} int8" for knob in kept if knobs[knob] == "int8"]
+    words += [f"--residency {knobs['residency']}"] if knobs["residency"] != Manifest.residency else []
     words += [f"--check {used['check']}"] if used.get("check") in ("weights", "none") else []
     if backend != ONNXRUNTIME:
         record = used.get(backend) if engines is None else engines

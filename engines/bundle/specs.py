@@ -15,7 +15,7 @@ from engines.bundle.precision import Precision
 class TensorSpec:
     """An input or output of a graph.
 
-    `shape` mixes sizes and symbols: batch, steps (new tokens), capacity (cache slots), tiles, batch_tiles (zoom*zoom
+    `shape` mixes sizes and symbols: batch, steps (new tokens), capacity (of the cache), tiles, batch_tiles (zoom*zoom
     for each batch row). `dtype` is a numpy-style name, or "model": the precision the bundle was built with.
     """
 
@@ -99,20 +99,20 @@ def page_inputs(g: Geometry) -> tuple[str, ...]:
 
 def projected_sizes(g: Geometry) -> tuple[int, ...]:
     """Of what says which pages are projected, for a row of the batch: of each reading layer a number for each page;
-    with page slots two, its slot and when it was last selected (export/network/slots.py)."""
+    with page slots two, which of them it has and when it was last selected (export/network/page_slots.py)."""
     return len(g.reading_layers), *(() if g.page_slots is None else (2,)), g.pages
 
 
 def turnover_sizes(g: Geometry) -> tuple[int, ...]:
-    """Of what says how pages took turns in slots, for a row of the batch: see Step.turnover."""
+    """Of what says how pages took turns in page slots, for a row of the batch: see Step.turnover."""
     return len(g.reading_layers), 2
 
 
 def _page_sources(g: Geometry) -> list[TensorSpec]:
     """What lazy projection works from, page by page."""
-    slots = "batch", g.pages, page_size(g)
-    turn = [TensorSpec(name, "float32", (*slots, g.head_dim // 2)) for name in ("page_cos", "page_sin")]
-    return [TensorSpec("page_features", "model", (*slots, g.hidden)), *turn]
+    places = "batch", g.pages, page_size(g)
+    turn = [TensorSpec(name, "float32", (*places, g.head_dim // 2)) for name in ("page_cos", "page_sin")]
+    return [TensorSpec("page_features", "model", (*places, g.hidden)), *turn]
 
 
 def _cache(name: str, g: Geometry) -> list[TensorSpec]:

@@ -4,7 +4,7 @@ geometry and the choices of a build alone."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from engines.bundle.geometry import Geometry
@@ -14,10 +14,10 @@ from engines.bundle.precision import BLOCK_SIZES, COLUMN, INT4, INT8, PRECISIONS
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
-MODEL = "model"  # as a choice: in the dtype of activations
-# Weights beside the decoder's linear layers that may be stored in codes of their own, by the option that says so, and
-# the codes there are.
-CHOICES = {
+MODEL = "model"  # of what is not stored apart: in the dtype of activations
+# What may be stored apart: weights beside the decoder's linear layers in codes of their own, by the option that says
+# so, and the codes there are.
+APART = {
     "head": (MODEL, INT8.name, INT4.name),
     "vision": (MODEL, INT8.name, INT4.name),
     "embeddings": (MODEL, INT8.name),
@@ -158,8 +158,8 @@ class Coding:
         """The same with their shapes [N, K]."""
         return {name: shape for name, shape in expected_tensors(g).items() if self.of(name, g) is not None}
 
-    def choice(self, kind: str) -> str:
-        """What the option called `kind`, one of CHOICES, says: the name of a precision, or MODEL."""
+    def option(self, kind: str) -> str:
+        """What the option called `kind`, one of APART, says: the name of a precision, or MODEL."""
         scheme = getattr(self, kind)
         return MODEL if scheme is None else str(scheme.precision)
 
@@ -173,8 +173,15 @@ class Coding:
         return beside[0].block if beside else None
 
 
+def stored_as(precision: Precision, g: Geometry, apart: Mapping[str, str]) -> str:
+    """How a bundle stores what it does, for people: "int4, int8 pages, head int8". `apart`: names of precisions, or
+    MODEL, by the keys of APART."""
+    words = [str(precision), *["int8 pages"] * g.int8_pages, *["int8 cache"] * g.int8_cache]
+    return ", ".join(words + [f"{kind} {apart[kind]}" for kind in APART if apart[kind] != MODEL])
+
+
 def can_be_coded(knob: str, precision: Precision) -> bool:
-    """Whether weights of a key of CHOICES can be stored in codes beside the others of a precision: scales are float16,
+    """Whether weights of a key of APART can be stored in codes beside the others of a precision: scales are float16,
     and ONNX Runtime 1.32 multiplies with codes rightly in float32 alone (its CPU's MatMulNBits of float16 does not)."""
     return precision.dtype == "float16" and (precision.widened or knob == "embeddings")
 

@@ -154,8 +154,8 @@ class OrtDecoder:
         return Step(self._fetch(), token, pages, page_count, turnover)
 
     def _forget_pages(self) -> None:
-        """After a run that failed: slots may hold other pages than the image's table says, which is written last. With
-        an empty one all are projected again."""
+        """After a run that failed: page slots may hold other pages than the image's table says, which is written
+        last. With an empty one all are projected again."""
         if self._part.geometry.page_slots is not None:
             table = self._inputs["projected"]
             table.update_inplace(np.zeros(table.shape(), np.int64))

@@ -16,6 +16,7 @@ import numpy as np
 from engines.backend import Image, Opening
 from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA
+from engines.bundle.manifest import Manifest
 from engines.bundle.mapped import MappedFiles
 from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, cache_inputs, in_place, page_inputs
@@ -51,7 +52,7 @@ class OrtModel:
 
     def __init__(
         self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads,
-        residency: str = Opening.residency,
+        residency: str = Manifest.residency,
     ) -> None:  # fmt: skip
         """`device`: "cpu" or "cuda". `threads`, `residency`: see Opening. Raises BackendError when onnxruntime or the
         device is missing, or a graph does not load.

@@ -14,7 +14,7 @@ from engines.bundle.tensors import MODEL, can_be_coded, fitting_blocks, sizes_of
 from engines.residency import SHARED
 from engines.sizing.needs import Configuration
 
-ROOM = 256  # tokens of a question and its answer: no smaller context is proposed
+LEAST_TEXT = 256  # tokens of a question and its answer: no smaller context is proposed
 
 # A configuration with a choice made; None where there is no such choice.
 Change = Callable[[Configuration], Configuration | None]
@@ -43,7 +43,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to need less. knob: the option that makes it, a field of the options of a build, or of the runtime. costs:
+    """A way to need less. knob: the option that makes it, a field of the options of a build, or of its engines. costs:
     what else it does, for people: "costs ..." of time and use, or what was measured of answers."""
 
     knob: str
@@ -147,7 +147,7 @@ def _int8_cache(c: Configuration) -> Configuration | None:
 
 def _context(tokens: int) -> Change:
     def change(c: Configuration) -> Configuration | None:
-        if not c.geometry.image_tokens + ROOM <= tokens < c.geometry.context:
+        if not c.geometry.image_tokens + LEAST_TEXT <= tokens < c.geometry.context:
             return None
         return replace(c, geometry=replace(c.geometry, context=tokens))
 
@@ -184,7 +184,7 @@ def in_precision(c: Configuration, precision: Precision, block: int | None) -> C
 
 
 def _apart(kind: str, precision: Precision) -> Change:
-    """What may be stored in codes of its own, in these; kind: a key of engines.bundle.tensors.CHOICES."""
+    """What may be stored in codes of its own, in these; kind: a key of engines.bundle.tensors.APART."""
 
     def change(c: Configuration) -> Configuration | None:
         now = getattr(c, kind)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT
 from engines.bundle.precision import COLUMN, FP32, INT8, Precision, block_name
-from engines.bundle.tensors import CHOICES, MODEL
+from engines.bundle.tensors import APART, MODEL
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
-from engines.sizing.choices import ROOM, Choice, Held, fits_with, in_precision, made
+from engines.sizing.choices import LEAST_TEXT, Choice, Held, fits_with, in_precision, made
 from engines.sizing.machine import look_at
 from engines.sizing.needs import (
     MAPS_WEIGHTS,
@@ -302,7 +302,7 @@ def changes(old: Configuration, new: Configuration) -> str:
     same = old.head == old.precision.name and new.head == new.precision.name  # --quantize-head, of both
     options += [
         f"--{kind} {getattr(new, kind)}"
-        for kind in CHOICES
+        for kind in APART
         if getattr(new, kind) != getattr(old, kind) and not (same and kind == "head")
     ]
     return " ".join(options)
@@ -310,15 +310,11 @@ def changes(old: Configuration, new: Configuration) -> str:
 
 def _other(old: Configuration, new: Configuration, again: Again | None) -> str:
     """How to get `new` instead of `old`."""
-    running = [f"run it with --residency {new.residency}, and ask --plan so"] if new.residency != old.residency else []
-    new = replace(new, residency=old.residency)  # no option of a build
     if again:
-        return " and ".join([f"build the bundle again: {again(new)}", *running])
+        return f"build the bundle again: {again(new)}"
     gone = [f"--{old.precision}"] if new.precision != old.precision else []  # the command line takes one of them
     gone += ["--block-size"] if old.block is not None and new.block is None else []
-    words = changes(old, new)
-    adding = [f"add {words}" + (f" (in place of {' and '.join(gone)})" if gone else "")] if words else []
-    return " and ".join([*adding, *running])
+    return f"add {changes(old, new)}" + (f" (in place of {' and '.join(gone)})" if gone else "")
 
 
 def _proposal(a: Assessment, proposal: Assessment, again: Again | None) -> str:
@@ -374,7 +370,7 @@ def _fewer_rows(c: Configuration) -> Iterator[Configuration]:
 
 def _largest_context(c: Configuration, room: Room, wanted: Callable[[Assessment], bool]) -> Configuration | None:
     """`c` with the largest smaller context, a multiple of 64, that is wanted; None if there is none."""
-    least = -(-(c.geometry.image_tokens + ROOM) // 64)
+    least = -(-(c.geometry.image_tokens + LEAST_TEXT) // 64)
     low, high = least, (c.geometry.context - 1) // 64
 
     def shorter(blocks: int) -> Configuration:

@@ -14,9 +14,10 @@ from math import prod
 from engines.backend import MAX_SLOTS, Opening
 from engines.bundle.geometry import Geometry, pieces_of
 from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
+from engines.bundle.manifest import Manifest
 from engines.bundle.pages import page_size
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
-from engines.bundle.tensors import CHOICES, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
+from engines.bundle.tensors import APART, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
@@ -64,7 +65,7 @@ class Configuration:
     others of their kind are. batch: rows of a request, which engines of TensorRT are built for. slots:
     requests that share decode steps, a row each; more than one take engines of that batch. page_budget: None = every
     page. fixed: the checkpoint comes quantised, in no other precision. layers_per_engine: of the decoder's layers those
-    that TensorRT builds an engine of, None = all. residency: see engines.backend.Opening.
+    that TensorRT builds an engine of, None = all. residency: that the bundle opens with, see engines.backend.Opening.
     """
 
     geometry: Geometry
@@ -81,16 +82,16 @@ class Configuration:
     floats: tuple[str, ...] = ()
     fixed: bool = False
     layers_per_engine: int | None = None
-    residency: str = Opening.residency
+    residency: str = Manifest.residency
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise OptionError(f"backend {self.backend!r}", expected=f"one of {', '.join(BACKENDS)}")
         if self.residency not in RESIDENCIES:
             raise OptionError(f"residency {self.residency!r}", expected=f"one of {', '.join(RESIDENCIES)}")
-        for kind in CHOICES:
+        for kind in APART:
             if (named := getattr(self, kind)) != MODEL and named not in PRECISIONS:
-                raise OptionError(f"{kind} {named!r}", expected=f"one of {', '.join(CHOICES[kind])}")
+                raise OptionError(f"{kind} {named!r}", expected=f"one of {', '.join(APART[kind])}")
         sizes = sizes_of_blocks(self.precision, self.head, self.vision)
         if self.block is not None and self.block not in sizes:
             raise OptionError(
@@ -254,13 +255,14 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
         runtime = Need("runtime", CUDA_CONTEXT + ENGINE_CODE + (HOST_PROCESS if integrated else 0), what)
     cached, kept = (", int8 and scales" if int8 else "" for int8 in (g.int8_cache, g.int8_pages))
     lazy = ", features by page (lazy)" if g.lazy_pages else ""
-    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} slots of {g.pages} pages"
+    projecting = " with the projection of pages" if g.lazy_pages else ""  # of the decoder, which is named last
+    stored = f"all {g.pages} pages" if g.page_slots is None else f"{g.page_slots} page slots for {g.pages} pages"
     whose = f"{rows} slots and {views} images" if views else f"{rows}"
     return (
         Need(
             "weights",
             sum(held.values()),
-            _list({part: weights[part] for part in held}) + (", and copies" if ort else ""),
+            _list({part: weights[part] for part in held}) + projecting + (", and copies" if ort else ""),
         ),
         Need("KV cache", cache_bytes(c), f"{rows} x {g.context} tokens in {g.layers} layers{cached}"),
         Need("hi-res pages", store_bytes(c), f"{whose} x {stored} in {len(g.reading_layers)} layers{kept}"),
@@ -279,8 +281,9 @@ def _opened(c: Configuration, held: dict[str, int], scratch: dict[str, int]) -> 
     for part in store:
         own = scratch[part] if ort else scratch[part] + SCRATCH if scratch[part] > scratch["decoder"] else 0
         taken[part] = held[part] + own
-    largest = max(taken[part] + store[part] for part in store)
-    return Need("image parts", max(0, largest - later), f"one after the other, before the cache: {_list(taken)}")
+    beyond = max(0, max(taken[part] + store[part] for part in store) - later)
+    within = "" if beyond else ", in whose memory they fit"
+    return Need("image parts", beyond, f"one after the other, before the cache{within}: {_list(taken)}")
 
 
 def step_bytes(c: Configuration, tokens: int, pages: int) -> int:
@@ -379,4 +382,5 @@ def _token_bytes(c: Configuration, int8: bool) -> int:
 
 
 def _list(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
+    """Of what takes something: the pages of lazy bundles have no weights of their own."""
+    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items() if count)

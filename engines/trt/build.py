@@ -26,9 +26,9 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import PLUGINS_ALONE, TENSORRT_RTX, needing_plugins
 from engines.bundle.manifest import File, Link, Manifest, Part, Plan
 from engines.bundle.pages import page_size
-from engines.bundle.rebuild import block_of, choices_of, rebuild
+from engines.bundle.rebuild import apart_of, block_of, rebuild
 from engines.bundle.specs import plan_io
-from engines.bundle.tensors import CHOICES
+from engines.bundle.tensors import APART
 from engines.bundle.work import work_folder
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
@@ -184,21 +184,22 @@ def _whole(bundle: Bundle, part: str, plans: list[tuple[tuple[int, int] | None, 
 
 def _configuration(bundle: Bundle, options: EngineOptions) -> Configuration:
     """What the engines of a bundle will be asked for at most."""
-    manifest, chosen = bundle.manifest, choices_of(bundle.manifest)
+    manifest, apart = bundle.manifest, apart_of(bundle.manifest)
     floats = manifest.options.get("floats")  # bundles of before there were any do not name them
     return Configuration(
         manifest.geometry,
         bundle.precision,
         block=block_of(manifest),
-        head=chosen["head"],
-        vision=chosen["vision"],
-        embeddings=chosen["embeddings"],
+        head=apart["head"],
+        vision=apart["vision"],
+        embeddings=apart["embeddings"],
         batch=options.batch,
         page_budget=manifest.page_budget,
         backend=options.backend,
         plugins=options.plugins,
         floats=tuple(map(str, floats)) if isinstance(floats, list) else (),
         layers_per_engine=options.layers_per_engine,
+        residency=manifest.residency,
     )
 
 
@@ -217,7 +218,8 @@ def _again(manifest: Manifest, name: Path, options: EngineOptions, other: Config
         page_slots=other.geometry.page_slots,
         kv="int8" if other.geometry.int8_pages else "model",
         kv_cache="int8" if other.geometry.int8_cache else "model",
-        **{kind: getattr(other, kind) for kind in CHOICES},
+        residency=other.residency,
+        **{kind: getattr(other, kind) for kind in APART},
     )
 
 

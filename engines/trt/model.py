@@ -11,8 +11,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from engines.backend import Image, Opening
+from engines.backend import Image
 from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Manifest
 from engines.bundle.mapped import MappedFiles
 from engines.cuda import Buffer, Cuda, Shared, Stream, this_gpu
 from engines.residency import IMAGE_PARTS, SHARED, ImageParts
@@ -45,7 +46,7 @@ class TrtModel:
 
     def __init__(
         self, bundle: Bundle, backend: str, *, cuda: Cuda | None = None, trt: ModuleType | None = None,
-        residency: str = Opening.residency,
+        residency: str = Manifest.residency,
     ) -> None:  # fmt: skip
         """`backend`: "tensorrt" or "tensorrt-rtx". `cuda`, `trt`: to run on something else than this machine's own.
         `residency`: see Opening.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engines.bundle import pages as layout
 from engines.bundle.geometry import Geometry
-from export.network.slots import assign
+from export.network.page_slots import assign
 from plugins.cached_attention.reference import cached_attention, cached_attention_int8_cache, quantise, rotary
 from plugins.hierarchical_attention.reference import (
     hierarchical_attention,
@@ -93,7 +93,7 @@ class Layer(nn.Module):
         """The store with those of the `listed` pages that it lacks. hires: features, cos, sin of all pages; store: keys
         and values, then their scales if it has any; done: which pages it holds, or with page slots the table of them.
 
-        Returns the store, `done` and `listed`, now; with page slots the list is one of slots, and their turnover
+        Returns the store, `done` and `listed`, now; with page slots the list is one of these, and their turnover
         follows.
         """
         g = self.geometry
@@ -106,7 +106,7 @@ class Layer(nn.Module):
         return tuple(present), given.table, (given.listed, given.count), (given.turnover,)
 
     def _projected(self, hires: tuple[Tensor, ...], store: tuple[Tensor, ...], *which: Tensor) -> tuple[Tensor, ...]:
-        """What the op makes of the store; which: projected, pages, page_count, and the slots where there are such."""
+        """What the op makes of the store; which: projected, pages, page_count, and page slots where there are such."""
         g, (features, cos, sin) = self.geometry, hires
         weights = self.self_attn.k_proj_hd.weight, self.self_attn.v_proj_hd.weight
         sizes = g.hidden, g.kv_heads, g.head_dim, layout.page_size(g), g.cells
@@ -150,7 +150,7 @@ class FlexDecoder(nn.Module):
         cos, sin = rotary_tables(g)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        lengths = layout.page_lengths(g)[: g.stored_pages]  # slots have pages that are all equally long
+        lengths = layout.page_lengths(g)[: g.stored_pages]  # page slots hold pages that are all equally long
         self.register_buffer("page_lengths", torch.from_numpy(lengths), persistent=False)
 
     def forward(
@@ -175,8 +175,8 @@ class FlexDecoder(nn.Module):
         """Returns, for the last token: logits [B, vocab] float32, the greedy next token [B] int64 (ties: the lowest),
         pages [B, M, pages] int64, page_count [B, M] int64; present_key, present_value (layers x the cache after the
         update); with lazy pages also present_page_key, present_page_value (as page_key, after the update) and
-        present_projected; with page slots turnover [B, R, 2] int64 (see slots.py); and for debugging map (M x [B, G, G]
-        float32) and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
+        present_projected; with page slots turnover [B, R, 2] int64 (see page_slots.py); and for debugging map (M x
+        [B, G, G] float32) and hidden (layers+1 x [B, hidden]: the output of each layer, then of the final norm).
         """
         g = self.geometry
         is_image = input_ids < 0

@@ -7,7 +7,7 @@ hd = head_dim; L = cache capacity in tokens; T = model dtype (float32, float16 o
 |---|---|---|---|
 | query | [B, S, H*hd] | T | projected, before rotary, heads side by side |
 | key, value | [B, S, Hkv*hd] | T | the same for the new keys and values |
-| past_key, past_value | [B, Hkv, L, hd] | T | the cache; the slots at `positions` are written |
+| past_key, past_value | [B, Hkv, L, hd] | T | the cache; the places at `positions` are written |
 | positions | [B, S] | int64 | of the new tokens, consecutive in each row; the first is the number of tokens cached |
 | cos, sin | [context, hd/2] | float32 | rotary tables by position (first half; the second half repeats it) |
 | image_begin | [B] | int64 | position of the first of G*G image tokens, all within L; 0 when there is no image |
@@ -19,8 +19,8 @@ hd = head_dim; L = cache capacity in tokens; T = model dtype (float32, float16 o
 | map | [B, G, G] | float32 | softmax weights of the LAST query on the G*G image tokens, summed over heads |
 
 Attributes: `heads` (H), `kv_heads` (Hkv), `head_dim` (hd), `grid` (G), and `int8_cache` (0 where a node lacks it). A
-token sees the cache slots up to its own
-position, so rows of different length may be padded at their end: what padding writes is overwritten before it is seen.
+token sees the cache up to its own position, so rows of different length may be padded at their end: what padding writes
+is overwritten before it is seen.
 
 With `int8_cache` = 1 the cache takes 8 bits a value: past_* and present_* are int8, and two inputs and two outputs,
 which share their buffers, follow all others:

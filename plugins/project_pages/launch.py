@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from plugins.op import PAGE_SCALES, SLOTS, TRITON_TYPES, Kernel, Launch, Op, Shapes, Tensor, in_int8, power_of_two
+from plugins.op import (
+    OF_PAGE_SLOTS,
+    PAGE_SCALES,
+    TRITON_TYPES,
+    Kernel,
+    Launch,
+    Op,
+    Shapes,
+    Tensor,
+    in_int8,
+    power_of_two,
+)
 from plugins.tiles import tiled
 
 
@@ -69,7 +80,7 @@ class ProjectPages(Op):
                 ("INT8_PAGES", a["int8_pages"]),
                 ("PAGE_SLOTS", a["page_slots"]),
             ),
-            absent=(*(() if a["int8_pages"] else PAGE_SCALES), *(() if a["page_slots"] else SLOTS)),
+            absent=(*(() if a["int8_pages"] else PAGE_SCALES), *(() if a["page_slots"] else OF_PAGE_SLOTS)),
             tile=("ROWS", "WIDTH", "LANES", "PROGRAMS"),
         )
         return (tiled(kernel),)

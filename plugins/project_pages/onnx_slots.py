@@ -1,4 +1,4 @@
-"""flex::ProjectPages of a store with fewer slots than pages as an ONNX function for ONNX Runtime.
+"""flex::ProjectPages of a store with fewer page slots than pages as an ONNX function for ONNX Runtime.
 
 Inputs and outputs: see the package docstring. ScatterND writes in place, and with no new page little is computed: see
 onnx_body.py.
@@ -15,7 +15,7 @@ from plugins.project_pages.onnx_body import SHARED, NewHalves, Stored
 
 @script(flex, default_opset=op)
 def InSlots(where, slots):
-    """(row, head, page) of each head of each new page [n*Hkv, 3], with the page's slot in its place."""
+    """(row, head, page) of each head of each new page [n*Hkv, 3], with its page slot in place of the page."""
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
     slot = op.GatherND(slots, op.Gather(where, op.Constant(value_ints=[0, 2]), axis=1))

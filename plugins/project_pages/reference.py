@@ -45,7 +45,7 @@ def _project(given: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _variant(name: str, *, int8_pages: bool = False, page_slots: bool = False) -> Callable[..., tuple[Tensor, ...]]:
-    """The torch op for one kind of store: the scales of int8 pages follow the other tensors, then the slots."""
+    """The torch op for one kind of store: the scales of int8 pages follow the other tensors, then the page slots."""
     scales = PAGE_SCALES if int8_pages else ()
     names = *TENSORS, *scales, *(("slots",) if page_slots else ()), *SIZES
     stores = "page_key", "page_value", *scales

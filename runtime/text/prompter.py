@@ -24,7 +24,7 @@ from runtime.text.stream import BROKEN, TextStream
 
 IMAGE_TOKEN = -200  # official: IMAGE_TOKEN_INDEX
 PLACEHOLDER = "<image>"
-_QUESTION, _ANSWER = "{prompt}", "{answer}"  # slots of a template
+_QUESTION, _ANSWER = "{prompt}", "{answer}"  # fields of a template
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte-fallback token
 
 

@@ -13,8 +13,10 @@ import pytest
 from engines.backend import Opening
 from engines.bundle.folder import Bundle
 from engines.errors import BackendError, BundleError
+from engines.open import chosen, open_model
 from engines.ort import OrtModel
 from engines.residency import ALL, IMAGE_PARTS, RESIDENCIES, SHARED, ImageParts
+from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.parity.requests import request
 
@@ -92,11 +94,11 @@ def test_errors_leave_it_closed():
     assert not list(asked.parts)
 
 
-@pytest.mark.parametrize("residency", ["none", "ALL", None, True, 3])
+@pytest.mark.parametrize("residency", ["none", "ALL", True, 3])
 def test_unknown_residencies(residency):
     with pytest.raises(BackendError, match="residency=") as caught:
         Opening(residency=residency)
-    assert caught.value.expected == f"one of {list(RESIDENCIES)}"
+    assert caught.value.expected == f"one of {list(RESIDENCIES)}, or None"
 
 
 # On ONNX Runtime.
@@ -105,6 +107,23 @@ def test_unknown_residencies(residency):
 @pytest.fixture
 def copy(random_model, tmp_path) -> Path:
     return Path(shutil.copytree(random_model("tiny", tiny())[1], tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("residency", [None, *RESIDENCIES])
+def test_a_bundle_opens_as_it_was_built_unless_told_otherwise(copy, residency):
+    """None: of before bundles said anything, all is kept."""
+
+    def say(manifest):
+        assert manifest.pop("residency") == ALL  # what a build says that was not asked
+        manifest |= {"residency": residency} if residency else {}
+
+    edit(copy, say)
+    bundle = Bundle(copy)
+    for told in (None, *RESIDENCIES):
+        opening = Opening(threads=1, residency=told)
+        expected = told or residency or ALL
+        assert chosen(bundle, opening).residency == expected
+        assert list(open_model(bundle, opening)._images) == (list(IMAGE_PARTS) if expected == ALL else [])
 
 
 def encoded(model: OrtModel) -> list[np.ndarray]:

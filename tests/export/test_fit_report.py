@@ -46,6 +46,19 @@ def test_what_is_printed(config_alone):
     assert fits and "1 x 1024 tokens" in text and "on any machine" in text
 
 
+def test_nothing_is_said_of_parts_that_take_nothing(config_alone):
+    """Projected lazily, pages have no weights: those of their projection are the decoder's."""
+    board = "--target", "orin-nx-16", "--model", config_alone, "--int4", "--projection", "lazy"
+    for more in ((), ("--residency", "shared"), ("--kv", "int8")):
+        text = " ".join(printed(*board, *more)[1].split())
+        assert " 0.0 kB" not in text and "decoder 5.4 GB with the projection of pages KV cache" in text
+        assert ("vision 624 MB, decoder" in text) == ("shared" not in more)
+        assert ("none one after the other, before the cache, in whose memory they fit: vision" in text) == (
+            "shared" in more
+        )
+    assert "projection of pages" not in printed(*board[:-2])[1]
+
+
 def test_what_is_stored_apart(config_alone):
     board = "--target", "orin-nano-8", "--model", config_alone, "--int4"
     apart = "--head", "int4", "--vision", "int8"

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from engines.sizing.choices import CHOICES
 from engines.sizing.fit import Room, assess
 from engines.trt.options import EngineOptions
 from export.build import build, parse_arguments, print_sizes, read_recipe
+from export.checkpoint.config import read_config
 from export.checkpoint.write_config import write_config
 from export.fitting import OPTIONS, fitted, fitting, kept
 from export.options import BuildOptions, SizingRequest
@@ -45,7 +47,6 @@ def test_what_was_proposed_fits(config_alone):
         fits, text = chosen(*asked)
         (built,) = (line for line in text.splitlines() if line.startswith("build it: "))
         words = built.partition(", or with ")[2].removesuffix(" in place of --fit").split()
-        words += ["--residency", "shared"] * ("\nrun it with --residency shared: " in text)
         assert fits and words and print_sizes(parse_arguments(["--plan", *map(str, asked), *words]))
     assert "has 6.5 GB" in chosen("--target", "orin-nano-8", "--model", config_alone)[1]
 
@@ -109,13 +110,16 @@ def test_a_build_that_is_made_to_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("export.fitting.room_for", lambda *_: room)
     found = fitting(options, recipe, asked)
     assert found.assessment.fits and not assess(asked, room).fits
-    console = Console(file=io.StringIO(), width=200)
+    console, read = Console(file=io.StringIO(), width=200), list[Path]()
+    monkeypatch.setattr("export.build.read_config", lambda model: read.append(model) or read_config(model))
     manifest = build(options, console).manifest
+    assert read == [model]  # once: what fits is settled for the settings that were asked about
     assert "chosen by --fit, all of it needed" in console.file.getvalue()
     chosen = fitted(options, found)
     assert chosen != replace(options, fit=False) and not chosen.fit
     knobs = {name: getattr(chosen, name) for gain in found.gains for name in OPTIONS[gain.choice.knob](found.asked)}
     assert knobs and {name: manifest.options[name] for name in knobs} == knobs
+    assert chosen.residency == manifest.residency == "shared"  # it opens as it fits
     assert manifest.geometry.int8_pages == (chosen.kv == "int8")
     assert manifest.geometry.int8_cache == (chosen.kv_cache == "int8")
     assert manifest.backend == ONNXRUNTIME and "fit" not in manifest.options

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from engines.bundle.folder import Bundle
 from engines.bundle.precision import COLUMN, FP16, FP32, INT4, INT8, PRECISIONS
-from engines.bundle.tensors import CHOICES, MODEL
+from engines.bundle.tensors import APART, MODEL
 from engines.errors import OptionError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
@@ -54,7 +54,7 @@ class Row:
         label = self.precision if self.block is None else f"{self.precision}, {layout}"
         label += ", calibrated" * self.calibrated + ("" if self.kv == "model" else f", kv {self.kv}")
         label += "" if self.kv_cache == "model" else f", kv cache {self.kv_cache}"
-        return label + "".join(f", {kind} {value}" for kind in CHOICES if (value := getattr(self, kind)) != MODEL)
+        return label + "".join(f", {kind} {value}" for kind in APART if (value := getattr(self, kind)) != MODEL)
 
 
 BY_PRECISION = sorted(PRECISIONS.values(), key=lambda each: each != FP32)  # first what the answers are compared with
@@ -68,12 +68,14 @@ ROWS[1:1] = [
 ROWS += [Row(INT4.name, block, calibrated=True) for block in INT4.block_sizes]
 # What is stored in codes beside the linear layers: each alone, beside what costs least of what it can be beside; all.
 EVERYTHING = {"vision": INT8.name, "embeddings": INT8.name}
-APART = [
+ROWS_APART = [
     Row(FP16.name, embeddings="int8"),
-    *(Row(INT8.name, 16, **{kind: code}) for kind in ("head", "vision") for code in CHOICES[kind] if code != MODEL),
-    *(Row(INT4.name, 16, head=head) for head in CHOICES["head"] if head != MODEL),
+    *(Row(INT8.name, 16, **{kind: code}) for kind in ("head", "vision") for code in APART[kind] if code != MODEL),
+    *(Row(INT4.name, 16, head=head) for head in APART["head"] if head != MODEL),
     *(Row(INT4.name, 16, calibrated, head=INT8.name, **EVERYTHING) for calibrated in (False, True)),
 ]
+# All at once that --fit may choose for an engine of TensorRT, which has no embeddings in codes.
+WHOLE = Row(INT4.name, 16, kv=INT8.name, kv_cache=INT8.name, head=INT8.name, vision=INT8.name)
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, 14 questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
-    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, ROWS + APART)))
+    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, [*ROWS, *ROWS_APART, WHOLE])))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ PROMPTS = [
         {"role": "user", "content": "between?"},
     ],
 ]
-CHOICES = [  # of options
+VARIANTS = [  # of options
     {"max_new_tokens": 6},
     {"max_new_tokens": 1},
     {"max_new_tokens": 12, "page_budget": 2},
@@ -53,7 +53,7 @@ def alone(bundle) -> Callable[..., Answer]:
     def get(image: str, prompt: int, options: int) -> Answer:
         key = image, prompt, options
         if key not in known:
-            known[key] = engine.generate(IMAGES[image], PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+            known[key] = engine.generate(IMAGES[image], PROMPTS[prompt], **VARIANTS[options], stop_at_eos=False)
         return known[key]
 
     return get
@@ -79,9 +79,9 @@ def test_whatever_comes_and_goes_beside_it(engine, alone, seed):
         running, begun = [], 0
         while begun < 8 or running:
             if begun < 8 and draw.random() < 0.4:
-                key = draw.choice(list(IMAGES)), draw.randrange(len(PROMPTS)), draw.randrange(len(CHOICES))
+                key = draw.choice(list(IMAGES)), draw.randrange(len(PROMPTS)), draw.randrange(len(VARIANTS))
                 view = views[key[0]] if draw.random() < 0.7 else engine.image(IMAGES[key[0]])
-                stream = view.stream(PROMPTS[key[1]], **CHOICES[key[2]], stop_at_eos=False)
+                stream = view.stream(PROMPTS[key[1]], **VARIANTS[key[2]], stop_at_eos=False)
                 running.append((key, stream, stream.steps()))
                 begun += 1
             elif running:
@@ -101,7 +101,7 @@ def test_threads_share_steps(engine, alone):
 
     def ask(key):
         image, prompt, options = key
-        return engine.generate(IMAGES[image], PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+        return engine.generate(IMAGES[image], PROMPTS[prompt], **VARIANTS[options], stop_at_eos=False)
 
     with ThreadPoolExecutor(6) as pool:
         for key, answer in zip(keys, pool.map(ask, keys), strict=True):
@@ -193,7 +193,7 @@ def test_a_conversation_comes_back_to_its_row(engine):
 
 
 def test_errors_end_only_whom_they_are_for(engine, alone, monkeypatch):
-    good = engine.image(PHOTO).stream(PROMPTS[0], **CHOICES[0], stop_at_eos=False)
+    good = engine.image(PHOTO).stream(PROMPTS[0], **VARIANTS[0], stop_at_eos=False)
     steps = good.steps()
     next(steps)
     slots = engine._batch._slots
@@ -212,7 +212,7 @@ def test_errors_end_only_whom_they_are_for(engine, alone, monkeypatch):
     for _ in steps:
         pass
     assert same(good.answer(), alone("photo", 0, 0))
-    assert same(engine.generate(THIRD, PROMPTS[1], **CHOICES[0], stop_at_eos=False), alone("third", 1, 0))
+    assert same(engine.generate(THIRD, PROMPTS[1], **VARIANTS[0], stop_at_eos=False), alone("third", 1, 0))
 
 
 def test_a_failing_step_ends_those_who_took_it(engine, alone, monkeypatch):
@@ -229,13 +229,13 @@ def test_a_failing_step_ends_those_who_took_it(engine, alone, monkeypatch):
             with pytest.raises(BackendError, match="the device is gone"):
                 stream.answer()
     assert engine._batch.active == 0
-    assert same(engine.generate(PHOTO, PROMPTS[1], **CHOICES[0], stop_at_eos=False), alone("photo", 1, 0))
+    assert same(engine.generate(PHOTO, PROMPTS[1], **VARIANTS[0], stop_at_eos=False), alone("photo", 1, 0))
 
 
 def test_more_requests_than_slots_wait_their_turn(engine, alone):
     keys = [("photo", 0, 0), ("other", 1, 2), ("third", 0, 3), ("none", 1, 0), ("photo", 3, 0), ("other", 2, 1)]
     streams = [
-        engine.image(IMAGES[image]).stream(PROMPTS[prompt], **CHOICES[options], stop_at_eos=False)
+        engine.image(IMAGES[image]).stream(PROMPTS[prompt], **VARIANTS[options], stop_at_eos=False)
         for image, prompt, options in keys
     ]
     threads, answers = [], {}
@@ -252,7 +252,7 @@ def test_many_at_once(engine, alone):
     parts = []
     answers = engine.generate_many(
         [(IMAGES[image], PROMPTS[prompt]) for image, prompt, _ in keys],
-        progress=parts.append, **CHOICES[0], stop_at_eos=False,
+        progress=parts.append, **VARIANTS[0], stop_at_eos=False,
     )  # fmt: skip
     assert all(same(answer, alone(*key)) for answer, key in zip(answers, keys, strict=True))
     assert parts == sorted(parts) and parts[-1] == 1.0 and len(parts) == len(keys)
@@ -265,7 +265,7 @@ def test_many_at_once(engine, alone):
 
 def test_many_without_slots(bundle, alone):
     with Engine(bundle, threads=1) as single:
-        answers = single.generate_many([(PHOTO, PROMPTS[0]), (None, PROMPTS[1])], **CHOICES[0], stop_at_eos=False)
+        answers = single.generate_many([(PHOTO, PROMPTS[0]), (None, PROMPTS[1])], **VARIANTS[0], stop_at_eos=False)
     assert same(answers[0], alone("photo", 0, 0)) and same(answers[1], alone("none", 1, 0))
 
 

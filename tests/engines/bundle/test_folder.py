@@ -68,6 +68,7 @@ DAMAGE = {
         "vision.patch is 0",
     ),
     "other geometry": (lambda folder: edit(folder, lambda m: m["geometry"].update(layers=6)), "not those of its"),
+    "unknown residency": (lambda folder: edit(folder, lambda m: m.update(residency="some")), "residency 'some'"),
     "int8 pages": (lambda folder: edit(folder, lambda m: m["geometry"].update(int8_pages=True)), "not those of its"),
     "int8 cache": (
         lambda folder: edit(folder, lambda m: [m["geometry"].update(int8_cache=True), without_plugin_free(m)]),

@@ -42,7 +42,7 @@ def manifest_of(recipe: Recipe) -> Manifest:
         geometry=recipe.geometry, prompt=Prompt("<image>{prompt}", None, 1, (2,)),
         parts={part: Part(f"{part}.weights", {}, {}) for part in PARTS}, backend=recipe.backend, kernels=None, files={},
         versions={}, source={}, options=recipe.record({"rows": 1} if recipe.calibrate else None), dropped={},
-        block_size=recipe.coding.linear.block if recipe.coding.linear else None,
+        block_size=recipe.coding.linear.block if recipe.coding.linear else None, residency=recipe.residency,
     )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ LINES = [
     "--int8 --projection lazy --page-budget 7",
     "--int4 --projection lazy --page-slots 24",
     "--context 1024",
+    "--residency shared --int8",
     "--backend tensorrt-rtx",
     "--backend tensorrt --no-plugins",
     "--fp8 --backend tensorrt-rtx --target sm_89,sm_120",

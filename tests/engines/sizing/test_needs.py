@@ -161,7 +161,7 @@ def test_page_slots_do():
     tables = 23 * 2 * 81 * 8
     assert store_bytes(slots) == store_bytes(lazy) * 24 // 81 + tables
     named, others = ({need.name: need for need in needs(each, integrated=True)} for each in (slots, lazy))
-    assert named["hi-res pages"].how == "1 x 24 slots of 81 pages in 23 layers"
+    assert named["hi-res pages"].how == "1 x 24 page slots for 81 pages in 23 layers"
     assert [name for name in named if named[name] != others[name]] == ["hi-res pages"]
     assert (slots.pages_read, lazy.pages_read, replace(slots, page_budget=7).pages_read) == (24, 81, 7)
     int8 = replace(c, geometry=official(lazy_pages=True, page_slots=24, int8_pages=True))

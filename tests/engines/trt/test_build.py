@@ -551,11 +551,16 @@ def test_targets_as_people_write_them():
         {"batch": True},
         {"workspace": 1.5},
         {"layers_per_engine": 0},
+        {"layers_per_engine": -8},
     ],
 )
 def test_knobs_are_checked(knobs):
-    with pytest.raises(OptionError, match=next(iter(knobs))):
+    ((knob, value),) = knobs.items()
+    with pytest.raises(OptionError, match=knob) as caught:
         EngineOptions(TENSORRT_RTX, **knobs)
+    if type(value) is int:  # the fix names a number that is taken
+        (nearest,) = re.findall(r"^use (\d+)", caught.value.fix)
+        assert getattr(EngineOptions(TENSORRT_RTX, **{knob: int(nearest)}), knob) == int(nearest)
 
 
 def test_numbers_of_numpy_are_kept_as_pythons():

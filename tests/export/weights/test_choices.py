@@ -13,7 +13,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, PARTS, TENSORRT, TENSORRT_RTX, TRACED
 from engines.bundle.manifest import PROMPT_TEMPLATE
 from engines.bundle.precision import COLUMN, FP8, INT4, INT8, Scheme
-from engines.bundle.rebuild import choices_of
+from engines.bundle.rebuild import apart_of
 from engines.bundle.tensors import EMBEDDINGS, HEAD, MODEL, Coding, coding_of, in_vision
 from engines.errors import OptionError, ParityError
 from engines.ort import OrtModel
@@ -60,7 +60,7 @@ def opened(checkpoint: Path) -> Checkpoint:
 
 def test_a_parity_checked_bundle_says_what_it_stores(built):
     bundle = Bundle(built("all")[1])
-    assert choices_of(bundle.manifest) == ALL
+    assert apart_of(bundle.manifest) == ALL
     assert {kind: bundle.manifest.options[kind] for kind in ALL} == ALL
     stored = Stored(bundle)
     found = {name: stored.schemes[name] for name in (HEAD, EMBEDDINGS)}

@@ -1,6 +1,7 @@
-"""Which slot each page has, where a layer's store has room for fewer pages than there are.
+"""Which page slot each page has, where a layer's store has room for fewer pages than there are.
 
-A *table* says it, [B, 2, N] int64, zeros to begin with: of each of the N pages 1 + its slot, 0 where no slot has it;
+A *slot* is one of pages in this file; elsewhere that is a row of an engine's steps, and these are page slots. A *table*
+says who has which, [B, 2, N] int64, zeros to begin with: of each of the N pages 1 + its slot, 0 where no slot has it;
 and when it was last selected, counted in the layer's steps, 0 for never. The op that projects pages writes a new page
 to its slot, and the op that reads them takes slots for pages.
 

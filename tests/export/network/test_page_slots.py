@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.network.slots import assign
+from export.network.page_slots import assign
 
 
 class Slots:
