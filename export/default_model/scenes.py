@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -139,11 +140,11 @@ def make_scene(rng: np.random.Generator, split: str = "train", style: Style | No
     return Scene(image, tuple(_moved(thing, lambda points: points + edge) for thing in things))
 
 
-def _moved(thing: Thing, move: object) -> Thing:
+def _moved(thing: Thing, move: Callable[[np.ndarray], np.ndarray]) -> Thing:
     """A thing whose places went through `move`: [N, 2] -> [N, 2]."""
 
-    def each(points: object) -> tuple[tuple[float, float], ...]:
-        return tuple((float(x), float(y)) for x, y in move(np.array(points, float).reshape(-1, 2)))  # type: ignore[operator]
+    def each(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+        return tuple((float(x), float(y)) for x, y in move(np.array(points, float).reshape(-1, 2)))
 
     return replace(thing, centre=each([thing.centre])[0], corners=each(thing.corners), digits=each(thing.digits))
 
