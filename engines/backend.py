@@ -31,10 +31,12 @@ class Opening:
     backend: one of engines.bundle.kinds.BACKENDS, None = what the bundle was built for. device: "cpu" or "cuda", None =
     "cpu" for ONNX Runtime, "cuda" for TensorRT, which knows no other. threads: of one operator on the CPU, None = every
     core this process may use. slots: requests that share decode steps; 1 = each has steps of its own. prefill_chunk:
-    tokens of a prompt between two steps that others wait for, with several slots. residency: "all", the parts that
-    encode images stay in memory; "shared", each is opened for an image, one after the other, and closed before the
-    image's question is decoded: a new image costs opening them again, and what follows has their memory; None = what
-    the bundle was built for.
+    tokens of a prompt in one run, with several slots, between two steps that others wait for, and on ONNX Runtime's CPU
+    with the residency "shared", where scratch memory is that of so many. residency: "all", the parts that encode images
+    stay in memory; "shared", each is opened for an image, one after the other, and closed before the image's question
+    is decoded: a new image costs opening them again, and what follows has their memory. ONNX Runtime's CPU then makes
+    no float32 copy of a tower that is stored in 16 bits, and gives a prompt's scratch memory back. None = what the
+    bundle was built for.
     """
 
     backend: str | None = None

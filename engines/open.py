@@ -24,6 +24,8 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     kept = "of what encodes images: all = always in memory, shared = while one is encoded, opened for each"
     kept += "; None = what the bundle was built for"
     add("--residency", choices=RESIDENCIES, default=Opening.residency, help=kept)
+    chunk = "tokens of a prompt in one run: with several slots, and on the CPU with --residency shared"
+    add("--prefill-chunk", type=int, default=Opening.prefill_chunk, help=chunk)
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of each file")
     add("--expect", metavar="DIGEST", help="of the bundle, as python -m engines.doctor BUNDLE prints it; or an error")
 
@@ -32,8 +34,6 @@ def add_slot_options(parser: argparse.ArgumentParser) -> None:
     """Options of `Opening` for commands that have several requests at a time."""
     add = parser.add_argument
     add("--slots", type=int, default=Opening.slots, help="requests that share decode steps; 1 = one after the other")
-    chunk = "tokens of a prompt between two steps that others wait for, with several slots"
-    add("--prefill-chunk", type=int, default=Opening.prefill_chunk, help=chunk)
 
 
 def opening_options(given: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def open_model(bundle: Bundle, opening: Opening) -> Model[Any]:
     if backend == ONNXRUNTIME:
         from engines.ort import OrtModel
 
-        return OrtModel(bundle, device=device, threads=opening.threads, residency=residency)
+        chunk = opening.prefill_chunk
+        return OrtModel(bundle, device=device, threads=opening.threads, residency=residency, prefill_chunk=chunk)
     if opening.threads is not None:
         raise BackendError(
             f"threads={opening.threads!r} with the backend {backend}, which computes on the GPU", fix="leave it out"

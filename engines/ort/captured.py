@@ -49,10 +49,10 @@ class CapturedPart(DecoderPart):
 
     def __init__(
         self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, cache: list[TensorSpec],
-        in_place: dict[str, str], thread: Thread,
+        in_place: dict[str, str], thread: Thread, *, chunk: int | None = None,
     ) -> None:  # fmt: skip
         """See DecoderPart. `session`: records."""
-        super().__init__(session, g, buffers, dtype, cache, in_place, thread)
+        super().__init__(session, g, buffers, dtype, cache, in_place, thread, chunk=chunk)
         self.captures = True
         self.unrecorded = run_options({GRAPH_ID: "-1"})
         self._recorded = 0  # graphs

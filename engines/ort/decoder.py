@@ -14,7 +14,7 @@ from engines.bundle.geometry import Geometry
 from engines.bundle.specs import TensorSpec, projected_sizes, turnover_sizes
 from engines.errors import BackendError
 from engines.ort.buffers import Buffers
-from engines.ort.library import failed
+from engines.ort.library import arena_shrinking, failed
 from engines.ort.thread import Thread
 
 if TYPE_CHECKING:
@@ -48,12 +48,14 @@ class DecoderPart:
 
     def __init__(
         self, session: ort.InferenceSession, g: Geometry, buffers: Buffers, dtype: type, cache: list[TensorSpec],
-        in_place: dict[str, str], thread: Thread,
+        in_place: dict[str, str], thread: Thread, *, chunk: int | None = None,
     ) -> None:  # fmt: skip
         """`dtype`: the graph computes in. `cache`: what it takes of one. `in_place`: outputs that take the place of
-        inputs. `thread`: that asks the device."""
+        inputs. `thread`: that asks the device. `chunk`: tokens of a row in one run at most, whose scratch memory is
+        given back behind it; on the CPU alone; None: as many as are asked for, and the arena keeps what they took."""
         self.session, self.geometry, self.buffers, self.dtype = session, g, buffers, dtype
-        self.cache_specs, self.in_place, self.thread = cache, in_place, thread
+        self.cache_specs, self.in_place, self.thread, self.chunk = cache, in_place, thread, chunk
+        self._shrinking = None if chunk is None else arena_shrinking()
         # Its parts are joined last, when nobody reads `projected` any more; one part alone might not wait.
         self.projected_in_place = g.lazy_pages and len(g.reading_layers) > 1
 
@@ -64,6 +66,10 @@ class DecoderPart:
         except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
             raise failed("decoder", error) from error
         binding.synchronize_outputs()
+
+    def run_many(self, binding: ort.IOBinding) -> None:
+        """`run` for several tokens of a row: a prompt's, which takes far more scratch memory than a step."""
+        self.run(binding, self._shrinking)
 
     def rounded(self, capacity: int) -> int:
         """The capacity a cache really gets: a multiple of ROUND with room for the image tokens, which the map reads."""
@@ -126,12 +132,27 @@ class OrtDecoder:
     def run(self, ids: np.ndarray, page_budget: np.ndarray | int = 0, *, lengths: np.ndarray | None = None) -> Step:
         """See Decoder.run; in the host's memory the logits stay, on a GPU they lie there until somebody asks."""
         with nullcontext() if self._part.geometry.page_slots is None else self._image.turn:
-            return self._part.thread.do(lambda: self._run(ids, page_budget, lengths))
+            return self._part.thread.do(lambda: self._run_in_chunks(ids, page_budget, lengths))
+
+    def _run_in_chunks(self, ids: np.ndarray, page_budget: np.ndarray | int, lengths: np.ndarray | None) -> Step:
+        """As `run`. Only the last column reads pages, so those before the last chunk have no use for a budget."""
+        steps, before = ids.shape[1], self.length.copy()
+        chunk = self._part.chunk or max(steps, 1)
+        if int(before.max()) + steps > self.capacity:
+            raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - before.max()} fit")
+        try:
+            for begin in range(0, steps - chunk, chunk):
+                valid = None if lengths is None else np.clip(lengths - begin, 0, chunk)
+                self._run(ids[:, begin : begin + chunk], 0, valid)
+            begin = (steps - 1) // chunk * chunk
+            valid = None if lengths is None else np.maximum(lengths - begin, 0)
+            return self._run(ids[:, begin:], page_budget, valid)
+        except BaseException:
+            self.length[:] = before
+            raise
 
     def _run(self, ids: np.ndarray, page_budget: np.ndarray | int, lengths: np.ndarray | None) -> Step:
         (batch, steps), desk, results = ids.shape, self._desk, self._desk.results
-        if int(self.length.max()) + steps > self.capacity:
-            raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - self.length.max()} fit")
         desk.past_length.update_inplace(self.length)
         desk.budget.update_inplace(np.broadcast_to(np.asarray(page_budget, np.int64), (batch,)).copy())
         ids = np.ascontiguousarray(ids, np.int64)
@@ -142,7 +163,7 @@ class OrtDecoder:
                 self._step()
             else:
                 value = self._part.buffers.of(ids)  # must outlive the run: the binding alone does not keep it
-                self._part.run(self._bind(value))
+                self._part.run_many(self._bind(value))
             if "present_projected" in results:
                 self._inputs["projected"].update_inplace(results["present_projected"].numpy())
         except BaseException:

@@ -65,6 +65,11 @@ def captures() -> str | None:
     )
 
 
+def arena_shrinking() -> ort.RunOptions:
+    """Options of a run on the CPU behind which the session's arena gives back what it does not use."""
+    return run_options({"memory.enable_memory_arena_shrinkage": "cpu:0"})
+
+
 def run_options(entries: dict[str, str]) -> ort.RunOptions:
     """Options of a run, by their keys in onnxruntime_run_options_config_keys.h."""
     options: ort.RunOptions = import_library().RunOptions()

@@ -18,8 +18,10 @@ from engines.bundle.folder import Bundle
 from engines.bundle.kinds import ONNXRUNTIME, ONNXRUNTIME_CUDA
 from engines.bundle.manifest import Manifest
 from engines.bundle.mapped import MappedFiles
+from engines.bundle.precision import PRECISIONS
 from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, cache_inputs, in_place, page_inputs
+from engines.bundle.tensors import MODEL
 from engines.checks import require_integer
 from engines.errors import BackendError, BundleError
 from engines.memory import release_freed
@@ -52,10 +54,10 @@ class OrtModel:
 
     def __init__(
         self, bundle: Bundle, *, device: str = "cpu", threads: int | None = Opening.threads,
-        residency: str = Manifest.residency,
+        residency: str = Manifest.residency, prefill_chunk: int = Opening.prefill_chunk,
     ) -> None:  # fmt: skip
-        """`device`: "cpu" or "cuda". `threads`, `residency`: see Opening. Raises BackendError when onnxruntime or the
-        device is missing, or a graph does not load.
+        """`device`: "cpu" or "cuda". `threads`, `residency`, `prefill_chunk`: see Opening. Raises BackendError when
+        onnxruntime or the device is missing, or a graph does not load.
         """
         self.geometry = bundle.manifest.geometry
         self.device = device
@@ -80,6 +82,7 @@ class OrtModel:
         later = IMAGE_PARTS if residency == SHARED else ()
         graphs = [graph.file for part in later for graph in parts[part].graphs.values()]
         self._mapped = MappedFiles(bundle, [*(part.weights for part in parts.values()), *graphs])
+        self._sparing = residency == SHARED and device == "cpu"
         self._images = ImageParts(residency, partial(self._opened, bundle), self._thread.do)
         decoder = self._thread.do(partial(self._opened, bundle, "decoder"))
         release_freed()
@@ -89,7 +92,7 @@ class OrtModel:
         dtype = next(np.dtype(spec.dtype).type for spec in described.inputs if spec.name == "features")
         self.part = (CapturedPart if self._captures else DecoderPart)(
             decoder, self.geometry, self.buffers, dtype, cache, in_place(described.outputs),
-            self._thread,
+            self._thread, chunk=prefill_chunk if self._sparing else None,
         )  # fmt: skip
 
     def _opened(self, bundle: Bundle, part: str) -> ort.InferenceSession:
@@ -112,7 +115,7 @@ class OrtModel:
         # Lazy pages are projected in a branch, and graphs of older bundles have others: CUDA graphs have none.
         capture = part == "decoder" and kind == ONNXRUNTIME_CUDA and not self.geometry.lazy_pages
         try:
-            session = self._recording_session(path) if capture else self.session(path)
+            session = self._recording_session(path) if capture else self.session(path, folds=self._folds(bundle, part))
         except BackendError as error:
             self._mapped.require_mapped()  # the cause, if it says something
             if weights.resolve().parent in (path.parent.resolve(), path.resolve().parent):
@@ -133,6 +136,14 @@ class OrtModel:
                 )
         return session
 
+    def _folds(self, bundle: Bundle, part: str) -> bool:
+        """Whether ONNX Runtime computes what a graph makes of weights alone when it opens it, and keeps it: of a tower
+        in 16 bits a copy in float32, 1.2 GB at 7B, and twice that while it is packed. One that is opened for one image
+        need not: each weight is made float32 as it is read. Codes are fused into their products by what was folded."""
+        precision, options = PRECISIONS[bundle.manifest.precision], bundle.manifest.options
+        in_codes = part != "vision" or options.get("vision", MODEL) != MODEL
+        return not self._sparing or in_codes or not precision.widened
+
     def require_unchanged(self) -> None:
         """See Model.require_unchanged: the weights are mapped, not read."""
         self._mapped.require_unchanged()
@@ -150,12 +161,15 @@ class OrtModel:
         logger.warning(f"decode steps run operator by operator, slower, without CUDA graphs: {why_not}")
         return session
 
-    def session(self, path: Path, provider_options: Mapping[str, str] | None = None) -> ort.InferenceSession:
-        """A session of the graph in `path` with this model's device and options, and more of its provider's;
-        BackendError if it won't start."""
+    def session(
+        self, path: Path, provider_options: Mapping[str, str] | None = None, *, folds: bool = True
+    ) -> ort.InferenceSession:
+        """A session of the graph in `path` with this model's device and options, and more of its provider's; `folds`:
+        constants, for good. BackendError if it won't start."""
+        without = {} if folds else {"disabled_optimizers": ["ConstantFolding"]}
         providers = [(self.buffers.provider, {**PROVIDER_OPTIONS[self.device], **(provider_options or {})})]
         try:
-            session = self._ort.InferenceSession(path, self._options, providers=providers)
+            session = self._ort.InferenceSession(path, self._options, providers=providers, **without)
         except Exception as error:  # onnxruntime raises its own classes and RuntimeError alike
             raise BackendError(f"ONNX Runtime cannot open {path}: {error}") from error
         if session.get_providers()[0] != self.buffers.provider:  # it falls back to the CPU without a word

@@ -131,7 +131,9 @@ def test_which_graph_a_device_gets(monkeypatch, copy, device, made_before, expec
         edit(copy, lambda manifest: manifest["parts"]["decoder"]["graphs"].pop("onnxruntime-cuda"))
     opened = []
     session = OrtModel.session
-    monkeypatch.setattr(OrtModel, "session", lambda self, path, *_: opened.append(path.name) or session(self, path))
+    monkeypatch.setattr(
+        OrtModel, "session", lambda self, path, *_, **how: opened.append(path.name) or session(self, path, **how)
+    )
     monkeypatch.setitem(library.PROVIDERS, "cuda", "CPUExecutionProvider")  # no GPU here: the CPU opens it, too
     monkeypatch.setitem(library.PROVIDER_OPTIONS, "cuda", {})
     OrtModel(Bundle(copy), threads=1, device=device)

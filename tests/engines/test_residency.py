@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from engines.bundle.folder import Bundle
 from engines.errors import BackendError, BundleError
 from engines.open import chosen, open_model
 from engines.ort import OrtModel
+from engines.ort.decoder import OrtDecoder
 from engines.residency import ALL, IMAGE_PARTS, RESIDENCIES, SHARED, ImageParts
 from tests.engines.manifests import edit
 from tests.geometries import tiny
-from tests.parity.requests import request
+from tests.parity.requests import assert_equal, encode, padded, request, steps
 
 
 class Asked:
@@ -169,3 +171,125 @@ def test_files_that_are_replaced_before_an_image_needs_them(copy, name):
         file.truncate(len(whole) - 1)
     with pytest.raises(BundleError, match="was written to"):
         model.require_unchanged()
+
+
+# Scratch memory of a prompt, and copies of what encodes images, where that is opened for each image.
+
+CHUNK = 7  # of a prompt of 72 tokens: the last chunk is shorter
+
+
+@pytest.fixture(scope="module")
+def models(random_model) -> tuple[OrtModel, OrtModel]:
+    """One that keeps everything, and one that spares memory."""
+    bundle = Bundle(random_model("tiny", tiny())[1])
+    return OrtModel(bundle, threads=1), OrtModel(bundle, threads=1, residency=SHARED, prefill_chunk=CHUNK)
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[int]:
+    """Tokens of a row in each run of a decoder."""
+    seen, plain = [], OrtDecoder._run
+
+    def run(self, ids, *rest):
+        seen.append(ids.shape[1])
+        return plain(self, ids, *rest)
+
+    monkeypatch.setattr(OrtDecoder, "_run", run)
+    return seen
+
+
+def test_a_prompt_in_chunks_says_the_same(models, runs):
+    tiles, ids, begin = request(tiny(), seed=3)
+    whole, chunked = (steps(model, encode(model, tiles, begin), ids, [5, 9], 16) for model in models)
+    assert runs == [72, 1, 1, 1, *[CHUNK] * 10, 2, 1, 1, 1]
+    assert_equal(whole, chunked)
+    assert whole[-1].page_count.all()  # pages were read
+
+
+def test_the_last_column_of_a_prompt_reads_pages(models, runs):
+    tiles, ids, begin = request(tiny(), seed=4)
+    found = [model.decoder(encode(model, tiles, begin), 100).run(ids, 16) for model in models]
+    assert runs[1:] == [CHUNK] * 10 + [3]
+    assert_equal(found[:1], found[1:])
+
+
+def test_padded_rows_in_chunks(models, runs):
+    prompts = [np.random.default_rng(n).integers(3, 64, (1, n)) for n in (24, 4, 16)]
+    ids, lengths, last = padded(prompts)
+    found = []
+    for model in models:
+        decoder = model.decoder(model.no_image(3), 64)
+        decoder.run(ids, lengths=lengths)
+        assert list(decoder.length) == [23, 3, 15]
+        found.append(decoder.run(last))
+    assert runs == [23, 1, *[CHUNK] * 3, 2, 1]
+    assert_equal(found[:1], found[1:])
+
+
+def test_a_chunk_that_fails_leaves_the_cache_as_it_was(models, monkeypatch):
+    model, ids = models[1], np.arange(3, 33)[None]
+    decoder, expected = model.decoder(model.no_image(1), 64), model.decoder(model.no_image(1), 64).run(ids).logits
+    runs, plain = [], type(model.part).run
+
+    def third_fails(part, *rest):
+        runs.append(rest)
+        if len(runs) == 3:
+            raise BackendError("no memory")
+        return plain(part, *rest)
+
+    monkeypatch.setattr(type(model.part), "run", third_fails)
+    with pytest.raises(BackendError, match="no memory"):
+        decoder.run(ids)
+    assert len(runs) == 3 and decoder.length == 0
+    assert np.array_equal(decoder.run(ids).logits, expected)
+
+
+def test_scratch_memory_of_a_prompt_is_given_back(models, monkeypatch):
+    """A step's is kept: the next takes as much."""
+    key, given = "memory.enable_memory_arena_shrinkage", []
+    for model in models:
+        decoder, plain = model.decoder(model.no_image(1), 64), type(model.part).run
+        monkeypatch.setattr(
+            type(model.part),
+            "run",
+            lambda part, binding, options=None: (given.append(options), plain(part, binding, options))[1],  # noqa: B023
+        )
+        decoder.run(np.arange(3, 8)[None])
+        decoder.run(np.array([[5]]))
+        monkeypatch.undo()
+    assert [options and options.get_run_config_entry(key) for options in given] == [None, None, "cpu:0", None]
+
+
+def test_a_tower_in_16_bits_is_not_made_float32_for_one_image(random_model, monkeypatch):
+    """Its weights are cast where they are read: the same features, but for the order of float32 sums."""
+    bundle, seen = Bundle(random_model("tiny", tiny(), "bf16")[1]), []
+    plain = OrtModel.session
+    monkeypatch.setattr(
+        OrtModel,
+        "session",
+        lambda self, path, *rest, folds=True: seen.append((path.name, folds)) or plain(self, path, *rest, folds=folds),
+    )
+    tiles = request(tiny(), seed=3)[0]
+    kept, spared = (OrtModel(bundle, threads=1, residency=residency).vision(tiles).numpy() for residency in RESIDENCIES)
+    assert [name for name, folds in seen if not folds] == ["vision.onnxruntime.onnx"] and seen[-1][1] is False
+    assert np.abs(kept - spared).max() <= 1e-5 * np.abs(kept).max()
+
+
+@pytest.mark.parametrize(
+    ("precision", "vision", "part", "folds"),
+    [
+        ("int4", None, "vision", False),
+        ("int4", "model", "vision", False),
+        ("int4", "int8", "vision", True),
+        ("int4", "model", "pages", True),
+        ("int4", "model", "decoder", True),
+        ("fp16", "model", "vision", True),
+        ("fp32", "model", "vision", True),
+    ],
+)
+def test_codes_are_fused_into_their_products_all_the_same(models, precision, vision, part, folds):
+    """That needs their scales as constants. Float16 graphs compute so: there is nothing to be widened for good."""
+    manifest = SimpleNamespace(precision=precision, options={} if vision is None else {"vision": vision})
+    bundle = SimpleNamespace(manifest=manifest)
+    assert models[1]._folds(bundle, part) is folds
+    assert models[0]._folds(bundle, part)

@@ -85,10 +85,10 @@ def test_a_file_that_is_replaced_while_the_bundle_is_opened(copy, monkeypatch, s
     session, weights = OrtModel.session, copy / "decoder.weights"
     other = bytes(size or weights.stat().st_size)
 
-    def meanwhile(self, path):
+    def meanwhile(self, path, **how):
         (copy / "new").write_bytes(other)
         (copy / "new").rename(weights)
-        return session(self, path)
+        return session(self, path, **how)
 
     bundle = Bundle(copy)
     monkeypatch.setattr(OrtModel, "session", meanwhile)
