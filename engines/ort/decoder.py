@@ -141,12 +141,11 @@ class OrtDecoder:
         if int(before.max()) + steps > self.capacity:
             raise BackendError(f"{steps} more tokens", expected=f"at most {self.capacity - before.max()} fit")
         try:
-            for begin in range(0, steps - chunk, chunk):
+            for begin in range(0, max(steps, 1), chunk):
                 valid = None if lengths is None else np.clip(lengths - begin, 0, chunk)
-                self._run(ids[:, begin : begin + chunk], 0, valid)
-            begin = (steps - 1) // chunk * chunk
-            valid = None if lengths is None else np.maximum(lengths - begin, 0)
-            return self._run(ids[:, begin:], page_budget, valid)
+                last = begin + chunk >= steps
+                step = self._run(ids[:, begin : begin + chunk], page_budget if last else 0, valid)
+            return step
         except BaseException:
             self.length[:] = before
             raise
