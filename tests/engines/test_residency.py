@@ -18,6 +18,7 @@ from engines.open import chosen, open_model
 from engines.ort import OrtModel
 from engines.ort.decoder import OrtDecoder
 from engines.residency import ALL, IMAGE_PARTS, RESIDENCIES, SHARED, ImageParts
+from export.build import BuildOptions, build
 from tests.engines.manifests import edit
 from tests.geometries import tiny
 from tests.parity.requests import assert_equal, encode, padded, request, steps
@@ -204,6 +205,22 @@ def test_a_prompt_in_chunks_says_the_same(models, runs):
     assert runs == [72, 1, 1, 1, *[CHUNK] * 10, 2, 1, 1, 1]
     assert_equal(whole, chunked)
     assert whole[-1].page_count.all()  # pages were read
+
+
+@pytest.mark.parametrize(
+    "kept", [{"kv": "int8", "kv_cache": "int8"}, {"projection": "lazy", "page_slots": 8}], ids=["int8", "page slots"]
+)
+def test_a_prompt_in_chunks_says_the_same_however_pages_and_cache_are_kept(kept, random_model, tmp_path, runs):
+    checkpoint, found = random_model("tiny", tiny())[0], []
+    bundle = Bundle(build(BuildOptions(checkpoint, tmp_path / "bundle", precision="fp32", check="none", **kept)).path)
+    tiles, ids, begin = request(tiny(), seed=3)
+    runs.clear()  # of the check of a build
+    for options in ({}, {"residency": SHARED, "prefill_chunk": CHUNK}):
+        model = OrtModel(bundle, threads=1, **options)
+        found.append(steps(model, encode(model, tiles, begin), ids, [5, 9], 8))
+    assert runs == [72, 1, 1, 1, *[CHUNK] * 10, 2, 1, 1, 1]
+    assert_equal(*found)
+    assert found[0][-1].page_count.all()
 
 
 def test_the_last_column_of_a_prompt_reads_pages(models, runs):
