@@ -341,10 +341,11 @@ def _held(c: Configuration) -> dict[str, int]:
     """Bytes of the weights of each part as ONNX Runtime holds them."""
     held = {}
     for part, tensors in _stored(c).items():
+        cast = part == "vision" and c.residency == SHARED  # where it is read (OrtModel._folds)
         total = 0.0
         for name, pieces in tensors.items():
             rows = name == EMBEDDINGS and not c.geometry.tied_embeddings  # read as they are stored
-            others = ORT_COPIES_WIDENED if c.precision.widened and not rows else ORT_COPIES
+            others = ORT_COPIES_WIDENED if c.precision.widened and not (rows or cast) else ORT_COPIES
             codes = 1 if rows else ORT_COPIES_QUANTISED
             total += sum(pieces) * (codes if len(pieces) > 1 else others)
         held[part] = int(total)
@@ -354,7 +355,8 @@ def _held(c: Configuration) -> dict[str, int]:
 def _activations(c: Configuration) -> dict[str, int]:
     """Bytes of work space of each part at its largest: every hi-res tile at once, every page, a prefill of the full
     context. Engines reserve it for all rows they are built for. On ONNX Runtime requests of several slots are encoded
-    side by side, each by its own thread; what is prefilled together is no more than one full context."""
+    side by side, each by its own thread; what is prefilled together is no more than one full context, and a chunk
+    where image parts take turns (OrtModel)."""
     g, v, ort = c.geometry, c.geometry.vision, c.backend == ONNXRUNTIME
     images = max(c.batch, c.slots)
     rows = c.batch if ort else images
@@ -366,12 +368,13 @@ def _activations(c: Configuration) -> dict[str, int]:
     if g.lazy_pages:
         pages = hires * g.head_dim * 32
     # The MLP's, which takes more than attention does, a prompt's over an int8 cache, made float for it, too.
-    decoder = rows * g.context * 3 * (g.intermediate + g.hidden) * item
+    prompt = min(g.context, Opening.prefill_chunk) if ort and c.residency == SHARED else g.context
+    decoder = rows * prompt * 3 * (g.intermediate + g.hidden) * item
     if ort or not c.plugins:  # no kernel of ours: keys and values laid out again, the last query in float32
         decoder += rows * g.context * g.heads * g.head_dim * (2 * item + 4)
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
-        decoder += ORT_SCORES * rows * g.heads * g.context**2 * 4
+        decoder += ORT_SCORES * rows * g.heads * prompt * g.context * 4
     return {"vision": vision, "pages": pages, "decoder": decoder}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from engines.backend import Opening
 from engines.bundle.geometry import Geometry
 from engines.bundle.kinds import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from engines.bundle.precision import BF16, COLUMN, FP8, FP16, FP32, INT4, INT8
@@ -17,6 +18,7 @@ from engines.sizing.needs import (
     SCRATCH,
     Configuration,
     _activations,
+    _held,
     builder_bytes,
     cache_bytes,
     decoder_engines,
@@ -394,3 +396,18 @@ def test_parts_that_take_turns_by_hand(context):
     assert needs(slots[0], integrated=True) == needs(slots[1], integrated=True)
     with pytest.raises(OptionError, match="residency 'none'"):
         replace(kept, residency="none")
+
+
+def test_what_onnxruntime_spares_where_image_parts_take_turns():
+    """The tower is not made float32, and no more than a chunk of a prompt is computed at once."""
+    kept = Configuration(official(), INT4, backend=ONNXRUNTIME)
+    turns, g = replace(kept, residency="shared"), kept.geometry
+    whole, chunks = _activations(kept), _activations(turns)
+    spared = (g.context - Opening.prefill_chunk) * (3 * (g.intermediate + g.hidden) + 4 * g.heads * g.context) * 4
+    assert whole["decoder"] - chunks["decoder"] == spared and whole["vision"] == chunks["vision"]
+    all_held, held = _held(kept), _held(turns)
+    assert all_held["vision"] == pytest.approx(4.1 / 1.2 * held["vision"])
+    assert all_held["decoder"] == held["decoder"] and all_held["pages"] == held["pages"]
+    assert sum(need.bytes for need in needs(turns, integrated=True)) < sum(
+        need.bytes for need in needs(kept, integrated=True)
+    )
