@@ -13,8 +13,10 @@ import torch
 from plugins.select_pages.launch import SelectPages
 from tests.plugins.harness import Run, by_reference
 from tests.plugins.inputs import (
+    PROJECTION_CASES,
     Sizes,
     attention_inputs,
+    in_slots,
     int8_attention_inputs,
     int8_projection_inputs,
     on_int8_cache,
@@ -177,3 +179,27 @@ def check_selection(grid: int, cells: int, run: Run) -> None:
     assert {name: array.tolist() for name, array in found.items()} == {
         name: array.tolist() for name, array in expected.items()
     }
+
+
+def check_page_slots(case: str, dtype: str, plain: Run, slotted: Run, *, int8: bool) -> None:
+    """flex::ProjectPages with fewer page slots than pages: each page is what a store of every page (`plain`) has, bit
+    for bit, in its slot, and the other slots are as they were. `case`: one of PROJECTION_CASES."""
+    count = 9 if case in ("all", "batch", "nothing new") else 6  # these have nine pages at once
+    given = PROJECTION_CASES[case]
+    arrays = int8_projection_inputs(dtype, **given) if int8 else projection_inputs(**given)
+    if not int8:
+        arrays = rounded(projection_op(arrays), dtype, arrays)
+    others = in_slots(arrays, count=count)
+    op = projection_op(others)
+    assert op.attributes["page_slots"] == 1 and op.inputs[-1].name == "slots"
+    expected, found = plain(projection_op(arrays), dtype, arrays), slotted(op, dtype, others)
+    assert found.keys() == expected.keys()
+    present = np.array(expected["present_projected"]) == 1
+    assert np.array_equal(np.array(found["present_projected"]) == 1, present)
+    for name in found.keys() - {"present_projected"}:
+        before = others[name.replace("present", "page")]
+        for row, held in enumerate(present):
+            slots = others["slots"][row, held]
+            assert np.array_equal(found[name][row][:, slots], expected[name][row][:, held], equal_nan=True), name
+            rest = np.setdiff1d(np.arange(before.shape[2]), slots)
+            assert np.array_equal(found[name][row][:, rest], before[row][:, rest], equal_nan=True), name

@@ -16,6 +16,7 @@ from tests.plugins.checks import (
     check_int8_attention,
     check_int8_cache,
     check_int8_projection,
+    check_page_slots,
     check_projection,
     check_selection,
 )
@@ -65,6 +66,13 @@ def test_pages_in_8_bits(dtype, launcher):
 def test_cache_in_8_bits(dtype, launcher):
     for sizes in INT8_CACHE_CASES.values():
         check_int8_cache(sizes, dtype, launcher, bound=BOUND, ties=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", PROJECTION_CASES)
+@pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
+def test_page_slots(int8, case, dtype, launcher):
+    check_page_slots(case, dtype, launcher, launcher, int8=int8)
 
 
 @pytest.mark.parametrize("grid", [9, 24])

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,15 +16,12 @@ from plugins.project_pages import onnx_body, onnx_int8, onnx_slots
 from plugins.project_pages.launch import ProjectPages
 from plugins.tiles import TILES, tiled
 from tests.emulator.interpreter import call
-from tests.plugins.checks import check_int8_projection, check_projection
+from tests.plugins.checks import check_int8_projection, check_page_slots, check_projection
 from tests.plugins.harness import Run, by_body, by_reference
 from tests.plugins.inputs import (
     PROJECTION_CASES,
-    in_slots,
-    int8_projection_inputs,
     projection_inputs,
     projection_op,
-    rounded,
 )
 
 RUNS = [(by_body(onnx_body.FUNCTIONS), dtype) for dtype in ("float32", "float16")]
@@ -115,25 +111,4 @@ FACES = {  # of floats and of int8: as a store of every page, in slots
 @pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("face", FACES)
 def test_a_new_page_goes_to_its_slot_and_nothing_else_changes(face, int8, case):
-    count = {} if case in ("all", "batch", "nothing new") else {"count": 6}  # these have nine pages at once
-    plain, slotted = FACES[face][int8]
-    given = PROJECTION_CASES[case]
-    if int8:
-        arrays = int8_projection_inputs("float16", **given)
-    else:
-        arrays = projection_inputs(**given)
-        arrays = rounded(projection_op(arrays), "float16", arrays)
-    others = in_slots(arrays, **({"count": 9} | count))
-    op = projection_op(others)
-    assert op.attributes["page_slots"] == 1 and op.inputs[-1].name == "slots"
-    expected, found = plain(projection_op(arrays), "float16", arrays), slotted(op, "float16", others)
-    assert found.keys() == expected.keys()
-    present = np.array(expected["present_projected"]) == 1
-    assert np.array_equal(np.array(found["present_projected"]) == 1, present)
-    for name in found.keys() - {"present_projected"}:
-        before = others[name.replace("present", "page")]
-        for row, held in enumerate(present):
-            slots = others["slots"][row, held]
-            assert np.array_equal(found[name][row][:, slots], expected[name][row][:, held], equal_nan=True), name
-            rest = np.setdiff1d(np.arange(before.shape[2]), slots)
-            assert np.array_equal(found[name][row][:, rest], before[row][:, rest], equal_nan=True), name
+    check_page_slots(case, "float16", *FACES[face][int8], int8=int8)
