@@ -23,8 +23,8 @@ __all__ = [
     "conversation_text", "draw_kind", "zone",
 ]  # fmt: skip
 SHARES = {
-    "one": 0.16, "two": 0.16, "yes/no": 0.07, "count": 0.15, "colour": 0.06, "shape": 0.05, "where": 0.08,
-    "side": 0.08, "compare": 0.08, "honest": 0.05, "follow-up": 0.06,
+    "one": 0.12, "two": 0.13, "yes/no": 0.05, "count": 0.18, "colour": 0.04, "shape": 0.04, "where": 0.06,
+    "side": 0.13, "compare": 0.14, "honest": 0.06, "follow-up": 0.05,
 }  # fmt: skip
 KINDS = tuple(SHARES)
 _UP_TO = np.cumsum(list(SHARES.values()))

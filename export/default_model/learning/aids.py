@@ -83,7 +83,7 @@ class Losses:
             ask("apart", "right", here, batch.apart[..., 0])
             ask("apart", "below", here, batch.apart[..., 1])
         if layer == HOLDS:
-            ask("holds", "holds", at(batch.ends[..., 1:]), batch.holds)
+            ask("holds", "holds", at(batch.where[..., :1]), batch.holds)
         if layer == LARGER:
             ask("larger", "larger", at(batch.where.gather(2, batch.compared[..., None])), batch.larger)
 

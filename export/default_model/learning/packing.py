@@ -29,6 +29,7 @@ TALK, TALKING = 0.2, 0.3  # share of steps with conversations, and of conversati
 READS = 14  # answer tokens, the end token included
 PARTS, GOALS, MENTIONS = 4, 9, 2
 BOS, EOS = 1, 2
+DECISIVE = 4  # what a token that decides an answer weighs: how many, yes or no; all others weigh 1
 Described = tuple[tuple[Thing, ...], tuple[int, int]]  # things of a scene, and its size: width, height
 
 
@@ -42,6 +43,7 @@ class Batch:
     ids: Tensor  # [S, Q, L], L <= LENGTH
     where: Tensor  # [S, Q, R], R <= READS: position whose output predicts the answer token
     answer: Tensor  # [S, Q, R]: that token, -100 after the end
+    weight: Tensor  # [S, Q, R]: how much it counts
     parts: Tensor  # [S, Q, R, PARTS]: hi-res patches (row * 36 + column) the digit to say can be read at
     goals: Tensor  # [S, Q, R, GOALS]: low-res tokens the answer token is about
     words: Tensor  # [S, Q, R, 2]: positions of the colour and the shape the answer token is about
@@ -52,7 +54,7 @@ class Batch:
     apart: Tensor  # [S, Q, 2]: whether the second thing is right of, below the first one
     count: Tensor  # [S, Q]: what is counted
     counted: Tensor  # [S, Q]: index into R of the token that says it
-    holds: Tensor  # [S, Q]: whether the second thing lies where it is asked for: 0, 1
+    holds: Tensor  # [S, Q]: whether a thing lies on the side it is asked for: 0, 1
     larger: Tensor  # [S, Q]: whether the first of two numbers to compare is the larger one: 0, 1
     compared: Tensor  # [S, Q]: index into R of the token behind the second number
     kind: Tensor  # [S, Q]: of the question, index into KINDS
@@ -99,7 +101,7 @@ def pack(
     }
     reads = int((stacked["answer"] >= 0).sum(-1).max())
     length = int(stacked["where"].max()) + 2  # one more than is used: what lies behind an answer's end goes there
-    for name in ("where", "answer", "parts", "goals", "words", "named"):
+    for name in ("where", "answer", "weight", "parts", "goals", "words", "named"):
         stacked[name] = stacked[name][:, :, :reads]
     stacked["ids"] = stacked["ids"][:, :, :length]
     return Batch(**{name: torch.from_numpy(values.copy()) for name, values in stacked.items()})
@@ -115,6 +117,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         return None
     row = {
         "ids": np.zeros(LENGTH + 1, np.int64), "where": np.zeros(READS, np.int64), "answer": np.full(READS, -100),
+        "weight": np.ones(READS, np.int64),
         "parts": np.full((READS, PARTS), -1), "goals": np.full((READS, GOALS), -1), "words": np.full((READS, 2), -1),
         "named": np.full((READS, 2), -1), "ends": np.full(MENTIONS, -1), "joined": np.full(MENTIONS, -1),
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
@@ -190,6 +193,9 @@ def _answers(
     if question.kind == "compare":
         first, second = (int(things[thing].number) for thing in dict.fromkeys(thing for _, thing, _ in question.reads))
         row["larger"], row["compared"] = np.array(first > second), np.array(max(read))
+        row["weight"][max(read) + 1 :] = DECISIVE
+    if question.kind in ("yes/no", "side"):
+        row["weight"][0] = DECISIVE
     goals = list(dict.fromkeys(_token_of(things[index]) for index in question.about))[:GOALS]
     first = 0
     if question.kind == "count":
@@ -198,6 +204,7 @@ def _answers(
             np.array(int("".join(c for c in question.answer if c.isdigit()))),
             np.array(first),
         )
+        row["weight"][first] = DECISIVE
     last = len(said.ids) if question.kind in ("colour", "shape", "where") else first + 1
     for token in range(first, last):
         if token not in read:

@@ -21,7 +21,7 @@ from export.default_model.questions import KINDS, build_tokenizer
 logger = logging.getLogger(__name__)
 G = GEOMETRY
 SCENES, QUESTIONS = 8, 9  # of a step
-LEARNING_RATE, DECAY = 4e-3, 0.02
+LEARNING_RATE, DECAY = 3e-3, 0.02
 SHARES = {"none": 0.05, "own": 0.50, "all": 0.30, "helped": 0.15}  # how often an answer token sees which pages
 GAP = 0.4  # share of steps in which the conversation stands further from the image, as if more had been said
 FADE = 0.5  # the part of the steps after which aids count half
@@ -68,7 +68,9 @@ def train(
         threshold = int(rng.integers(56, 150))
         inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
-        answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)
+        flat = logits.flatten(0, 2), batch.answer.flatten()
+        each = F.cross_entropy(*flat, ignore_index=-100, label_smoothing=0.01, reduction="none")
+        answer = (each * batch.weight.flatten()).sum() / (batch.answer >= 0).sum()
         fade = 1.0 if number < FADE * steps else 0.5
         trainer.update(answer + fade * sum(aids.WEIGHTS[name] * losses[name] for name in wanted))
         recent.append(torch.stack([answer.detach(), *(loss.detach() for loss in losses.values()), pages.detach()]))
