@@ -21,15 +21,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engines.backend import Opening
+
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = "kv", "kv_cache", "head", "embeddings", "vision", "context", "projection", "page_slots"
 GROUPS = Path("/sys/fs/cgroup/memory")
-ANSWER = """
-import sys, numpy as np
+OPEN = """
+import sys
 from runtime import Engine
-engine = Engine(sys.argv[1], residency=sys.argv[3])
+engine = Engine(sys.argv[1], residency=sys.argv[2], prefill_chunk=int(sys.argv[3]))
+"""
+ANSWER = f"""{OPEN}
+import numpy as np
 photo = np.random.default_rng(0).integers(0, 256, (1008, 1008, 3), dtype=np.uint8)
-answer = engine.generate(photo, "What does the sign say?", max_new_tokens=int(sys.argv[2]), stop_at_eos=False)
+answer = engine.generate(photo, "What does the sign say?", max_new_tokens=int(sys.argv[4]), stop_at_eos=False)
 print(answer.stats)
 """
 
@@ -85,6 +90,7 @@ def main() -> None:
     parser.add_argument("--page-slots", default="model", help="of export/build.py: pages that a layer has room for")
     parser.add_argument("--limit", type=float, help="GB that export, open and answer may take each, or are killed")
     parser.add_argument("--residency", default="all", choices=("all", "shared"), help="of the engine")
+    parser.add_argument("--prefill-chunk", type=int, default=Opening.prefill_chunk, help="of the engine, if shared")
     parser.add_argument("--tokens", type=int, default=16, help="of the answer")
     given = parser.parse_args()
     folder = given.folder.resolve()
@@ -98,10 +104,10 @@ def main() -> None:
     options = [(f"--{name.replace('_', '-')}", value) for name, value in chosen.items()]
     knobs = f"--{given.precision}", *(word for option in options for word in option)
     rows.append(stage(f"export `{' '.join(knobs)}`", *export, *knobs, limit=given.limit))
-    opened = "import sys; from runtime import Engine; Engine(sys.argv[1], residency=sys.argv[2])"
-    rows.append(stage("open", "-c", opened, str(bundle), given.residency, limit=given.limit))
-    asked = str(bundle), str(given.tokens), given.residency
-    rows.append(stage(f"open, answer {given.tokens} tokens", "-c", ANSWER, *asked, limit=given.limit))
+    opened = str(bundle), given.residency, str(given.prefill_chunk)
+    rows.append(stage("open", "-c", OPEN, *opened, limit=given.limit))
+    answered = f"open, answer {given.tokens} tokens"
+    rows.append(stage(answered, "-c", ANSWER, *opened, str(given.tokens), limit=given.limit))
     size = sum(path.stat().st_size for path in bundle.iterdir()) / 1e9
     print("| stage | wall | peak memory | control group |\n|---|---:|---:|---:|")
     print("\n".join(_row(*row[:4]) for row in rows))
