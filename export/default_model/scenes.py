@@ -107,7 +107,7 @@ class Scene:
 
 
 def varied(rng: np.random.Generator) -> Style:
-    """A style as training sees them: half of the scenes as in evaluations, the rest differ in one way or more."""
+    """A style as training sees them: four of ten scenes as in evaluations, the rest differ in one way or more."""
     if rng.random() < 0.4:
         return Style(clutter=float(rng.uniform(0, 2.2)))
     return Style(
