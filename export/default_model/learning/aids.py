@@ -6,11 +6,13 @@ nothing of this is left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.default_model.learning.packing import ABSENT, Batch
+from export.default_model.learning.packing import ABSENT, Batch, Reads
 from export.default_model.model import GEOMETRY
 from export.default_model.scenes import COLOURS, SHAPES
 
@@ -19,14 +21,15 @@ G = GEOMETRY
 # head of layer 1 at the words that name it, `found`: a head at the thing where its name ends; `asked`, `placed`,
 # `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side
 # the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are;
-# `holds`, `larger`: whether the side is the one asked for, the first number the larger one; `spread`: maps stay narrow.
+# `larger`: whether the first number is the larger one; `holds`: whether what is asked of sides or numbers is so;
+# `spread`: maps stay narrow.
 WEIGHTS = {
     "map": 0.15, "read": 0.15, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
     "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "holds": 0.15, "larger": 0.15, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
 WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
-PLACED, TALLY, APART, HOLDS, LARGER = 4, 5, 5, 6, 6
+PLACED, TALLY, APART, HOLDS, LARGER = 4, 5, 5, 6, 5
 FINDER, COUNTING = 3, 2  # the heads of FOUND and COUNTER
 REST = 3  # things that the first token of all counts for: of n things each has a share of 1 / (n + REST)
 
@@ -43,8 +46,10 @@ def probes(width: int) -> nn.ModuleDict:
 class Losses:
     """Collects the losses of one pass, layer by layer; each method has nothing to say in most layers."""
 
-    def __init__(self, heads: nn.ModuleDict, batch: Batch) -> None:
+    def __init__(self, heads: nn.ModuleDict, batch: Batch, reads: Reads) -> None:
         self.probes, self.batch = heads, batch
+        self.parts_of, self.goals = reads.of_entries(batch.parts), reads.of_entries(batch.goals)
+        self.there = reads.there
         self.parts: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
 
     def means(self) -> dict[str, Tensor]:
@@ -83,37 +88,33 @@ class Losses:
             ask("apart", "right", here, batch.apart[..., 0])
             ask("apart", "below", here, batch.apart[..., 1])
         if layer == HOLDS:
-            ask("holds", "holds", at(batch.where[..., :1]), batch.holds)
+            ask("holds", "holds", at(batch.where.gather(2, batch.decided[..., None])), batch.holds)
         if layer == LARGER:
             ask("larger", "larger", at(batch.where.gather(2, batch.compared[..., None])), batch.larger)
 
-    def attention(self, layer: int, weights: Tensor, span: int, begin: int) -> None:
-        """Ordinary attention [S, Q, H, L, span + L]; image token 0 is key `begin`."""
+    def attention(self, layer: int, rows: Callable[[Tensor], Tensor], span: int, begin: int) -> None:
+        """Ordinary attention. `rows`: positions [S, Q, N] -> [S, Q, H, N, span + L]; image token 0 is key `begin`."""
         batch = self.batch
 
-        def mass(head: int, positions: Tensor, keys: Tensor) -> Tensor:
-            rows = weights[:, :, head].gather(
-                2, positions.clamp(min=0)[..., None].expand(-1, -1, -1, weights.shape[-1])
-            )
-            return rows.gather(-1, keys.clamp(min=0)[..., None])[..., 0]
+        def mass(row: Tensor, keys: Tensor) -> Tensor:  # [S, Q, N, keys], [S, Q, N] -> [S, Q, N]
+            return row.gather(-1, keys.clamp(min=0)[..., None])[..., 0]
 
         if layer == WORDS:  # one head finds the colour, another the shape the answer is about
+            weights = rows(batch.where)
             for head in range(2):
                 place = batch.words[..., head]
-                found = mass(head, batch.where, span + place.clamp(min=0))
+                found = mass(weights[:, :, head], span + place.clamp(min=0))
                 self.parts["words"].append(_mean(-(found + 1e-5).log(), place >= 0))
-            found = mass(0, batch.ends, span + batch.joined.clamp(min=0))
+            found = mass(rows(batch.ends.clamp(min=0))[:, :, 0], span + batch.joined.clamp(min=0))
             self.parts["joined"].append(_mean(-(found + 1e-5).log(), batch.joined >= 0))
         if layer in FOUND:  # what is not there is looked for at the first token of all
             key = torch.where(batch.places == ABSENT, 0, begin + batch.places)
-            found = mass(FINDER, batch.ends, key)
+            found = mass(rows(batch.ends.clamp(min=0))[:, :, FINDER], key)
             self.parts["found"].append(_mean(-(found + 1e-5).log(), batch.ends >= 0))
 
         if layer == COUNTER:
             index = batch.counted[..., None]
-            row = weights[:, :, COUNTING].gather(
-                2, batch.where.gather(2, index)[..., None].expand(-1, -1, -1, weights.shape[-1])
-            )[:, :, 0]  # [S, Q, keys]
+            row = rows(batch.where.gather(2, index))[:, :, COUNTING, 0]  # [S, Q, keys]
             goals = batch.goals.gather(2, index[..., None].expand(-1, -1, -1, batch.goals.shape[-1]))[:, :, 0]
             each = -(row.gather(-1, begin + goals.clamp(min=0)) + 1e-5).log() * (goals >= 0)
             rest = -(row[..., 0] + 1e-5).log()
@@ -121,27 +122,24 @@ class Losses:
             self.parts["counter"].append(_mean((each.sum(-1) + REST * rest) / (many + REST), batch.count >= 0))
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
-        """Weights of hi-res keys [S, H, Q * R, 1296], pages in view [S, Q, R, 81]."""
-        batch = self.batch
-        parts = batch.parts.clamp(min=0)
-        seen = visible.gather(-1, page_of[parts]) & (batch.parts >= 0)  # [S, Q, R, PARTS]
-        keys = parts.flatten(1, 2)[:, None].expand(-1, weights.shape[1], -1, -1)
-        mass = weights.gather(-1, keys).mean(1).unflatten(1, batch.where.shape[1:])
+        """Weights of hi-res keys [S, H, V, 1296], pages in view [S, V, 81]."""
+        parts = self.parts_of.clamp(min=0)
+        seen = visible.gather(-1, page_of[parts]) & (self.parts_of >= 0)  # [S, V, PARTS]
+        mass = weights.gather(-1, parts[:, None].expand(-1, weights.shape[1], -1, -1)).mean(1)
         mass = (mass * seen).sum(-1)
         self.parts["read"].append(_mean(-(mass + 1e-4).log(), seen.any(-1)))
 
     def map(self, map: Tensor) -> None:
-        """Maps of a selecting layer [S, Q, R, 144]."""
-        batch = self.batch
+        """Maps of a selecting layer [S, V, 144]."""
         share = map / map.sum(-1, keepdim=True)
-        goals = batch.goals >= 0
-        found = share.gather(-1, batch.goals.clamp(min=0))
+        goals = self.goals >= 0
+        found = share.gather(-1, self.goals.clamp(min=0))
         each = _mean(-(found + 1e-5).log(), goals, -1)
         self.parts["map"].append(_mean(each, goals[..., 0]))
         top = map.amax(-1, keepdim=True).detach()
         spread = torch.sigmoid((map / (top + 1e-6) * 255 - 80) / 20).sum(-1)
-        few = batch.goals[..., 1] < 0  # what is about many things may look at many
-        self.parts["spread"].append(_mean(spread / G.image_tokens, (batch.answer >= 0) & few))
+        few = self.goals[..., 1] < 0  # what is about many things may look at many
+        self.parts["spread"].append(_mean(spread / G.image_tokens, self.there & few))
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

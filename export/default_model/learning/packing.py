@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from export.default_model.asking.names import called
 from export.default_model.learning.pool import HIRES, LOWRES, lowres_token
 from export.default_model.questions import (
     KINDS,
@@ -54,7 +55,8 @@ class Batch:
     apart: Tensor  # [S, Q, 2]: whether the second thing is right of, below the first one
     count: Tensor  # [S, Q]: what is counted
     counted: Tensor  # [S, Q]: index into R of the token that says it
-    holds: Tensor  # [S, Q]: whether a thing lies on the side it is asked for: 0, 1
+    holds: Tensor  # [S, Q]: whether what is asked holds of the first thing, its side or its number: 0, 1
+    decided: Tensor  # [S, Q]: index into R of the token that says so
     larger: Tensor  # [S, Q]: whether the first of two numbers to compare is the larger one: 0, 1
     compared: Tensor  # [S, Q]: index into R of the token behind the second number
     kind: Tensor  # [S, Q]: of the question, index into KINDS
@@ -65,6 +67,53 @@ class Batch:
 
 
 ABSENT = LOWRES * LOWRES  # the place of what is not there
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The positions of a batch that predict an answer token, V in each scene: as many as the scene with most has.
+
+    Of a batch's R most are empty, since few answers are long; what costs much is computed for these alone.
+    """
+
+    entry: Tensor  # [S, V]: which of the Q * R entries of a scene it is
+    question: Tensor  # [S, V]: of which conversation
+    at: Tensor  # [S, V]: where in it
+    there: Tensor  # [S, V]: bool, False for what fills a scene up to V
+
+    @classmethod
+    def of(cls, batch: Batch) -> Reads:
+        """Those of a batch."""
+        said = (batch.answer >= 0).flatten(1)
+        entry = said.int().argsort(dim=1, descending=True, stable=True)[:, : int(said.sum(1).max())]
+        at = batch.where.flatten(1).gather(1, entry)
+        return cls(entry, entry // batch.where.shape[2], at, said.gather(1, entry))
+
+    def of_entries(self, z: Tensor) -> Tensor:
+        """[S, Q, R, ...] -> [S, V, ...]."""
+        return _taken(z.flatten(1, 2), self.entry)
+
+    def of_positions(self, z: Tensor) -> Tensor:
+        """[S, Q, L, ...] -> [S, V, ...]."""
+        return _taken(z.flatten(1, 2), self.question * z.shape[2] + self.at)
+
+    def of_conversations(self, z: Tensor) -> Tensor:
+        """[S, Q, ...] -> [S, V, ...]."""
+        return _taken(z, self.question)
+
+    def put(self, z: Tensor, values: Tensor) -> Tensor:
+        """[S, Q, L, ...] with `values` [S, V, ...] at these positions. What fills a scene up goes to the last position
+        of a conversation, which nothing reads."""
+        length = z.shape[2]
+        place = self.question * length + self.at.where(self.there, length - 1)
+        index = place.reshape(*place.shape, *(1,) * (values.dim() - 2)).expand_as(values)
+        return z.flatten(1, 2).scatter(1, index, values).unflatten(1, z.shape[1:3])
+
+
+def _taken(z: Tensor, index: Tensor) -> Tensor:
+    """[S, N, ...] at `index` [S, V] -> [S, V, ...]."""
+    index = index.reshape(*index.shape, *(1,) * (z.dim() - 2)).expand(-1, -1, *z.shape[2:])
+    return z.gather(1, index)
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
@@ -121,7 +170,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         "parts": np.full((READS, PARTS), -1), "goals": np.full((READS, GOALS), -1), "words": np.full((READS, 2), -1),
         "named": np.full((READS, 2), -1), "ends": np.full(MENTIONS, -1), "joined": np.full(MENTIONS, -1),
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
-        "holds": np.array(-1), "larger": np.array(-1), "compared": np.array(0),
+        "holds": np.array(-1), "decided": np.array(0), "larger": np.array(-1), "compared": np.array(0),
         "kind": np.array(KINDS.index(question.kind)),
     }  # fmt: skip
     row["ids"][: len(asked.ids) + len(answer) - 1] = [*asked.ids, *answer[:-1]]
@@ -193,6 +242,9 @@ def _answers(
     if question.kind == "compare":
         first, second = (int(things[thing].number) for thing in dict.fromkeys(thing for _, thing, _ in question.reads))
         row["larger"], row["compared"] = np.array(first > second), np.array(max(read))
+        row["decided"] = np.array(max(read) + 1)  # "58 and 35, yes", or "58 and 35, the red star"
+        wins = called(question.mentions[0].colour, question.mentions[0].shape)
+        row["holds"] = np.array(question.answer.endswith(("yes", wins)))
         row["weight"][max(read) + 1 :] = DECISIVE
     if question.kind in ("yes/no", "side"):
         row["weight"][0] = DECISIVE

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.default_model.learning import aids
-from export.default_model.learning.packing import Batch
+from export.default_model.learning.packing import Batch, Reads
 from export.default_model.model import GEOMETRY
 from export.network.decoder import FlexDecoder, PageProjector
 from export.network.vision import projector
@@ -22,6 +22,7 @@ from plugins.cached_attention.reference import rotary
 from plugins.select_pages.reference import scores as scores_of_cells
 
 G = GEOMETRY
+SCALE, EMPTY = 1 / math.sqrt(G.head_dim), -1e4  # of scores; a score of what is not seen
 MODES = ("none", "own", "all", "helped")  # pages an answer token sees: its own selection, or that and the right ones
 
 
@@ -104,53 +105,57 @@ def run(
     hires_turn = tuple(table[:, None] for table in pages.hires_rotary(torch.full((1,), begin, device=device)))
     row = torch.arange(G.hires_side, device=device) * G.cells // G.hires_side
     page_of = (row[:, None] * G.cells + row).flatten()  # [1296]
-    causal = torch.ones(span, span, dtype=torch.bool, device=device).tril()
-    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    at = batch.where[..., None]  # [S, Q, R, 1]
-    counted = (batch.answer >= 0) & (modes == MODES.index("own"))
-    losses = aids.Losses(student.probes, batch)
+    later = torch.ones(span, span, dtype=torch.bool, device=device).triu(1)  # keys that a row does not see
+    later_said = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    reads = Reads.of(batch)
+    modes = reads.of_entries(modes)
+    counted = reads.there & (modes == MODES.index("own"))
+    losses = aids.Losses(student.probes, batch, reads)
     counts: list[Tensor] = []
-    visible: Tensor | None = None  # [S, Q, R, 81] pages each reading position sees
+    visible: Tensor | None = None  # [S, V, 81] pages each reading position sees
 
     for index, layer in enumerate(decoder.model.layers):
         attend = layer.self_attn
         nx, ny = layer.input_layernorm(x), layer.input_layernorm(y)
         losses.hidden(index, nx[:, begin:], ny)
-        scale = 1 / math.sqrt(G.head_dim)
         qx, kx = (rotary(_heads(part(nx)), *ahead).to(kind) for part in (attend.q_proj, attend.k_proj))
         qy, ky = (rotary(_heads(part(ny)), *after).to(kind) for part in (attend.q_proj, attend.k_proj))
+        qx, qy = qx * SCALE, qy * SCALE
         vx, vy = _heads(attend.v_proj(nx)), _heads(attend.v_proj(ny))
-        cx = F.scaled_dot_product_attention(qx, kx, vx, attn_mask=causal)
+        cx = (qx @ kx.transpose(-1, -2)).masked_fill(later, EMPTY).softmax(-1) @ vx
         x = x + attend.o_proj(cx.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
 
         # All conversations of a scene at once against its image: one product for all heads.
-        to_prefix = (qy.transpose(1, 2).flatten(2, 3) @ kx.transpose(-1, -2)).unflatten(2, (questions, length))
-        to_prefix = to_prefix.transpose(1, 2).float() * scale  # [S, Q, H, L, P]
-        to_own = ((qy @ ky.transpose(-1, -2)).float() * scale).masked_fill(~own, -1e4)
-        scores = torch.cat((to_prefix, to_own), -1)  # [S, Q, H, L, P + L]
-        weights = scores.softmax(-1)
-        near, said = weights.to(kind).split([span, length], -1)
+        near = (qy.transpose(1, 2).flatten(2, 3) @ kx.transpose(-1, -2)).unflatten(2, (questions, length))
+        said = (qy @ ky.transpose(-1, -2)).masked_fill(later_said, EMPTY)
+        near, said = torch.cat((near.transpose(1, 2), said), -1).softmax(-1).split([span, length], -1)
         cy = (near.transpose(1, 2).flatten(2, 3) @ vx).unflatten(2, (questions, length)).transpose(1, 2) + said @ vy
-        losses.attention(index, weights, span, begin)
-        reading = weights.transpose(2, 3).gather(2, at[..., None].expand(-1, -1, -1, G.heads, span + length))
+        cy = cy.transpose(2, 3)  # [S, Q, L, H, hd]
+        losses.attention(index, partial(_rows, qy, kx, ky), span, begin)
+        if index >= G.start_layer:
+            query = reads.of_positions(qy.transpose(2, 3))[..., None, :]  # [S, V, H, 1, hd]
+            scores = _scores(query, kx, reads.of_conversations(ky), reads.at[..., None])[..., 0, :]
         if layer.reads:
             far = pages.model.layers[str(index)].self_attn
             store = rotary(_heads(far.k_proj_hd(features)), *hires_turn).to(kind), _heads(far.v_proj_hd(features))
             assert visible is not None
-            cy, high_weights = _read_pages(cy, qy, scores, store, visible[..., page_of], batch)
+            merged, high_weights = _read_pages(
+                reads.of_positions(cy), query[..., 0, :], scores, store, visible[..., page_of]
+            )
+            cy = reads.put(cy, merged)
             if index < G.layers - 1:
                 losses.reading(high_weights, visible, page_of)
-        y = y + attend.o_proj(cy.transpose(2, 3).flatten(3))
+        y = y + attend.o_proj(cy.flatten(3))
         y = y + layer.mlp(layer.post_attention_layernorm(y))
 
         if G.start_layer <= index < G.layers - 1:
-            map = reading[..., begin : begin + G.image_tokens].sum(-2)  # [S, Q, R, 144]
+            map = scores.softmax(-1)[..., begin : begin + G.image_tokens].sum(-2)  # [S, V, 144]
             losses.map(map)
-            visible, count = _visible(map.detach(), sides, batch, modes, threshold, page_of)
+            visible, count = _visible(map.detach(), sides, reads.of_entries(batch.parts), modes, threshold, page_of)
             counts.append((count * counted).sum() / counted.sum())
-    y = decoder.model.norm(y.gather(2, at.expand(-1, -1, -1, G.hidden)))
-    logits = decoder.lm_head(y).float()
+    at = batch.where[..., None].expand(-1, -1, -1, G.hidden)
+    logits = decoder.lm_head(decoder.model.norm(y.gather(2, at))).float()
     return logits, losses.means(), torch.stack(counts).mean()
 
 
@@ -159,45 +164,50 @@ def _heads(z: Tensor) -> Tensor:
     return z.unflatten(-1, (-1, G.head_dim)).transpose(-2, -3)
 
 
+def _scores(query: Tensor, kx: Tensor, ky: Tensor, at: Tensor) -> Tensor:
+    """Attention scores of rows before the softmax: query [S, Q, H, N, hd], scaled, which stands at `at` [S, Q, N] of
+    its conversation, to keys of the prefix [S, H, P, hd] and of its conversation [S, Q, H, L, hd]. Float32
+    [S, Q, H, N, P + L]."""
+    questions, count = at.shape[1:]
+    near = (query.transpose(1, 2).flatten(2, 3) @ kx.transpose(-1, -2)).unflatten(2, (questions, count))
+    later = torch.arange(ky.shape[3], device=at.device) > at[..., None]
+    said = (query @ ky.transpose(-1, -2)).masked_fill(later[:, :, None], EMPTY)
+    return torch.cat((near.transpose(1, 2), said), -1).float()
+
+
+def _rows(qy: Tensor, kx: Tensor, ky: Tensor, positions: Tensor) -> Tensor:
+    """Attention of the rows at `positions` [S, Q, N] of each conversation: float32 [S, Q, H, N, P + L]."""
+    index = positions[:, :, None, :, None].expand(-1, -1, G.heads, -1, G.head_dim)
+    return _scores(qy.gather(3, index), kx, ky, positions).softmax(-1)
+
+
 def _read_pages(
-    context: Tensor, query: Tensor, scores: Tensor, store: tuple[Tensor, Tensor], visible: Tensor, batch: Batch
+    context: Tensor, query: Tensor, scores: Tensor, store: tuple[Tensor, Tensor], visible: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Replace the context of the reading positions by that of one softmax over ordinary and visible hi-res keys.
+    """The context of the reading positions by one softmax over ordinary and visible hi-res keys.
 
-    context, query [S, Q, H, L, hd]; scores [S, Q, H, L, keys]: those of the ordinary keys; store: hi-res keys and
-    values [S, H, 1296, hd]; visible [S, Q, R, 1296]. Returns the context, and the hi-res weights
-    [S, H, Q * R, 1296].
+    context: that of the ordinary keys; query, scaled: both [S, V, H, hd]; scores [S, V, H, keys]: those of the ordinary
+    keys; store: hi-res keys and values [S, H, 1296, hd]; visible [S, V, 1296]. Returns the context, and the hi-res
+    weights [S, H, V, 1296].
     """
-    questions, length = batch.ids.shape[1:]
-    reads = batch.where.shape[2]
-
-    def at_reads(z: Tensor) -> Tensor:  # [S, Q, H, L, X] -> [S, H, Q * R, X]
-        where = batch.where[..., None, None].expand(-1, -1, -1, G.heads, z.shape[-1])
-        return z.transpose(2, 3).gather(2, where).flatten(1, 2).transpose(1, 2)
-
-    high = (at_reads(query) @ store[0].transpose(-1, -2)).float() / math.sqrt(G.head_dim)
-    high = high.masked_fill(~visible.flatten(1, 2)[:, None], -1e4)
-    ordinary = at_reads(scores).logsumexp(-1, keepdim=True)  # all ordinary keys as one
-    share, weights = torch.cat((ordinary, high), -1).softmax(-1).split([1, high.shape[-1]], -1)
-    merged = (share * at_reads(context).float()).to(context.dtype) + weights.to(context.dtype) @ store[1]
-    merged = merged.transpose(1, 2).unflatten(1, (questions, reads))  # [S, Q, R, H, hd]
-    # What lies behind the end of an answer is written to the last position, which nothing reads.
-    where = batch.where.where(batch.answer >= 0, length - 1)[..., None, None].expand_as(merged)
-    return context.transpose(2, 3).scatter(2, where, merged).transpose(2, 3), weights
+    high = (query.transpose(1, 2) @ store[0].transpose(-1, -2)).masked_fill(~visible[:, None], EMPTY)
+    ordinary = scores.logsumexp(-1).transpose(1, 2)[..., None]  # all ordinary keys as one
+    share, weights = torch.cat((ordinary, high), -1).softmax(-1).split([1, high.shape[-1]], -1)  # float32
+    merged = (share * context.transpose(1, 2).float()).to(context.dtype) + weights.to(context.dtype) @ store[1]
+    return merged.transpose(1, 2), weights
 
 
 def _visible(
-    map: Tensor, sides: Tensor, batch: Batch, modes: Tensor, threshold: Tensor | int, page_of: Tensor
+    map: Tensor, sides: Tensor, parts: Tensor, modes: Tensor, threshold: Tensor | int, page_of: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the next layer's reading positions see: bool [S, Q, R, pages], and how many pages their maps select."""
-    each = map.shape[1] * map.shape[2]
+    """What the next layer's reading positions see: bool [S, V, pages], and how many pages their maps select: map
+    [S, V, 144]. parts [S, V, PARTS]: where what is to be read stands; modes [S, V]."""
+    each = map.shape[1]
     flat = map.reshape(-1, G.grid, G.grid).float()
     score, nothing = scores_of_cells(flat, sides[:, None].expand(-1, each, -1).flatten(0, 1), G.grid, G.cells)
-    chosen = ((score * 255 > threshold) & ~nothing).unflatten(0, map.shape[:3])
-    right = torch.zeros_like(chosen).scatter(
-        -1, page_of[batch.parts.clamp(min=0)], torch.ones_like(batch.parts, dtype=torch.bool)
-    )
-    right = right & (batch.parts[..., :1] >= 0)
+    chosen = ((score * 255 > threshold) & ~nothing).unflatten(0, map.shape[:2])
+    right = torch.zeros_like(chosen).scatter(-1, page_of[parts.clamp(min=0)], torch.ones_like(parts, dtype=torch.bool))
+    right = right & (parts[..., :1] >= 0)
     mode = modes[..., None]
     visible = (chosen & (mode == 1)) | (mode == 2) | ((chosen | right) & (mode == 3))
     return visible, chosen.sum(-1)
