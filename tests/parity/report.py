@@ -76,7 +76,7 @@ ROWS_APART = [
 ]
 # All at once that --fit may choose for an engine of TensorRT, which has no embeddings in codes.
 WHOLE = Row(INT4.name, 16, kv=INT8.name, kv_cache=INT8.name, head=INT8.name, vision=INT8.name)
-ROWS_WHOLE = [WHOLE, replace(WHOLE, calibrated=True)]
+ROWS_APART += [WHOLE, replace(WHOLE, calibrated=True)]
 CALIBRATION_SCENES = 16  # of digits that training did see, four questions each
 CALIBRATION_STEPS = 12
 HEAD = (
@@ -243,8 +243,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
-    rows = *ROWS, *ROWS_APART, *ROWS_WHOLE
-    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, rows)))
+    print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, [*ROWS, *ROWS_APART])))
 
 
 if __name__ == "__main__":

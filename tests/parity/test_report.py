@@ -13,7 +13,7 @@ from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from tests.conftest import once
 from tests.parity import gates
-from tests.parity.report import ROWS, ROWS_APART, ROWS_WHOLE, WHOLE, Replay, Row, official_cases, overlap, replay, table
+from tests.parity.report import ROWS, ROWS_APART, WHOLE, Replay, Row, official_cases, overlap, replay, table
 from tests.paths import OFFICIAL
 
 AT_ONCE = "a cell flips in the first step of each run"
@@ -91,13 +91,13 @@ def test_what_a_row_costs(row, shared):
 
 
 def test_every_row_has_a_bound_or_a_reason():
-    for row in (*ROWS, *ROWS_APART, *ROWS_WHOLE):
+    for row in (*ROWS, *ROWS_APART):
         bound = BOUNDS.get(row) or REPLAYED.get(row)
         if bound is None:
             assert why_unbounded(row), row.label
         else:
             assert all(np.isfinite(each) for each in astuple(bound) if not isinstance(each, str)), row.label
-    assert {*BOUNDS, *REPLAYED} <= {*ROWS, *ROWS_APART, *ROWS_WHOLE}
+    assert {*BOUNDS, *REPLAYED} <= {*ROWS, *ROWS_APART}
 
 
 @pytest.mark.parametrize(

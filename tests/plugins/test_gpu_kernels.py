@@ -72,7 +72,7 @@ def test_cache_in_8_bits(dtype, launcher):
 @pytest.mark.parametrize("case", PROJECTION_CASES)
 @pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 def test_page_slots(int8, case, dtype, launcher):
-    check_page_slots(case, dtype, launcher, launcher, int8=int8)
+    check_page_slots(PROJECTION_CASES[case], dtype, launcher, launcher, int8=int8)
 
 
 @pytest.mark.parametrize("grid", [9, 24])

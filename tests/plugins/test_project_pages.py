@@ -111,4 +111,4 @@ FACES = {  # of floats and of int8: as a store of every page, in slots
 @pytest.mark.parametrize("int8", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("face", FACES)
 def test_a_new_page_goes_to_its_slot_and_nothing_else_changes(face, int8, case):
-    check_page_slots(case, "float16", *FACES[face][int8], int8=int8)
+    check_page_slots(PROJECTION_CASES[case], "float16", *FACES[face][int8], int8=int8)
