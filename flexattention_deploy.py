@@ -14,7 +14,7 @@ PACKAGES = ("export", "runtime", "engines", "plugins")
 _HERE = Path(__file__).resolve().parent
 EXTRAS = {  # modules by the extra of pyproject.toml that brings them
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "rich", "sentencepiece", "google.protobuf", "huggingface_hub"),
-    "train": ("sklearn", "safetensors"),
+    "train": ("safetensors",),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "chat": ("prompt_toolkit",),
     "evaluate": ("scipy", "rich"),

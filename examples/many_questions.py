@@ -5,7 +5,7 @@ from time import perf_counter
 
 from runtime import Engine, FlexError
 
-QUESTIONS = "what number is in the red star?", "what number is in the cyan circle?", "is there a green star?"
+QUESTIONS = "what number is in the red star?", "what number is in the cyan circle?", "is there a pink circle?"
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("picture", nargs="?", default="examples/poster.png")

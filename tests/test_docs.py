@@ -68,7 +68,7 @@ def test_the_program_in_the_readme(default_bundle, monkeypatch, capsys):
     assert '"build/default-fp16"' in program
     monkeypatch.chdir(ROOT)
     exec(program.replace("build/default-fp16", str(default_bundle("fp16"))), {})
-    assert capsys.readouterr().out == "69\n"
+    assert capsys.readouterr().out == "30\n"
 
 
 @pytest.mark.parametrize(("page", "fits"), [("building.md", [False, True]), ("small-boards.md", [True, False])])

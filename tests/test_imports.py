@@ -29,7 +29,6 @@ HOMES = {
     "huggingface_hub": ("export/checkpoint/tower.py",),
     "safetensors": ("export/default_model/*", "export/second_opinion.py"),
     "transformers": ("export/second_opinion.py",),
-    "sklearn": ("export/default_model/*",),
     "triton": ("plugins/*/*kernel.py", "plugins/compiler/*"),
     "onnxruntime": ("engines/ort/*",),
     "tensorrt": ("engines/trt/library.py",),

@@ -1,93 +1,149 @@
-"""Small handwritten digits that only a hi-res view can read.
+"""Small digits that only a hi-res view can read: how pen strokes become pixels.
 
-scikit-learn's real digits (8 x 8 samples), split by sample. Each is drawn 9-10 pixels tall in a 14 x 14 patch: dark ink
-with a bright halo, less nine tenths of what survives the reduction to the low-res view. Only who looks closely can read
-it.
+Dark ink with a bright halo, less most of what survives the threefold reduction to the low-res view. Only who looks
+closely can read it.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PATCH = 14  # pixels, as the vision tower's
-SPLITS = ("train", "validation", "test")
-SHARES = (0.75, 0.10)  # of the samples of each class: train, validation; the rest is test
+from export.default_model import strokes
+
+WINDOW = 38  # pixels, side of the square a digit is drawn in
+PLATE_WINDOW = 52  # pixels, side of the square a plate is drawn in
+HEIGHT = 16.0  # pixels, of a digit of size 1
+WIDTH = 0.72  # of a digit at most, in heights
+PEN = 0.11  # width of a stroke, in heights
 HALO = 1.4  # pixels, standard deviation of the blur that balances the ink
 ZOOM = 3  # hi-res pixels per low-res pixel
 HIDE = 0.9  # share that is taken out of what the low-res view would see
 
 
-@lru_cache(maxsize=1)
-def _samples() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class Hand:
+    """How much writing varies: `warp` (slant, width, weight) and `bend` (the path itself), 0..1."""
 
-    data = load_digits()
-    return torch.from_numpy(data.images / 16.0).float(), torch.from_numpy(data.target)
-
-
-@lru_cache(maxsize=3)
-def samples(split: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 8, 8] float32 0..1 and classes [N] int64 of one split; no sample is in two splits."""
-    images, classes = _samples()
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(classes)))
-    chosen = []
-    for digit in range(10):
-        own = order[classes[order] == digit]
-        first, second = int(SHARES[0] * len(own)), int((SHARES[0] + SHARES[1]) * len(own))
-        chosen.append({"train": own[:first], "validation": own[first:second], "test": own[second:]}[split])
-    index = torch.cat(chosen)
-    return images[index], classes[index]
+    warp: float = 0.5
+    bend: float = 0.5
 
 
-def draw(images: Tensor, where: Tensor, generator: torch.Generator, *, warp: float = 0.25) -> Tensor:
-    """Samples [N, 8, 8] -> patches [N, 14, 14] float32: negative ink, positive halo, at most 1 away from 0.
+@dataclass(frozen=True)
+class Pens:
+    """Forms of a split: `distance` [F, 48, 48] as in strokes.distances, `digit` [F] int64."""
 
-    `where` [N, 2] int64: row and column, in pixels, of the patch in the padded square, on which the low-res grid lies.
-    Position varies by 1.2 pixels, height between 9 and 10. `warp` 0..1: how far rotation, shear and weight vary.
+    distance: Tensor
+    digit: Tensor
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def of(cls, split: str, device: str = "cpu") -> Pens:
+        """The forms of "train", "validation" or "test"."""
+        fields, digits = strokes.distances(split)
+        return cls(torch.from_numpy(fields).to(device), torch.from_numpy(digits).to(device))
+
+    def choose(self, digits: Tensor, generator: torch.Generator) -> Tensor:
+        """For each of `digits` [N] a form of it, at random: indices [N]."""
+        lots = torch.rand(len(digits), len(self.digit), generator=generator, device=digits.device)
+        return (lots + 2 * (self.digit == digits[:, None])).argmax(1)
+
+
+def draw(
+    fields: Tensor, centre: Tensor, height: Tensor, angle: Tensor, hide: Tensor, generator: torch.Generator, hand: Hand
+) -> Tensor:
+    """Digits as windows [N, 38, 38] float32: negative ink, positive halo, at most 1 away from 0.
+
+    fields [N, 48, 48]: forms; centre [N, 2]: y, x of their middles in pixels of the padded square, on which the low-res
+    grid lies; the window begins at `corner(centre, WINDOW)`. height [N] in pixels; angle [N] in radians. hide [N]: the
+    share of HALO and of HIDE that applies, 1 as in our scenes, 0 for plain ink.
     """
-    count = len(images)
+    count, device = len(fields), fields.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator)
+        return low + (high - low) * torch.rand(count, generator=generator, device=device)
 
-    angle, shear = warp * uniform(-0.35, 0.35), warp * uniform(-0.35, 0.35)
-    tall = PATCH / uniform(9.0, 10.0)  # from patch to sample coordinates; a sample's strokes fill its 8 rows
-    wide = tall * (1 + warp * uniform(-0.15, 0.25))
-    shift = torch.stack([uniform(-1.2, 1.2), uniform(-1.2, 1.2)], 1)[..., None] / (PATCH / 2)
-    cos, sin = angle.cos(), angle.sin()
-    turn = torch.stack([wide * cos, wide * (shear - sin), tall * sin, tall * cos], 1).view(count, 2, 2)
-    grid = F.affine_grid(torch.cat([turn, -turn @ shift], 2), [count, 1, PATCH, PATCH], align_corners=False)
-    weight = torch.exp(warp * uniform(-0.5, 0.5))[:, None, None]
-    ink = F.grid_sample(images[:, None], grid, mode="bicubic", align_corners=False)[:, 0].clamp(0, 1) ** weight
-    shade = _blur() @ ink @ _blur() - ink
-    rows, columns = (_seen()[where[:, axis] % ZOOM] for axis in (0, 1))
-    shade = shade - HIDE * (rows @ shade @ columns)
+    begin = corner(centre, WINDOW)
+    line = torch.arange(WINDOW, device=device) + 0.5
+    y = (line - (centre[:, :1] - begin[:, :1]))[:, :, None] / height[:, None, None]
+    x = (line - (centre[:, 1:] - begin[:, 1:]))[:, None, :] / height[:, None, None]
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    x, y = cos * x + sin * y, cos * y - sin * x
+    x = (x + hand.warp * uniform(-0.35, 0.35)[:, None, None] * y) * (1 + hand.warp * uniform(-0.2, 0.3))[:, None, None]
+    grid = torch.stack([x, y], -1)
+    if hand.bend:
+        noise = torch.randn(count, 2, 4, 4, generator=generator, device=device)
+        moved = F.grid_sample(noise, 1.4 * grid, mode="bicubic", padding_mode="border", align_corners=True)
+        grid = grid + 0.07 * hand.bend * moved.movedim(1, -1)
+    away = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    pen = PEN * torch.exp(hand.warp * uniform(-0.4, 0.4))
+    scale = height[:, None, None]
+    ink = torch.sigmoid((pen[:, None, None] / 2 - away) * scale / 0.3)
+    hide = hide[:, None, None]
+    shade = hide * (_blur(device) @ ink @ _blur(device)) - ink
+    rows, columns = (_seen(device)[(begin[:, axis] % ZOOM).long()] for axis in (0, 1))
+    shade = shade - HIDE * hide * (rows @ shade @ columns)
     return shade / shade.abs().amax((1, 2), keepdim=True).clamp(min=0.1)
 
 
-@lru_cache(maxsize=1)
-def _blur() -> Tensor:
-    distance = torch.arange(PATCH)[:, None] - torch.arange(PATCH)
-    line = torch.exp(-(distance**2) / (2 * HALO**2))
-    return line / line.sum(1).max()  # ink loses what is blurred beyond the patch
+def plates(centre: Tensor, count: Tensor, height: Tensor, angle: Tensor) -> Tensor:
+    """How opaque plates are: [N, 52, 52] float32, 0..1, windows begin at `corner(centre, PLATE_WINDOW)`.
+
+    centre [N, 2]: y, x of the numbers' middles; count [N]: their digits; height [N] of a digit; angle [N]."""
+    begin = corner(centre, PLATE_WINDOW)
+    line = torch.arange(PLATE_WINDOW, device=centre.device) + 0.5
+    y = (line - (centre[:, :1] - begin[:, :1]))[:, :, None]
+    x = (line - (centre[:, 1:] - begin[:, 1:]))[:, None, :]
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    x, y = cos * x + sin * y, cos * y - sin * x
+    half = torch.stack([((count - 1) * spacing(height) + WIDTH * height) / 2 + 2, 0.5 * height + 2], 1)[..., None, None]
+    radius = 3.0
+    out_x, out_y = x.abs() - half[:, 0] + radius, y.abs() - half[:, 1] + radius
+    away = (out_x.clamp(min=0) ** 2 + out_y.clamp(min=0) ** 2).sqrt() - radius
+    away = away + torch.maximum(out_x, out_y).clamp(max=0)
+    return (0.5 - away).clamp(0, 1)
 
 
-@lru_cache(maxsize=1)
-def _seen() -> Tensor:
-    """[3, 14, 14]: projections onto what the low-res reduction sees of 14 pixels that begin at 0, 1, 2 mod 3."""
-    size = 8 * PATCH * ZOOM
+def corner(centre: Tensor, side: int) -> Tensor:
+    """First row and column, whole numbers, of the window of `side` pixels around `centre` [N, 2]."""
+    return (centre - side / 2).round()
+
+
+def spacing(height: Tensor) -> Tensor:
+    """Pixels between the middles of a number's digits [N], which are `height` [N] tall: more than a patch, so that each
+    has one of its own."""
+    return (0.9 * height).clamp(min=14.8)
+
+
+def offsets(count: int, height: float) -> list[float]:
+    """Of a number's digits how far each is from the number's middle, in pixels along its line."""
+    apart = float(spacing(torch.tensor(height)))
+    return [(index - (count - 1) / 2) * apart for index in range(count)]
+
+
+@lru_cache(maxsize=4)
+def _blur(device: torch.device) -> Tensor:
+    distance = torch.arange(WINDOW)[:, None] - torch.arange(WINDOW)
+    line = torch.exp(-(distance**2) / (2 * HALO**2)) / (HALO * math.sqrt(2 * math.pi))
+    return line.to(device)
+
+
+@lru_cache(maxsize=4)
+def _seen(device: torch.device) -> Tensor:
+    """[3, 38, 38]: projections onto what the low-res reduction sees of 38 pixels that begin at 0, 1, 2 mod 3."""
+    size = 8 * WINDOW * ZOOM
     centre = (torch.arange(size // ZOOM) + 0.5) * ZOOM
     weights = (1 - (torch.arange(size) + 0.5 - centre[:, None]).abs() / ZOOM).clamp(min=0)  # runtime/preprocess.py
     weights /= weights.sum(1, keepdim=True)
     result = []
     for phase in range(ZOOM):
         begin = size // 2 - size // 2 % ZOOM + phase
-        part = weights[:, begin : begin + PATCH].double()
+        part = weights[:, begin : begin + WINDOW].double()
         part = part[part.abs().sum(1) > 0]
         result.append((torch.linalg.pinv(part) @ part).float())
-    return torch.stack(result)
+    return torch.stack(result).to(device)

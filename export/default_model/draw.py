@@ -21,16 +21,18 @@ from export.default_model.scenes import make_scene
 
 def draw(seed: int) -> dict:
     """The scene of a seed, a whole number from 0 on: `seed`, `image` (PNG, base64), `questions` with their right
-    answers, one of each kind. Digits are of the test split, which no training saw."""
+    answers, one of each kind that the scene allows. Digits are of the test split, which no training saw.
+
+    Follow-ups are left out: they need the question before them."""
     rng = np.random.default_rng(seed)
     scene = make_scene(rng, "test")
     png = io.BytesIO()
     scene.image.save(png, "PNG")
-    asked = [ask(rng, scene.things, kind) for kind in KINDS if kind != "two" or len(scene.things) > 1]
+    asked = [ask(rng, scene.things, scene.image.size, kind) for kind in KINDS if kind != "follow-up"]
     return {
         "seed": seed,
         "image": base64.b64encode(png.getvalue()).decode(),
-        "questions": [{"question": each.text, "answer": each.answer} for each in asked],
+        "questions": [{"question": each.text, "answer": each.answer} for each in asked if each is not None],
     }
 
 

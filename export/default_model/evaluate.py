@@ -25,21 +25,26 @@ from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
 from export.default_model.questions import KINDS, Question, ask, build_tokenizer
-from export.default_model.scenes import Scene, make_scene
+from export.default_model.scenes import Scene, Style, make_scene
 from export.network.reference import ReferenceModel
 from plugins import command
 from runtime import Answer, Engine
 from runtime.preprocess import preprocess
 
-ASKED = {"one": 3, "two": 3, "yes/no": 2, "count": 1}  # questions per scene
-PAGE_BUDGETS = (1, 2, 4, 8, 16)
+ASKED = dict.fromkeys(KINDS, 1) | {"one": 2, "two": 2, "count": 2}  # questions per scene
+PAGE_BUDGETS = (1, 2, 4, 8)
 AT_ONCE = {"slots": 8, "threads": 1}  # of an engine: a model as small as this gains nothing from a second thread
+TOKENS = 16  # an answer has fewer
 PROBES = {
-    "double clutter": {"clutter": 2.0},
-    "aspect 2:1": {"aspect": 2.0},
-    "aspect 1:2": {"aspect": 0.5},
-    "digits off the patch grid": {"aligned": False},
+    "aspect 2:1": Style(aspect=2.0),
+    "aspect 1:2": Style(aspect=0.5),
+    "double clutter": Style(clutter=2.0),
+    "dark background": Style(background="dark"),
+    "JPEG, quality 60": Style(quality=60),
+    "a photographed screen": Style(photo=True),
+    "plain ink": Style(plain=True),
 }
+Asked = list[tuple[Scene, list[Question]]]
 
 
 @dataclass
@@ -47,49 +52,52 @@ class Tally:
     """What one row of the table counts."""
 
     right: dict[str, list[bool]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    digits: list[bool] = field(default_factory=list)
     pages: list[float] = field(default_factory=list)
     found: list[bool] = field(default_factory=list)
 
-    def add(self, question: Question, scene: Scene, answer: Answer, expected: list[int]) -> None:
-        """Count a traced answer; `expected`: the tokens of the right one."""
+    def add(self, question: Question, scene: Scene, answer: Answer) -> None:
+        """Count a traced answer."""
         self.right[question.kind].append(answer.text == question.answer)
         self.pages.append(float(answer.stats.pages_read.mean()))
         if question.kind not in ("one", "two"):
             return
-        self.digits += [a == b for a, b in zip(_digits(question.answer), _digits(answer.text).ljust(4), strict=False)]
-        by_name = {(thing.colour, thing.shape): thing for thing in scene.things}
-        step = 0
-        for mention in question.mentions:
-            for row, column in by_name[mention].cells:
-                if answer.token_ids[:step] == expected[:step]:  # later, the model is somewhere else
-                    self.found.append(bool(answer.trace.cells[step, :-1, row // 4, column // 4].any()))
-                step += 1
-            step += 1  # "and"
+        tokens = build_tokenizer().encode(question.answer, add_special_tokens=False)
+        for offset, thing, digit in question.reads:
+            step = next(i for i, (first, last) in enumerate(tokens.offsets) if first <= offset < last)
+            if answer.token_ids[:step] != tokens.ids[:step]:  # the model is somewhere else
+                continue
+            parts = np.array(scene.things[thing].parts(digit), np.int64)  # none if a tile's border cuts it in halves
+            if len(parts):
+                self.found.append(bool(answer.trace.cells[step, :-1, parts // 36 // 4, parts % 36 // 4].any()))
 
     def row(self) -> list[str]:
         """Cells of the table."""
-        shares = [f"{100 * np.mean(self.right[kind]):.1f}" for kind in KINDS]
+        shares = [f"{100 * np.mean(self.right[kind]):.1f}" if self.right[kind] else "-" for kind in KINDS]
         recall = f"{100 * np.mean(self.found):.1f}" if self.found else "-"
-        return [*shares, f"{100 * np.mean(self.digits):.1f}", f"{np.mean(self.pages):.1f}", recall]
+        return [*shares, f"{np.mean(self.pages):.1f}", recall]
 
 
-def _digits(text: str) -> str:
-    return "".join(character for character in text if character.isdigit())
-
-
-def scenes_with_questions(count: int, seed: int, **options: object) -> list[tuple[Scene, list[Question]]]:
+def scenes_with_questions(count: int, seed: int, style: Style | None = None, wording: str = "train") -> Asked:
     """Fresh scenes with test digits, and questions about them."""
     made = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
-        scene = make_scene(rng, "test", **options)
-        kinds = [kind for kind, times in ASKED.items() for _ in range(times) if kind != "two" or len(scene.things) > 1]
-        made.append((scene, [ask(rng, scene.things, kind) for kind in kinds]))
+        scene = make_scene(rng, "test", style)
+        kinds = [kind for kind, times in ASKED.items() for _ in range(times)]
+        asked = [ask(rng, scene.things, scene.image.size, kind, wording=wording) for kind in kinds]
+        made.append((scene, [question for question in asked if question is not None]))
     return made
 
 
-def write(folder: Path, asked: list[tuple[Scene, list[Question]]]) -> None:
+def prompt(question: Question) -> str | list[dict[str, str]]:
+    """A question with what was said before it, as the engine takes it."""
+    if not question.history:
+        return question.text
+    said = [(role, text) for turn in question.history for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*said, ("user", question.text)]]
+
+
+def write(folder: Path, asked: Asked) -> None:
     """Leave scenes and questions in a folder, made if need be, in the layout of runtime/evaluate/scenes.py."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -99,39 +107,24 @@ def write(folder: Path, asked: list[tuple[Scene, list[Question]]]) -> None:
         rows += [
             {"image": name, "question": question.text, "answer": question.answer, "kind": question.kind}
             for question in questions
+            if not question.history  # that layout has no conversations
         ]
     (folder / "questions.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def measure(
-    engine: Engine, asked: list[tuple[Scene, list[Question]]], page_budget: int | None, name: str, before: int = 0
-) -> Tally:
-    """Ask every question; `page_budget`: pages per layer, None = the bundle's. `before`: so many others of its scene
-    come before it in a conversation, with the model's own answers."""
-    tally, tokenizer = Tally(), build_tokenizer()
-    if not before:
-        requests = [(scene.image, question.text) for scene, questions in asked for question in questions]
-        print(name, file=sys.stderr)
-        answers = iter(
-            engine.generate_many(requests, progress=True, page_budget=page_budget, max_new_tokens=8, trace=True)
-        )
-        for scene, questions in asked:
-            for question in questions:
-                expected = tokenizer.encode(question.answer, add_special_tokens=False).ids
-                tally.add(question, scene, next(answers), expected)
-        return tally
-    for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
-        with engine.image(scene.image) as view:
-            for index, question in enumerate(questions):
-                chat = view.chat()
-                for earlier in range(index - before, index):
-                    chat.ask(questions[earlier % len(questions)].text, page_budget=page_budget, max_new_tokens=8)
-                answer = chat.ask(question.text, page_budget=page_budget, max_new_tokens=8, trace=True)
-                tally.add(question, scene, answer, tokenizer.encode(question.answer, add_special_tokens=False).ids)
+def measure(engine: Engine, asked: Asked, page_budget: int | None, name: str) -> Tally:
+    """Ask every question; `page_budget`: pages per layer, None = the bundle's."""
+    tally = Tally()
+    pairs = [(scene, question) for scene, questions in asked for question in questions]
+    requests = [(scene.image, prompt(question)) for scene, question in pairs]
+    print(name, file=sys.stderr)
+    options = {"page_budget": page_budget, "max_new_tokens": TOKENS, "trace": True}
+    for (scene, question), answer in zip(pairs, engine.generate_many(requests, progress=True, **options), strict=True):
+        tally.add(question, scene, answer)
     return tally
 
 
-def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[Question]]]) -> tuple[int, int]:
+def reference_agrees(engine: Engine, model: Path, asked: Asked) -> tuple[int, int]:
     """(answers that equal the float32 PyTorch reference's token for token, answers)."""
     config = read_config(model)
     g = config.geometry
@@ -146,14 +139,14 @@ def reference_agrees(engine: Engine, model: Path, asked: list[tuple[Scene, list[
                 ids, begin = engine.prompter.expand(engine.prompter.encode(question.text, True), True)
                 position = np.array([begin])
                 image = Image(low, reference.project(high, position), position, sides)
-                decoder = reference.decoder(image, len(ids) + 8)
+                decoder = reference.decoder(image, len(ids) + TOKENS)
                 decoder.run(ids[None, :-1])
                 tokens: list[int] = []
                 token = int(ids[-1])
-                while len(tokens) < 8 and token not in config.eos_token_ids:
+                while len(tokens) < TOKENS and token not in config.eos_token_ids:
                     token = int(decoder.run(np.array([[token]]), g.pages).logits.argmax())
                     tokens.append(token)
-                equal += tokens == view.ask(question.text, max_new_tokens=8).token_ids
+                equal += tokens == view.ask(question.text, max_new_tokens=TOKENS).token_ids
                 total += 1
     return equal, total
 
@@ -168,29 +161,29 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
         config["extra"]["threshold"] = "-1"
         (everything / "config.json").write_text(json.dumps(config))
         engine, asked = Engine(bundle, **AT_ONCE), scenes_with_questions(count, seed)
-        rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", asked, 0)}
-        rows["low-res only: this model, hi-res off"] = measure(engine, asked, 0, "off")
+        half = asked[: max(1, count // 2)]
+        rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", half, 0)}
+        rows["low-res only: this model, hi-res off"] = measure(engine, half, 0, "off")
         rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
         for page_budget in PAGE_BUDGETS:
             name = f"page budget {page_budget}"
-            rows[name] = measure(engine, asked, page_budget, name)
-        rows["all 81 pages"] = measure_with(everything, folder / "e", asked, None)
-        for before, which in enumerate(("second", "third"), 1):
-            rows[f"{which} question of a conversation"] = measure(engine, asked, None, which, before)
-        for probe, options in PROBES.items():
-            fresh = scenes_with_questions(max(1, count // 2), seed + 1, **options)
+            rows[name] = measure(engine, half, page_budget, name)
+        rows["all 81 pages"] = measure_with(everything, folder / "e", half, None)
+        fresh = scenes_with_questions(max(1, count // 2), seed + 1, wording="held out")
+        rows["wordings that training never showed"] = measure(engine, fresh, None, "wordings")
+        for probe, style in PROBES.items():
+            fresh = scenes_with_questions(max(1, count // 2), seed + 2, style)
             rows[f"probe: {probe}"] = measure(engine, fresh, None, probe)
         exact = Engine(build(BuildOptions(model, folder / "fp32", precision="fp32")).path)
-        few = asked[: max(1, count // 3)]
+        few = [(scene, [q for q in questions if not q.history]) for scene, questions in asked[: max(1, count // 5)]]
         sentence = "Engine and PyTorch reference (float32) give the same tokens for {} of {} answers".format(
             *reference_agrees(exact, model, few)
         )
         sentence += ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few))
-    head = ["", "one number", "two numbers", "yes/no", "count", "digits", "pages", "recall"]
-    return [head, *([name, *tally.row()] for name, tally in rows.items())], sentence
+    return [["", *KINDS, "pages", "recall"], *([name, *tally.row()] for name, tally in rows.items())], sentence
 
 
-def measure_with(model: Path, folder: Path, asked: list, page_budget: int | None) -> Tally:
+def measure_with(model: Path, folder: Path, asked: Asked, page_budget: int | None) -> Tally:
     """Build a checkpoint and measure it."""
     return measure(Engine(build(BuildOptions(model, folder)).path, **AT_ONCE), asked, page_budget, folder.name)
 
@@ -200,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=BuildOptions.model, help="the trained checkpoint")
     parser.add_argument("--baseline", type=Path, default=Path("checkpoints/lowres-only"), help="its low-res twin")
-    parser.add_argument("--scenes", type=int, default=200, help="fresh scenes, nine questions each; probes take half")
+    parser.add_argument("--scenes", type=int, default=150, help="fresh scenes, 14 questions each; most rows take half")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--write", type=Path, metavar="DIR", help="only leave the scenes and questions in this folder")
     given = parser.parse_args()

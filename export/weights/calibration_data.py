@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
 from engines.bundle.geometry import Geometry
@@ -33,15 +33,20 @@ ENDINGS = (".json", ".jsonl")
 FORMAT = '[{"image": "photo.jpg", "question": "what does the sign say?", "answer": "stop"}, ...]'
 
 
+Turn = Annotated[list[str], Field(min_length=2, max_length=2)]  # question, answer
+
+
 class Entry(BaseModel):
     """One line of the data. `image`: relative to the file. The answer is optional: it adds decoding steps, which are
-    what reads hi-res pages. `input_ids` and `answer_ids` are for models without a tokenizer; -200 is the image."""
+    what reads hi-res pages. `history`: question and answer of each turn before it. `input_ids` and `answer_ids` are for
+    models without a tokenizer; -200 is the image."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str
     question: str | None = None
     answer: str | None = None
+    history: list[Turn] = Field(default_factory=list)
     input_ids: list[int] | None = None
     answer_ids: list[int] | None = None
 
@@ -51,6 +56,8 @@ class Entry(BaseModel):
             raise ValueError("one question, or input_ids")
         if self.answer is not None and self.answer_ids is not None:
             raise ValueError("one answer, or answer_ids")
+        if self.history and self.question is None:
+            raise ValueError("history stands before a question in words")
         return self
 
 
@@ -139,6 +146,7 @@ def read_requests(path: Path, model: Path, config: ModelConfig) -> list[Request]
         prompter = Prompter(
             tokenizer,
             template=config.prompt_template,
+            turn=config.turn_template,
             bos_id=info.bos_id if info else config.bos_token_id,
             vocab=config.geometry.vocab,
             image_tokens=config.geometry.image_tokens,
@@ -174,7 +182,7 @@ def _request(
             f"{name} is in words, and the checkpoint has no tokenizer", fix="give input_ids and answer_ids"
         )
     try:
-        raw: Sequence[int] = entry.input_ids if entry.question is None else prompter.encode(entry.question, True)
+        raw: Sequence[int] = entry.input_ids if entry.question is None else prompter.encode(_prompt(entry), True)
         ids, begin = prompter.expand(raw, True)
         answer = _ids(words, entry.answer) if words and entry.answer else entry.answer_ids or []
         outside = [token for token in answer if not 0 <= token < g.vocab]
@@ -185,6 +193,15 @@ def _request(
     except PromptError as error:
         raise PromptError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
     return Request(name, folder / entry.image, ids, begin, tuple(answer))
+
+
+def _prompt(entry: Entry) -> str | list[Mapping[str, str]]:
+    """An entry's question, behind its history if it has one, as the prompter takes it."""
+    assert entry.question is not None
+    if not entry.history:
+        return entry.question
+    said = [text for turn in entry.history for text in turn] + [entry.question]
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
 
 
 def _ids(words: Tokenizer, answer: str) -> list[int]:

@@ -17,15 +17,21 @@ def select_pages(
     when the window's maximum passes; and of the eligible cells the best `page_budget` stay. Eligibility grows with the
     score, so the selected cells are always a prefix of the order by score.
     """
+    score, flat = scores(map, margins, grid, cells)
+    pages = torch.sort(score, dim=1, descending=True, stable=True).indices
+    eligible = ((score * 255 > threshold) & ~flat).sum(1)
+    return pages, torch.minimum(eligible, page_budget)
+
+
+def scores(map: Tensor, margins: Tensor, grid: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Of every cell the largest normalised attention under its window [B, cells * cells] float32 0..1, and [B, 1]:
+    whether a map is flat, of which nothing is selected (official: 0/0 = NaN, and NaN > threshold is false)."""
     index = torch.arange(grid, device=map.device)
     inside = (index >= margins[..., None]) & (index < grid - margins[..., None])  # [B, 2, G]
     map = torch.where(inside[:, 0, :, None] & inside[:, 1, None, :], map, 0.0)
     low, high = map.amin((1, 2), keepdim=True), map.amax((1, 2), keepdim=True)
-    flat = (high == low).flatten()  # official: 0/0 = NaN, and NaN > threshold is false
     score = F.adaptive_max_pool2d((map - low) / (high - low).where(high != low, 1.0), cells).flatten(1)
-    pages = torch.sort(score, dim=1, descending=True, stable=True).indices
-    eligible = ((score * 255 > threshold) & ~flat[:, None]).sum(1)
-    return pages, torch.minimum(eligible, page_budget)
+    return score, (high == low).flatten(1)
 
 
 @select_pages.register_fake

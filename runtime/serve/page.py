@@ -41,8 +41,8 @@ async def index(request: Request) -> Response:
 
 
 async def examples(request: Request) -> Response:
-    """The shipped examples: image (its path from the root of this app), question, answer; none where they are not
-    installed."""
+    """The shipped examples: image (its path from the root of this app), question, answer, and of a follow-up history:
+    [question, answer] of each turn before it; none where they are not installed."""
     return JSONResponse([{**each, "image": f"/flex/examples/{each['image']}"} for each in _listed()])
 
 
@@ -54,10 +54,10 @@ async def example_image(request: Request) -> Response:
     return FileResponse(EXAMPLES / name, headers=_FRESH)
 
 
-def _listed() -> list[dict[str, str]]:
+def _listed() -> list[dict[str, Any]]:
     """The shipped examples; none where they are not installed."""
     path = EXAMPLES / "examples.json"
-    found: list[dict[str, str]] = json.loads(path.read_text()) if path.is_file() else []
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     return found
 
 
@@ -76,7 +76,7 @@ class NewScenes:
         if not self.available:
             raise ApiError(
                 404, "no scenes are drawn here", code="not_found",
-                fix="serve the default model, from a checkout with the extras export and train installed",
+                fix="serve the default model, from a checkout with the extra export installed",
             )  # fmt: skip
         seed = request.query_params.get("seed", "")
         if not (seed.isascii() and seed.isdigit() and len(seed) < 20 and int(seed) < SEEDS):

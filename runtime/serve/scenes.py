@@ -19,7 +19,7 @@ from plugins import child
 _log = logging.getLogger(__name__)
 
 GENERATOR = "export.default_model.draw"
-NEEDS = ("torch", "sklearn")  # beside the package export
+NEEDS = ("torch",)  # beside the package export
 SEEDS = 2**32  # a scene's seed is below
 SECONDS = 60.0  # for one scene, the start of the process included: torch alone takes some on a small board
 

@@ -23,7 +23,7 @@ from tests.paths import ROOT
 
 PICTURE = ROOT / "examples" / "poster.png"
 PROMPT = "what numbers are in the red star and the cyan circle?"
-ANSWER = "69 and 65"  # of the default model
+ANSWER = "30 and 98"  # of the default model
 REQUESTS, OPENS, THREADS = 2000, 100, 4
 ATTACKS, LEFT = 1000, 50
 WARM_UP = 10  # share of the requests before memory is first looked at

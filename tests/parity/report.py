@@ -25,7 +25,7 @@ from engines.bundle.tensors import APART, MODEL
 from engines.errors import OptionError
 from engines.ort import OrtModel
 from export.build import BuildOptions, build
-from export.default_model.evaluate import scenes_with_questions
+from export.default_model.evaluate import TOKENS, prompt, scenes_with_questions
 from export.default_model.questions import ask
 from export.default_model.scenes import make_scene
 from runtime import Engine
@@ -86,12 +86,12 @@ HEAD = (
     "IoU of selected pages, by layer",
     "official tokens",
     "numbers",
-    "yes/no",
     "count",
+    "other kinds",
     "answers of fp32",
     "their logits",
 )
-KINDS = (("one", "two"), ("yes/no",), ("count",))  # of questions, in the columns "numbers", "yes/no", "count"
+NUMBERS = ("one", "two")  # kinds of questions in the column "numbers"
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def calibration_data(folder: Path, seed: int) -> tuple[Path, Path]:
         scene = make_scene(rng, "train")
         scene.image.save(default / f"{index}.png")
         for kind in ("one", "two", "yes/no", "count"):
-            if kind != "two" or len(scene.things) > 1:
-                question = ask(rng, scene.things, kind)
+            question = ask(rng, scene.things, scene.image.size, kind)
+            if question is not None:
                 rows.append({"image": f"{index}.png", "question": question.text, "answer": question.answer})
     (default / "data.json").write_text(json.dumps(rows))
     return small, default
@@ -179,7 +179,7 @@ def answers(bundle: Path, asked: list, name: str) -> list[Given]:
     for scene, questions in track(asked, name, console=Console(stderr=True), transient=True):
         with engine.image(scene.image) as view:
             for question in questions:
-                answer = view.ask(question.text, max_new_tokens=8, trace=True)
+                answer = view.ask(prompt(question), max_new_tokens=TOKENS, trace=True)
                 right = answer.text == question.answer
                 given.append(Given(question.kind, right, tuple(answer.token_ids), answer.trace.logits))
     return given
@@ -220,7 +220,9 @@ def table(models: tuple[Path, Path], scenes: int, seed: int, rows: Sequence[Row]
             if bundle := built(1, row):
                 given = answers(bundle, asked, row.label)
                 first = first or given
-                right = [[answer.right for answer in given if answer.kind in kinds] for kinds in KINDS]
+                right: list[list[bool]] = [[], [], []]
+                for answer in given:
+                    right[0 if answer.kind in NUMBERS else 1 if answer.kind == "count" else 2].append(answer.right)
                 pairs = zip(given, first, strict=True)
                 equal = [(answer, other) for answer, other in pairs if answer.tokens == other.tokens]
                 errors = [np.abs(answer.logits - other.logits).mean() for answer, other in equal]
@@ -240,7 +242,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=BuildOptions.model, help="the default model's checkpoint")
-    parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, nine questions each")
+    parser.add_argument("--scenes", type=int, default=40, help="fresh scenes, 14 questions each")
     parser.add_argument("--seed", type=int, default=2026)
     given = parser.parse_args()
     print("\n".join(table((OFFICIAL / "weights", given.model), given.scenes, given.seed, [*ROWS, *ROWS_APART])))

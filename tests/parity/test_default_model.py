@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -26,33 +27,44 @@ MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
 ROWS = json.loads((EXAMPLES / "examples.json").read_text())
 # Between float32 implementations. Logits of a trained model are ten times those of the random ones.
 FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 1e-3, 2e-3
+TOKENS = 16  # an answer has fewer
+MISSED = {  # what it gets wrong in float16; goals it misses: export/default_model/README.md
+    "evening.png: how many blue shapes are there?",
+    "garden.png: how many circles are there?",
+    "photo.png: how many hearts are there?",
+    "plaza.png: how many squares are there?",
+    "photo.png: and the yellow one?",  # of some builds: as likely as its answer, to a hundredth
+    "plaza.png: which has the larger number, the pink heart or the purple heart?",
+    "postcard.png: count the stars.",
+}
+
+
+def prompt(row: dict) -> str | list[dict[str, str]]:
+    """A row's question as the engine takes it, behind its history if it has one."""
+    said = [text for turn in row.get("history", ()) for text in turn] + [row["question"]]
+    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
+    return messages if row.get("history") else row["question"]
 
 
 def test_answers_of_the_shipped_examples(default_bundle):
-    """All but a few: two numbers of fourteen are misread, and counting is not this model's strength."""
-    engine = Engine(default_bundle("fp16"))
-    right: dict[str, list[bool]] = {"number": [], "yes or no": [], "count": []}
+    """All of them but what is known to be missed."""
+    engine, wrong = Engine(default_bundle("fp16")), {}
     for name in sorted({row["image"] for row in ROWS}):
         with engine.image(EXAMPLES / name) as view:
             for row in (row for row in ROWS if row["image"] == name):
-                kind = (
-                    "yes or no"
-                    if row["answer"] in ("yes", "no")
-                    else "number"
-                    if "number" in row["question"]
-                    else "count"
-                )
-                right[kind].append(view.ask(row["question"], max_new_tokens=8).text == row["answer"])
-    assert len(right["number"]) == 14 and sum(right["number"]) >= 12
-    assert len(right["yes or no"]) == 7 and all(right["yes or no"])
+                answer = view.ask(prompt(row), max_new_tokens=TOKENS).text
+                if answer != row["answer"]:
+                    wrong[f"{name}: {row['question']}"] = f"{answer!r}, not {row['answer']!r}"
+    assert len(ROWS) == 36 and set(wrong) <= MISSED, wrong
 
 
 def test_the_hires_view_is_what_reads(default_bundle):
     """Without pages the same questions fail: the low-res view cannot see the digits."""
     engine = Engine(default_bundle("fp16"))
-    asked = [row for row in ROWS if "number" in row["question"]]
+    asked = [row for row in ROWS if re.search(r"\d\d", row["answer"])]
+    assert len(asked) >= 12
     blind = [
-        engine.generate(EXAMPLES / row["image"], row["question"], page_budget=0, max_new_tokens=8) for row in asked
+        engine.generate(EXAMPLES / row["image"], prompt(row), page_budget=0, max_new_tokens=TOKENS) for row in asked
     ]
     assert sum(answer.text == row["answer"] for answer, row in zip(blind, asked, strict=True)) <= 2
 
@@ -65,7 +77,7 @@ def test_ladder(row, default_bundle):
     graph, engine = InspectedModel(bundle), Engine(bundle.path)
     picture = PILImage.open(EXAMPLES / row["image"]).convert("RGB")
     tiles = preprocess(picture, g)
-    ids, begin = engine.prompter.expand(engine.prompter.encode(row["question"], True), True)
+    ids, begin = engine.prompter.expand(engine.prompter.encode(prompt(row), True), True)
     position = np.array([begin])
     sides = np.array([margins(*picture.size, g.grid)], np.int64)
 
@@ -83,7 +95,7 @@ def test_ladder(row, default_bundle):
     official.run(ids[:-1].tolist())
     for decoder in decoders:
         decoder.run(ids[None, :-1])
-    answer = engine.generate(picture, row["question"], max_new_tokens=8, trace=True)
+    answer = engine.generate(picture, prompt(row), max_new_tokens=8, trace=True)
     token = int(ids[-1])
     for step, chosen in enumerate(answer.token_ids):
         results = [decoder.run(np.array([[token]]), g.pages) for decoder in decoders]

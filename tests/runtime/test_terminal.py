@@ -87,7 +87,7 @@ def test_a_conversation_is_typed(default_bundle, tmp_path):
     shutil.copy(TOWER, tmp_path / "the tower.png")
     with Typed(default_bundle("fp16"), POSTER, cwd=tmp_path) as person:
         person.type(f"{RED}\r", prompt="poster.png>")
-        assert "69" in person.until(r"\(\d+ tokens, \d+/s, [\d.]+ of 81 pages a layer\)").split(RED)[-1]
+        assert "30" in person.until(r"\(\d+ tokens, \d+/s, [\d.]+ of 81 pages a layer\)").split(RED)[-1]
         person.type("/show\r", prompt="poster.png>")
         person.until("looked-1.png\n")
         with Image.open(tmp_path / "looked-1.png") as picture:
@@ -107,7 +107,7 @@ def test_a_conversation_is_typed(default_bundle, tmp_path):
         person.type("\r")
         person.until("the tower.png, .*a new conversation")
         person.type("read the number on the green triangle.\r", prompt="tower.png>")
-        assert "85" in person.until(r"\(\d+ tokens, \d+/s, [\d.]+ of 81 pages").split("triangle.")[-1]
+        assert "22" in person.until(r"\(\d+ tokens, \d+/s, [\d.]+ of 81 pages").split("triangle.")[-1]
         person.type("\x1b[A\x1b[A\r", prompt="tower.png>")  # the line before the last one
         person.until("a new conversation")
         person.type("/nonsense\r", prompt="tower.png>")
@@ -146,9 +146,9 @@ def test_lines_of_a_pipe_are_answered_one_by_one(default_bundle, tmp_path):
     bundle, picture = default_bundle("fp16"), tmp_path / "looked.png"
     script = f"{RED}\n\n/image {TOWER}\nread the number on the green triangle.\n/show {picture}\n"
     result = piped(bundle, script, POSTER)
-    assert result.returncode == 0 and result.stdout.decode() == f"69\n85\n{picture}\n", result.stderr
+    assert result.returncode == 0 and result.stdout.decode() == f"30\n22\n{picture}\n", result.stderr
     result = piped(bundle, f"{RED}\n/what\n\xff\n".encode("latin-1") + CYAN.encode(), POSTER, "--page-budget", "8")
-    assert result.returncode == 1 and result.stdout.decode().splitlines()[0] == "69"
+    assert result.returncode == 1 and result.stdout.decode().splitlines()[0] == "30"
     assert b"no command /what" in result.stderr and b"surrogates" in result.stderr and b"Traceback" not in result.stderr
     assert len(result.stdout.splitlines()) == 2
 

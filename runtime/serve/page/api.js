@@ -33,7 +33,7 @@ export async function model() {
   return (await (await request("v1/models")).json()).data[0];
 }
 
-/** @returns {Promise<{image: string, question: string, answer?: string}[]>} */
+/** @returns {Promise<{image: string, question: string, answer?: string, history?: [string, string][]}[]>} */
 export async function examples() {
   return (await request("flex/examples")).json();
 }

@@ -30,7 +30,7 @@ export class Conversation {
     this.model = null;
     /** @type {import("./picture.js").Picture | null} */
     this.picture = null;
-    /** @type {{question: string, answer?: string}[]} */
+    /** @type {{question: string, answer?: string, history?: [string, string][]}[]} `history`: of a follow-up */
     this.suggested = [];
     /** @type {Turn[]} */
     this.turns = [];
@@ -64,8 +64,12 @@ export class Conversation {
     by("history-words").textContent = `As a follow-up: send the ${before} before along`;
   }
 
-  /** @param {import("./picture.js").Picture} picture @param {{question: string, answer?: string}[]} suggested */
-  begin(picture, suggested) {
+  /**
+   * @param {import("./picture.js").Picture} picture
+   * @param {{question: string, answer?: string, history?: [string, string][]}[]} rows questions to start with
+   */
+  begin(picture, rows) {
+    const suggested = rows.filter((row) => !row.history || this.model?.flex.conversation);
     this.stop();
     this.looking.pause();
     this.looking.look(null, null);
@@ -74,9 +78,11 @@ export class Conversation {
     by("turns").replaceChildren();
     by("suggestions").hidden = !suggested.length;
     by("suggestions").replaceChildren(
-      ...suggested.map(({ question }) => {
-        const button = Object.assign(part("button", "suggestion", question), { type: "button" });
-        button.addEventListener("click", () => this.ask(question));
+      ...suggested.map((row) => {
+        const text = [...(row.history ?? []).map(([before]) => before), row.question].join(" … ");
+        const button = Object.assign(part("button", "suggestion", text), { type: "button" });
+        button.dataset.question = row.question;
+        button.addEventListener("click", () => this.askSuggested(row));
         return button;
       }),
     );
@@ -95,8 +101,25 @@ export class Conversation {
     fit(by("question"));
   }
 
-  /** @param {string} text @param {{alone?: boolean}} [how] `alone`: without the earlier turns, this once */
-  async ask(text, { alone = !by("follow").checked } = {}) {
+  /**
+   * A follow-up's earlier questions are asked before it.
+   * @param {{question: string, history?: [string, string][]}} row
+   */
+  async askSuggested({ question, history }) {
+    if (!history) return this.ask(question);
+    for (const [place, [before]] of history.entries()) {
+      const count = this.turns.length;
+      await this.ask(before, { after: place });
+      if (this.turns.length === count || this.turns.at(-1).state !== "done") return; // stopped, or it failed
+    }
+    await this.ask(question, { after: history.length });
+  }
+
+  /**
+   * @param {string} text
+   * @param {{alone?: boolean, after?: number}} [how] `alone`: without earlier turns, this once; `after`: with so many
+   */
+  async ask(text, { alone = !by("follow").checked, after } = {}) {
     const question = text.trim();
     if (!question || !this.picture || this.asking || this.connecting) return;
     if (!this.model) {
@@ -107,8 +130,10 @@ export class Conversation {
     if (!this.model) return;
     hideProblem();
     this.looking.pause();
-    const history = alone ? [] : this.history;
-    const expected = this.suggested.find((row) => row.question === question)?.answer;
+    const history = this.history.slice(this.history.length - (after ?? (alone ? 0 : this.history.length)));
+    const follows = ({ history: said = [] }) =>
+      said.every(([before], place) => history.at(place - said.length)?.question === before);
+    const expected = this.suggested.find((row) => row.question === question && follows(row))?.answer;
     const turn = new Turn(question, this.looking, expected);
     this.turns.push(turn);
     by("turns").append(turn.element);
@@ -231,7 +256,7 @@ export class Conversation {
     by("ask").hidden = yes;
     for (const button of by("suggestions").children) {
       button.disabled = yes;
-      button.hidden = this.turns.some((turn) => turn.question === button.textContent);
+      button.hidden = this.turns.some((turn) => turn.question === button.dataset.question);
     }
     by("suggestions").hidden = ![...by("suggestions").children].some((button) => !button.hidden);
   }

@@ -35,7 +35,7 @@ async function connect() {
   }
 }
 
-/** @param {{image: string, question: string, answer?: string}[]} rows */
+/** @param {{image: string, question: string, answer?: string, history?: [string, string][]}[]} rows */
 function showExamples(rows) {
   const images = [...new Set(rows.map((row) => row.image))];
   by("or-example").hidden = !images.length;

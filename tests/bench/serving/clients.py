@@ -22,7 +22,7 @@ from runtime import Engine
 
 SEED = 2026  # of the scenes
 PATIENCE = 120.0  # seconds until an answer must be there
-TOKENS = 8  # of an answer, at most
+TOKENS = 16  # of an answer, at most
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def questions(engine: Engine, scenes: int) -> list[Asked]:
         scene.image.save(file, "png")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         with engine.image(file.getvalue()) as view:
-            for question in of_scene:
+            for question in (each for each in of_scene if not each.history):
                 answer = view.ask(question.text, max_new_tokens=TOKENS)
                 asked.append(Asked(index, url, question.text, answer.token_ids, str(answer.text), question.answer))
     return [asked[index] for index in np.random.default_rng(SEED).permutation(len(asked))]

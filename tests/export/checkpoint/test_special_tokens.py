@@ -24,7 +24,7 @@ from tests.geometries import tiny
 from tests.paths import ROOT
 
 DEFAULT = ROOT / "checkpoints" / "default"
-VOCAB = 112  # of that
+VOCAB = 215  # of that
 
 
 def write(path: Path, value: object) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
+from tokenizers import Tokenizer
 
 import export.weights.calibrate
 from engines.bundle.folder import Bundle
@@ -337,6 +338,30 @@ def test_where_the_data_is(data, model, tmp_path):
         with pytest.raises(OptionError, match=text) as caught:
             read_requests(path, model, config)
         assert caught.value.fix
+
+
+def test_a_follow_up_stands_behind_its_history(tmp_path):
+    """As the runtime asks it; the question alone is shorter."""
+    model = ROOT / "checkpoints/default"
+    config = read_config(model)
+    assert config.turn_template
+    row = {"image": "a.png", "question": "and in the yellow one?", "answer": "82"}
+    said = [["what number is in the red diamond?", "25"]]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([row | {"history": said}, row]))
+    follow_up, alone = read_requests(file, model, config)
+    words = Tokenizer.from_file(str(model / "tokenizer.json"))
+    text = words.decode(follow_up.ids[follow_up.ids >= 0].tolist())
+    assert "what number is in the red diamond?" in text and "25" in text and text.endswith("answer:")
+    assert len(follow_up.ids) > len(alone.ids) and follow_up.answer == alone.answer
+
+    for history in ([["a question"]], [["one", "two", "three"]], "a question", [[1, 2]]):
+        file.write_text(json.dumps([row | {"history": history}]))
+        with pytest.raises(ConfigError, match="history"):
+            read_requests(file, model, config)
+    file.write_text(json.dumps([{"image": "a.png", "input_ids": [1, -200], "history": said}]))
+    with pytest.raises(ConfigError, match="history stands before a question"):
+        read_requests(file, model, config)
 
 
 def test_words_without_a_tokenizer(data, tmp_path):

@@ -26,8 +26,8 @@ from tests.parity.score.forced import cells, runs_of, together
 from tests.paths import ROOT
 
 HEAD = ("precision", "before a flip", "official cells", "all tokens", "mean of a run, worst", "mean of a run, mean")
-IMAGE, QUESTION = "plaza.png", "what numbers are in the red star and the cyan circle?"
-ANSWERS = ["90 and 67", "90 and 76", "67 and 90", "12 and 34"]
+IMAGE, QUESTION = "plaza.png", "what numbers are in the cyan star and the blue circle?"
+ANSWERS = ["29 and 68", "29 and 86", "68 and 29", "12 and 34"]
 LONGEST = 8  # tokens of a generated answer
 
 

@@ -29,7 +29,7 @@ def test_the_curl_line(url):
     (command,) = re.findall(r"```bash\n(curl .+?)```", TEXT, re.DOTALL)
     assert ADDRESS in command
     done = subprocess.run(["bash", "-c", command.replace(ADDRESS, url)], capture_output=True, text=True, cwd=ROOT)
-    assert '"content":"69 and 65"' in done.stdout, done.stdout + done.stderr
+    assert '"content":"30 and 98"' in done.stdout, done.stdout + done.stderr
 
 
 def test_the_program_with_openai(url):
@@ -39,7 +39,7 @@ def test_the_program_with_openai(url):
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     shown = re.findall(r"^('.*'|None) read (.+)$", done.stdout, re.MULTILINE)
-    assert "".join(eval(text) or "" for text, _ in shown) == "69 and 65"
+    assert "".join(eval(text) or "" for text, _ in shown) == "30 and 98"
     assert any(cells.startswith("[[") for _, cells in shown)
 
 

@@ -78,19 +78,19 @@ def test_from_the_first_look_to_the_tokens_by_keyboard_alone(visit, url):
         at.page.keyboard.press("Shift+Tab")
         if focused.get_attribute("role") == "option":
             break
-    for name in ("“6” read", "“9” read", "“and” read"):
+    for name in ("“3” read", "“0” read", "“and” read"):
         expect(focused).to_have_accessible_name(re.compile(f"^{name}"))
         assert at.caption().startswith(name)
         at.page.keyboard.press("ArrowRight")
     at.page.keyboard.press("End")
     expect(focused).to_have_accessible_name(re.compile("end"))
     at.page.keyboard.press("Home")
-    assert at.caption().startswith("“6” read")
+    assert at.caption().startswith("“3” read")
     at.page.keyboard.press("Space")
     expect(at.page.locator("#play")).to_have_text("Pause")
     at.page.keyboard.press("Escape")
     expect(at.page.locator("#play")).to_have_text("Play")
-    assert at.caption().startswith("The whole answer read 3 of 81 pages")
+    assert at.caption().startswith("The whole answer read 5 of 81 pages")
     at.page.keyboard.press("ArrowLeft")  # nothing has the focus: the last token
     assert "end" in at.caption()
     at.page.keyboard.press("/")
@@ -99,7 +99,7 @@ def test_from_the_first_look_to_the_tokens_by_keyboard_alone(visit, url):
     at.page.keyboard.press("Enter")
     expect(at.page.locator(".turn")).to_have_count(2)
     at.page.locator(".figures:not(:empty)").nth(1).wait_for()
-    assert at.answer() == "49"
+    assert at.answer() == "51"
 
 
 def test_every_control_has_a_name_and_the_answer_is_said_as_a_whole(visit, url):
@@ -113,7 +113,8 @@ def test_every_control_has_a_name_and_the_answer_is_said_as_a_whole(visit, url):
         assert not nameless, nameless
         assert re.search("- main", tree) and re.search("- banner", tree) and re.search("- contentinfo", tree)
     said = at.page.locator("[aria-live=polite]")
-    assert said.inner_text() == f"Answer: {ANSWER}. The whole answer read 3 of 81 pages, row 3, columns 4 to 7"
+    read = "The whole answer read 5 of 81 pages, scattered, brightest in row 4, column 6"
+    assert said.inner_text() == f"Answer: {ANSWER}. {read}"
     at.tokens().nth(5).click()
     assert said.inner_text().startswith("Answer:")  # looking around is not announced: the focus says it
     light = at.page.get_by_role("img", name="The end of the answer read")
@@ -134,7 +135,7 @@ def test_on_a_phone(visit, url, pictures):
     at.page.locator(".figures:not(:empty)").wait_for()
     assert at.answer() == ANSWER
     at.tokens().nth(4).tap()
-    assert at.caption().startswith("“5” read 2 pages")
+    assert at.caption().startswith("“8” read 2 pages")
     assert at.page.evaluate(wide) <= 0 and not at.page.evaluate(_SMALL)
     at.page.screenshot(path=pictures / "phone.png")
     # Wherever one reads, picture and question stay in reach.
@@ -180,6 +181,22 @@ def test_a_new_scene_and_its_questions(visit, url):
     at.page.get_by_role("button", name="Draw a new scene").click()
     expect(at.page.locator("#picture")).not_to_have_attribute("alt", picture)
     expect(at.page.locator(".turn")).to_have_count(0)
+
+
+def test_a_suggested_follow_up_asks_what_comes_before_it(visit, url):
+    at, asked = visit(url), []
+    at.page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+    at.page.get_by_role("button", name="Example picture: tower").click()
+    at.page.get_by_role("button", name="what number is in the red diamond? … and in the yellow one?").click()
+    at.page.locator(".figures:not(:empty)").nth(1).wait_for()
+    expect(at.page.locator(".turn")).to_have_count(2)
+    first, second = (request["messages"] for request in asked)
+    assert [message["role"] for message in second] == ["user", "assistant", "user"] and len(first) == 1
+    assert json.dumps(second[0]).count("what number is in the red diamond?") == 1
+    assert "and in the yellow one?" in json.dumps(second[2])
+    at.page.get_by_role("button", name="read the number on the green triangle.").click()
+    at.page.locator(".figures:not(:empty)").nth(2).wait_for()
+    assert len(asked[2]["messages"]) == 1  # what is no follow-up is still asked alone
 
 
 def test_a_picture_is_pasted_or_chosen(visit, url):
@@ -284,7 +301,7 @@ def test_a_conversation_that_is_too_long_can_go_on(visit, url):
     problem = at.page.get_by_role("alert")
     assert at.ask(QUESTION) == ANSWER
     at.page.get_by_label("As a follow-up").check()
-    for _ in range(15):
+    for _ in range(25):
         answers = at.page.locator(".figures:not(:empty)").count()
         at.page.get_by_label("Ask about this picture").fill(QUESTION)
         at.page.get_by_role("button", name="Ask", exact=True).click()

@@ -12,7 +12,7 @@ from playwright.sync_api import Locator, Page
 from tests.paths import ROOT
 
 POSTER = ROOT / "examples/poster.png"
-QUESTION, ANSWER = "what numbers are in the red star and the cyan circle?", "69 and 65"
+QUESTION, ANSWER = "what numbers are in the red star and the cyan circle?", "30 and 98"
 # Opacity of the light's canvas where cells of the padded square have their centres; null: not over the picture.
 _OPACITY = """(canvas, grid) => {
     const copy = new OffscreenCanvas(canvas.width, canvas.height);

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.paths import ROOT
 
-QUESTION, ANSWER = "what numbers are in the red star and the cyan circle?", "69 and 65"
+QUESTION, ANSWER = "what numbers are in the red star and the cyan circle?", "30 and 98"
 
 
 def picture(number: int) -> bytes:

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from engines.bundle.pages import margins
-from export.default_model.digits import PATCH
 from export.default_model.model import CLIP_MEAN, CLIP_STD
-from export.default_model.scenes import CANVAS, COLOURS, SHAPES, Scene, Thing, make_scene, outline
+from export.default_model.scenes import CANVAS, COLOURS, PATCH, SHAPES, Scene, Style, Thing, make_scene, varied
 
 HIRES, LOWRES = CANVAS // PATCH, CANVAS // PATCH // 3  # patches per side of the two views
 NOTHING = 255  # label of a patch that belongs half to a shape: not trained on
@@ -29,8 +28,8 @@ class Labels:
     place: np.ndarray  # hi-res, 0 = none, SINGLE, FIRST, SECOND
     hires_colour: np.ndarray  # hi-res, 0..7, 8
     colour: np.ndarray  # low-res, 0..7, 8
-    shape: np.ndarray  # low-res, 0..4, 5
-    plate: np.ndarray  # low-res, 1 where a digit stands
+    shape: np.ndarray  # low-res, 0..6, 7
+    centre: np.ndarray  # low-res, 1 where the middle of a thing is, else 0
 
 
 def padded(image: Image.Image) -> np.ndarray:
@@ -42,7 +41,9 @@ def padded(image: Image.Image) -> np.ndarray:
 
 def normalised(pixels: Tensor) -> Tensor:
     """uint8 or float 0..255 [..., H, W, 3] -> normalised float32 [..., 3, H, W]."""
-    scaled = (pixels.float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    scaled = (pixels.float() / 255 - pixels.new_tensor(CLIP_MEAN, dtype=torch.float32)) / pixels.new_tensor(
+        CLIP_STD, dtype=torch.float32
+    )
     return scaled.movedim(-1, -3).contiguous()
 
 
@@ -60,19 +61,28 @@ def margins_of(sizes: list[tuple[int, int]]) -> Tensor:
 
 def labels(scene: Scene) -> Labels:
     """What stands on every patch of a scene."""
-    digit, place = np.full((HIRES, HIRES), 10, np.uint8), np.zeros((HIRES, HIRES), np.uint8)
-    plate = np.zeros((LOWRES, LOWRES), np.uint8)
+    digit, place = np.full(HIRES * HIRES, 10, np.uint8), np.zeros(HIRES * HIRES, np.uint8)
+    centre = np.zeros((LOWRES, LOWRES), np.uint8)
     for thing in scene.things:
-        for index, ((row, column), text) in enumerate(zip(thing.cells, thing.number, strict=True)):
-            digit[row, column] = int(text)
-            place[row, column] = SINGLE if len(thing.number) == 1 else (FIRST, SECOND)[index]
-            plate[row // 3, column // 3] = 1
+        for index, text in enumerate(thing.number):
+            for part in reversed(thing.parts(index)):
+                digit[part] = int(text)
+                place[part] = SINGLE if len(thing.number) == 1 else (FIRST, SECOND)[index]
+        row, column = lowres_token(*thing.centre)
+        centre[row, column] = 1
     fine = _owner(scene.things, HIRES, 4)
     coarse = _owner(scene.things, LOWRES, 12)
     colours = [list(COLOURS).index(thing.colour) for thing in scene.things] + [NOTHING, len(COLOURS)]
     shapes = [SHAPES.index(thing.shape) for thing in scene.things] + [NOTHING, len(SHAPES)]
     look = [np.array(values, np.uint8) for values in (colours, shapes)]
-    return Labels(digit, place, look[0][fine], look[0][coarse], look[1][coarse], plate)
+    square = (HIRES, HIRES)
+    return Labels(digit.reshape(square), place.reshape(square), look[0][fine], look[0][coarse], look[1][coarse], centre)
+
+
+def lowres_token(x: float, y: float) -> tuple[int, int]:
+    """Row and column of the low-res token at a place of the padded square."""
+    side = PATCH * CANVAS // (LOWRES * PATCH)
+    return min(max(int(y // side), 0), LOWRES - 1), min(max(int(x // side), 0), LOWRES - 1)
 
 
 def _owner(things: tuple[Thing, ...], side: int, detail: int) -> np.ndarray:
@@ -81,26 +91,28 @@ def _owner(things: tuple[Thing, ...], side: int, detail: int) -> np.ndarray:
     canvas = Image.new("L", (side * detail, side * detail), 0)
     pen = ImageDraw.Draw(canvas)
     for index, thing in enumerate(things):
-        corners = outline(thing.shape, *thing.centre, thing.radius)
-        pen.polygon([(scale * x, scale * y) for x, y in corners], index + 1)
+        pen.polygon([(scale * x, scale * y) for x, y in thing.corners], index + 1)
     tiles = np.asarray(canvas).reshape(side, detail, side, detail).swapaxes(1, 2).reshape(side, side, -1)
     share = np.stack([(tiles == index + 1).mean(-1) for index in range(len(things))], -1)
     best = share.argmax(-1)
     return np.where(share.max(-1) >= 0.4, best, np.where(share.sum(-1) < 0.1, -1, -2))
 
 
-def _one(job: tuple[int, str, dict]) -> tuple[Scene, np.ndarray, Labels]:
-    seed, split, options = job
+def _one(job: tuple[int, str, bool]) -> tuple[Scene, np.ndarray, Labels]:
+    seed, split, vary = job
     torch.set_num_threads(1)
-    scene = make_scene(np.random.default_rng(seed), split, **options)
+    rng = np.random.default_rng(seed)
+    scene = make_scene(rng, split, varied(rng) if vary else Style())
     return scene, padded(scene.image), labels(scene)
 
 
 class Pool:
-    """Many scenes in memory. `things`: list of tuples; `pixels` uint8 [N, 504, 504, 3]; `labels`: uint8 tensors."""
+    """Many scenes in memory. `things`: list of tuples; `pixels` uint8 [N, 504, 504, 3]; `labels`: uint8 tensors.
 
-    def __init__(self, count: int, seed: int, split: str = "train", **options: object) -> None:
-        jobs = [(seed * 1_000_000 + index, split, options) for index in range(count)]
+    `vary`: styles as training sees them, else as evaluations do."""
+
+    def __init__(self, count: int, seed: int, split: str = "train", *, vary: bool = True) -> None:
+        jobs = [(seed * 1_000_000 + index, split, vary) for index in range(count)]
         self.pixels = torch.empty(count, CANVAS, CANVAS, 3, dtype=torch.uint8)
         self.things: list[tuple[Thing, ...]] = []
         self.sizes: list[tuple[int, int]] = []  # width, height before padding
@@ -114,6 +126,12 @@ class Pool:
         self.labels = {
             name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Labels.__annotations__
         }
+
+    def to(self, device: str) -> Pool:
+        """This pool, its arrays on a device."""
+        self.pixels = self.pixels.to(device)
+        self.labels = {name: label.to(device) for name, label in self.labels.items()}
+        return self
 
     def __len__(self) -> int:
         return len(self.things)

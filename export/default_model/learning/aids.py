@@ -1,0 +1,155 @@
+"""Aids of the decoder's training: what attention should find, and what linear probes must be able to read where.
+
+Answers alone teach too little for thousands of steps. Each aid asks for a piece of the way to them; at inference
+nothing of this is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.default_model.learning.packing import ABSENT, Batch, Reads
+from export.default_model.model import GEOMETRY
+from export.default_model.scenes import COLOURS, SHAPES
+
+G = GEOMETRY
+# `map`: selecting layers look at what the token is about; `read`: page attention at the digit; `words`, `joined`: a
+# head of layer 1 at the words that name it, `found`: a head at the thing where its name ends; `asked`, `placed`,
+# `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side
+# the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are;
+# `larger`: whether the first number is the larger one; `holds`: whether what is asked of sides or numbers is so;
+# `spread`: maps stay narrow.
+WEIGHTS = {
+    "map": 0.15, "read": 0.15, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "holds": 0.15, "larger": 0.15, "spread": 0.3,
+}  # fmt: skip
+LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
+WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
+PLACED, TALLY, APART, HOLDS, LARGER = 4, 5, 5, 6, 5
+FINDER, COUNTING = 3, 2  # the heads of FOUND and COUNTER
+REST = 3  # things that the first token of all counts for: of n things each has a share of 1 / (n + REST)
+
+
+def probes(width: int) -> nn.ModuleDict:
+    """One linear map per question a probe asks."""
+    sizes = {
+        "colour": len(COLOURS), "shape": len(SHAPES), "row": G.grid, "column": G.grid, "there": 2,
+        "own_row": G.grid, "own_column": G.grid, "right": 2, "below": 2, "count": 10, "holds": 2, "larger": 2,
+    }  # fmt: skip
+    return nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+
+
+class Losses:
+    """Collects the losses of one pass, layer by layer; each method has nothing to say in most layers."""
+
+    def __init__(self, heads: nn.ModuleDict, batch: Batch, reads: Reads) -> None:
+        self.probes, self.batch = heads, batch
+        self.parts_of, self.goals = reads.of_entries(batch.parts), reads.of_entries(batch.goals)
+        self.there = reads.there
+        self.parts: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
+
+    def means(self) -> dict[str, Tensor]:
+        """Each aid's mean over its layers."""
+        return {name: sum(parts[1:], parts[0]) / len(parts) for name, parts in self.parts.items() if parts}
+
+    def hidden(self, layer: int, image: Tensor, text: Tensor) -> None:
+        """Normed inputs of a layer: image [S, 144, D], text [S, Q, L, D]."""
+        batch = self.batch
+
+        def at(positions: Tensor) -> Tensor:  # [S, Q, N] -> [S * Q * N, D]
+            return text.gather(2, positions.clamp(min=0)[..., None].expand(-1, -1, -1, text.shape[-1])).flatten(0, 2)
+
+        def ask(aid: str, name: str, hidden: Tensor, label: Tensor) -> None:
+            self.parts[aid].append(_cross_entropy(self.probes[name](hidden).float(), label.flatten()))
+
+        if layer == SEATED:
+            place = torch.arange(G.image_tokens, device=image.device).expand(len(image), -1)
+            ask("seated", "own_row", image.flatten(0, 1), place // G.grid)
+            ask("seated", "own_column", image.flatten(0, 1), place % G.grid)
+        if layer == ASKED:
+            here = at(batch.where)
+            ask("asked", "colour", here, batch.named[..., 0])
+            ask("asked", "shape", here, batch.named[..., 1])
+        if layer == PLACED:
+            here = at(batch.ends)
+            known = batch.ends >= 0
+            there = known & (batch.places < ABSENT)
+            ask("placed", "there", here, there.long().where(known, -1))
+            ask("placed", "row", here, (batch.places // G.grid).where(there, -1))
+            ask("placed", "column", here, (batch.places % G.grid).where(there, -1))
+        if layer == TALLY:
+            ask("tally", "count", at(batch.where.gather(2, batch.counted[..., None])), batch.count)
+        if layer == APART:
+            here = at(batch.ends[..., 1:])
+            ask("apart", "right", here, batch.apart[..., 0])
+            ask("apart", "below", here, batch.apart[..., 1])
+        if layer == HOLDS:
+            ask("holds", "holds", at(batch.where.gather(2, batch.decided[..., None])), batch.holds)
+        if layer == LARGER:
+            ask("larger", "larger", at(batch.where.gather(2, batch.compared[..., None])), batch.larger)
+
+    def attention(self, layer: int, rows: Callable[[Tensor], Tensor], span: int, begin: int) -> None:
+        """Ordinary attention. `rows`: positions [S, Q, N] -> [S, Q, H, N, span + L]; image token 0 is key `begin`."""
+        batch = self.batch
+
+        def mass(row: Tensor, keys: Tensor) -> Tensor:  # [S, Q, N, keys], [S, Q, N] -> [S, Q, N]
+            return row.gather(-1, keys.clamp(min=0)[..., None])[..., 0]
+
+        if layer == WORDS:  # one head finds the colour, another the shape the answer is about
+            weights = rows(batch.where)
+            for head in range(2):
+                place = batch.words[..., head]
+                found = mass(weights[:, :, head], span + place.clamp(min=0))
+                self.parts["words"].append(_mean(-(found + 1e-5).log(), place >= 0))
+            found = mass(rows(batch.ends.clamp(min=0))[:, :, 0], span + batch.joined.clamp(min=0))
+            self.parts["joined"].append(_mean(-(found + 1e-5).log(), batch.joined >= 0))
+        if layer in FOUND:  # what is not there is looked for at the first token of all
+            key = torch.where(batch.places == ABSENT, 0, begin + batch.places)
+            found = mass(rows(batch.ends.clamp(min=0))[:, :, FINDER], key)
+            self.parts["found"].append(_mean(-(found + 1e-5).log(), batch.ends >= 0))
+
+        if layer == COUNTER:
+            index = batch.counted[..., None]
+            row = rows(batch.where.gather(2, index))[:, :, COUNTING, 0]  # [S, Q, keys]
+            goals = batch.goals.gather(2, index[..., None].expand(-1, -1, -1, batch.goals.shape[-1]))[:, :, 0]
+            each = -(row.gather(-1, begin + goals.clamp(min=0)) + 1e-5).log() * (goals >= 0)
+            rest = -(row[..., 0] + 1e-5).log()
+            many = (goals >= 0).sum(-1)
+            self.parts["counter"].append(_mean((each.sum(-1) + REST * rest) / (many + REST), batch.count >= 0))
+
+    def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
+        """Weights of hi-res keys [S, H, V, 1296], pages in view [S, V, 81]."""
+        parts = self.parts_of.clamp(min=0)
+        seen = visible.gather(-1, page_of[parts]) & (self.parts_of >= 0)  # [S, V, PARTS]
+        mass = weights.gather(-1, parts[:, None].expand(-1, weights.shape[1], -1, -1)).mean(1)
+        mass = (mass * seen).sum(-1)
+        self.parts["read"].append(_mean(-(mass + 1e-4).log(), seen.any(-1)))
+
+    def map(self, map: Tensor) -> None:
+        """Maps of a selecting layer [S, V, 144]."""
+        share = map / map.sum(-1, keepdim=True)
+        goals = self.goals >= 0
+        found = share.gather(-1, self.goals.clamp(min=0))
+        each = _mean(-(found + 1e-5).log(), goals, -1)
+        self.parts["map"].append(_mean(each, goals[..., 0]))
+        top = map.amax(-1, keepdim=True).detach()
+        spread = torch.sigmoid((map / (top + 1e-6) * 255 - 80) / 20).sum(-1)
+        few = self.goals[..., 1] < 0  # what is about many things may look at many
+        self.parts["spread"].append(_mean(spread / G.image_tokens, self.there & few))
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over labels that are not -1; 0 if all are."""
+    each = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
+    return each / (label >= 0).sum().clamp(min=1)
+
+
+def _mean(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `values` where `where` holds; 0 if nowhere."""
+    if dim is None:
+        return (values * where).sum() / where.sum().clamp(min=1)
+    return (values * where).sum(dim) / where.sum(dim).clamp(min=1)
