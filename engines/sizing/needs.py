@@ -179,7 +179,7 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
 def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
     """Layers, and bytes of weights, of each engine of the decoder: the first has the table of embeddings, too, the last
     what follows the layers."""
-    bounds = pieces_of(c.geometry.layers, c.layers_per_engine)
+    bounds = pieces_of(range(c.geometry.layers), c.layers_per_engine)
     first, last, sizes = bounds[0][1], len(bounds) - 1, [0] * len(bounds)
     for name, pieces in _stored(c)["decoder"].items():
         layer = _LAYER.match(name)

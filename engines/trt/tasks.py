@@ -57,9 +57,9 @@ def tasks_of(
         inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
         engines: list[_Engine] = [(part, None, graph, inputs, outputs, weights.bytes)]
         if part == "decoder" and options.layers_per_engine is not None:
-            count, size = manifest.geometry.layers, options.layers_per_engine
+            g, size = manifest.geometry, options.layers_per_engine
             traced = None if plugins else bundle.graph(part, TRACED).read_bytes()
-            pieces = cut(graph.read_bytes(), str(graph), count, size, inputs, outputs, rebuild=again, traced=traced)
+            pieces = cut(part, graph.read_bytes(), str(graph), g, size, inputs, outputs, rebuild=again, traced=traced)
             engines = [*map(partial(_of_piece, folder), pieces, (size for _, size in decoder_engines(asked)))]
         for label, layers, file, taken, given, size in engines:
             job = Job(
