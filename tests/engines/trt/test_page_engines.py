@@ -1,11 +1,13 @@
-"""The projection of pages in several engines: cut, opened and run."""
+"""The projection of pages in several engines, where its weights are in codes: cut, built, opened and run."""
 
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,18 @@ import onnxruntime as ort
 import pytest
 
 from engines.bundle.folder import Bundle
-from engines.bundle.kinds import TENSORRT, TRACED
-from engines.bundle.precision import COLUMN
+from engines.bundle.kinds import TENSORRT, TENSORRT_RTX, TRACED
+from engines.bundle.precision import COLUMN, INT4
 from engines.bundle.specs import plan_io
 from engines.errors import BackendError, BundleError
 from engines.residency import RESIDENCIES, SHARED
+from engines.sizing.needs import PAGE_LAYERS, Configuration, engine_layers
+from engines.trt import build as building
+from engines.trt.build import build_engines
 from engines.trt.cut import cut
 from engines.trt.engine import PartEngine
 from engines.trt.model import TrtModel
+from engines.trt.options import EngineOptions
 from export.build import BuildOptions, build
 from runtime import Engine
 from tests.checkpoints import write_checkpoint
@@ -28,7 +34,8 @@ from tests.conftest import once
 from tests.emulator.driver import Driver
 from tests.emulator.tensorrt import install, with_plans
 from tests.engines.manifests import edit
-from tests.geometries import tiny
+from tests.engines.trt.rtx_layers import log_of
+from tests.geometries import official, tiny
 from tests.parity.requests import request as made_up
 from tests.runtime.questions import GEOMETRY, OPTIONS, OTHER, PHOTO, QUESTION, same
 
@@ -111,6 +118,77 @@ def test_what_is_no_projection_of_pages_is_not_cut(copy):
         with pytest.raises(BackendError, match=r"pages\.onnx cannot be cut") as caught:
             cut("pages", model, "pages.onnx", g, 2, *io, rebuild="python export/build.py")
         assert "pages" in caught.value.expected and caught.value.fix == "python export/build.py"
+
+
+@pytest.mark.parametrize("backend", [TENSORRT, TENSORRT_RTX])
+def test_which_weights_make_several_engines(backend):
+    """Those in codes; lazy pages are projected by a kernel, from weights of the decoder that are in none."""
+    c = Configuration(official(), backend=backend)
+    assert engine_layers(c, "pages") is None
+    for coded in (replace(c, precision=INT4), replace(c, precision=INT4, geometry=official(int8_pages=True))):
+        assert engine_layers(coded, "pages") == PAGE_LAYERS
+        assert engine_layers(replace(coded, geometry=official(lazy_pages=True)), "pages") is None
+    assert engine_layers(replace(c, vision="int8", precision=INT4), "vision") is None
+
+
+# Real engines, of TensorRT-RTX.
+
+
+@pytest.fixture(params=CODES)
+def coded(request, wide, shared) -> Path:
+    """A bundle with engines for RTX 30, 40 and 50 whose weights are in codes; logs beside it."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
+    engines = EngineOptions(TENSORRT_RTX, plugins=False, keep_log=True)
+    options = BuildOptions(
+        wide, shared / f"page-engines-{request.param}", backend=TENSORRT_RTX, check="none", engines=engines,
+        **CODES[request.param],
+    )  # fmt: skip
+    return once(options.out, lambda _: build(options))
+
+
+def test_tensorrt_rtx_builds_them(coded):
+    """An engine for every two layers, each with its own codes, and the part's record is that of one engine."""
+    manifest = Bundle(coded).manifest
+    g, plan = manifest.geometry, manifest.parts["pages"].plans[TENSORRT_RTX]
+    assert [link.layers for link in plan.chain] == PIECES
+    assert (plan.inputs, plan.outputs) == plan_io("pages", g, Bundle(coded).precision) and not plan.plugins
+    assert all(set(link.inputs) == set(plan.inputs) for link in plan.chain)
+    codes = manifest.files[manifest.parts["pages"].weights].bytes
+    sizes = [manifest.files[file].bytes for file in plan.used]
+    assert sizes[0] > codes * 2 // 3 and sizes[1] > codes // 3
+    assert not manifest.parts["vision"].plans[TENSORRT_RTX].chain
+    assert not manifest.parts["decoder"].plans[TENSORRT_RTX].chain
+    for begin, end in PIECES:
+        assert re.search(r"Total Activation Memory: \d+", log_of(coded, f"pages-{begin}-{end - 1}"))
+
+
+def test_a_build_that_dies_goes_on_with_the_next_of_them(coded, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(coded, tmp_path / "bundle"))
+    plain, built = building._run, list[str]()
+
+    def run(job, label, *given, **named):
+        if len(built) == 2:
+            raise BackendError("killed")
+        built.append(label)
+        return plain(job, label, *given, **named)
+
+    options = EngineOptions(TENSORRT_RTX, plugins=False, targets=(89,))
+    monkeypatch.setattr(building, "_run", run)
+    with pytest.raises(BackendError, match="killed"):
+        build_engines(folder, options, quiet=True)
+    assert built == ["vision", "pages-2-3"]
+    built.clear()
+    bundle = build_engines(folder, options, quiet=True)
+    assert built == ["pages-4-4", "decoder"]
+    assert [link.layers for link in bundle.manifest.parts["pages"].plans[TENSORRT_RTX].chain] == PIECES
+    assert {path.name for path in folder.iterdir()} == {*bundle.manifest.files, "bundle.json"}
+
+
+def test_weights_in_no_codes_are_one_engine(random_model, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
+    folder = Path(shutil.copytree(random_model("tiny", tiny(), "fp16")[1], tmp_path / "bundle"))
+    bundle = build_engines(folder, EngineOptions(TENSORRT_RTX, plugins=False, targets=(89,)), quiet=True)
+    assert not bundle.manifest.parts["pages"].plans[TENSORRT_RTX].chain
 
 
 # Running them, on the emulated driver.
