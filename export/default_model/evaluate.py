@@ -30,6 +30,7 @@ from export.network.reference import ReferenceModel
 from plugins import command
 from runtime import Answer, Engine
 from runtime.preprocess import preprocess
+from runtime.text.conversation import Conversation, History, Prompt
 
 ASKED = dict.fromkeys(KINDS, 1) | {"one": 2, "two": 2, "count": 2}  # questions per scene
 PAGE_BUDGETS = (1, 2, 4, 8)
@@ -89,12 +90,9 @@ def scenes_with_questions(count: int, seed: int, style: Style | None = None, wor
     return made
 
 
-def prompt(question: Question) -> str | list[dict[str, str]]:
+def prompt(question: Question) -> Prompt:
     """A question with what was said before it, as the engine takes it."""
-    if not question.history:
-        return question.text
-    said = [(role, text) for turn in question.history for role, text in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": text} for role, text in [*said, ("user", question.text)]]
+    return Conversation(question.text, History(question.history)).prompt
 
 
 def write(folder: Path, asked: Asked) -> None:

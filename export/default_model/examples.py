@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from export.default_model.asking import unknown
-from export.default_model.asking.names import Name, article, called
+from export.default_model.asking.names import Name, article, called, matches
 from export.default_model.asking.patterns import RELATIONS
 from export.default_model.asking.question import larger, zone
 from export.default_model.scenes import COLOURS, SHAPES, Scene, Style, Thing, make_scene
@@ -125,7 +125,7 @@ def answer(kind: str, text: str, scene: Scene) -> str:
     """The right answer to a question about a scene, as the model is trained to give it. ValueError for a question that
     has none: a name that fits several things, a place near the border of two zones."""
     names = [_named(words) for words in re.findall(r"\[(.+?)\]", text)]
-    fitting = [_fitting(name, scene.things) for name in names]
+    fitting = [[scene.things[index] for index in matches(name, scene.things)] for name in names]
     if kind == "unknown":
         return unknown.ANSWER
     first, spoken = called(*names[0]), "sentence" in text
@@ -169,11 +169,6 @@ def answer(kind: str, text: str, scene: Scene) -> str:
 def _named(words: str) -> Name:
     colour = next((colour for colour in COLOURS if colour in words.split()), None)
     return colour, next((shape for shape in SHAPES if shape in words), None)  # also of many: "crosses"
-
-
-def _fitting(name: Name, things: Sequence[Thing]) -> list[Thing]:
-    colour, shape = name
-    return [thing for thing in things if colour in (None, thing.colour) and shape in (None, thing.shape)]
 
 
 def _holds(relation: str, thing: Thing, other: Thing) -> bool:

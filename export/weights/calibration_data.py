@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from export.checkpoint.tokenizer import read_tokenizer
 from plugins.files import read_file
 from runtime.image import load_image
 from runtime.preprocess import preprocess
+from runtime.text.conversation import Conversation, History, Prompt
 from runtime.text.prompter import Prompter
 
 _LIMIT = 256 << 20  # bytes of the list
@@ -195,13 +196,11 @@ def _request(
     return Request(name, folder / entry.image, ids, begin, tuple(answer))
 
 
-def _prompt(entry: Entry) -> str | list[Mapping[str, str]]:
+def _prompt(entry: Entry) -> Prompt:
     """An entry's question, behind its history if it has one, as the prompter takes it."""
     assert entry.question is not None
-    if not entry.history:
-        return entry.question
-    said = [text for turn in entry.history for text in turn] + [entry.question]
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
+    turns = tuple((question, answer) for question, answer in entry.history)
+    return Conversation(entry.question, History(turns)).prompt
 
 
 def _ids(words: Tokenizer, answer: str) -> list[int]:

@@ -72,6 +72,13 @@ class Conversation:
         return cls(said[-1], History(turns, system))
 
     @property
+    def prompt(self) -> str | list[Message]:
+        """The `Prompt` that reads as this: the question alone, or messages where something was said before."""
+        if self.history == History():
+            return self.question
+        return [*self.history.messages, {"role": "user", "content": self.question}]
+
+    @property
     def characters(self) -> int:
         """Of all its texts."""
         history = self.history

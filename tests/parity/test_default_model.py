@@ -19,6 +19,7 @@ from export.checkpoint.folder import Checkpoint
 from export.network.reference import ReferenceModel
 from runtime import Engine
 from runtime.preprocess import preprocess
+from runtime.text.conversation import Conversation, History, Prompt
 from tests.parity.inspected import InspectedModel
 from tests.parity.official import Official
 from tests.paths import ROOT
@@ -39,11 +40,9 @@ MISSED = {  # what it gets wrong in float16; goals it misses: export/default_mod
 }
 
 
-def prompt(row: dict) -> str | list[dict[str, str]]:
+def prompt(row: dict) -> Prompt:
     """A row's question as the engine takes it, behind its history if it has one."""
-    said = [text for turn in row.get("history", ()) for text in turn] + [row["question"]]
-    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(said)]
-    return messages if row.get("history") else row["question"]
+    return Conversation(row["question"], History(tuple(map(tuple, row.get("history", ()))))).prompt
 
 
 def test_answers_of_the_shipped_examples(default_bundle):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.default_model.asking.patterns import pick
+from export.default_model.scenes import Thing
 
 Name = tuple[str | None, str | None]  # colour and shape, one of which may be left out
 Span = tuple[int, int]  # begin and end of a word in a text, in characters
@@ -72,6 +73,12 @@ def called(colour: str | None, shape: str | None, many: bool = False) -> str:
     """A thing as answers call it: "red star", "star", "red shape"."""
     noun = (SHAPE_NAMES[shape] if shape else THING)[0][many]
     return f"{colour} {noun}" if colour else noun
+
+
+def matches(name: Name, things: Sequence[Thing]) -> tuple[int, ...]:
+    """Things that a name fits, by their index."""
+    colour, shape = name
+    return tuple(i for i, thing in enumerate(things) if colour in (None, thing.colour) and shape in (None, thing.shape))
 
 
 def article(text: str) -> str:

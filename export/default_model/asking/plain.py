@@ -185,10 +185,8 @@ class PlainAsker:
         return int(self.rng.integers(len(self.things)))
 
     def _matches(self, name: Name) -> tuple[int, ...]:
-        """Things that a name fits."""
-        colour, shape = name
-        found = [colour in (None, thing.colour) and shape in (None, thing.shape) for thing in self.things]
-        return tuple(index for index, fits in enumerate(found) if fits)
+        """Things of the scene that a name fits."""
+        return naming.matches(name, self.things)
 
     def _alone(self, what: str) -> Thing | None:
         """A thing that is the only one of its "colour" or "shape"."""

@@ -56,6 +56,14 @@ def test_the_prompt_is_the_official_one(tokenizer, count):
     assert ids.count(2) == count // 2, "an end token behind each earlier answer"
 
 
+@pytest.mark.parametrize("system", [None, "A talk."])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_prompt_is_read_as_what_it_was_made_of(count, system):
+    said = Conversation.read(messages(*TEXTS[:count], system=system))
+    assert Conversation.read(said.prompt) == said
+    assert (said.prompt == TEXTS[0]) == (count == 1 and system is None), "a question alone is text"
+
+
 def test_without_an_image_only_the_placeholder_is_missing(tokenizer):
     prompter = make(tokenizer)
     text = official(SYSTEM, *TEXTS[:3]).replace("<image>\n", "")
