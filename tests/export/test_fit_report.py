@@ -99,7 +99,7 @@ def test_a_builder_that_does_not_fit(config_alone, monkeypatch):
 
 def test_this_machine_is_the_target_when_none_is_named():
     fits, text = printed("--batch", 2)
-    assert fits and "this machine" in text and "2 x 320 tokens" in text and "not known" in text
+    assert fits and "this machine" in text and "2 x 512 tokens" in text and "not known" in text
 
 
 @pytest.mark.parametrize(
