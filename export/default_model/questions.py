@@ -24,7 +24,7 @@ __all__ = [
 ]  # fmt: skip
 SHARES = {
     "one": 0.13, "two": 0.13, "yes/no": 0.05, "count": 0.19, "colour": 0.04, "shape": 0.04, "where": 0.06,
-    "side": 0.13, "compare": 0.12, "honest": 0.06, "follow-up": 0.05,
+    "side": 0.11, "compare": 0.14, "honest": 0.06, "follow-up": 0.05,
 }  # fmt: skip
 KINDS = tuple(SHARES)
 _UP_TO = np.cumsum(list(SHARES.values()))

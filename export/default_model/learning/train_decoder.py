@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 G = GEOMETRY
 SCENES, QUESTIONS = 8, 9  # of a step
 LEARNING_RATE, DECAY = 4e-3, 0.02
-SHARES = {"none": 0.05, "own": 0.50, "all": 0.30, "helped": 0.15}  # how often an answer token sees which pages
+SHARES = {"none": 0.05, "own": 0.45, "all": 0.40, "helped": 0.10}  # how often an answer token sees which pages
 GAP = 0.4  # share of steps in which the conversation stands further from the image, as if more had been said
 FADE = 0.5  # the part of the steps after which aids count half
 
