@@ -21,12 +21,13 @@ G = GEOMETRY
 # `map`: selecting layers look at what the token is about; `read`: page attention at the digit; `words`, `joined`: a
 # head of layer 1 at the words that name it, `found`: a head at the thing where its name ends; `asked`, `placed`,
 # `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side
-# the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are, `even`: each thing by
-# the same weight; `larger`: whether the first number is the larger one; `holds`: whether what is asked of sides or numbers is so;
-# `spread`: maps stay narrow.
+# the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are,
+# `even`: each thing has the same; `larger`: whether the first number is the larger one; `holds`: whether what is asked
+# of sides or numbers is so; `spread`: maps stay narrow.
 WEIGHTS = {
     "map": 0.15, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
-    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.5, "holds": 0.15, "larger": 0.15, "spread": 0.3,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.5, "holds": 0.15, "larger": 0.15,
+    "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
 WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
