@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -23,14 +23,21 @@ class ImageParts(Generic[P]):
     """What runs a model's image parts, by name; P is the backend's own. Threads may hold a part at the same time: it is
     opened for the first of them and closed behind the last."""
 
-    def __init__(self, residency: str, open_part: Callable[[str], P], do: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(
+        self,
+        residency: str,
+        open_part: Callable[[str], P],
+        do: Callable[[Callable[[], Any]], Any],
+        names: Iterable[str] = IMAGE_PARTS,
+    ) -> None:
         """`residency`: "all" opens them now, for good; "shared" while somebody holds one. `do`: does the opening and
-        closing, when and in the thread that may ask the device."""
+        closing, when and in the thread that may ask the device. `names`: of what is opened, where that is less than a
+        part."""
         self._open_part, self._do, self._stay = open_part, do, residency == ALL
         self._opened: dict[str, P] = {}
         self._holders = Counter[str]()
         self._changing = threading.RLock()
-        for name in IMAGE_PARTS if self._stay else ():
+        for name in names if self._stay else ():
             self._open(name)
 
     def __getitem__(self, name: str) -> P:

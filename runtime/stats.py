@@ -34,7 +34,9 @@ class Stats:
     projection_device_ms: float = 0.0
     prefill_device_ms: float = 0.0
     decode_device_ms: tuple[float, ...] = ()
-    opened_ms: float = 0.0  # vision and page projection, opened for this answer: with the residency "shared"
+    # Vision and page projection, opened for this answer: with the residency "shared". Where pages have several engines
+    # (TensorRT, weights in codes), opening these is part of their projection.
+    opened_ms: float = 0.0
     # With page slots (--page-slots): how often a page of a layer gave its slot to another, and how often one was
     # projected that had been before, for this image.
     pages_evicted: int = 0

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from engines.bundle.geometry import Geometry
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, OPTIONAL, PARTS, kinds
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, OPTIONAL, PARTS, kinds, layers_of
 from engines.bundle.manifest import MANIFEST, Manifest, Plan, is_system_prompt, is_template, is_turn_template
 from engines.bundle.pages import equally_long
 from engines.bundle.precision import PRECISIONS
@@ -187,14 +187,15 @@ def _of_plan(manifest: Manifest, part: str, backend: str, plan: Plan) -> str | N
 
 def _of_chain(manifest: Manifest, part: str, plan: Plan) -> str | None:
     """What is wrong with the engines of a part that has several: each takes what the part does, or one before gives."""
-    if part != "decoder" or plan.file != plan.chain[0].file:
-        return "only a decoder has one, whose first engine is the part's file"
-    ends = [0, *(link.layers[1] for link in plan.chain)]
+    layers = layers_of(part, manifest.geometry)
+    if not layers or plan.file != plan.chain[0].file:
+        return "only a part whose weights belong to layers has one, whose first engine is the part's file"
+    ends = [layers.start, *(link.layers[1] for link in plan.chain)]
     for begin, link in zip(ends, plan.chain, strict=False):
         if link.layers[0] != begin or link.layers[1] <= begin:
             return f"layers {list(link.layers)} after {begin}"
-    if ends[-1] != manifest.geometry.layers:
-        return f"{ends[-1]} layers, expected {manifest.geometry.layers}"
+    if ends[-1] != layers.stop:
+        return f"layers to {ends[-1]}, expected to {layers.stop}"
     own = {spec.name: spec for spec in plan.outputs}
     there, read = {spec.name: spec for spec in plan.inputs}, set()
     for link in plan.chain:

@@ -100,8 +100,8 @@ class Geometry:
         return range(self.start_layer + 1, self.layers)
 
 
-def pieces_of(layers: int, size: int | None) -> list[tuple[int, int]]:
-    """The first layer of each piece of a decoder, and the one after its last, of `size` layers each but perhaps the
-    last piece; None: one piece."""
-    size = layers if size is None else size
-    return [(begin, min(begin + size, layers)) for begin in range(0, layers, size)]
+def pieces_of(layers: range, size: int | None) -> list[tuple[int, int]]:
+    """The first layer of each piece of a part with these layers, and the one after its last, of `size` layers each but
+    perhaps the last piece; None: one piece."""
+    size = len(layers) if size is None else size
+    return [(begin, min(begin + size, layers.stop)) for begin in range(layers.start, layers.stop, size)]

@@ -23,6 +23,14 @@ def needing_plugins(g: Geometry) -> list[str]:
     return [option for field, (option, _) in PLUGINS_ALONE.items() if getattr(g, field)]
 
 
+def layers_of(part: str, g: Geometry) -> range:
+    """The layers whose weights a part holds, of which TensorRT may have several engines of some each; none of a part
+    that is always one engine."""
+    if part == "decoder":
+        return range(g.layers)
+    return g.reading_layers if part == "pages" and not g.lazy_pages else range(0)
+
+
 def kinds(part: str, g: Geometry) -> tuple[str, ...]:
     """The kinds of graphs a bundle holds of a part.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engines.bundle.geometry import Geometry
 from engines.bundle.specs import TensorSpec
@@ -68,9 +68,15 @@ class Plan:
     chain: tuple[Link, ...] = ()  # of several engines, each; `file` is the first one's
 
     @property
+    def engines(self) -> tuple[Plan, ...]:
+        """Each of its engines as a plan of its own."""
+        links = (replace(self, file=e.file, inputs=e.inputs, outputs=e.outputs, chain=()) for e in self.chain)
+        return tuple(links) or (self,)
+
+    @property
     def used(self) -> tuple[str, ...]:
         """The files of all its engines."""
-        return tuple(link.file for link in self.chain) or (self.file,)
+        return tuple(engine.file for engine in self.engines)
 
 
 @dataclass(frozen=True)

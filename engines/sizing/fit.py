@@ -13,17 +13,10 @@ from engines.bundle.tensors import APART, MODEL
 from engines.errors import BackendError, OptionError
 from engines.memory import available_bytes
 from engines.residency import SHARED
+from engines.sizing.builder import MAPS_WEIGHTS, largest_build
 from engines.sizing.choices import LEAST_TEXT, Choice, Held, fits_with, in_precision, made
 from engines.sizing.machine import look_at
-from engines.sizing.needs import (
-    MAPS_WEIGHTS,
-    Configuration,
-    Need,
-    largest_build,
-    needs,
-    size,
-    speed,
-)
+from engines.sizing.needs import Configuration, Need, needs, size, speed
 from engines.targets import TARGETS, Target, target
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Every number that is not a shape is a named constant below, with where it comes 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -13,11 +14,11 @@ from math import prod
 
 from engines.backend import MAX_SLOTS, Opening
 from engines.bundle.geometry import Geometry, pieces_of
-from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT
+from engines.bundle.kinds import BACKENDS, ONNXRUNTIME, TENSORRT, layers_of
 from engines.bundle.manifest import Manifest
 from engines.bundle.pages import page_size
 from engines.bundle.precision import DEFAULT, PRECISIONS, Precision
-from engines.bundle.tensors import APART, EMBEDDINGS, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
+from engines.bundle.tensors import APART, EMBEDDINGS, HEAD, MODEL, Coding, coding_of, sizes_of_blocks, tensors_of_parts
 from engines.checks import require_integer
 from engines.errors import OptionError
 from engines.residency import RESIDENCIES, SHARED
@@ -28,17 +29,16 @@ TABLE_ENTRY = 8  # bytes of a number in a table of page slots, which has two for
 TOKEN_SCALE = 4  # bytes of the float32 scale of a head of a token in an int8 page or cache
 MAX_BATCH = 64
 
-# Measured. Builders: TensorRT-RTX 1.7 on this project's engines and on chains of int8 and int4 products, anonymous
-# memory beside the mapped weights: at most 2.15 times the weights of the part, and what it takes without any.
-BUILDER_FACTOR, BUILDER_BASE = 2.15, 400_000_000
-# And what the nodes of a decoder layer take of it, each plugin with its kernels: a decoder of 16 layers and 459 MB, in
-# engines of 16, 8, 4 and 2 of them (docs/figures.md).
-BUILDER_LAYER = 12_000_000
-# Read in the parser's source: that of TensorRT before 10.13 copies weights that lie beside a graph.
-MAPS_WEIGHTS = (10, 13)
-# Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and pages; the
-# decoder has 28 MB more, 34 with two rows, small models 10.
+# Measured. Activations: what TensorRT-RTX 1.7 reports for a 7B slice is `_activations` to the byte for vision and
+# pages; the decoder has 28 MB more, 34 with two rows, small models 10.
 SCRATCH = 40_000_000
+# Codes of the decoder's layers are unpacked inside their products; those of the projection of pages before the first
+# product, all of an engine's. 7B's 46 matrices in one engine work in 4,613 MB, 6 bytes a weight, those of two layers in
+# 479 MB (TensorRT-RTX 1.7 on the CPU machine, for SM 86, 89 and 120: docs/figures.md): so with codes every two layers
+# are an engine.
+PAGE_LAYERS = 2
+# It works in what it would without codes, and in 0.7 to 1.4 bytes more for a weight: measured there, of three shapes.
+UNPACKED = 1.5
 ENGINE_CODE = 50_000_000  # of all parts: plans were 12 MB larger than their weights; plugins' kernels, and slack
 HOST_PROCESS = 200_000_000  # Python, numpy, TensorRT's libraries: 152 MB resident
 # ONNX Runtime 1.32 on an x86 CPU, random model of 59M weights: memory of its sessions over the bytes of the weights.
@@ -176,14 +176,25 @@ def weight_bytes(c: Configuration) -> dict[str, int]:
     return sizes
 
 
-def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
-    """Layers, and bytes of weights, of each engine of the decoder: the first has the table of embeddings, too, the last
-    what follows the layers."""
-    bounds = pieces_of(c.geometry.layers, c.layers_per_engine)
-    first, last, sizes = bounds[0][1], len(bounds) - 1, [0] * len(bounds)
-    for name, pieces in _stored(c)["decoder"].items():
+def engine_layers(c: Configuration, part: str) -> int | None:
+    """Of how many layers of a part TensorRT builds an engine; None: the part is one engine."""
+    if part == "decoder":
+        return c.layers_per_engine
+    coded = part == "pages" and any(len(pieces) > 1 for pieces in _stored(c)[part].values())
+    return PAGE_LAYERS if coded else None
+
+
+def engines_of(c: Configuration, part: str) -> tuple[tuple[int, int], ...]:
+    """Layers, and bytes of weights, of each engine of a part: a decoder's first has the table of embeddings, too, its
+    last what follows the layers."""
+    layers = layers_of(part, c.geometry)
+    if not layers:
+        return ((0, weight_bytes(c)[part]),)
+    bounds = pieces_of(layers, engine_layers(c, part))
+    sizes, last = [0] * len(bounds), len(bounds) - 1
+    for name, pieces in _stored(c)[part].items():
         layer = _LAYER.match(name)
-        users = {int(layer[1]) // first} if layer else {last}
+        users = {(int(layer[1]) - layers.start) // (bounds[0][1] - layers.start)} if layer else {last}
         if name == EMBEDDINGS:
             users = {0, last} if c.geometry.tied_embeddings else {0}
         for index in users:
@@ -194,7 +205,7 @@ def decoder_engines(c: Configuration) -> tuple[tuple[int, int], ...]:
 def handed_bytes(c: Configuration) -> int:
     """Bytes of the hidden states between the engines of a decoder, which take turns in two places."""
     g, rows = c.geometry, max(c.batch, c.slots)
-    return min(len(decoder_engines(c)) - 1, 2) * rows * g.context * g.hidden * c.item
+    return min(len(engines_of(c, "decoder")) - 1, 2) * rows * g.context * g.hidden * c.item
 
 
 def cache_bytes(c: Configuration) -> int:
@@ -211,21 +222,6 @@ def store_bytes(c: Configuration) -> int:
     layer = g.stored_pages * page_size(g) * _token_bytes(c, g.int8_pages)
     layer += 0 if g.page_slots is None else 2 * g.pages * TABLE_ENTRY
     return (c.rows + c.views) * len(g.reading_layers) * layer
-
-
-def builder_bytes(weights: int, *, layers: int = 0, copied: bool = False) -> int:
-    """Bytes of memory a TensorRT build of an engine with these bytes of weights takes, the mapped weights not counted.
-
-    layers: of the decoder, in it. copied: the weights are not mapped but read (see MAPS_WEIGHTS).
-    """
-    return int(BUILDER_FACTOR * weights) + BUILDER_BASE + layers * BUILDER_LAYER + (weights if copied else 0)
-
-
-def largest_build(c: Configuration, *, copied: bool) -> int:
-    """`builder_bytes` of the engine that takes most: they are built one after the other."""
-    sizes = weight_bytes(c)
-    others = [builder_bytes(sizes[part], copied=copied) for part in ("vision", "pages")]
-    return max(*others, *(builder_bytes(size, layers=n, copied=copied) for n, size in decoder_engines(c)))
 
 
 def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
@@ -275,12 +271,13 @@ def needs(c: Configuration, *, integrated: bool) -> tuple[Need, ...]:
 
 def _opened(c: Configuration, held: dict[str, int], scratch: dict[str, int]) -> Need:
     """What an image takes while vision or the projection of its pages is open, beyond the cache that is made after it.
-    A part that works in more than the decoder does has memory of its own."""
+    A part that works in more than the decoder does has memory of its own. Of several engines that project pages one is
+    open at a time (TrtModel.project)."""
     ort, store = c.backend == ONNXRUNTIME, {"vision": 0, "pages": store_bytes(c)}
     later, taken = store_bytes(c) + cache_bytes(c), {}
     for part in store:
         own = scratch[part] if ort else scratch[part] + SCRATCH if scratch[part] > scratch["decoder"] else 0
-        taken[part] = held[part] + own
+        taken[part] = (held[part] if ort else max(size for _, size in engines_of(c, part))) + own
     beyond = max(0, max(taken[part] + store[part] for part in store) - later)
     within = "" if beyond else ", in whose memory they fit"
     return Need("image parts", beyond, f"one after the other, before the cache{within}: {_list(taken)}")
@@ -375,7 +372,22 @@ def _activations(c: Configuration) -> dict[str, int]:
     if ort:
         vision += ORT_SCORES * tiles * v.heads * tokens**2 * 4
         decoder += ORT_SCORES * rows * g.heads * prompt * g.context * 4
+    else:
+        pages += int(UNPACKED * _page_codes(c))
+        coded_head = len(_stored(c)["decoder"].get(HEAD, ())) > 1
+        decoder += coded_head * g.vocab * g.hidden * item  # unpacked to that, beside the rest: measured, as UNPACKED
     return {"vision": vision, "pages": pages, "decoder": decoder}
+
+
+def _page_codes(c: Configuration) -> int:
+    """Weights in codes of the engine of pages that has most."""
+    g, first = c.geometry, c.geometry.reading_layers.start
+    engines = Counter(
+        (int(layer[1]) - first) // PAGE_LAYERS
+        for name, pieces in _stored(c)["pages"].items()
+        if len(pieces) > 1 and (layer := _LAYER.match(name))
+    )
+    return max(engines.values(), default=0) * g.hidden * g.kv_heads * g.head_dim
 
 
 def _token_bytes(c: Configuration, int8: bool) -> int:

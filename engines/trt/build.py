@@ -34,8 +34,9 @@ from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, OptionError
 from engines.memory import available_bytes
 from engines.progress import progress
+from engines.sizing.builder import BUILDER_FACTOR
 from engines.sizing.fit import require_boards, require_sms
-from engines.sizing.needs import BUILDER_FACTOR, Configuration
+from engines.sizing.needs import Configuration
 from engines.trt import library as trt
 from engines.trt.kept import Kept
 from engines.trt.options import EngineOptions, command

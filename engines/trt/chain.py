@@ -7,7 +7,6 @@ stream, and nobody reads it after the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 
 from engines.bundle.folder import Bundle
@@ -25,9 +24,7 @@ class Chain:
         """Deserialise them. BackendError as of PartEngine."""
         self.plan = plan
         self.specs = {spec.name: spec for spec in (*plan.inputs, *plan.outputs)}
-        links = [replace(plan, file=each.file, inputs=each.inputs, outputs=each.outputs) for each in plan.chain] or [
-            plan
-        ]
+        links = plan.engines
         self.links = [PartEngine(trt, cuda, bundle, part, backend, each) for each in links]
         largest = {symbol: self.limits(symbol)[1] for symbol in ("batch", "steps")}
         self._handed = _handed_on(links, self.specs)

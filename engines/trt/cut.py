@@ -1,9 +1,10 @@
-"""A decoder's graph cut into graphs of consecutive layers, each of which becomes an engine of its own.
+"""A part's graph cut into graphs of consecutive layers, each of which becomes an engine of its own.
 
 Read and written as protobuf has it on the wire, field by field: the board that builds engines has no onnx, and what a
-node says beside its names is copied as it is. What one piece hands to the next is the hidden state between two layers,
-and what the plugins of earlier layers gave (selections), or what was put in their place; everything else that a piece
-needs and that holds no weight, positions say, it computes itself.
+node says beside its names is copied as it is. What one piece of a decoder hands to the next is the hidden state between
+two layers, and what the plugins of earlier layers gave (selections), or what was put in their place; everything else
+that a piece needs and that holds no weight, positions say, it computes itself. Layers of the projection of pages read
+the same features and nothing of each other: its pieces hand nothing on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from engines.bundle.geometry import pieces_of
+from engines.bundle.geometry import Geometry, pieces_of
+from engines.bundle.kinds import layers_of
 from engines.bundle.specs import TensorSpec
 from engines.errors import BackendError
 from plugins.tensorrt import NAMESPACE
@@ -29,7 +31,7 @@ _STORE = re.compile(r"(?:present|past|page)_\w+\.(\d+)")  # of the name of a cac
 @dataclass(frozen=True)
 class Piece:
     """The layers of an engine: the first, and the one after the last. graph: an ONNX model, over the weights of the
-    graph it was cut from. inputs, outputs: of it; those that are not the whole decoder's are handed on."""
+    graph it was cut from. inputs, outputs: of it; those that are not the whole part's are handed on."""
 
     begin: int
     end: int
@@ -62,9 +64,10 @@ class _Graph:
 
 
 def cut(
+    part: str,
     model: bytes,
     name: str,
-    layers: int,
+    g: Geometry,
     size: int,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
@@ -72,22 +75,24 @@ def cut(
     rebuild: str,
     traced: bytes | None = None,
 ) -> tuple[Piece, ...]:
-    """The pieces of a decoder of so many layers, of `size` layers each but perhaps the last.
+    """The pieces of a part, "pages" or "decoder", of `size` of its layers each but perhaps the last.
 
     model: the .onnx file's bytes; name: what errors call it. inputs, outputs: what the whole engine takes and gives.
     traced: the graph with plugins that it was made of, whose values it still has; None: it is that graph. Raises
-    BackendError, whose fix is `rebuild`, for what is no graph of a decoder.
+    BackendError, whose fix is `rebuild`, for what is no graph of that part.
     """
     try:
         graph = _read(model)
         plugins = graph if traced is None else _read(traced)
-        bounds = pieces_of(layers, size)
-        states = [_state(plugins, begin) for begin, _ in bounds[1:]]
+        bounds = pieces_of(layers_of(part, g), size)
+        states = [_state(plugins, begin) for begin, _ in bounds[1:]] if part == "decoder" else []
         home = _homes(plugins, bounds) | {value: index for index, value in enumerate(states)}
         return _cut(graph, bounds, home, {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs})
     except (IndexError, KeyError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8, too
         raise BackendError(
-            f"{name} cannot be cut between its layers: {error}", expected="a decoder as it was written", fix=rebuild
+            f"{name} cannot be cut between its layers: {error}",
+            expected=f"the graph of {part} as it was written",
+            fix=rebuild,
         ) from error
 
 

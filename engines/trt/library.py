@@ -21,7 +21,7 @@ from typing import Any
 from engines.bundle.kinds import TENSORRT, TENSORRT_RTX
 from engines.bundle.manifest import Plan
 from engines.errors import BackendError, FlexError
-from engines.sizing.needs import MAPS_WEIGHTS
+from engines.sizing.builder import MAPS_WEIGHTS
 from plugins.registry import OPS
 from plugins.tensorrt import NAMESPACE, take_error
 

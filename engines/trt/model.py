@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TypeVar
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _ImageEngine:
-    """The engine of an image part. contexts: by profile, which all work in `scratch`. pixels: what vision reads."""
+    """An engine of an image part. contexts: by profile, which all work in `scratch`. pixels: what vision reads."""
 
     engine: PartEngine
     contexts: dict[int, Context] = field(default_factory=dict)
@@ -62,22 +62,26 @@ class TrtModel:
             register(trt, run=self.cuda.run, sms=(self.cuda.sm,))
         self._model_dtype = bundle.precision.dtype
         self._queue = Queue(self.cuda)
-        # What is opened later must be what was checked.
-        self._later = MappedFiles(bundle, [plans[part].file for part in IMAGE_PARTS if residency == SHARED])
+        # Of the image parts each engine is opened and closed by itself: of the several that may project pages, none
+        # needs another.
+        engines = {engine.file: (part, engine) for part in IMAGE_PARTS for engine in plans[part].engines}
+        self._files = {part: plans[part].used for part in IMAGE_PARTS}
+        self._later = MappedFiles(bundle, engines if residency == SHARED else ())  # they must be what was checked
 
-        def opened_for_images(part: str) -> _ImageEngine:
+        def opened_for_images(file: str) -> _ImageEngine:
             self._free.clear()  # with "shared" an image has the memory of earlier requests, too,
             self._blank.clear()  # before its own decoder is made
-            engine = PartEngine(trt, self.cuda, bundle, part, backend, plans[part])
+            part, plan = engines[file]
+            engine = PartEngine(trt, self.cuda, bundle, part, backend, plan)
             self._later.require_mapped()
             return _ImageEngine(engine)
 
         self._free: dict[int, list[tuple[Desk, dict[str, DeviceArray]]]] = {}  # by batch: what decoders have left
         self._blank: dict[int, Image[DeviceArray]] = {}
-        self._images = ImageParts(residency, opened_for_images, self._in_turn)
+        self._images = ImageParts(residency, opened_for_images, self._in_turn, tuple(engines))
         chain, g = Chain(trt, self.cuda, bundle, "decoder", backend, plans["decoder"]), self.geometry
         # Runs follow each other in one stream, so that all parts can work in the same memory.
-        size = padded(max(1, chain.scratch, *(self._images[part].engine.scratch for part in self._images)))
+        size = padded(max(1, chain.scratch, *(self._images[file].engine.scratch for file in self._images)))
         self._scratch = self.cuda.buffer(size, "the engines' scratch memory", less_memory(g))
         self._decoder = DecoderPart(chain, g, self.cuda, self._queue, self._scratch)
 
@@ -87,8 +91,12 @@ class TrtModel:
         return self._queue.stream
 
     def held(self, part: str) -> AbstractContextManager[float]:
-        """See Model.held. What the driver or TensorRT-RTX makes of an engine for this GPU, it makes again each time."""
-        return self._images.held(part)
+        """See Model.held. What the driver or TensorRT-RTX makes of an engine for this GPU, it makes again each time.
+
+        Of pages that several engines project, none is held: `project` opens one after the other, which leaves no more
+        than one in memory, and takes the time."""
+        first, *others = self._files[part]
+        return nullcontext(0.0) if others else self._images.held(first)
 
     def vision(self, tiles: np.ndarray) -> DeviceArray:
         """See Model.vision; others have their turns between runs."""
@@ -96,7 +104,8 @@ class TrtModel:
             return self._vision(tiles)
 
     def _vision(self, tiles: np.ndarray) -> DeviceArray:
-        opened, g, count = self._images["vision"], self.geometry, len(tiles)
+        (file,) = self._files["vision"]
+        opened, g, count = self._images[file], self.geometry, len(tiles)
         shape = (count, g.image_tokens, g.hidden), self._model_dtype
         with self._queue.turn():
             features = allocate(self.cuda, {"features": shape}, "the image's features")["features"]
@@ -118,19 +127,23 @@ class TrtModel:
         return features
 
     def project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
-        """See Model.project."""
-        with self.held("pages"):
-            return self._project(hires, begin)
+        """See Model.project. Several engines fill the pages of their layers, one after the other."""
+        pages: dict[str, DeviceArray] = {}
+        for file in self._files["pages"]:
+            with self._images.held(file):
+                pages = self._project(self._images[file], hires, begin, pages)
+        return pages
 
-    def _project(self, hires: DeviceArray, begin: np.ndarray) -> dict[str, DeviceArray]:
-        opened, batch, part = self._images["pages"], len(begin), self._decoder
-        engine = opened.engine
+    def _project(
+        self, opened: _ImageEngine, hires: DeviceArray, begin: np.ndarray, pages: dict[str, DeviceArray]
+    ) -> dict[str, DeviceArray]:
+        """`pages`: of the image, with what other engines have filled; of the first none, as it was opened before there
+        is memory for them."""
+        engine, batch = opened.engine, len(begin)
         profile = engine.profile(batch=batch, batch_tiles=hires.shape[0])
-        shapes = part.image_shapes(batch)
-        del shapes["features"]
         with self._queue.turn():
             context = self._context(opened, profile)
-            pages = allocate(self.cuda, shapes, "the pages of the image", less_memory(self.geometry))
+            pages = pages or self._pages(batch)
             position = self.cuda.shared(begin.nbytes, "the position of the image")
             position.view(0, begin.shape, np.int64)[:] = begin
             context.bind("hires_features", hires.address, hires.shape)
@@ -143,6 +156,12 @@ class TrtModel:
                 position.upload(self.stream)
                 context.enqueue(self.stream)
         return pages
+
+    def _pages(self, batch: int) -> dict[str, DeviceArray]:
+        """Memory for the pages of so many images, not initialised."""
+        shapes = self._decoder.image_shapes(batch)
+        del shapes["features"]
+        return allocate(self.cuda, shapes, "the pages of the image", less_memory(self.geometry))
 
     def nbytes(self, array: DeviceArray) -> int:
         """See Model.nbytes."""

@@ -15,7 +15,8 @@ from engines.bundle.manifest import Profile
 from engines.bundle.rebuild import rebuild
 from engines.bundle.specs import TensorSpec, plan_io
 from engines.cuda import this_gpu
-from engines.sizing.needs import Configuration, builder_bytes, decoder_engines
+from engines.sizing.builder import builder_bytes
+from engines.sizing.needs import Configuration, engine_layers, engines_of
 from engines.trt import library as trt
 from engines.trt.cut import Piece, cut
 from engines.trt.kept import key_of
@@ -56,12 +57,12 @@ def tasks_of(
         weights = manifest.files[manifest.parts[part].weights]
         inputs, outputs = plan_io(part, manifest.geometry, bundle.precision)
         engines: list[_Engine] = [(part, None, graph, inputs, outputs, weights.bytes)]
-        if part == "decoder" and options.layers_per_engine is not None:
-            count, size = manifest.geometry.layers, options.layers_per_engine
-            traced = None if plugins else bundle.graph(part, TRACED).read_bytes()
-            pieces = cut(graph.read_bytes(), str(graph), count, size, inputs, outputs, rebuild=again, traced=traced)
-            engines = [*map(partial(_of_piece, folder), pieces, (size for _, size in decoder_engines(asked)))]
-        for label, layers, file, taken, given, size in engines:
+        if (size := engine_layers(asked, part)) is not None:
+            traced = None if plugins or part != "decoder" else bundle.graph(part, TRACED).read_bytes()
+            whole, g = graph.read_bytes(), manifest.geometry
+            pieces = cut(part, whole, str(graph), g, size, inputs, outputs, rebuild=again, traced=traced)
+            engines = [*map(partial(_of_piece, folder, part), pieces, (held for _, held in engines_of(asked, part)))]
+        for label, layers, file, taken, given, held in engines:
             job = Job(
                 backend=options.backend,
                 graph=str(file),
@@ -78,14 +79,14 @@ def tasks_of(
                 rebuild=again,
             )
             digests = sha256(file), weights.sha256, manifest.files[kernels].sha256 if kernels else None
-            begin, end = layers or (0, manifest.geometry.layers if part == "decoder" else 0)
-            needed = builder_bytes(size, layers=end - begin, copied=copied)
+            begin, end = layers or (0, manifest.geometry.layers)
+            needed = builder_bytes(part, held, layers=end - begin, copied=copied)
             yield Task(part, label, layers, needed, job, key_of(job, version, gpu, *digests))
 
 
-def _of_piece(folder: Path, piece: Piece, weights: int) -> _Engine:
-    """The engine of a piece of the decoder, whose graph is written into `folder`."""
-    label = f"decoder-{piece.begin}-{piece.end - 1}"
+def _of_piece(folder: Path, part: str, piece: Piece, weights: int) -> _Engine:
+    """The engine of a piece of a part, whose graph is written into `folder`."""
+    label = f"{part}-{piece.begin}-{piece.end - 1}"
     graph = folder / f"{label}.onnx"
     graph.write_bytes(piece.graph)
     return label, (piece.begin, piece.end), graph, piece.inputs, piece.outputs, weights

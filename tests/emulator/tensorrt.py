@@ -58,13 +58,15 @@ def with_plans(
     plugins: bool = False,
     prefill: bool = True,
     layers_per_engine: int | None = None,
+    page_layers: int | None = None,
     artifacts: Artifacts | None = None,
 ) -> Path:
     """A copy of a bundle that has emulated engines for `backend`, and opens with them unless told otherwise.
 
     `plugins`: they are of the traced graphs, custom ops go through the project's plugins; without `prefill` the
-    decoder's only where there is one new token, to save time. `layers_per_engine`: of a decoder with plugins.
-    `artifacts`: the kernels, for a real GPU; else those that the emulated driver loads.
+    decoder's only where there is one new token, to save time. `layers_per_engine`: of the decoder, `page_layers`: of
+    the projection of pages, where they are several engines. `artifacts`: the kernels, for a real GPU; else those that
+    the emulated driver loads.
     """
     out.mkdir()
     for file in folder.iterdir():
@@ -87,19 +89,19 @@ def with_plans(
             tensorrt=version, cuda="12.6", sms=sms, kernels=files[KERNELS].sha256 if with_kernels else None,
         )  # fmt: skip
         engines = [(plan, part.graphs[TRACED if plugins else ONNXRUNTIME].file)]
-        if name == "decoder" and layers_per_engine:
-            assert prefill, "a prefill by another graph is of the whole decoder"
+        size = {"pages": page_layers, "decoder": layers_per_engine}.get(name)
+        if size:
+            assert prefill or name == "pages", "a prefill by another graph is of the whole decoder"
             # Of ONNX Runtime's graphs the one that has no branches, whose nodes name all that they read.
-            kind, links = TRACED if plugins else ONNXRUNTIME_CUDA, []
+            kind, links = TRACED if plugins else ONNXRUNTIME_CUDA if name == "decoder" else ONNXRUNTIME, []
             traced, graph = (out / part.graphs[TRACED].file).read_bytes(), out / part.graphs[kind].file
-            how = {"rebuild": "python export/build.py", "traced": None if plugins else traced}
-            for piece in cut(graph.read_bytes(), graph.name, g.layers, layers_per_engine, inputs, outputs, **how):
+            how = {"rebuild": "python export/build.py", "traced": None if plugins or name == "pages" else traced}
+            for piece in cut(name, graph.read_bytes(), graph.name, g, size, inputs, outputs, **how):
                 stem = f"{name}-{piece.begin}-{piece.end - 1}"
                 (out / f"{stem}.onnx").write_bytes(piece.graph)
                 links.append(Link(f"{stem}.{backend}.plan", (piece.begin, piece.end), piece.inputs, piece.outputs))
             plan = replace(plan, file=links[0].file, chain=tuple(links))
-            own = [replace(plan, file=each.file, inputs=each.inputs, outputs=each.outputs) for each in links]
-            engines = [(each, f"{each.file.removesuffix(f'.{backend}.plan')}.onnx") for each in own]
+            engines = [(each, f"{each.file.removesuffix(f'.{backend}.plan')}.onnx") for each in plan.engines]
         for each, graph in engines:
             content = {"tag": TAG, "plan": asdict(each)}
             if plugins:

@@ -49,7 +49,8 @@ def held_to(c: Configuration) -> Limits:
 def test_what_is_proposed_is_held_to_bounds_of_its_own(whole):
     asked = Configuration(official())
     proposed = fit(asked, room_of(target("orin-nano-8"))).assessment.configuration
-    assert proposed.precision == INT4 and proposed.geometry.int8_pages and proposed.head == "int8"
+    assert proposed.precision == INT4 and proposed.geometry.int8_pages and proposed.geometry.int8_cache
+    assert proposed.head == "model"
     assert held_to(proposed) == replace(HELD_TO, features=0.02)  # in its vision nothing is in codes
     everything = made(asked, CHOICES)
     assert everything.geometry.int8_cache and everything.vision == "int8" and held_to(everything) == HELD_TO

@@ -23,7 +23,7 @@ from engines.bundle.specs import plan_io
 from engines.bundle.writer import write_manifest
 from engines.errors import BackendError, BundleError, FlexError, KernelError, OptionError
 from engines.progress import print_log
-from engines.sizing.needs import builder_bytes
+from engines.sizing.builder import builder_bytes
 from engines.trt import build as building
 from engines.trt import library as trt
 from engines.trt.build import attributes, build_engines
@@ -84,7 +84,7 @@ def job(bundle: Path, part: str = "vision", **changes) -> Job:
 
 
 def run(job: Job, log: Path) -> None:
-    building._run(job, "vision", log, needed=builder_bytes(10**9), keep_log=False, quiet=True)
+    building._run(job, "vision", log, needed=builder_bytes("vision", 10**9), keep_log=False, quiet=True)
 
 
 def listing(folder: Path) -> dict[str, str]:

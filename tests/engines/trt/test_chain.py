@@ -52,13 +52,13 @@ def of(plain, size):
     g = bundle.manifest.geometry
     graph = plain / "decoder.onnx"
     io = plan_io("decoder", g, bundle.precision)
-    return g, *io, cut(graph.read_bytes(), graph.name, g.layers, size, *io, rebuild="rebuild")
+    return g, *io, cut("decoder", graph.read_bytes(), graph.name, g, size, *io, rebuild="rebuild")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
 def test_each_engine_has_its_layers_and_all_have_what_the_decoder_has(plain, size):
     g, inputs, outputs, pieces = of(plain, size)
-    assert [(piece.begin, piece.end) for piece in pieces] == pieces_of(g.layers, size)
+    assert [(piece.begin, piece.end) for piece in pieces] == pieces_of(range(g.layers), size)
     given = [spec for piece in pieces for spec in piece.outputs]
     assert set(outputs) <= set(given) and len({spec.name for spec in given}) == len(given)
     assert set(inputs) <= {spec for piece in pieces for spec in piece.inputs} <= {*inputs, *given}
@@ -124,7 +124,7 @@ def test_what_is_no_decoder_is_not_cut(plain):
         graph.replace(b"_key.3", b"_key.7"),  # of 5 layers
     ):
         with pytest.raises(BackendError, match=r"decoder\.onnx cannot be cut") as caught:
-            cut(model, "decoder.onnx", g.layers, 2, *io, rebuild="python export/build.py")
+            cut("decoder", model, "decoder.onnx", g, 2, *io, rebuild="python export/build.py")
         assert caught.value.fix == "python export/build.py"
 
 

@@ -106,7 +106,7 @@ def test_a_recorded_step_is_the_step(model):
 
 def test_a_map_that_nobody_reads_has_memory(model):
     """The kernels write it all the same; where there is none, the plugin refuses to run."""
-    launches, run, trt = [], model.cuda.run, model._images["vision"].engine._trt
+    launches, run, trt = [], model.cuda.run, model._decoder.engine.links[0]._trt
 
     def spy(artifacts, asked, stream) -> None:
         launches.extend(asked)
