@@ -5,7 +5,7 @@ that no page is read. Ours is built as `--int4 --head int8`, llama.cpp's is a GG
 with its head in Q8_0. The two take turns. Before, both must say much the same of what follows the prompt.
 
 llama.cpp is the prebuilt binary in the npm package node-llama-cpp, which is no dependency of this project:
-`npm install --prefix DIR node-llama-cpp`. --folder keeps checkpoint, bundle and GGUF for the next time (4 GB).
+`npm install --prefix DIR node-llama-cpp`. --folder keeps checkpoint, bundle and GGUF for the next time (5 GB).
 """
 
 from __future__ import annotations

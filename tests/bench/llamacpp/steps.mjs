@@ -18,7 +18,7 @@ const context = await model.createContext({
 const sequence = context.getSequence();
 
 const wanted = {
-    // The prompt but its last token, into an empty cache: milliseconds.
+    // The whole prompt into an empty cache, without what follows it: milliseconds.
     async prefill({ids}) {
         await sequence.clearHistory();
         const started = performance.now();

@@ -51,15 +51,16 @@ def test_heads_turn_as_they_do_here(tmp_path):
     x = torch.randn(2, g.hidden, generator=torch.Generator().manual_seed(0))
     angle = torch.arange(2)[:, None] * g.rope_theta ** (-torch.arange(0, g.head_dim, 2) / g.head_dim)
 
+    def split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        return (x @ weight.T).unflatten(1, (heads, -1)).transpose(0, 1)
+
     def halves(name: str, heads: int) -> torch.Tensor:
-        rows = (x @ checkpoint.tensor(f"model.layers.0.self_attn.{name}_proj.weight").float().T).unflatten(
-            1, (heads, -1)
-        )
-        turn = torch.cat((angle, angle), -1)
-        return apply_rotary_pos_emb(rows.transpose(0, 1)[None], rows.transpose(0, 1)[None], *_table(turn))[0][0]
+        weight = checkpoint.tensor(f"model.layers.0.self_attn.{name}_proj.weight").float()
+        rows, turn = split(weight, heads)[None], torch.cat((angle, angle), -1)[None]
+        return apply_rotary_pos_emb(rows, rows, turn.cos(), turn.sin())[0][0]
 
     def neighbours(name: str, heads: int) -> torch.Tensor:
-        rows = (x @ torch.tensor(theirs[f"blk.0.attn_{name}.weight"]).T).unflatten(1, (heads, -1)).transpose(0, 1)
+        rows = split(torch.tensor(theirs[f"blk.0.attn_{name}.weight"]), heads)
         turned = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones(()), angle)
         return torch.view_as_real(turned).flatten(-2)
 
@@ -68,10 +69,6 @@ def test_heads_turn_as_they_do_here(tmp_path):
         return turned("q", g.heads) @ key.transpose(-1, -2)
 
     torch.testing.assert_close(scores(neighbours), scores(halves))
-
-
-def _table(turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return turn.cos()[None], turn.sin()[None]
 
 
 def test_what_is_compared_and_printed():
