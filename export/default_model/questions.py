@@ -13,18 +13,27 @@ from export.default_model.asking import names as naming
 from export.default_model.asking import patterns, unknown
 from export.default_model.asking.names import Name, Words, article, called
 from export.default_model.asking.patterns import pick
-from export.default_model.asking.plain import AXES, PlainAsker
-from export.default_model.asking.question import TEMPLATE, TURN, Mention, Question, conversation_text, zone
+from export.default_model.asking.plain import PlainAsker
+from export.default_model.asking.question import (
+    AXES,
+    RELATIONS,
+    TEMPLATE,
+    TURN,
+    Mention,
+    Question,
+    conversation_text,
+    zone,
+)
 from export.default_model.asking.tokenizer import build_tokenizer, known_words
 from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 __all__ = [
-    "KINDS", "LONGEST", "SHARES", "TEMPLATE", "TURN", "Mention", "Question", "ask", "build_tokenizer",
+    "KINDS", "LONGEST", "RELATIONS", "SHARES", "TEMPLATE", "TURN", "Mention", "Question", "ask", "build_tokenizer",
     "conversation_text", "draw_kind", "zone",
 ]  # fmt: skip
 SHARES = {
     "one": 0.13, "two": 0.13, "yes/no": 0.05, "count": 0.19, "colour": 0.04, "shape": 0.04, "where": 0.06,
-    "side": 0.13, "compare": 0.12, "honest": 0.06, "follow-up": 0.05,
+    "side": 0.11, "compare": 0.14, "honest": 0.06, "follow-up": 0.05,
 }  # fmt: skip
 KINDS = tuple(SHARES)
 _UP_TO = np.cumsum(list(SHARES.values()))

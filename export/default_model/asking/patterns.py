@@ -42,6 +42,11 @@ TRAIN = {
         "(the |){} and (the |){}: (what|which) numbers?",
         "(what|which) number is in the {} and (what|which) number is in the {}?",
         "(read|tell me) the number (in|on) the {} and the (number|one) (in|on) the {}.",
+        "(what|which) numbers (do|can) you (see|find) (in|on|inside) the {} and (|in |on )the {}?",
+        "(|please )(tell me|say) what (is written|stands) (in|on) the {} and (in|on) the {}.",
+        "what does the {} (say|show) and what does the {} (say|show)?",
+        "the {} has (what|which) number, and the {}?",
+        "i want to know the numbers (in|on) the {} and (in|on) the {}.",
     ),
     "yes/no": (
         f"is there {{}}{_HERE}?",
@@ -127,6 +132,10 @@ TRAIN = {
         "the number (in|on) the {} is {r} than (|the one )(in|on) the {}, (yes or no|right|true)?",
         "is it true that the number (in|on) the {} is {r} than (|the one )(in|on) the {}?",
         "is the number {r} (in|on) the {} than (in|on) the {}?",
+        "the {} has a {r} number than the {}, (yes or no|right|true)?",
+        "would you say the number (in|on) the {} is {r} than (|the one |the number )(in|on) the {}?",
+        "do you see a {r} number (in|on) the {} than (in|on) the {}?",
+        "(tell me|say) (if|whether) the {} has a {r} number than the {}.",
     ),
     "which": (
         "which (|number )is {r}, the (number|one) (in|on) the {} or (the one |)(in|on) the {}?",
@@ -136,6 +145,8 @@ TRAIN = {
         "(tell me|say) which number is {r}, the one (in|on) the {} or the one (in|on) the {}.",
         "(tell me|say) which has the {r} number, the {} or the {}.",
         "the {} or the {}: which (|one )has the {r} number?",
+        "(tell me|say) where the number is {r}, (in|on) the {} or (in|on) the {}.",
+        "(in|on) the {} or (in|on) the {}: where is the number {r}?",
     ),
     "follow-up": (
         "and {}?",
@@ -200,6 +211,13 @@ RELATIONS = {
 }
 NO_MARK = 0.12  # share of questions whose mark was forgotten
 _CHOICE = re.compile(r"\(([^()]*)\)")
+
+
+def key_word(text: str, relation: str) -> tuple[int, int]:
+    """Where in a text the word is that tells a relation, as RELATIONS say it, from the others."""
+    word = next(word for word in relation.split() if word not in ("to", "on", "the", "further"))
+    begin = text.index(word, text.index(relation))
+    return begin, begin + len(word)
 
 
 def pick(rng: np.random.Generator, options: Sequence[Item]) -> Item:

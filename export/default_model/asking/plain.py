@@ -12,13 +12,12 @@ from export.default_model.asking import names as naming
 from export.default_model.asking import patterns
 from export.default_model.asking.names import Name, Words, article, called
 from export.default_model.asking.patterns import pick
-from export.default_model.asking.question import Mention, Question, larger, zone
+from export.default_model.asking.question import AXES, Mention, Question, larger, zone
 from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 APART = 45  # pixels: the least distance along an axis that is asked for
 SENTENCE, ONE_WORD = 0.12, 0.08  # shares of questions that ask for such an answer
 NEAR = 0.7  # share of missing things whose colour and shape are in the scene, though not together
-AXES = (("left", "right"), ("above", "below"))  # smaller and larger x, y
 
 
 class PlainAsker:
@@ -247,7 +246,8 @@ class PlainAsker:
             words = [naming.name(rng, *name, nouns=naming.THING + naming.ONE) for name in names]
         template = patterns.draw(rng, pattern, self.held_out)
         if relation:
-            template = template.replace("{r}", pick(rng, patterns.RELATIONS[relation]))
+            said = pick(rng, patterns.RELATIONS[relation])
+            template = template.replace("{r}", said)
         if style:
             template = patterns.draw(rng, style, self.held_out).replace("@", template[:-1]).replace("$", template[-1])
         if rng.random() < patterns.NO_MARK:
@@ -257,7 +257,8 @@ class PlainAsker:
         for name, at in zip(names, placed, strict=False):  # words that are unknown on purpose have no name
             matches = self._matches(name)
             mentions.append(Mention(*name, matches[0] if len(matches) == 1 else None, at.colour_at, at.shape_at))
-        return Question(pattern, text, "", tuple(mentions))
+        question = Question(pattern, text, "", tuple(mentions))
+        return replace(question, relation=relation, relation_at=patterns.key_word(text, said)) if relation else question
 
 
 def meant(question: Question) -> int:

@@ -6,6 +6,7 @@ nothing of this is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,22 +15,27 @@ from torch import Tensor, nn
 
 from export.default_model.learning.packing import ABSENT, Batch, Reads
 from export.default_model.model import GEOMETRY
+from export.default_model.questions import RELATIONS
 from export.default_model.scenes import COLOURS, SHAPES
 
 G = GEOMETRY
 # `map`: selecting layers look at what the token is about; `read`: page attention at the digit; `words`, `joined`: a
-# head of layer 1 at the words that name it, `found`: a head at the thing where its name ends; `asked`, `placed`,
-# `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side
-# the second thing lies, how many there are; `counter`: a head's weights on what is counted say how many there are;
-# `larger`: whether the first number is the larger one; `holds`: whether what is asked of sides or numbers is so;
-# `spread`: maps stay narrow.
+# head of layer 1 at the words that name it, or say what is compared, `found`: a head at the thing where its name
+# ends; `asked`, `placed`, `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image
+# token's place, on which side the second thing lies, how many there are; `counter`: a head's weights on what is
+# counted say how many there are, `even`: each thing has the same; `larger`: whether the first number is the larger
+# one; `holds`: whether what is asked of sides or numbers is so, `relation`, `more`: what is asked, and which thing
+# has more of it, which say nothing alone; `picked`: a head at the name of the thing that wins a comparison; `spread`:
+# maps stay narrow.
 WEIGHTS = {
-    "map": 0.15, "read": 0.15, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
-    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "holds": 0.15, "larger": 0.15, "spread": 0.3,
+    "map": 0.15, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.5, "holds": 0.15, "relation": 0.1,
+    "more": 0.15, "picked": 0.1, "larger": 0.15, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
 WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
-PLACED, TALLY, APART, HOLDS, LARGER = 4, 5, 5, 6, 5
+PLACED, TALLY, APART, RELATION, LARGER, PICKED = 4, 5, 5, 5, 5, 6
+HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to find then
 FINDER, COUNTING = 3, 2  # the heads of FOUND and COUNTER
 REST = 3  # things that the first token of all counts for: of n things each has a share of 1 / (n + REST)
 
@@ -38,7 +44,8 @@ def probes(width: int) -> nn.ModuleDict:
     """One linear map per question a probe asks."""
     sizes = {
         "colour": len(COLOURS), "shape": len(SHAPES), "row": G.grid, "column": G.grid, "there": 2,
-        "own_row": G.grid, "own_column": G.grid, "right": 2, "below": 2, "count": 10, "holds": 2, "larger": 2,
+        "own_row": G.grid, "own_column": G.grid, "right": 2, "below": 2, "count": 10, "holds": 2, "settled": 2,
+        "larger": 2, "relation": len(RELATIONS), "more": 2,
     }  # fmt: skip
     return nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
@@ -62,6 +69,9 @@ class Losses:
 
         def at(positions: Tensor) -> Tensor:  # [S, Q, N] -> [S * Q * N, D]
             return text.gather(2, positions.clamp(min=0)[..., None].expand(-1, -1, -1, text.shape[-1])).flatten(0, 2)
+
+        def deciding() -> Tensor:
+            return at(batch.where.gather(2, batch.decided[..., None]))
 
         def ask(aid: str, name: str, hidden: Tensor, label: Tensor) -> None:
             self.parts[aid].append(_cross_entropy(self.probes[name](hidden).float(), label.flatten()))
@@ -88,7 +98,12 @@ class Losses:
             ask("apart", "right", here, batch.apart[..., 0])
             ask("apart", "below", here, batch.apart[..., 1])
         if layer == HOLDS:
-            ask("holds", "holds", at(batch.where.gather(2, batch.decided[..., None])), batch.holds)
+            ask("holds", "holds", deciding(), batch.holds)
+            ask("more", "more", deciding(), batch.more)
+        if layer == SETTLED:
+            ask("holds", "settled", deciding(), batch.holds.where(batch.larger >= 0, -1))
+        if layer == RELATION:
+            ask("relation", "relation", deciding(), batch.relation)
         if layer == LARGER:
             ask("larger", "larger", at(batch.where.gather(2, batch.compared[..., None])), batch.larger)
 
@@ -112,14 +127,23 @@ class Losses:
             found = mass(rows(batch.ends.clamp(min=0))[:, :, FINDER], key)
             self.parts["found"].append(_mean(-(found + 1e-5).log(), batch.ends >= 0))
 
+        if layer == PICKED:
+            found = mass(rows(batch.where)[:, :, 0], span + batch.picked.clamp(min=0))
+            self.parts["picked"].append(_mean(-(found + 1e-5).log(), batch.picked >= 0))
+
         if layer == COUNTER:
             index = batch.counted[..., None]
-            row = rows(batch.where.gather(2, index))[:, :, COUNTING, 0]  # [S, Q, keys]
+            row = rows(batch.where.gather(2, index))[:, :, COUNTING, 0] + 1e-5  # [S, Q, keys]
             goals = batch.goals.gather(2, index[..., None].expand(-1, -1, -1, batch.goals.shape[-1]))[:, :, 0]
-            each = -(row.gather(-1, begin + goals.clamp(min=0)) + 1e-5).log() * (goals >= 0)
-            rest = -(row[..., 0] + 1e-5).log()
-            many = (goals >= 0).sum(-1)
-            self.parts["counter"].append(_mean((each.sum(-1) + REST * rest) / (many + REST), batch.count >= 0))
+            asked, there = batch.count >= 0, (goals >= 0) & (batch.count >= 0)[..., None]
+            each, rest = row.gather(-1, begin + goals.clamp(min=0)).log(), row[..., :1].log()
+            many = there.sum(-1)
+            found = ((each * there).sum(-1) + REST * rest[..., 0]) / (many + REST)
+            self.parts["counter"].append(_mean(-found, asked))
+            # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
+            share = rest - math.log(REST)
+            total = row[..., begin:span].sum(-1).log() - share[..., 0] - many.clamp(min=1).log()
+            self.parts["even"].append(_mean(_off(each - share), there) + 2 * _mean(_off(total), asked & (many > 0)))
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
         """Weights of hi-res keys [S, H, V, 1296], pages in view [S, V, 81]."""
@@ -146,6 +170,11 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Mean over labels that are not -1; 0 if all are."""
     each = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
     return each / (label >= 0).sum().clamp(min=1)
+
+
+def _off(difference: Tensor) -> Tensor:
+    """Of logarithms of weights that should be equal."""
+    return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=0.5)
 
 
 def _mean(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:

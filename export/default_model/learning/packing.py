@@ -15,6 +15,7 @@ from export.default_model.asking.names import called
 from export.default_model.learning.pool import HIRES, LOWRES, lowres_token
 from export.default_model.questions import (
     KINDS,
+    RELATIONS,
     TEMPLATE,
     Mention,
     Question,
@@ -45,7 +46,8 @@ class Batch:
     answer: Tensor  # [S, Q, R]: that token, -100 after the end
     parts: Tensor  # [S, Q, R, PARTS]: hi-res patches (row * 36 + column) the digit to say can be read at
     goals: Tensor  # [S, Q, R, GOALS]: low-res tokens the answer token is about
-    words: Tensor  # [S, Q, R, 2]: positions of the colour and the shape the answer token is about
+    words: Tensor  # [S, Q, R, 2]: positions of the colour and the shape the answer token is about; twice that of a
+    # comparison's relation where it is decided
     named: Tensor  # [S, Q, R, 2]: which colour and shape that is
     ends: Tensor  # [S, Q, MENTIONS]: position of the last word that names a thing
     joined: Tensor  # [S, Q, MENTIONS]: position of the colour before it
@@ -54,9 +56,12 @@ class Batch:
     count: Tensor  # [S, Q]: what is counted
     counted: Tensor  # [S, Q]: index into R of the token that says it
     holds: Tensor  # [S, Q]: whether what is asked holds of the first thing, its side or its number: 0, 1
+    relation: Tensor  # [S, Q]: which of RELATIONS that is
+    more: Tensor  # [S, Q]: whether the first thing is further right, or down, or its number is larger, as it asks: 0, 1
     decided: Tensor  # [S, Q]: index into R of the token that says so
     larger: Tensor  # [S, Q]: whether the first of two numbers to compare is the larger one: 0, 1
     compared: Tensor  # [S, Q]: index into R of the token that says so
+    picked: Tensor  # [S, Q, R]: position of the winner's colour or shape, where a comparison answers with its name
     kind: Tensor  # [S, Q]: of the question, index into KINDS
 
     def to(self, device: str) -> Batch:
@@ -148,7 +153,7 @@ def pack(
     }
     reads = int((stacked["answer"] >= 0).sum(-1).max())
     length = int(stacked["where"].max()) + 2  # one more than is used: what lies behind an answer's end goes there
-    for name in ("where", "answer", "parts", "goals", "words", "named"):
+    for name in ("where", "answer", "parts", "goals", "words", "named", "picked"):
         stacked[name] = stacked[name][:, :, :reads]
     stacked["ids"] = stacked["ids"][:, :, :length]
     return Batch(**{name: torch.from_numpy(values.copy()) for name, values in stacked.items()})
@@ -167,7 +172,8 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         "parts": np.full((READS, PARTS), -1), "goals": np.full((READS, GOALS), -1), "words": np.full((READS, 2), -1),
         "named": np.full((READS, 2), -1), "ends": np.full(MENTIONS, -1), "joined": np.full(MENTIONS, -1),
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
-        "holds": np.array(-1), "decided": np.array(0), "larger": np.array(-1), "compared": np.array(0),
+        "holds": np.array(-1), "relation": np.array(-1), "more": np.array(-1), "decided": np.array(0),
+        "larger": np.array(-1), "compared": np.array(0), "picked": np.full(READS, -1),
         "kind": np.array(KINDS.index(question.kind)),
     }  # fmt: skip
     row["ids"][: len(asked.ids) + len(answer) - 1] = [*asked.ids, *answer[:-1]]
@@ -180,6 +186,12 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
     ]
     _mentions(row, question, things, spoken)
     _answers(row, question, things, said, spoken)
+    if question.kind == "compare":
+        assert question.relation_at is not None
+        row["words"][row["decided"]] = _token(asked, begin + question.relation_at[1] - 1)
+    if row["holds"] >= 0:
+        row["relation"] = np.array(RELATIONS.index(question.relation))
+        row["more"] = np.array(bool(row["holds"]) == bool(row["relation"] % 2))
     return row
 
 
@@ -241,8 +253,10 @@ def _answers(
         comma = max(read)  # "58 and 35, the first is larger, yes", or "58 and 35, the first is larger, the red star"
         row["larger"], row["compared"] = np.array(first > second), np.array(comma + 2)
         row["decided"] = np.array(comma + 6)
-        wins = called(question.mentions[0].colour, question.mentions[0].shape)
-        row["holds"] = np.array(question.answer.endswith(("yes", wins)))
+        names = [called(mention.colour, mention.shape) for mention in question.mentions]
+        row["holds"] = np.array(question.answer.endswith(("yes", names[0])))
+        if question.answer.endswith(tuple(names)):
+            row["picked"][comma + 7 : comma + 9] = spoken[0 if row["holds"] else 1]
     goals = list(dict.fromkeys(_token_of(things[index]) for index in question.about))[:GOALS]
     first = 0
     if question.kind == "count":

@@ -14,10 +14,11 @@ import pytest
 from export.default_model.asking import names, patterns, unknown
 from export.default_model.asking.plain import APART
 from export.default_model.asking.tokenizer import known_words
-from export.default_model.learning.packing import READS
+from export.default_model.learning.packing import READS, arranged
 from export.default_model.questions import (
     KINDS,
     LONGEST,
+    RELATIONS,
     SHARES,
     TEMPLATE,
     TURN,
@@ -40,6 +41,10 @@ COLOUR = f"(?:{'|'.join([*COLOURS, 'violet', 'turquoise'])})"
 NOUN = f"(?:{SHAPE}|shape|thing|figure|object|one)(?:e?s)?"
 NAME = rf"(?:{COLOUR}(?: {NOUN})?|{SHAPE}(?:e?s)?|anything {COLOUR}|(?:shape|thing|figure|object|one)s)"
 ARTICLE = "(?:the |an? )?"
+OF_RELATION = {
+    "left": ("left",), "right": ("right",), "above": ("above", "over", "higher"), "below": ("below", "under", "lower"),
+    "larger": ("larger", "bigger", "higher", "greater"), "smaller": ("smaller", "lower"),
+}  # fmt: skip
 
 
 def make_scene(rng) -> tuple[tuple[SimpleNamespace, ...], tuple[int, int]]:
@@ -50,7 +55,8 @@ def make_scene(rng) -> tuple[tuple[SimpleNamespace, ...], tuple[int, int]]:
     for index in rng.permutation(len(pairs))[: rng.integers(2, 10)]:
         x, y = ((CANVAS - length) / 2 + rng.uniform(40, length - 40) for length in size)
         number = str(rng.integers(10)) if rng.random() < 0.3 else str(rng.integers(10, 100))
-        things.append(SimpleNamespace(colour=pairs[index][0], shape=pairs[index][1], number=number, centre=(x, y)))
+        kind = {"colour": pairs[index][0], "shape": pairs[index][1]}
+        things.append(SimpleNamespace(**kind, number=number, centre=(x, y), parts=lambda digit: [digit]))
     return tuple(things), size
 
 
@@ -239,6 +245,29 @@ def test_digits_words_and_things_are_where_they_are_said_to_be(asked):
                     assert re.fullmatch("[a-z]+", text) and word in {others.get(stem, stem) for stem in stems(text)}
             if mention.thing is not None:
                 assert those(things, (mention.colour, mention.shape)) == [things[mention.thing]]
+
+
+def test_relations_are_where_they_are_said_to_be_and_packed_with_what_is_so(asked, tokenizer):
+    """What training is told of sides and comparisons, against the scene and the text."""
+    seen = set()
+    for things, _, question in asked:
+        assert (question.relation_at is None) == (question.relation == "")
+        if question.kind not in ("side", "compare"):
+            continue
+        word = question.text[slice(*question.relation_at)]
+        assert word in OF_RELATION[question.relation], (question.text, word)
+        row = arranged(question, things, tokenizer)
+        first, second = (things[mention.thing] for mention in question.mentions)
+        (x, y), (right, down) = first.centre, second.centre
+        more = {"left": x > right, "right": x > right, "above": y > down, "below": y > down}
+        assert row["more"] == more.get(question.relation, int(first.number) > int(second.number))
+        assert RELATIONS[row["relation"]] == question.relation
+        seen.add((question.relation, bool(row["more"]), bool(row["holds"])))
+        if question.kind == "compare":
+            token = row["decided"]
+            assert tokenizer.decode([row["ids"][row["words"][token, 0]]]).strip() == word == word.strip()
+            assert tokenizer.decode([row["answer"][token]]) in ("yes", "no", "the")
+    assert len(seen) == 12  # of six relations each holds or does not
 
 
 def stems(word: str) -> set[str]:
