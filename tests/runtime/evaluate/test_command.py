@@ -30,7 +30,7 @@ from tests.runtime.evaluate.datasets import (
     write_vstar,
 )
 
-SCENES, SEED = 3, 7
+SCENES, SEED = 3, 11  # of which some answers are wrong
 
 
 @pytest.fixture(scope="module")
