@@ -13,22 +13,13 @@ from export.default_model.asking import names as naming
 from export.default_model.asking import patterns, unknown
 from export.default_model.asking.names import Name, Words, article, called
 from export.default_model.asking.patterns import pick
-from export.default_model.asking.plain import PlainAsker
-from export.default_model.asking.question import (
-    AXES,
-    RELATIONS,
-    TEMPLATE,
-    TURN,
-    Mention,
-    Question,
-    conversation_text,
-    zone,
-)
+from export.default_model.asking.plain import AXES, PlainAsker
+from export.default_model.asking.question import TEMPLATE, TURN, Mention, Question, conversation_text, zone
 from export.default_model.asking.tokenizer import build_tokenizer, known_words
 from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 __all__ = [
-    "KINDS", "LONGEST", "RELATIONS", "SHARES", "TEMPLATE", "TURN", "Mention", "Question", "ask", "build_tokenizer",
+    "KINDS", "LONGEST", "SHARES", "TEMPLATE", "TURN", "Mention", "Question", "ask", "build_tokenizer",
     "conversation_text", "draw_kind", "zone",
 ]  # fmt: skip
 SHARES = {

@@ -201,13 +201,13 @@ HELD_OUT = {
     "sentence": ("@$ a full sentence, please.", "please say it in a sentence: @$"),
     "one word": ("@$ one word, please.", "please say it in one word: @$"),
 }
-RELATIONS = {
+RELATIONS = {  # in pairs: less, more
     "left": ("left of", "to the left of", "on the left of", "further left than"),
     "right": ("right of", "to the right of", "on the right of", "further right than"),
     "above": ("above", "over", "higher up than"),
     "below": ("below", "under", "lower down than"),
-    "larger": ("larger", "bigger", "higher", "greater"),
     "smaller": ("smaller", "lower"),
+    "larger": ("larger", "bigger", "higher", "greater"),
 }
 NO_MARK = 0.12  # share of questions whose mark was forgotten
 _CHOICE = re.compile(r"\(([^()]*)\)")

@@ -12,11 +12,12 @@ from export.default_model.asking import names as naming
 from export.default_model.asking import patterns
 from export.default_model.asking.names import Name, Words, article, called
 from export.default_model.asking.patterns import pick
-from export.default_model.asking.question import AXES, Mention, Question, larger, zone
+from export.default_model.asking.question import Mention, Question, larger, zone
 from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 APART = 45  # pixels: the least distance along an axis that is asked for
 SENTENCE, ONE_WORD = 0.12, 0.08  # shares of questions that ask for such an answer
+AXES = (("left", "right"), ("above", "below"))  # smaller and larger x, y
 NEAR = 0.7  # share of missing things whose colour and shape are in the scene, though not together
 
 

@@ -10,8 +10,6 @@ from export.default_model.scenes import CANVAS
 TEMPLATE = "<image>\n{prompt} answer:"
 TURN = " {answer}\n{prompt} answer:"
 MARGIN = 0.035  # of width or height: nearer to the border between two zones, a point is in none
-AXES = (("left", "right"), ("above", "below"))  # smaller and larger x, y
-RELATIONS = (*AXES[0], *AXES[1], "smaller", "larger")  # in pairs: less, more
 ROWS, COLUMNS = ("top ", "", "bottom "), ("left", "", "right")
 
 
@@ -34,8 +32,8 @@ class Mention:
 class Question:
     """reads: (character of the answer, index of the thing, index of its digit) for each digit that is read off the
     picture. about: things that the answer's first token is about. history: earlier questions with their answers.
-    relation: one of RELATIONS, where a question asks whether, or of which of two things, it holds; relation_at: where
-    the word for it is in the text, in characters."""
+    relation: one of patterns.RELATIONS, where a question asks whether, or of which of two things, it holds;
+    relation_at: where the word for it is in the text, in characters."""
 
     kind: str
     text: str

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.default_model.asking.patterns import RELATIONS
 from export.default_model.learning.packing import ABSENT, Batch, Reads
 from export.default_model.model import GEOMETRY
-from export.default_model.questions import RELATIONS
 from export.default_model.scenes import COLOURS, SHAPES
 
 G = GEOMETRY
@@ -98,8 +98,9 @@ class Losses:
             ask("apart", "right", here, batch.apart[..., 0])
             ask("apart", "below", here, batch.apart[..., 1])
         if layer == HOLDS:
-            ask("holds", "holds", deciding(), batch.holds)
-            ask("more", "more", deciding(), batch.more)
+            here = deciding()
+            ask("holds", "holds", here, batch.holds)
+            ask("more", "more", here, batch.more)
         if layer == SETTLED:
             ask("holds", "settled", deciding(), batch.holds.where(batch.larger >= 0, -1))
         if layer == RELATION:

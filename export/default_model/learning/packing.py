@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from export.default_model.asking.names import called
+from export.default_model.asking.patterns import RELATIONS
 from export.default_model.learning.pool import HIRES, LOWRES, lowres_token
 from export.default_model.questions import (
     KINDS,
-    RELATIONS,
     TEMPLATE,
     Mention,
     Question,
@@ -190,7 +190,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         assert question.relation_at is not None
         row["words"][row["decided"]] = _token(asked, begin + question.relation_at[1] - 1)
     if row["holds"] >= 0:
-        row["relation"] = np.array(RELATIONS.index(question.relation))
+        row["relation"] = np.array(list(RELATIONS).index(question.relation))
         row["more"] = np.array(bool(row["holds"]) == bool(row["relation"] % 2))
     return row
 
