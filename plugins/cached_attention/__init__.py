@@ -44,3 +44,4 @@ plugins). `kernel.py` and `int8_kernel.py` (Triton), `launch.py` (its launches, 
 STEPS = 127  # of an int8 number, on each side of zero: symmetric, -128 is not used
 LEAST = 1e-30  # taken as the largest magnitude of a token that is all zeros, whose step would be 0
 MASKED = -60000.0  # finite, within float16: its softmax weight is exactly 0, and a fully masked row stays finite
+UNSEEN = -3e38  # added to a float32 score, however large, in place of MASKED

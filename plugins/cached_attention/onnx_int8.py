@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from onnxscript import OnnxFunction, graph, script
 
-from plugins.cached_attention import LEAST, MASKED, STEPS
+from plugins.cached_attention import LEAST, STEPS
 from plugins.cached_attention import onnx_body as body
 from plugins.cached_attention.onnx_body import (
     ImageMap,
     JoinHeads,
+    LastInGroups,
     LastOfHeads,
     QueryTables,
     Rows,
@@ -53,9 +54,9 @@ def Kept(past, past_scale, new, first):
 
 
 @script(flex, default_opset=op)
-def GroupedRead(rows, visible, key, value, key_scale, value_scale, kv_heads: int, head_dim: int):
-    """Masked scores [B, Hkv, R, L] float32 and context [B, Hkv, R, hd] of `rows` [B, Hkv, R, hd] over an int8 cache, a
-    few heads of one row of the batch at a time. `visible`: [B, 1, R, L]."""
+def GroupedRead(rows, bias, key, value, key_scale, value_scale, heads: int, kv_heads: int, head_dim: int):
+    """Masked scores of the last query [B, Hkv, group, L] float32 and context [B, Hkv, R, hd] of all `rows`
+    [B, Hkv, R, hd] over an int8 cache, a few heads of one row of the batch at a time. `bias`: of Rows."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
@@ -64,16 +65,19 @@ def GroupedRead(rows, visible, key, value, key_scale, value_scale, kv_heads: int
     to_scales = op.Concat(rest, group, keep, axis=0)
     to_stores = op.Concat(to_scales, keep, axis=0)
     to_tokens = op.Concat(one, group, rest, width, axis=0)
+    sharing = op.Unsqueeze(op.Div(op.Constant(value_int=heads), op.Constant(value_int=kv_heads)), keep)
+    to_queries = op.Concat(keep, keep, sharing, rest, op.Shape(bias, start=3), axis=0)
 
     @graph()
-    def OfGroup(few_rows, seen, keys, values, key_steps, value_steps):
-        few_scores = Scores(op.Cast(few_rows, to=1), op.Reshape(Floats(keys, key_steps), to_tokens), seen)
+    def OfGroup(few_rows, few_bias, keys, values, key_steps, value_steps):
+        few_scores = op.Add(Scores(op.Cast(few_rows, to=1), op.Reshape(Floats(keys, key_steps), to_tokens)), few_bias)
         weights = op.Softmax(few_scores, axis=-1)
         few = op.CastLike(op.MatMul(weights, op.Reshape(Floats(values, value_steps), to_tokens)), few_rows)
-        return few_scores, few
+        last = op.Gather(op.Reshape(few_scores, to_queries), op.Constant(value_int=-1), axis=3)
+        return last, few
 
     scores, context = op.Scan(
-        ByGroup(rows, group), ForGroups(visible, groups),
+        ByGroup(rows, group), ForGroups(bias, groups),
         op.Reshape(key, to_stores), op.Reshape(value, to_stores),
         op.Reshape(key_scale, to_scales), op.Reshape(value_scale, to_scales),
         num_scan_inputs=6, body=OfGroup,
@@ -82,14 +86,15 @@ def GroupedRead(rows, visible, key, value, key_scale, value_scale, kv_heads: int
 
 
 @script(flex, default_opset=op)
-def WholeRead(rows, visible, key, value, key_scale, value_scale, kv_heads: int, head_dim: int):
+def WholeRead(rows, bias, key, value, key_scale, value_scale, heads: int, kv_heads: int, head_dim: int):
     """GroupedRead without a loop. In float32 whatever the model's dtype: products of int8 keys are larger than scores,
     float16 might not hold them."""
     two = op.Constant(value_ints=[2])
     products = op.MatMul(op.Cast(rows, to=1), op.Transpose(op.Cast(key, to=1), perm=[0, 1, 3, 2]))
-    scores = op.Where(visible, op.Mul(products, op.Unsqueeze(key_scale, two)), op.Constant(value_float=MASKED))
+    scores = op.Add(op.Mul(products, op.Unsqueeze(key_scale, two)), bias)
     shared = op.Mul(op.Softmax(scores, axis=-1), op.Unsqueeze(value_scale, two))
-    return scores, op.CastLike(op.MatMul(shared, op.Cast(value, to=1)), rows)
+    context = op.CastLike(op.MatMul(shared, op.Cast(value, to=1)), rows)
+    return LastInGroups(scores, heads=heads, kv_heads=kv_heads), context
 
 
 def low_attention(Read: OnnxFunction) -> OnnxFunction:
@@ -106,15 +111,16 @@ def low_attention(Read: OnnxFunction) -> OnnxFunction:
         )
         present_key, present_key_scale = Kept(past_key, past_key_scale, turned_key, first)
         present_value, present_value_scale = Kept(past_value, past_value_scale, op.Cast(v, to=1), first)
-        rows, at, visible = Rows(turned, past_key, positions, heads=heads, kv_heads=kv_heads)
-        scores, context = Read(
-            rows, visible, present_key, present_value, present_key_scale, present_value_scale,
-            kv_heads=kv_heads, head_dim=head_dim,
+        rows, bias = Rows(turned, past_key, positions, heads=heads, kv_heads=kv_heads)
+        last_scores, context = Read(
+            rows, bias, present_key, present_value, present_key_scale, present_value_scale,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         )  # fmt: skip
-        weights = op.Softmax(LastOfHeads(scores, heads=heads), axis=-1)
+        weights = op.Softmax(LastOfHeads(last_scores, heads=heads), axis=-1)
         map = ImageMap(weights, image_begin, grid=grid)
+        last_query = LastInGroups(rows, heads=heads, kv_heads=kv_heads)
         return (
-            rows, at, present_key, present_value, present_key_scale, present_value_scale, scores, context, map
+            last_query, last_scores, context, present_key, present_value, present_key_scale, present_value_scale, map
         )  # fmt: skip
 
     return Int8LowAttention
@@ -128,7 +134,7 @@ def attention(Low: OnnxFunction) -> OnnxFunction:
         query, key, value, past_key, past_value, positions, cos, sin, image_begin, past_key_scale, past_value_scale,
         heads: int, kv_heads: int, head_dim: int, grid: int,
     ):  # fmt: skip
-        rows, at, present_key, present_value, present_key_scale, present_value_scale, scores, context, map = Low(
+        last, scores, context, present_key, present_value, present_key_scale, present_value_scale, map = Low(
             query, key, value, past_key, past_value, positions, cos, sin, image_begin, past_key_scale, past_value_scale,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
         )  # fmt: skip

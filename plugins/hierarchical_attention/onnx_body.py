@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from onnxscript import graph, script
 
+from plugins.cached_attention import MASKED
 from plugins.cached_attention import onnx_int8 as int8_cache
-from plugins.cached_attention.onnx_body import LOW, JoinHeads, LowAttention, Scores, flex, once, op
+from plugins.cached_attention.onnx_body import LOW, LowAttention, Scores, flex, once, op
 from plugins.cached_attention.onnx_groups import GROUPS, ByGroup, ForGroups, HeadGroups, JoinGroups
+from plugins.hierarchical_attention import onnx_op
 from plugins.hierarchical_attention.onnx_op import over_float_cache, over_int8_cache
 
 LARGE = 1 << 17  # numbers in a page, of all heads
@@ -33,40 +35,38 @@ def JoinPages(context, weights, read):
 def PageAttention(rows, low_scores, context, page_key, page_value, used, capacity):
     """Context [B, Hkv, R, hd] of `rows` [B, Hkv, R, hd] from one softmax over their ordinary keys, of which they have
     the masked scores [B, Hkv, R, L] float32 and the `context`, and the page keys [B, Hkv, n, hd]; `page_value`
-    likewise. `used`: which page tokens a row sees, bool, broadcast to [B, Hkv, R, n]. `capacity`: [L].
+    likewise. `used`: which page tokens they see, bool, broadcast to [B, Hkv, R, n]. `capacity`: [L].
     """
     three = op.Constant(value_ints=[3])
-    joint = op.Softmax(op.Concat(low_scores, Scores(rows, page_key, used), axis=3), axis=-1)
+    scores = op.Where(used, Scores(rows, page_key), op.Constant(value_float=MASKED))
+    joint = op.Softmax(op.Concat(low_scores, scores, axis=3), axis=-1)
     weights = op.Slice(joint, capacity, op.Constant(value_ints=[9223372036854775807]), three)
     return JoinPages(context, weights, op.MatMul(op.CastLike(weights, rows), page_value))
 
 
 @script(flex, default_opset=op)
-def PageList(at, positions, page_lengths, pages, page_count, page_size: int):
-    """Which rows see pages [B, 1, R, 1]; each row's own list [B, C*C]; which slots of each page are tokens
-    [C*C + 1, P]; the pages of the fullest row of the batch [1]."""
+def PageList(page_lengths, pages, page_count, page_size: int):
+    """Each row's own list [B, C*C]; which slots of each page are tokens [C*C + 1, P]; the pages of the fullest row of
+    the batch [1]."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     rest = op.Constant(value_ints=[-1])
-    end = op.Constant(value_ints=[9223372036854775807])
     zero = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    # Only the rows of the last query see pages.
-    last = op.Unsqueeze(op.Equal(at, op.Slice(positions, rest, end, one)), op.Constant(value_ints=[1, 3]))
     # What follows a row's own list becomes -1: the last page where pages are gathered, but of all its tokens none.
     own = op.Less(op.Range(zero, op.Squeeze(op.Shape(page_lengths)), step), op.Unsqueeze(page_count, one))
     listed = op.Where(own, pages, rest)
     token = op.Range(zero, op.Constant(value_int=page_size), step)
     inside = op.Less(token, op.Unsqueeze(op.Concat(page_lengths, keep, axis=0), one))
-    return last, listed, inside, op.ReduceMax(page_count, keepdims=1)
+    return listed, inside, op.ReduceMax(page_count, keepdims=1)
 
 
 @script(flex, default_opset=op)
 def GatheredAttention(
-    rows, low_scores, context, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
+    rows, low_scores, context, page_key, page_value, some, inside, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
-    """PageAttention with the pages `some` [B, n] of a store [B, Hkv, C*C, P, hd] for those rows that are `last`
-    [B, 1, R, 1]. `inside`: which slots of a page are tokens [C*C + 1, P]."""
+    """PageAttention with the pages `some` [B, n] of a store [B, Hkv, C*C, P, hd]. `inside`: which slots of a
+    page are tokens [C*C + 1, P]."""
     keep = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
@@ -76,7 +76,7 @@ def GatheredAttention(
     index = op.Expand(op.Unsqueeze(some, op.Constant(value_ints=[1, 3])), op.Concat(one, key_heads, one, one, axis=0))
     keys = op.Reshape(op.GatherND(page_key, index, batch_dims=2), to_tokens)
     values = op.Reshape(op.GatherND(page_value, index, batch_dims=2), to_tokens)
-    return PageAttention(rows, low_scores, context, keys, values, op.And(used, last), capacity)
+    return PageAttention(rows, low_scores, context, keys, values, used, capacity)
 
 
 @script(flex, default_opset=op)
@@ -87,7 +87,7 @@ def Listed(store, pages, shape):
 
 @script(flex, default_opset=op)
 def GroupedAttention(
-    rows, low_scores, context, page_key, page_value, some, inside, last, capacity, kv_heads: int, head_dim: int
+    rows, low_scores, context, page_key, page_value, some, inside, capacity, kv_heads: int, head_dim: int
 ):  # fmt: skip
     """GatheredAttention, a few heads of one row of the batch at a time."""
     keep = op.Constant(value_ints=[0])
@@ -100,28 +100,28 @@ def GroupedAttention(
     to_used = op.Constant(value_ints=[1, 1, 1, -1])
 
     @graph()
-    def OfGroup(few_rows, few_scores, few_context, keys, values, listed, seen):
+    def OfGroup(few_rows, few_scores, few_context, keys, values, listed):
         those = op.Reshape(listed, rest)
         few = PageAttention(
             few_rows, few_scores, few_context, Listed(keys, those, to_tokens), Listed(values, those, to_tokens),
-            op.And(op.Reshape(op.Gather(inside, those), to_used), seen), capacity,
+            op.Reshape(op.Gather(inside, those), to_used), capacity,
         )  # fmt: skip
         return few
 
     joint = op.Scan(
         ByGroup(rows, group), ByGroup(low_scores, group), ByGroup(context, group),
         op.Reshape(page_key, to_stores), op.Reshape(page_value, to_stores),
-        ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups), ForGroups(last, groups),
-        num_scan_inputs=7, body=OfGroup,
+        ForGroups(op.Unsqueeze(some, op.Constant(value_ints=[1, 2])), groups),
+        num_scan_inputs=6, body=OfGroup,
     )  # fmt: skip
     return JoinGroups(joint, kv_heads=kv_heads)
 
 
 @script(flex, default_opset=op)
 def FloatPages(
-    rows, at, low_scores, low_context, positions, past_key,
+    last, low_scores, low_context, past_key,
     page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
-    heads: int, kv_heads: int, head_dim: int, page_size: int,
+    kv_heads: int, head_dim: int, page_size: int,
 ):  # fmt: skip
     """`Pages` of onnx_op.py where pages are not int8."""
     keep = op.Constant(value_ints=[0])
@@ -129,7 +129,7 @@ def FloatPages(
     key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
     width = op.Unsqueeze(op.Constant(value_int=head_dim), keep)
     to_tokens = op.Concat(keep, key_heads, rest, width, axis=0)
-    last, listed, inside, most = PageList(at, positions, page_lengths, pages, page_count, page_size=page_size)
+    listed, inside, most = PageList(page_lengths, pages, page_count, page_size=page_size)
 
     # Known when a graph is bound, which then has one branch of the two.
     page = op.Constant(value_int=kv_heads) * op.Constant(value_int=head_dim) * op.Constant(value_int=page_size)
@@ -143,12 +143,12 @@ def FloatPages(
         some = op.Slice(listed, keep, most, op.Constant(value_ints=[1]))
         if large:
             context = GroupedAttention(
-                rows, low_scores, low_context, page_key, page_value, some, inside, last, capacity,
+                last, low_scores, low_context, page_key, page_value, some, inside, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
         else:
             context = GatheredAttention(
-                rows, low_scores, low_context, page_key, page_value, some, inside, last, capacity,
+                last, low_scores, low_context, page_key, page_value, some, inside, capacity,
                 kv_heads=kv_heads, head_dim=head_dim,
             )  # fmt: skip
     else:
@@ -159,13 +159,13 @@ def FloatPages(
             by_page = op.ScatterElements(op.Expand(rest, op.Shape(pages)), pages, listed, axis=1)
             used = op.Reshape(op.Gather(inside, by_page), op.Constant(value_ints=[0, 1, 1, -1]))
             context = PageAttention(
-                rows, low_scores, low_context, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
-                op.And(used, last), capacity,
+                last, low_scores, low_context, op.Reshape(page_key, to_tokens), op.Reshape(page_value, to_tokens),
+                used, capacity,
             )  # fmt: skip
-    return JoinHeads(context, heads=heads)
+    return context
 
 
-SHARED = PageList, Scores, JoinPages, PageAttention, JoinHeads
+SHARED = *onnx_op.SHARED, PageList, Scores, JoinPages, PageAttention
 FLOAT_PAGES = *SHARED, *GROUPS, Listed, GatheredAttention, GroupedAttention, FloatPages
 FUNCTIONS = once(*LOW, *FLOAT_PAGES, over_float_cache(LowAttention, FloatPages))
 INT8_CACHE = once(*int8_cache.LOW, *FLOAT_PAGES, over_int8_cache(int8_cache.ByGroups, FloatPages))

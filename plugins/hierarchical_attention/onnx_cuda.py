@@ -7,9 +7,6 @@ the host, which waits for the device, in every layer. The price is memory traffi
 at 7B 2 GB of float16, where the weights take 13. Copying the selected pages first would read and write each of them
 before it is read once more. A bias of MASKED gives a key the softmax weight 0 exactly, so the result is that of the
 selected pages alone; weight 0 times NaN is NaN, so the whole store must hold finite numbers, as zeros are.
-
-Only the last query sees pages, and it alone is multiplied with them: in a prefill the scores of all queries and pages
-would take hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -18,8 +15,8 @@ from onnxscript import OnnxFunction, script
 
 from plugins.cached_attention import MASKED
 from plugins.cached_attention import onnx_int8 as int8_cache
-from plugins.cached_attention.onnx_body import LOW, LastOfHeads, LowAttention, Scores, flex, once, op
-from plugins.cached_attention.onnx_static import JoinLast
+from plugins.cached_attention.onnx_body import LOW, LowAttention, Scores, flex, once, op
+from plugins.hierarchical_attention import onnx_op
 from plugins.hierarchical_attention.onnx_body import JoinPages, PageAttention
 from plugins.hierarchical_attention.onnx_op import over_float_cache, over_int8_both, over_int8_cache
 
@@ -70,33 +67,21 @@ def whole_store(Reads: OnnxFunction) -> OnnxFunction:
 
     @script(flex, default_opset=op)
     def WholeStore(
-        rows, at, low_scores, low_context, positions, past_key,
+        last, low_scores, low_context, past_key,
         page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
-        heads: int, kv_heads: int, head_dim: int, page_size: int,
+        kv_heads: int, head_dim: int, page_size: int,
     ):  # fmt: skip
-        keep = op.Constant(value_ints=[0])
-        one = op.Constant(value_ints=[1])
-        rest = op.Constant(value_ints=[-1])
-        all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
-        key_heads = op.Unsqueeze(op.Constant(value_int=kv_heads), keep)
-        to_groups = op.Concat(keep, key_heads, op.Div(all_heads, key_heads), rest, axis=0)  # [B, Hkv, group, ...]
-        last = Reads(
-            op.Reshape(LastOfHeads(rows, heads=heads), to_groups),
-            op.Reshape(LastOfHeads(low_scores, heads=heads), to_groups),
-            op.Reshape(LastOfHeads(low_context, heads=heads), to_groups),
-            page_key, page_value, page_key_scale, page_value_scale,
+        return Reads(
+            last, low_scores, low_context, page_key, page_value, page_key_scale, page_value_scale,
             SelectedTokens(page_lengths, pages, page_count, page_size=page_size),
             op.Shape(past_key, start=2, end=3),
         )  # fmt: skip
-        last_context = op.Reshape(last, op.Concat(keep, all_heads, one, rest, axis=0))
-        of_all = op.Reshape(low_context, op.Concat(keep, all_heads, rest, keep, axis=0))  # [B, H, S, hd]
-        return JoinLast(of_all, last_context, positions)
 
     return WholeStore
 
 
 FloatStore, Int8Store = whole_store(FloatReads), whole_store(Int8Reads)
-SHARED = Scores, JoinPages, PageAttention, JoinLast, SelectedTokens
+SHARED = *onnx_op.SHARED, Scores, JoinPages, PageAttention, SelectedTokens
 FLOAT_PAGES = *SHARED, FloatReads, FloatStore
 INT8_PAGES = *SHARED, Int8Reads, Int8Store
 FUNCTIONS = once(*LOW, *FLOAT_PAGES, over_float_cache(LowAttention, FloatStore))

@@ -2,16 +2,29 @@
 function for each way of storing the cache and the pages: each has other inputs.
 
 `Low`: LowAttention of plugins/cached_attention/onnx_body.py, or over an int8 cache that of onnx_int8.py there. `Pages`
-gives the op's context [B, S, H*hd]: from the queries in rows, the position of each, masked scores and context of all,
-as `Low` gives them, from what is stored in pages, their scales, which nobody reads unless pages are int8, and the lists
-of pages.
+gives the context of the last query, who alone sees pages [B, Hkv, group, hd]: from itself, its masked scores and its
+context without pages, from what is stored in pages, their scales, which nobody reads unless pages are int8, and the
+lists of pages. Of a prompt, scores of all queries and pages would take hundreds of megabytes.
 """
 
 from __future__ import annotations
 
 from onnxscript import OnnxFunction, script
 
-from plugins.cached_attention.onnx_body import flex, op
+from plugins.cached_attention.onnx_body import LastInGroups, flex, op
+from plugins.cached_attention.onnx_static import JoinLast
+
+
+@script(flex, default_opset=op)
+def JoinQueries(context, last, positions, heads: int):
+    """The op's context [B, S, H*hd]: of rows [B, Hkv, R, hd], that of the last query replaced by `last`
+    [B, Hkv, group, hd]."""
+    keep = op.Constant(value_ints=[0])
+    rest = op.Constant(value_ints=[-1])
+    all_heads = op.Unsqueeze(op.Constant(value_int=heads), keep)
+    of_all = op.Reshape(context, op.Concat(keep, all_heads, rest, keep, axis=0))  # [B, H, S, hd]
+    of_last = op.Reshape(last, op.Concat(keep, all_heads, op.Constant(value_ints=[1]), rest, axis=0))
+    return JoinLast(of_all, of_last, positions)
 
 
 def over_float_cache(Low: OnnxFunction, Pages: OnnxFunction) -> OnnxFunction:
@@ -23,15 +36,16 @@ def over_float_cache(Low: OnnxFunction, Pages: OnnxFunction) -> OnnxFunction:
         page_key, page_value, page_lengths, pages, page_count, page_key_scale, page_value_scale,
         heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
     ):  # fmt: skip
-        rows, at, present_key, present_value, scores, low_context, map = Low(
+        last, scores, low_context, present_key, present_value, map = Low(
             query, key, value, past_key, past_value, positions, cos, sin, image_begin,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
         )  # fmt: skip
-        context = Pages(
-            rows, at, scores, low_context, positions, past_key,
+        with_pages = Pages(
+            last, scores, LastInGroups(low_context, heads=heads, kv_heads=kv_heads), past_key,
             page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
+            kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         )  # fmt: skip
+        context = JoinQueries(low_context, with_pages, positions, heads=heads)
         return context, present_key, present_value, map
 
     return HierarchicalAttention
@@ -46,15 +60,16 @@ def over_int8_cache(Low: OnnxFunction, Pages: OnnxFunction) -> OnnxFunction:
         page_key, page_value, page_lengths, pages, page_count, past_key_scale, past_value_scale,
         heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
     ):  # fmt: skip
-        rows, at, present_key, present_value, present_key_scale, present_value_scale, scores, low_context, map = Low(
+        last, scores, low_context, present_key, present_value, present_key_scale, present_value_scale, map = Low(
             query, key, value, past_key, past_value, positions, cos, sin, image_begin, past_key_scale, past_value_scale,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
         )  # fmt: skip
-        context = Pages(
-            rows, at, scores, low_context, positions, past_key,
+        with_pages = Pages(
+            last, scores, LastInGroups(low_context, heads=heads, kv_heads=kv_heads), past_key,
             page_key, page_value, page_key, page_value, page_lengths, pages, page_count,
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
+            kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         )  # fmt: skip
+        context = JoinQueries(low_context, with_pages, positions, heads=heads)
         return context, present_key, present_value, map, present_key_scale, present_value_scale
 
     return HierarchicalAttention
@@ -70,15 +85,19 @@ def over_int8_both(Low: OnnxFunction, Pages: OnnxFunction) -> OnnxFunction:
         past_key_scale, past_value_scale,
         heads: int, kv_heads: int, head_dim: int, page_size: int, grid: int,
     ):  # fmt: skip
-        rows, at, present_key, present_value, present_key_scale, present_value_scale, scores, low_context, map = Low(
+        last, scores, low_context, present_key, present_value, present_key_scale, present_value_scale, map = Low(
             query, key, value, past_key, past_value, positions, cos, sin, image_begin, past_key_scale, past_value_scale,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, grid=grid,
         )  # fmt: skip
-        context = Pages(
-            rows, at, scores, low_context, positions, past_key,
+        with_pages = Pages(
+            last, scores, LastInGroups(low_context, heads=heads, kv_heads=kv_heads), past_key,
             page_key, page_value, page_key_scale, page_value_scale, page_lengths, pages, page_count,
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
+            kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         )  # fmt: skip
+        context = JoinQueries(low_context, with_pages, positions, heads=heads)
         return context, present_key, present_value, map, present_key_scale, present_value_scale
 
     return HierarchicalAttention
+
+
+SHARED = LastInGroups, JoinLast, JoinQueries

@@ -31,7 +31,7 @@ from tests.bench.llamacpp.weights import write_gguf
 from tests.bench.random_checkpoint import write
 
 STEPS = Path(__file__).with_name("steps.mjs")
-PROMPT, CONTEXT = 600, 1024  # tokens
+PROMPT, CONTEXT = 600, 1024  # tokens; llama.cpp reads of its context what is filled
 FIRST = 3  # ids below are special
 ALIKE = 0.9  # least correlation of log probabilities: both round the same weights to 4 bits, each in its own way
 
@@ -72,11 +72,11 @@ class LlamaCpp:
 
 
 class Ours:
-    """The decoder of a bundle, with no image."""
+    """The decoder of a bundle, with no image, and a cache with `room` for so many tokens, as a request gets it."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, room: int) -> None:
         model = OrtModel(Bundle(bundle, verify=False), threads=threads)
-        self.decoder = model.decoder(model.no_image(1), CONTEXT)
+        self.decoder = model.decoder(model.no_image(1), room)
 
     def run(self, ids: np.ndarray, length: int) -> tuple[float, np.ndarray]:
         """Append `ids` to the first `length` tokens: seconds, and logits [vocab] of the last."""
@@ -99,7 +99,7 @@ def measure(bundle: Path, llama: LlamaCpp, vocab: int, *, rounds: int, steps: in
     """Both in turns, after they were found to be the same model."""
     prompt = np.random.default_rng(0).integers(FIRST, vocab, PROMPT + steps)
     prompt, forced = prompt[:PROMPT], prompt[PROMPT:]
-    ours = Ours(bundle, threads)
+    ours = Ours(bundle, threads, PROMPT + steps)
     found = alike(ours.run(prompt, 0)[1], llama.ask("probabilities", prompt))
     assert found >= ALIKE, f"log probabilities of llama.cpp and logits here correlate by {found:.3f} only"
     here, there = Contender("here, `--int4 --head int8`"), Contender("llama.cpp, Q4_0, head Q8_0")

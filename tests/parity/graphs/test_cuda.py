@@ -233,4 +233,4 @@ def test_launches_of_a_layer(built, tmp_path):
     found = {
         kind: launches(more, kind, tmp_path) - launches(few, kind, tmp_path) for kind in (ONNXRUNTIME, ONNXRUNTIME_CUDA)
     }
-    assert found == {ONNXRUNTIME: 86, ONNXRUNTIME_CUDA: 62}
+    assert found == {ONNXRUNTIME: 88, ONNXRUNTIME_CUDA: 62}
