@@ -73,7 +73,7 @@ class _Asker(PlainAsker):
 
     def honest(self) -> Question | None:
         """About something that is not there, or with words that the model does not know."""
-        if self.rng.random() < 0.15:
+        if self.rng.random() < 0.3:
             return self.unknown()
         kind = pick(self.rng, ("one", "two", "colour", "shape", "where", "side", "compare"))
         if kind in ("colour", "shape"):

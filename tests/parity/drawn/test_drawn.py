@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 TOKENS = 16  # an answer has fewer
 MISSED = {  # what the default model gets wrong in float16
     "album.png: how many cyan shapes are there?",
-    "awning.png: what number is in the pink square?",
+    "candy.png: how many pink shapes are there?",
     "signal.png: what numbers are in the red circle and the green circle?",
 }
 
