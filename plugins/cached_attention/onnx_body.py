@@ -146,6 +146,15 @@ def JoinHeads(context, heads: int):
 
 
 @script(flex, default_opset=op)
+def JoinLast(context, last_context, positions):
+    """context [B, H, S, hd] with the row of the last position replaced by last_context -> [B, S, H*hd]."""
+    last = op.Equal(positions, op.Slice(positions, [-1], [9223372036854775807], [1]))  # [B, S]
+    row = op.Unsqueeze(last, op.Constant(value_ints=[1, 3]))
+    joined = op.Where(row, op.CastLike(last_context, context), context)
+    return op.Reshape(op.Transpose(joined, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
+
+@script(flex, default_opset=op)
 def CachedAttention(
     query, key, value, past_key, past_value, positions, cos, sin, image_begin,
     heads: int, kv_heads: int, head_dim: int, grid: int,

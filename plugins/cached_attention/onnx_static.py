@@ -17,7 +17,7 @@ from __future__ import annotations
 from onnxscript import script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import ImageMap, Turn, TurnAndStore, flex, op
+from plugins.cached_attention.onnx_body import ImageMap, JoinLast, Turn, TurnAndStore, flex, op
 
 
 @script(flex, default_opset=op)
@@ -74,15 +74,6 @@ def StaticAttention(
     last_context = op.Reshape(summed, to_last)
     map = ImageMap(op.Squeeze(weights, two), image_begin, grid=grid)
     return context, present_key, present_value, map, last_query, scores, last_context
-
-
-@script(flex, default_opset=op)
-def JoinLast(context, last_context, positions):
-    """context [B, H, S, hd] with the row of the last position replaced by last_context -> [B, S, H*hd]."""
-    last = op.Equal(positions, op.Slice(positions, [-1], [9223372036854775807], [1]))  # [B, S]
-    row = op.Unsqueeze(last, op.Constant(value_ints=[1, 3]))
-    joined = op.Where(row, op.CastLike(last_context, context), context)
-    return op.Reshape(op.Transpose(joined, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
 
 
 @script(flex, default_opset=op)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from onnxscript import OnnxFunction, script
 
-from plugins.cached_attention.onnx_body import LastInGroups, flex, op
-from plugins.cached_attention.onnx_static import JoinLast
+from plugins.cached_attention.onnx_body import JoinLast, LastInGroups, flex, op
 
 
 @script(flex, default_opset=op)

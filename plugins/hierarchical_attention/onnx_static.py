@@ -11,8 +11,8 @@ from __future__ import annotations
 from onnxscript import OnnxFunction, script
 
 from plugins.cached_attention import MASKED
-from plugins.cached_attention.onnx_body import ImageMap, Turn, TurnAndStore, flex, op
-from plugins.cached_attention.onnx_static import JoinLast, StaticAttention
+from plugins.cached_attention.onnx_body import ImageMap, JoinLast, Turn, TurnAndStore, flex, op
+from plugins.cached_attention.onnx_static import StaticAttention
 
 
 @script(flex, default_opset=op)
