@@ -18,9 +18,9 @@ from export.default_model import strokes
 
 WINDOW = 38  # pixels, side of the square a digit is drawn in
 PLATE_WINDOW = 52  # pixels, side of the square a plate is drawn in
-HEIGHT = 18.0  # pixels, of a digit of size 1
+HEIGHT = 16.0  # pixels, of a digit of size 1
 WIDTH = 0.72  # of a digit at most, in heights
-PEN = 0.1  # width of a stroke, in heights
+PEN = 0.11  # width of a stroke, in heights
 HALO = 1.4  # pixels, standard deviation of the blur that balances the ink
 ZOOM = 3  # hi-res pixels per low-res pixel
 HIDE = 0.9  # share that is taken out of what the low-res view would see

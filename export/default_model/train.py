@@ -33,10 +33,10 @@ class Schedule:
     """Scenes and steps of each stage, and the seed of everything."""
 
     vision_scenes: int = 4000
-    vision_steps: int = 12500
+    vision_steps: int = 8000
     decoder_scenes: int = 6000
-    decoder_steps: int = 4500
-    decoder_again_steps: int = 1100  # a second round, from half the rate down
+    decoder_steps: int = 5000
+    decoder_again_steps: int = 1300  # a second round, from half the rate down
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0
