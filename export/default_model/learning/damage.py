@@ -24,15 +24,19 @@ def damaged(tiles: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(tiles), generator=generator, device=tiles.device)
 
-    x = tiles.movedim(3, 1)
+    x = tiles.movedim(3, 1).clone(memory_format=torch.contiguous_format)
     sigma = uniform(0.3, 0.7)
     line = torch.exp(-(torch.arange(-2, 3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
     line = line / line.sum(1, keepdim=True)
-    kernel = (line[:, :, None] * line[:, None, :]).repeat_interleave(3, 0)[:, None]
-    flat = F.pad(x.reshape(1, -1, *x.shape[2:]), (2, 2, 2, 2), mode="replicate")
-    blurred = F.conv2d(flat, kernel, groups=kernel.shape[0]).view_as(x)
-    x = torch.where((uniform(0, 1) < BLURRED)[:, None, None, None], blurred, x)
-    x = torch.where((uniform(0, 1) < COMPRESSED)[:, None, None, None], _compress(x, uniform(45, 95)), x)
+    kernel = (line[:, :, None] * line[:, None, :])[:, None]
+    chosen = (uniform(0, 1) < BLURRED).nonzero()[:, 0]
+    if len(chosen):
+        flat = F.pad(x[chosen].reshape(1, -1, *x.shape[2:]), (2, 2, 2, 2), mode="replicate")
+        each = kernel[chosen].repeat_interleave(3, 0)
+        x[chosen] = F.conv2d(flat, each, groups=len(each)).view(len(chosen), *x.shape[1:])
+    chosen, quality = (uniform(0, 1) < COMPRESSED).nonzero()[:, 0], uniform(45, 95)
+    if len(chosen):
+        x[chosen] = _compress(x[chosen], quality[chosen])
     return x.movedim(1, 3)
 
 
