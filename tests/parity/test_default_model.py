@@ -26,8 +26,9 @@ from tests.paths import ROOT
 
 MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
 ROWS = json.loads((EXAMPLES / "examples.json").read_text())
-# Between float32 implementations. Logits of a trained model are ten times those of the random ones.
-FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 1e-3, 2e-3
+# Between float32 implementations. Logits of a trained model are ten times those of the random ones. Its hidden states
+# reach 1,500 where others of the same step stay below 20: how far they may be off is a share of a layer's largest.
+FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 5e-6, 2e-3
 TOKENS = 16  # an answer has fewer
 MISSED = {  # what it gets wrong in float16; goals it misses: export/default_model/README.md
     "photo.png: how many hearts are there?",
@@ -95,7 +96,8 @@ def test_ladder(row, default_bundle):
         maps = [np.concatenate(decoder.maps) for decoder in decoders]
         hidden = [np.concatenate(decoder.hidden) for decoder in decoders]
         logits, cells = official.run([token])
-        assert np.abs(maps[0] - maps[1]).max() <= MAP and np.abs(hidden[0] - hidden[1]).max() <= HIDDEN
+        assert np.abs(maps[0] - maps[1]).max() <= MAP
+        assert (np.abs(hidden[0] - hidden[1]).max(1) <= HIDDEN * np.abs(hidden[0]).max(1)).all()
         for found in (*(result.logits[0] for result in results), answer.trace.logits[step]):
             assert np.isfinite(found).all() and np.abs(found - logits.numpy()).max() <= LOGITS
         for found in (*(result.cells()[0] for result in results), answer.trace.cells[step].reshape(-1, g.pages)):
