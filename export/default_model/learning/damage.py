@@ -25,19 +25,22 @@ def damaged(tiles: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(len(tiles), generator=generator, device=tiles.device)
 
     x = tiles.movedim(3, 1).clone(memory_format=torch.contiguous_format)
-    sigma = uniform(0.3, 0.7)
-    line = torch.exp(-(torch.arange(-2, 3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
-    line = line / line.sum(1, keepdim=True)
-    kernel = (line[:, :, None] * line[:, None, :])[:, None]
-    chosen = (uniform(0, 1) < BLURRED).nonzero()[:, 0]
-    if len(chosen):
-        flat = F.pad(x[chosen].reshape(1, -1, *x.shape[2:]), (2, 2, 2, 2), mode="replicate")
-        each = kernel[chosen].repeat_interleave(3, 0)
-        x[chosen] = F.conv2d(flat, each, groups=len(each)).view(len(chosen), *x.shape[1:])
-    chosen, quality = (uniform(0, 1) < COMPRESSED).nonzero()[:, 0], uniform(45, 95)
-    if len(chosen):
+    sigma, chosen = uniform(0.3, 0.7), uniform(0, 1) < BLURRED
+    if chosen.any():
+        x[chosen] = _blur(x[chosen], sigma[chosen])
+    chosen, quality = uniform(0, 1) < COMPRESSED, uniform(45, 95)
+    if chosen.any():
         x[chosen] = _compress(x[chosen], quality[chosen])
     return x.movedim(1, 3)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """[N, 3, H, W], N > 0 -> the same, blurred by a Gaussian of 5 x 5 pixels. sigma [N]: its deviation, pixels."""
+    line = torch.exp(-(torch.arange(-2, 3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
+    line = line / line.sum(1, keepdim=True)
+    kernel = (line[:, :, None] * line[:, None, :]).repeat_interleave(3, 0)[:, None]
+    flat = F.pad(x.reshape(1, -1, *x.shape[2:]), (2, 2, 2, 2), mode="replicate")
+    return F.conv2d(flat, kernel, groups=len(kernel)).view_as(x)
 
 
 def _compress(x: Tensor, quality: Tensor) -> Tensor:
