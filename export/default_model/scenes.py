@@ -27,6 +27,7 @@ SINGLE = 0.3  # share of numbers with one digit; the others have two
 TILT = math.radians(15)  # numbers are turned by at most this
 SIZES = 0.8, 1.3  # of digits, times digits.HEIGHT
 ENOUGH = 0.3  # share of a digit that a tile must hold to read it
+ALIKE = 0.5  # Style.alike in training: large numbers of things are what counting gets wrong
 BORDER = 1.5  # pixels: within these of the border of two patches a digit's middle counts as on both
 
 
@@ -40,6 +41,7 @@ class Style:
     plain: bool = False  # numbers in plain ink, dark or bright, with or without a plate: nothing is hidden from low-res
     photo: bool = False  # as a photographed screen: perspective, blur, more noise
     quality: int | None = None  # of JPEG; None: not compressed
+    alike: float = 0.35  # share of scenes with many things of one colour or shape
     hand: Hand = field(default_factory=Hand)
 
 
@@ -109,8 +111,9 @@ class Scene:
 def varied(rng: np.random.Generator) -> Style:
     """A style as training sees them: four of ten scenes as in evaluations, the rest differ in one way or more."""
     if rng.random() < 0.4:
-        return Style(clutter=float(rng.uniform(0, 2.2)))
+        return Style(clutter=float(rng.uniform(0, 2.2)), alike=ALIKE)
     return Style(
+        alike=ALIKE,
         aspect=float(math.exp(rng.uniform(math.log(0.5), math.log(2)))),
         clutter=float(rng.uniform(0, 2.2)),
         background=("light", "dark", "coloured")[int(rng.choice(3, p=(0.4, 0.35, 0.25)))],
@@ -126,7 +129,7 @@ def make_scene(rng: np.random.Generator, split: str = "train", style: Style | No
     aspect = style.aspect or math.exp(rng.uniform(math.log(0.6), math.log(1.6)))
     width, height = (CANVAS, round(CANVAS / aspect)) if aspect >= 1 else (round(CANVAS * aspect), CANVAS)
     edge = np.array([(CANVAS - width) // 2, (CANVAS - height) // 2], float)  # where padding puts the image: x, y
-    things = _place(rng, width, height)
+    things = _place(rng, width, height, style.alike)
     pixels = _paint(rng, things, width, height, style)
     things = _write_numbers(rng, pixels, things, split, edge, style)
     pixels += np.float32(rng.uniform(2, 6)) * rng.standard_normal(pixels.shape, np.float32)
@@ -149,14 +152,14 @@ def _moved(thing: Thing, move: Callable[[np.ndarray], np.ndarray]) -> Thing:
     return replace(thing, centre=each([thing.centre])[0], corners=each(thing.corners), digits=each(thing.digits))
 
 
-def _place(rng: np.random.Generator, width: int, height: int) -> list[Thing]:
+def _place(rng: np.random.Generator, width: int, height: int, alike_share: float) -> list[Thing]:
     """Things without their digits' places; all in pixels of the image."""
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     wanted = int(rng.integers(2, 10))
     largest = 56 if wanted < 6 else 48 if wanted < 8 else 44
     things: list[Thing] = []
     order = [pairs[index] for index in rng.permutation(len(pairs))]
-    if rng.random() < 0.35:  # of one colour or shape many: what is counted goes up to eight
+    if rng.random() < alike_share:  # of one colour or shape many: what is counted goes up to eight
         axis, common = int(rng.integers(2)), order[0]
         alike = [pair for pair in order if pair[axis] == common[axis]]
         others = [pair for pair in order if pair[axis] != common[axis]]

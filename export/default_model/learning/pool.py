@@ -27,6 +27,7 @@ class Labels:
     digit: np.ndarray  # hi-res, 0..9, 10
     place: np.ndarray  # hi-res, 0 = none, SINGLE, FIRST, SECOND
     hires_colour: np.ndarray  # hi-res, 0..7, 8
+    hires_shape: np.ndarray  # hi-res, 0..6, 7
     colour: np.ndarray  # low-res, 0..7, 8
     shape: np.ndarray  # low-res, 0..6, 7
     centre: np.ndarray  # low-res, 1 where the middle of a thing is, else 0
@@ -76,7 +77,10 @@ def labels(scene: Scene) -> Labels:
     shapes = [SHAPES.index(thing.shape) for thing in scene.things] + [NOTHING, len(SHAPES)]
     look = [np.array(values, np.uint8) for values in (colours, shapes)]
     square = (HIRES, HIRES)
-    return Labels(digit.reshape(square), place.reshape(square), look[0][fine], look[0][coarse], look[1][coarse], centre)
+    return Labels(
+        digit.reshape(square), place.reshape(square), look[0][fine], look[1][fine], look[0][coarse], look[1][coarse],
+        centre,
+    )  # fmt: skip
 
 
 def lowres_token(x: float, y: float) -> tuple[int, int]:

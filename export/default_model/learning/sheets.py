@@ -9,12 +9,13 @@ from torch import Tensor
 from export.default_model import digits
 from export.default_model.digits import PLATE_WINDOW, WIDTH, WINDOW, Hand, Pens
 from export.default_model.learning.pool import FIRST, LOWRES, NOTHING, SECOND, SINGLE
-from export.default_model.scenes import BORDER, ENOUGH, INK, PATCH, PLATE, SIZES, TILE, TILT
+from export.default_model.scenes import BORDER, ENOUGH, INK, PATCH, PLATE, TILE, TILT
 
 LATTICE = 31, 46  # pixels, height and width of the cells that numbers stand in: they do not touch
 EDGE = PLATE_WINDOW  # pixels around a tile on which numbers begin, that its border cuts
+SIZES = 0.7, 1.3  # of digits, times digits.HEIGHT: smaller ones than scenes have, which other people draw
 HAND = Hand(warp=0.5, bend=0.5)
-PLAIN, BARE = 0.2, 0.35  # shares of numbers in plain ink, and of those without a plate
+PLAIN, BARE = 0.3, 0.35  # shares of numbers in plain ink, and of those without a plate
 
 
 def write_numbers(tiles: Tensor, digit: Tensor, place: Tensor, generator: torch.Generator) -> Tensor:

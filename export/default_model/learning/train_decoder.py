@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 G = GEOMETRY
 SCENES, QUESTIONS = 8, 9  # of a step
 LEARNING_RATE, DECAY = 4e-3, 0.02
-SHARES = {"none": 0.05, "own": 0.45, "all": 0.40, "helped": 0.10}  # how often an answer token sees which pages
+SHARES = {"none": 0.05, "own": 0.40, "all": 0.45, "helped": 0.10}  # how often an answer token sees which pages
 GAP = 0.4  # share of steps in which the conversation stands further from the image, as if more had been said
 FADE = 0.5  # the part of the steps after which aids count half
 
@@ -43,39 +43,35 @@ class Features:
 
 
 def train(
-    features: Features, rounds: Sequence[int], *, whitening: Whitening, directions: Tensor, validation: Features,
+    features: Features, steps: int, *, whitening: Whitening, directions: Tensor, validation: Features,
     reads: bool = True, seed: int = 0, workers: int = 0, log: int = 400,
 ) -> tuple[Student, dict[str, float]]:  # fmt: skip
     """A trained student, in float32 and for raw features, and what `check` says of it.
 
-    `rounds`: steps of each; the rate falls to 0 in each, and begins at half the first one's in those after it.
     `reads=False`: the low-res baseline, which sees no page. `workers`: processes that prepare lessons.
     """
     torch.manual_seed(seed)
     student = Student().to(features.low.device)
     whitening.begin(student, directions, seed)
     started = time.perf_counter()
-    for number, steps in enumerate(rounds):
-        first = number == 0
-        trainer = Bfloat16(student, LEARNING_RATE if first else LEARNING_RATE / 2, steps, DECAY)
-        lessons = Lessons(features.scenes, steps, (SCENES, QUESTIONS), seed + 100 * number)
-        for step, means in _steps(student, trainer, features, lessons, reads=reads, fade=FADE if first else 0.0,
-                                  workers=workers, log=log):  # fmt: skip
-            found = check(student, validation, mode=1 if reads else 0)
-            text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
-            text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())
-            logger.info("decoder %d %s %.0f s", sum(rounds[:number]) + step, text, time.perf_counter() - started)
-        trainer.restore()
+    trainer = Bfloat16(student, LEARNING_RATE, steps, DECAY)
+    lessons = Lessons(features.scenes, steps, (SCENES, QUESTIONS), seed)
+    for step, means in _steps(student, trainer, features, lessons, reads=reads, workers=workers, log=log):
+        found = check(student, validation, mode=1 if reads else 0)
+        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        text += " | " + " ".join(f"{name} {value:.3f}" for name, value in found.items())
+        logger.info("decoder %d %s %.0f s", step, text, time.perf_counter() - started)
+    trainer.restore()
     found = check(student, validation, mode=1 if reads else 0)
     whitening.fold_into(student)
     return student, found
 
 
 def _steps(
-    student: Student, trainer: Bfloat16, features: Features, lessons: Lessons, *, reads: bool, fade: float,
-    workers: int, log: int,
+    student: Student, trainer: Bfloat16, features: Features, lessons: Lessons, *, reads: bool, workers: int,
+    log: int,
 ) -> Iterator[tuple[int, dict[str, float]]]:  # fmt: skip
-    """Take a round's steps; every `log` of them, and at the end, say how many were taken, and what the losses were."""
+    """Take all steps; every `log` of them, and at the end, say how many were taken, and what the losses were."""
     rng, device = np.random.default_rng(lessons.seed), str(features.low.device)
     prefix = torch.tensor(prefix_ids(build_tokenizer()), device=device)
     shares = [SHARES[mode] for mode in MODES] if reads else [1, 0, 0, 0]
@@ -89,7 +85,7 @@ def _steps(
         inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
         answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)
-        share = 1.0 if number < fade * lessons.steps else 0.5
+        share = 1.0 if number < FADE * lessons.steps else 0.5
         trainer.update(answer + share * sum(aids.WEIGHTS[name] * losses[name] for name in wanted))
         recent.append(torch.stack([answer.detach(), *(loss.detach() for loss in losses.values()), pages.detach()]))
         if (number + 1) % log == 0 or number + 1 == lessons.steps:

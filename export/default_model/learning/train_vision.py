@@ -20,13 +20,15 @@ from export.network.vision import Encoder
 logger = logging.getLogger(__name__)
 TILE = GEOMETRY.lowres
 PATCH = GEOMETRY.vision.patch
-HIRES_HEADS, LOWRES_HEADS = ("digit", "place", "hires_colour"), ("colour", "shape", "centre")
+HIRES_HEADS, LOWRES_HEADS = ("digit", "place", "hires_colour", "hires_shape"), ("colour", "shape", "centre")
 CLASSES = {
-    "digit": 11, "place": 4, "hires_colour": len(COLOURS) + 1,
+    "digit": 11, "place": 4, "hires_colour": len(COLOURS) + 1, "hires_shape": len(SHAPES) + 1,
     "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "centre": 2,
 }  # fmt: skip
 NONE = {"place": 0, "centre": -1}  # the class that stands for nothing, where it is not the last; -1: there is none
+WEIGHTS = {"digit": 2.0, "place": 2.0, "hires_shape": 1.0}  # of the heads' losses; 1 where there is none here
 SHEETS, SCENES = 20, 4  # tiles of each kind in a step
+AGAIN, KEPT = 0.5, 200  # share of steps that show sheets again, and of how many earlier ones: writing takes a third
 LEARNING_RATE, DECAY = 5e-3, 0.05
 SIZE = 3e-3  # weight of the features' mean square: heads behind a norm do not care, float16 does
 
@@ -101,9 +103,15 @@ def train(
     tower = Tower().to(device)
     trainer = Bfloat16(tower, LEARNING_RATE, steps, DECAY)
     small = torch.cat([lowres(part).half() for part in pool.pixels.split(64)])
+    sheets: list[tuple[Tensor, dict[str, Tensor]]] = []
     started = time.perf_counter()
     for step in range(steps):
-        tiles, wanted = _sheets_batch(pool, generator)
+        if len(sheets) == KEPT and torch.rand(1, generator=generator, device=device) < AGAIN:
+            lot = int(torch.randint(0, KEPT, (1,), generator=generator, device=device))
+        else:
+            lot = step % KEPT
+            sheets[lot : lot + 1] = [_sheets_batch(pool, generator)]
+        tiles, wanted = _noisy(sheets[lot][0], generator), sheets[lot][1]
         few, asked = _scenes_batch(pool, small, generator)
         batch = normalised(torch.cat((tiles, few))).bfloat16()
         features = tower.features(batch)
@@ -132,10 +140,14 @@ def _sheets_batch(pool: Pool, generator: torch.Generator) -> tuple[Tensor, dict[
 
     wanted = {name: crop(pool.labels[name], LOWRES).flatten(1) for name in HIRES_HEADS}
     tiles = write_numbers(crop(pool.pixels, TILE).float(), wanted["digit"], wanted["place"], generator)
-    tiles = damaged(tiles, generator)
+    return damaged(tiles, generator).clamp(0, 255).to(torch.uint8), wanted
+
+
+def _noisy(tiles: Tensor, generator: torch.Generator) -> Tensor:
+    device = generator.device
     noise = torch.randn(tiles.shape, generator=generator, device=device)
-    tiles += 3 * torch.rand(SHEETS, 1, 1, 1, generator=generator, device=device) * noise
-    return _varied(tiles, generator), wanted
+    amount = 3 * torch.rand(len(tiles), 1, 1, 1, generator=generator, device=device)
+    return _varied(tiles + amount * noise, generator)
 
 
 def _scenes_batch(pool: Pool, small: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,12 +173,13 @@ def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
         target = label.long().flatten()
         target = torch.where(target == NOTHING, -100, target)
         logits = tower.heads[name](x).float().flatten(0, 1)
+        share = WEIGHTS.get(name, 1.0)
         if name in ("digit", "place"):  # most patches hold none
             weight = torch.where(target == NONE.get(name, CLASSES[name] - 1), 0.3, 1.0) * (target >= 0)
             each = F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=0.02)
-            total = total + 2 * (each * weight).sum() / weight.sum().clamp(min=1)
+            total = total + share * (each * weight).sum() / weight.sum().clamp(min=1)
         else:
-            total = total + F.cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.02)
+            total = total + share * F.cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.02)
     return total
 
 
