@@ -35,7 +35,7 @@ class Schedule:
     vision_scenes: int = 4000
     vision_steps: int = 11500
     decoder_scenes: int = 6000
-    decoder_steps: int = 5400
+    decoder_steps: int = 5200
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0

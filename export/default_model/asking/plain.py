@@ -30,6 +30,7 @@ class PlainAsker:
         self.rng, self.things, self.size, self.wording = rng, things, size, wording
         self.held_out = wording == "held out"
         self.plain = False  # within conversations answers are short, and nobody asks for that
+        self.close = False  # compare close numbers if there are any
 
     def one(self) -> Question:
         names = [self._name_of(self._any())]
@@ -151,7 +152,8 @@ class PlainAsker:
         pairs = [pair for pair in permutations(range(len(values)), 2) if values[pair[0]] != values[pair[1]]]
         if not pairs:
             return None
-        first, second = pick(self.rng, pairs)
+        close = [(a, b) for a, b in pairs if self.close and values[a] // 10 == values[b] // 10 > 0]
+        first, second = pick(self.rng, close or pairs)
         relation = pick(self.rng, ("larger", "smaller"))
         holds = (values[first] > values[second]) == (relation == "larger")
         which = self.rng.random() < 0.3

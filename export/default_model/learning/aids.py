@@ -29,15 +29,17 @@ G = GEOMETRY
 # maps stay narrow.
 WEIGHTS = {
     "map": 0.15, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
-    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.5, "holds": 0.15, "relation": 0.1,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.3, "holds": 0.15, "relation": 0.1,
     "more": 0.15, "picked": 0.1, "larger": 0.15, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
 WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
 PLACED, TALLY, APART, RELATION, LARGER, PICKED = 4, 5, 5, 5, 5, 6
 HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to find then
-FINDER, COUNTING = 3, 2  # the heads of FOUND and COUNTER
-REST = 3  # things that the first token of all counts for: of n things each has a share of 1 / (n + REST)
+FINDER = 3  # the head of FOUND
+# Heads of COUNTER, and for how many things, m, the first token of all counts there: of n things each has 1 / (n + m).
+COUNTING = {1: 8, 2: 3}
+EXACT = 0.15  # of logarithms that should be equal: above it only which is larger counts, not how much
 
 
 def probes(width: int) -> nn.ModuleDict:
@@ -134,17 +136,21 @@ class Losses:
 
         if layer == COUNTER:
             index = batch.counted[..., None]
-            row = rows(batch.where.gather(2, index))[:, :, COUNTING, 0] + 1e-5  # [S, Q, keys]
-            goals = batch.goals.gather(2, index[..., None].expand(-1, -1, -1, batch.goals.shape[-1]))[:, :, 0]
-            asked, there = batch.count >= 0, (goals >= 0) & (batch.count >= 0)[..., None]
-            each, rest = row.gather(-1, begin + goals.clamp(min=0)).log(), row[..., :1].log()
+            weights = rows(batch.where.gather(2, index))[:, :, :, 0]  # [S, Q, H, keys]
+            asked, there = batch.count >= 0, batch.near[..., 0] >= 0
             many = there.sum(-1)
-            found = ((each * there).sum(-1) + REST * rest[..., 0]) / (many + REST)
-            self.parts["counter"].append(_mean(-found, asked))
-            # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
-            share = rest - math.log(REST)
-            total = row[..., begin:span].sum(-1).log() - share[..., 0] - many.clamp(min=1).log()
-            self.parts["even"].append(_mean(_off(each - share), there) + 2 * _mean(_off(total), asked & (many > 0)))
+            for head, rest_counts in COUNTING.items():
+                row = weights[:, :, head]
+                # A middle on the border of tokens is on either: what they have together is what the thing has.
+                near = row.gather(-1, begin + batch.near.clamp(min=0).flatten(2)).view(batch.near.shape)
+                each = ((near * (batch.near >= 0)).sum(-1) + 1e-5).log()  # [S, Q, GOALS]
+                rest = (row[..., :1] + 1e-5).log()
+                found = ((each * there).sum(-1) + rest_counts * rest[..., 0]) / (many + rest_counts)
+                self.parts["counter"].append(_mean(-found, asked))
+                # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
+                share = rest - math.log(rest_counts)
+                total = (row[..., begin:span].sum(-1) + 1e-5).log() - share[..., 0] - many.clamp(min=1).log()
+                self.parts["even"].append(_mean(_off(each - share), there) + 2 * _mean(_off(total), asked & (many > 0)))
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
         """Weights of hi-res keys [S, H, V, 1296], pages in view [S, V, 81]."""
@@ -175,7 +181,7 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 def _off(difference: Tensor) -> Tensor:
     """Of logarithms of weights that should be equal."""
-    return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=0.5)
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none", beta=EXACT)
 
 
 def _mean(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:

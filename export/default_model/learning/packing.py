@@ -29,7 +29,9 @@ from export.default_model.scenes import COLOURS, SHAPES, Thing
 LENGTH = 72  # tokens of a conversation and its last answer, at most
 TALK, TALKING = 0.2, 0.3  # share of steps with conversations, and of conversations in them; the others are short
 READS = 15  # answer tokens, the end token included
-PARTS, GOALS, MENTIONS = 4, 9, 2
+PARTS, GOALS, MENTIONS, NEAR = 4, 9, 2, 4
+BESIDE = 4.0  # pixels: within these of the border of two low-res tokens a thing's middle counts as on both
+CLOSE = 0.4  # share of comparisons of close numbers, in scenes that have some, beside those that happen to be
 BOS, EOS = 1, 2
 Described = tuple[tuple[Thing, ...], tuple[int, int]]  # things of a scene, and its size: width, height
 
@@ -54,6 +56,7 @@ class Batch:
     places: Tensor  # [S, Q, MENTIONS]: low-res token of that thing, or ABSENT
     apart: Tensor  # [S, Q, 2]: whether the second thing is right of, below the first one
     count: Tensor  # [S, Q]: what is counted
+    near: Tensor  # [S, Q, GOALS, NEAR]: low-res tokens that the middle of each thing that counts is on, or nearly on
     counted: Tensor  # [S, Q]: index into R of the token that says it
     holds: Tensor  # [S, Q]: whether what is asked holds of the first thing, its side or its number: 0, 1
     relation: Tensor  # [S, Q]: which of RELATIONS that is
@@ -132,8 +135,10 @@ def pack(
     *,
     wording: str = "train",
     talking: float | None = None,
+    close: float = 0.0,
 ) -> Batch:
-    """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES."""
+    """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES;
+    `close`: the share of comparisons that are of close numbers if the scene has any."""
     rows = []
     for things, size in scenes:
         own: list[dict[str, np.ndarray]] = []
@@ -143,7 +148,8 @@ def pack(
                 follow = rng.random() < talking
                 while (kind == "follow-up") != follow:
                     kind = "follow-up" if follow else draw_kind(rng)
-            question = ask(rng, things, size, kind, wording=wording)
+            near_by = kind == "compare" and rng.random() < close
+            question = ask(rng, things, size, kind, wording=wording, close=near_by)
             row = None if question is None else arranged(question, things, tokenizer)
             if row is not None:
                 own.append(row)
@@ -172,6 +178,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         "parts": np.full((READS, PARTS), -1), "goals": np.full((READS, GOALS), -1), "words": np.full((READS, 2), -1),
         "named": np.full((READS, 2), -1), "ends": np.full(MENTIONS, -1), "joined": np.full(MENTIONS, -1),
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
+        "near": np.full((GOALS, NEAR), -1),
         "holds": np.array(-1), "relation": np.array(-1), "more": np.array(-1), "decided": np.array(0),
         "larger": np.array(-1), "compared": np.array(0), "picked": np.full(READS, -1),
         "kind": np.array(KINDS.index(question.kind)),
@@ -206,6 +213,13 @@ def _token(encoding: Encoding, character: int) -> int:
 def _token_of(thing: Thing) -> int:
     row, column = lowres_token(*thing.centre)
     return row * LOWRES + column
+
+
+def _tokens_beside(thing: Thing) -> list[int]:
+    """Its low-res token first, then those whose border its middle is as good as on."""
+    x, y = thing.centre
+    around = [(x, y), *((x + dx, y + dy) for dx in (-BESIDE, BESIDE) for dy in (-BESIDE, BESIDE))]
+    return list(dict.fromkeys(row * LOWRES + column for row, column in (lowres_token(*place) for place in around)))
 
 
 def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thing, ...], spoken: list) -> None:
@@ -263,6 +277,9 @@ def _answers(
         first = _token(said, next(index for index, character in enumerate(question.answer) if character.isdigit()))
         row["count"] = np.array(int("".join(c for c in question.answer if c.isdigit())))
         row["counted"] = np.array(first)
+        for index, thing in enumerate(question.about[:GOALS]):
+            beside = _tokens_beside(things[thing])
+            row["near"][index, : len(beside)] = beside
     last = len(said.ids) if question.kind in ("colour", "shape", "where") else first + 1
     for token in range(first, last):
         if token not in read:
@@ -285,7 +302,7 @@ class Lessons(Dataset[tuple[list[int], Batch]]):
         chosen = rng.integers(len(self.scenes), size=self.per_step[0]).tolist()
         talking = TALKING if rng.random() < TALK else 0.0
         scenes = [self.scenes[index] for index in chosen]
-        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking)
+        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking, close=CLOSE)
 
     def ahead(self, workers: int) -> Iterator[tuple[list[int], Batch]]:
         """All steps in order, made by other processes while training runs."""
