@@ -22,7 +22,7 @@ G = GEOMETRY
 # `map`: selecting layers look at what the token is about; `read`: page attention at the digit; `words`, `joined`: a
 # head of layer 1 at the words that name it, or say what is compared, `found`: a head at the thing where its name
 # ends; `asked`, `placed`, `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image
-# token's place, on which side the second thing lies, how many there are; `counter`: a head's weights on what is
+# token's place, on which side the second thing lies, how many there are; `counter`: two heads' weights on what is
 # counted say how many there are, `even`: each thing has the same; `larger`: whether the first number is the larger
 # one; `holds`: whether what is asked of sides or numbers is so, `relation`, `more`: what is asked, and which thing
 # has more of it, which say nothing alone; `picked`: a head at the name of the thing that wins a comparison; `spread`:

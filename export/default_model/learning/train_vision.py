@@ -26,7 +26,7 @@ CLASSES = {
     "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "centre": 2,
 }  # fmt: skip
 NONE = {"place": 0, "centre": -1}  # the class that stands for nothing, where it is not the last; -1: there is none
-WEIGHTS = {"digit": 2.0, "place": 2.0, "hires_shape": 1.0}  # of the heads' losses; 1 where there is none here
+WEIGHTS = {"digit": 2.0, "place": 2.0}  # of the heads' losses; 1 where there is none here
 SHEETS, SCENES = 20, 4  # tiles of each kind in a step
 AGAIN, KEPT = 0.5, 200  # share of steps that show sheets again, and of how many earlier ones: writing takes a third
 LEARNING_RATE, DECAY = 5e-3, 0.05
