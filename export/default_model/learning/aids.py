@@ -144,13 +144,15 @@ class Losses:
                 # A middle on the border of tokens is on either: what they have together is what the thing has.
                 near = row.gather(-1, begin + batch.near.clamp(min=0).flatten(2)).view(batch.near.shape)
                 each = ((near * (batch.near >= 0)).sum(-1) + 1e-5).log()  # [S, Q, GOALS]
-                rest = (row[..., :1] + 1e-5).log()
-                found = ((each * there).sum(-1) + rest_counts * rest[..., 0]) / (many + rest_counts)
+                rest = (row[..., 0] + 1e-5).log()  # [S, Q]
+                found = ((each * there).sum(-1) + rest_counts * rest) / (many + rest_counts)
                 self.parts["counter"].append(_mean(-found, asked))
                 # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
                 share = rest - math.log(rest_counts)
-                total = (row[..., begin:span].sum(-1) + 1e-5).log() - share[..., 0] - many.clamp(min=1).log()
-                self.parts["even"].append(_mean(_off(each - share), there) + 2 * _mean(_off(total), asked & (many > 0)))
+                total = (row[..., begin:span].sum(-1) + 1e-5).log() - share - many.clamp(min=1).log()
+                self.parts["even"].append(
+                    _mean(_off(each - share[..., None]), there) + 2 * _mean(_off(total), many > 0)
+                )
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
         """Weights of hi-res keys [S, H, V, 1296], pages in view [S, V, 81]."""

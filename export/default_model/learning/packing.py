@@ -210,8 +210,8 @@ def _token(encoding: Encoding, character: int) -> int:
     raise ValueError(f"no token holds character {character} of {encoding.tokens}")
 
 
-def _token_of(thing: Thing) -> int:
-    row, column = lowres_token(*thing.centre)
+def _token_at(x: float, y: float) -> int:
+    row, column = lowres_token(x, y)
     return row * LOWRES + column
 
 
@@ -219,7 +219,7 @@ def _tokens_beside(thing: Thing) -> list[int]:
     """Its low-res token first, then those whose border its middle is as good as on."""
     x, y = thing.centre
     around = [(x, y), *((x + dx, y + dy) for dx in (-BESIDE, BESIDE) for dy in (-BESIDE, BESIDE))]
-    return list(dict.fromkeys(row * LOWRES + column for row, column in (lowres_token(*place) for place in around)))
+    return list(dict.fromkeys(_token_at(*place) for place in around))
 
 
 def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thing, ...], spoken: list) -> None:
@@ -230,7 +230,7 @@ def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thin
         row["ends"][index] = max(positions)
         if len(positions) == 2:
             row["joined"][index] = min(positions)
-        row["places"][index] = ABSENT if mention.thing is None else _token_of(things[mention.thing])
+        row["places"][index] = ABSENT if mention.thing is None else _token_at(*things[mention.thing].centre)
     if len(question.mentions) == 2 and all(mention.thing is not None for mention in question.mentions):
         first, second = (things[mention.thing].centre for mention in question.mentions)
         for axis in (0, 1):
@@ -271,7 +271,7 @@ def _answers(
         row["holds"] = np.array(question.answer.endswith(("yes", names[0])))
         if question.answer.endswith(tuple(names)):
             row["picked"][comma + 7 : comma + 9] = spoken[0 if row["holds"] else 1]
-    goals = list(dict.fromkeys(_token_of(things[index]) for index in question.about))[:GOALS]
+    goals = list(dict.fromkeys(_token_at(*things[index].centre) for index in question.about))[:GOALS]
     first = 0
     if question.kind == "count":
         first = _token(said, next(index for index, character in enumerate(question.answer) if character.isdigit()))

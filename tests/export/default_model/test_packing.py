@@ -53,6 +53,7 @@ def test_close_numbers_are_compared_where_there_are_some(scenes):
             numbers = ask(rng, things, size, "compare", close=True).answer.split(",")[0].split(" and ")
             found += bool(pairs)
             assert not pairs or tuple(numbers) in pairs
+    assert found > 20
 
 
 def test_lessons_compare_close_numbers_more_often_than_scenes_have_them(scenes):
