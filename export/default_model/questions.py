@@ -34,20 +34,20 @@ _TRIES = 40
 
 def ask(
     rng: np.random.Generator, things: tuple[Thing, ...], size: tuple[int, int], kind: str, *, wording: str = "train",
-    close: bool = False,
+    hard: bool = False,
 ) -> Question | None:  # fmt: skip
     """A random question of a kind about a scene, or None where the scene allows none.
 
     `size`: width and height of the picture, in pixels, which stands in the middle of the padded square. `wording`:
-    "train", or "held out" for wordings and unknown words that training never sees. `close`: compare numbers that differ
-    in the second digit alone, if there are any. ValueError for another kind or wording.
+    "train", or "held out" for wordings and unknown words that training never sees. `hard`: count at least MANY things,
+    compare numbers that differ in the second digit alone, if there are any. ValueError for another kind or wording.
     """
     if kind not in KINDS or wording not in ("train", "held out"):
         raise ValueError(
             f"question of kind {kind!r} in wording {wording!r}; expected one of {KINDS}, 'train' or 'held out'"
         )
     asker = _Asker(rng, things, size, wording)
-    asker.close = close
+    asker.hard = hard
     for _ in range(_TRIES):
         question = asker.ask(kind)
         if question is None and kind not in ("honest", "follow-up"):  # those draw another kind

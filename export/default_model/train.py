@@ -33,9 +33,9 @@ class Schedule:
     """Scenes and steps of each stage, and the seed of everything."""
 
     vision_scenes: int = 4000
-    vision_steps: int = 11500
-    decoder_scenes: int = 6000
-    decoder_steps: int = 5200
+    vision_steps: int = 15000
+    decoder_scenes: int = 8000
+    decoder_steps: int = 7500
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0

@@ -47,6 +47,10 @@ TRAIN = {
         "what does the {} (say|show) and what does the {} (say|show)?",
         "the {} has (what|which) number, and the {}?",
         "i want to know the numbers (in|on) the {} and (in|on) the {}.",
+        "(please |)(tell me|say) (what|which) numbers you (see|find) (in|on) the {} and (in|on) the {}.",
+        "(in|on) the {} and (in|on) the {}, (what|which) numbers are there?",
+        "of the {} and the {}, what are the numbers?",
+        "(please |)(tell me|say) (what|which) numbers the {} and the {} (have|show).",
     ),
     "yes/no": (
         f"is there {{}}{_HERE}?",
@@ -136,6 +140,9 @@ TRAIN = {
         "would you say the number (in|on) the {} is {r} than (|the one |the number )(in|on) the {}?",
         "do you see a {r} number (in|on) the {} than (in|on) the {}?",
         "(tell me|say) (if|whether) the {} has a {r} number than the {}.",
+        "is it the {} that has a {r} number than the {}?",
+        "(in|on) the {}, is the number {r} than (in|on) the {}?",
+        "the {} and the {}: does the first have the {r} number?",
     ),
     "which": (
         "which (|number )is {r}, the (number|one) (in|on) the {} or (the one |)(in|on) the {}?",
@@ -147,6 +154,7 @@ TRAIN = {
         "the {} or the {}: which (|one )has the {r} number?",
         "(tell me|say) where the number is {r}, (in|on) the {} or (in|on) the {}.",
         "(in|on) the {} or (in|on) the {}: where is the number {r}?",
+        "of the {} and the {}, which has the {r} number?",
     ),
     "follow-up": (
         "and {}?",

@@ -17,6 +17,7 @@ from export.default_model.scenes import COLOURS, SHAPES, Thing
 
 APART = 45  # pixels: the least distance along an axis that is asked for
 SENTENCE, ONE_WORD = 0.12, 0.08  # shares of questions that ask for such an answer
+MANY = 3  # things from which counting is hard
 AXES = (("left", "right"), ("above", "below"))  # smaller and larger x, y
 NEAR = 0.7  # share of missing things whose colour and shape are in the scene, though not together
 
@@ -30,7 +31,7 @@ class PlainAsker:
         self.rng, self.things, self.size, self.wording = rng, things, size, wording
         self.held_out = wording == "held out"
         self.plain = False  # within conversations answers are short, and nobody asks for that
-        self.close = False  # compare close numbers if there are any
+        self.hard = False  # compare close numbers, count many things, if there are any
 
     def one(self) -> Question:
         names = [self._name_of(self._any())]
@@ -152,7 +153,7 @@ class PlainAsker:
         pairs = [pair for pair in permutations(range(len(values)), 2) if values[pair[0]] != values[pair[1]]]
         if not pairs:
             return None
-        close = [(a, b) for a, b in pairs if self.close and values[a] // 10 == values[b] // 10 > 0]
+        close = [(a, b) for a, b in pairs if self.hard and values[a] // 10 == values[b] // 10 > 0]
         first, second = pick(self.rng, close or pairs)
         relation = pick(self.rng, ("larger", "smaller"))
         holds = (values[first] > values[second]) == (relation == "larger")
@@ -165,16 +166,18 @@ class PlainAsker:
         return replace(self._numbers(question, first, second, tail), kind="compare")
 
     def _to_count(self) -> Name:
-        """Half of the time every number that can be the answer is as likely; else what is likely to be asked."""
+        """Half of the time every number that can be the answer is as likely; else what is likely to be asked. Where it
+        shall be hard every one from MANY up."""
         rng = self.rng
         names: list[Name] = [
             *((colour, None) for colour in COLOURS),
             *((None, shape) for shape in SHAPES),
             (None, None),
         ]
-        if rng.random() < 0.5:
-            counts = [len(self._matches(name)) for name in names]
-            wanted = pick(rng, sorted(set(counts)))
+        counts = [len(self._matches(name)) for name in names]
+        many = sorted({count for count in counts if count >= MANY}) if self.hard else []
+        if many or rng.random() < 0.5:
+            wanted = pick(rng, many or sorted(set(counts)))
             return pick(rng, [name for name, count in zip(names, counts, strict=True) if count == wanted])
         choice = rng.random()
         if choice < 0.1:

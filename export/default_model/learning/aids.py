@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.default_model.asking.patterns import RELATIONS
-from export.default_model.learning.packing import ABSENT, Batch, Reads
+from export.default_model.learning.packing import ABSENT, DIGITS, Batch, Reads
 from export.default_model.model import GEOMETRY
 from export.default_model.scenes import COLOURS, SHAPES
 
@@ -24,16 +24,16 @@ G = GEOMETRY
 # ends; `asked`, `placed`, `seated`, `apart`, `tally`: colour and shape asked for, a named thing's place, an image
 # token's place, on which side the second thing lies, how many there are; `counter`: two heads' weights on what is
 # counted say how many there are, `even`: each thing has the same; `larger`: whether the first number is the larger
-# one; `holds`: whether what is asked of sides or numbers is so, `relation`, `more`: what is asked, and which thing
-# has more of it, which say nothing alone; `picked`: a head at the name of the thing that wins a comparison; `spread`:
-# maps stay narrow.
+# one, `aligned`: heads at tens and units of both; `holds`: whether what is asked of sides or numbers is so,
+# `relation`, `more`: what is asked, and which thing has more of it, which say nothing alone; `picked`: a head at the
+# name of the thing that wins a comparison; `spread`: maps stay narrow.
 WEIGHTS = {
     "map": 0.15, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
     "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.3, "holds": 0.15, "relation": 0.1,
-    "more": 0.15, "picked": 0.1, "larger": 0.15, "spread": 0.3,
+    "more": 0.15, "picked": 0.1, "larger": 0.15, "aligned": 0.1, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
-WORDS, SEATED, ASKED, FOUND, COUNTER = 1, 1, G.start_layer, (2, 3), 3  # layers
+WORDS, SEATED, ASKED, FOUND, COUNTER, ALIGNED = 1, 1, G.start_layer, (2, 3), 3, 3  # layers
 PLACED, TALLY, APART, RELATION, LARGER, PICKED = 4, 5, 5, 5, 5, 6
 HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to find then
 FINDER = 3  # the head of FOUND
@@ -129,6 +129,11 @@ class Losses:
             key = torch.where(batch.places == ABSENT, 0, begin + batch.places)
             found = mass(rows(batch.ends.clamp(min=0))[:, :, FINDER], key)
             self.parts["found"].append(_mean(-(found + 1e-5).log(), batch.ends >= 0))
+
+        if layer == ALIGNED:  # one head for each digit of two numbers
+            weights = rows(batch.where.gather(2, batch.compared[..., None]))[:, :, :DIGITS, 0]  # [S, Q, DIGITS, keys]
+            found = mass(weights, span + batch.digits.clamp(min=0))
+            self.parts["aligned"].append(_mean(-(found + 1e-5).log(), batch.digits >= 0))
 
         if layer == PICKED:
             found = mass(rows(batch.where)[:, :, 0], span + batch.picked.clamp(min=0))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from export.default_model.asking.names import called
 from export.default_model.asking.patterns import RELATIONS
-from export.default_model.learning.pool import HIRES, LOWRES, lowres_token
+from export.default_model.learning.pool import HIRES, LOWRES, lowres_shares, lowres_token
 from export.default_model.questions import (
     KINDS,
     TEMPLATE,
@@ -29,9 +29,8 @@ from export.default_model.scenes import COLOURS, SHAPES, Thing
 LENGTH = 72  # tokens of a conversation and its last answer, at most
 TALK, TALKING = 0.2, 0.3  # share of steps with conversations, and of conversations in them; the others are short
 READS = 15  # answer tokens, the end token included
-PARTS, GOALS, MENTIONS, NEAR = 4, 9, 2, 4
-BESIDE = 4.0  # pixels: within these of the border of two low-res tokens a thing's middle counts as on both
-CLOSE = 0.4  # share of comparisons of close numbers, in scenes that have some, beside those that happen to be
+PARTS, GOALS, MENTIONS, NEAR, DIGITS = 4, 9, 2, 4, 4
+HARD = 0.4  # share of counts and comparisons that are hard, in scenes that allow it, beside those that happen to be
 BOS, EOS = 1, 2
 Described = tuple[tuple[Thing, ...], tuple[int, int]]  # things of a scene, and its size: width, height
 
@@ -56,7 +55,7 @@ class Batch:
     places: Tensor  # [S, Q, MENTIONS]: low-res token of that thing, or ABSENT
     apart: Tensor  # [S, Q, 2]: whether the second thing is right of, below the first one
     count: Tensor  # [S, Q]: what is counted
-    near: Tensor  # [S, Q, GOALS, NEAR]: low-res tokens that the middle of each thing that counts is on, or nearly on
+    near: Tensor  # [S, Q, GOALS, NEAR]: low-res tokens that have a share of the middle of each thing that counts
     counted: Tensor  # [S, Q]: index into R of the token that says it
     holds: Tensor  # [S, Q]: whether what is asked holds of the first thing, its side or its number: 0, 1
     relation: Tensor  # [S, Q]: which of RELATIONS that is
@@ -64,6 +63,7 @@ class Batch:
     decided: Tensor  # [S, Q]: index into R of the token that says so
     larger: Tensor  # [S, Q]: whether the first of two numbers to compare is the larger one: 0, 1
     compared: Tensor  # [S, Q]: index into R of the token that says so
+    digits: Tensor  # [S, Q, DIGITS]: positions of tens and units of the first, then of the second number
     picked: Tensor  # [S, Q, R]: position of the winner's colour or shape, where a comparison answers with its name
     kind: Tensor  # [S, Q]: of the question, index into KINDS
 
@@ -135,10 +135,10 @@ def pack(
     *,
     wording: str = "train",
     talking: float | None = None,
-    close: float = 0.0,
+    hard: float = 0.0,
 ) -> Batch:
     """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES;
-    `close`: the share of comparisons that are of close numbers if the scene has any."""
+    `hard`: the share of counts and comparisons that are hard (`ask`) if the scene allows it."""
     rows = []
     for things, size in scenes:
         own: list[dict[str, np.ndarray]] = []
@@ -148,8 +148,8 @@ def pack(
                 follow = rng.random() < talking
                 while (kind == "follow-up") != follow:
                     kind = "follow-up" if follow else draw_kind(rng)
-            near_by = kind == "compare" and rng.random() < close
-            question = ask(rng, things, size, kind, wording=wording, close=near_by)
+            difficult = kind in ("count", "compare") and rng.random() < hard
+            question = ask(rng, things, size, kind, wording=wording, hard=difficult)
             row = None if question is None else arranged(question, things, tokenizer)
             if row is not None:
                 own.append(row)
@@ -180,7 +180,7 @@ def arranged(question: Question, things: tuple[Thing, ...], tokenizer: Tokenizer
         "places": np.full(MENTIONS, -1), "apart": np.full(2, -1), "count": np.array(-1), "counted": np.array(0),
         "near": np.full((GOALS, NEAR), -1),
         "holds": np.array(-1), "relation": np.array(-1), "more": np.array(-1), "decided": np.array(0),
-        "larger": np.array(-1), "compared": np.array(0), "picked": np.full(READS, -1),
+        "larger": np.array(-1), "compared": np.array(0), "digits": np.full(DIGITS, -1), "picked": np.full(READS, -1),
         "kind": np.array(KINDS.index(question.kind)),
     }  # fmt: skip
     row["ids"][: len(asked.ids) + len(answer) - 1] = [*asked.ids, *answer[:-1]]
@@ -210,18 +210,6 @@ def _token(encoding: Encoding, character: int) -> int:
     raise ValueError(f"no token holds character {character} of {encoding.tokens}")
 
 
-def _token_at(x: float, y: float) -> int:
-    row, column = lowres_token(x, y)
-    return row * LOWRES + column
-
-
-def _tokens_beside(thing: Thing) -> list[int]:
-    """Its low-res token first, then those whose border its middle is as good as on."""
-    x, y = thing.centre
-    around = [(x, y), *((x + dx, y + dy) for dx in (-BESIDE, BESIDE) for dy in (-BESIDE, BESIDE))]
-    return list(dict.fromkeys(_token_at(*place) for place in around))
-
-
 def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thing, ...], spoken: list) -> None:
     for index, (mention, at) in enumerate(zip(question.mentions[:MENTIONS], spoken, strict=False)):
         positions = [position for position in at if position is not None]
@@ -230,7 +218,7 @@ def _mentions(row: dict[str, np.ndarray], question: Question, things: tuple[Thin
         row["ends"][index] = max(positions)
         if len(positions) == 2:
             row["joined"][index] = min(positions)
-        row["places"][index] = ABSENT if mention.thing is None else _token_at(*things[mention.thing].centre)
+        row["places"][index] = ABSENT if mention.thing is None else lowres_token(*things[mention.thing].centre)
     if len(question.mentions) == 2 and all(mention.thing is not None for mention in question.mentions):
         first, second = (things[mention.thing].centre for mention in question.mentions)
         for axis in (0, 1):
@@ -267,19 +255,22 @@ def _answers(
         comma = max(read)  # "58 and 35, the first is larger, yes", or "58 and 35, the first is larger, the red star"
         row["larger"], row["compared"] = np.array(first > second), np.array(comma + 2)
         row["decided"] = np.array(comma + 6)
+        for offset, thing, digit in question.reads:  # tens or units, of the first thing or the second
+            at = 2 * (thing != question.reads[0][1]) + 2 - len(things[thing].number) + digit
+            row["digits"][at] = row["where"][_token(said, offset)] + 1
         names = [called(mention.colour, mention.shape) for mention in question.mentions]
         row["holds"] = np.array(question.answer.endswith(("yes", names[0])))
         if question.answer.endswith(tuple(names)):
             row["picked"][comma + 7 : comma + 9] = spoken[0 if row["holds"] else 1]
-    goals = list(dict.fromkeys(_token_at(*things[index].centre) for index in question.about))[:GOALS]
+    goals = list(dict.fromkeys(lowres_token(*things[index].centre) for index in question.about))[:GOALS]
     first = 0
     if question.kind == "count":
         first = _token(said, next(index for index, character in enumerate(question.answer) if character.isdigit()))
         row["count"] = np.array(int("".join(c for c in question.answer if c.isdigit())))
         row["counted"] = np.array(first)
         for index, thing in enumerate(question.about[:GOALS]):
-            beside = _tokens_beside(things[thing])
-            row["near"][index, : len(beside)] = beside
+            shared = list(lowres_shares(*things[thing].centre))
+            row["near"][index, : len(shared)] = shared
     last = len(said.ids) if question.kind in ("colour", "shape", "where") else first + 1
     for token in range(first, last):
         if token not in read:
@@ -302,7 +293,7 @@ class Lessons(Dataset[tuple[list[int], Batch]]):
         chosen = rng.integers(len(self.scenes), size=self.per_step[0]).tolist()
         talking = TALKING if rng.random() < TALK else 0.0
         scenes = [self.scenes[index] for index in chosen]
-        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking, close=CLOSE)
+        return chosen, pack(rng, scenes, self.per_step[1], _tokenizer(), talking=talking, hard=HARD)
 
     def ahead(self, workers: int) -> Iterator[tuple[list[int], Batch]]:
         """All steps in order, made by other processes while training runs."""

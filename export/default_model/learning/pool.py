@@ -16,8 +16,11 @@ from export.default_model.model import CLIP_MEAN, CLIP_STD
 from export.default_model.scenes import CANVAS, COLOURS, PATCH, SHAPES, Scene, Style, Thing, make_scene, varied
 
 HIRES, LOWRES = CANVAS // PATCH, CANVAS // PATCH // 3  # patches per side of the two views
+SIDE = CANVAS // LOWRES  # pixels of the padded square along a side of a low-res token
 NOTHING = 255  # label of a patch that belongs half to a shape: not trained on
 SINGLE, FIRST, SECOND = 1, 2, 3  # place of a digit in its number; 0: no digit
+BESIDE = 6.0  # pixels: nearer to the border of two low-res tokens than this, a thing's middle is shared by both
+WHOLE = 255  # label of a low-res patch that has the whole middle of a thing
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Labels:
     hires_shape: np.ndarray  # hi-res, 0..6, 7
     colour: np.ndarray  # low-res, 0..7, 8
     shape: np.ndarray  # low-res, 0..6, 7
-    centre: np.ndarray  # low-res, 1 where the middle of a thing is, else 0
+    centre: np.ndarray  # low-res, what the patch has of the middle of a thing, 0 .. WHOLE
 
 
 def padded(image: Image.Image) -> np.ndarray:
@@ -63,14 +66,14 @@ def margins_of(sizes: list[tuple[int, int]]) -> Tensor:
 def labels(scene: Scene) -> Labels:
     """What stands on every patch of a scene."""
     digit, place = np.full(HIRES * HIRES, 10, np.uint8), np.zeros(HIRES * HIRES, np.uint8)
-    centre = np.zeros((LOWRES, LOWRES), np.uint8)
+    centre = np.zeros(LOWRES * LOWRES)
     for thing in scene.things:
         for index, text in enumerate(thing.number):
             for part in reversed(thing.parts(index)):
                 digit[part] = int(text)
                 place[part] = SINGLE if len(thing.number) == 1 else (FIRST, SECOND)[index]
-        row, column = lowres_token(*thing.centre)
-        centre[row, column] = 1
+        for token, share in lowres_shares(*thing.centre).items():
+            centre[token] += share
     fine = _owner(scene.things, HIRES, 4)
     coarse = _owner(scene.things, LOWRES, 12)
     colours = [list(COLOURS).index(thing.colour) for thing in scene.things] + [NOTHING, len(COLOURS)]
@@ -79,14 +82,33 @@ def labels(scene: Scene) -> Labels:
     square = (HIRES, HIRES)
     return Labels(
         digit.reshape(square), place.reshape(square), look[0][fine], look[1][fine], look[0][coarse], look[1][coarse],
-        centre,
+        (WHOLE * centre.clip(0, 1)).round().astype(np.uint8).reshape(LOWRES, LOWRES),
     )  # fmt: skip
 
 
-def lowres_token(x: float, y: float) -> tuple[int, int]:
-    """Row and column of the low-res token at a place of the padded square."""
-    side = PATCH * CANVAS // (LOWRES * PATCH)
-    return min(max(int(y // side), 0), LOWRES - 1), min(max(int(x // side), 0), LOWRES - 1)
+def lowres_token(x: float, y: float) -> int:
+    """The low-res token (row * 12 + column) at a place of the padded square."""
+    row, column = (min(max(int(at // SIDE), 0), LOWRES - 1) for at in (y, x))
+    return row * LOWRES + column
+
+
+def lowres_shares(x: float, y: float) -> dict[int, float]:
+    """Low-res tokens that have a place of the padded square, and how much of it: all of it, or, nearer than BESIDE to a
+    border, what falls to each token as the place goes over it. The first is the one it is on; they add up to 1."""
+    shares = {lowres_token(x, y): 0.0}
+    for column, of_x in _across(x):
+        for row, of_y in _across(y):
+            shares[row * LOWRES + column] = of_x * of_y
+    return shares
+
+
+def _across(at: float) -> list[tuple[int, float]]:
+    """Rows, or columns, that have a place on that axis, and their shares."""
+    border = round(at / SIDE)
+    over = (at - border * SIDE) / (2 * BESIDE) + 0.5  # what the one behind the border has
+    if not 0 < over < 1 or not 0 < border < LOWRES:
+        return [(min(max(int(at // SIDE), 0), LOWRES - 1), 1.0)]
+    return [(border - 1, 1 - over), (border, over)]
 
 
 def _owner(things: tuple[Thing, ...], side: int, detail: int) -> np.ndarray:

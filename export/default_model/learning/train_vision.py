@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export.default_model.learning.bfloat16 import Bfloat16
 from export.default_model.learning.damage import damaged
-from export.default_model.learning.pool import LOWRES, NOTHING, Pool, lowres, normalised
+from export.default_model.learning.pool import LOWRES, NOTHING, WHOLE, Pool, lowres, normalised
 from export.default_model.learning.sheets import write_numbers
 from export.default_model.model import GEOMETRY
 from export.default_model.scenes import COLOURS, SHAPES
@@ -25,11 +25,11 @@ CLASSES = {
     "digit": 11, "place": 4, "hires_colour": len(COLOURS) + 1, "hires_shape": len(SHAPES) + 1,
     "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "centre": 2,
 }  # fmt: skip
-NONE = {"place": 0, "centre": -1}  # the class that stands for nothing, where it is not the last; -1: there is none
-WEIGHTS = {"digit": 2.0, "place": 2.0}  # of the heads' losses; 1 where there is none here
+NONE = {"place": 0}  # the class that stands for nothing, where it is not the last
+WEIGHTS = {"digit": 2.0, "place": 2.0, "centre": 3.0}  # of the heads' losses; 1 where there is none here
 SHEETS, SCENES = 20, 4  # tiles of each kind in a step
 AGAIN, KEPT = 0.5, 200  # share of steps that show sheets again, and of how many earlier ones: writing takes a third
-LEARNING_RATE, DECAY = 5e-3, 0.05
+LEARNING_RATE, DECAY = 1e-2, 0.05
 SIZE = 3e-3  # weight of the features' mean square: heads behind a norm do not care, float16 does
 
 
@@ -170,10 +170,14 @@ def _varied(tiles: Tensor, generator: torch.Generator) -> Tensor:
 def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), device=x.device)
     for name, label in wanted.items():
-        target = label.long().flatten()
-        target = torch.where(target == NOTHING, -100, target)
         logits = tower.heads[name](x).float().flatten(0, 1)
         share = WEIGHTS.get(name, 1.0)
+        if name == "centre":  # the label is a share
+            there = label.flatten().float() / WHOLE
+            total = total + share * F.cross_entropy(logits, torch.stack((1 - there, there), -1), label_smoothing=0.02)
+            continue
+        target = label.long().flatten()
+        target = torch.where(target == NOTHING, -100, target)
         if name in ("digit", "place"):  # most patches hold none
             weight = torch.where(target == NONE.get(name, CLASSES[name] - 1), 0.3, 1.0) * (target >= 0)
             each = F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=0.02)
@@ -203,8 +207,10 @@ def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
         ):
             x = tower.norm(tower.features(normalised(tiles).to(kind)))
             for name in names:
-                target = labels(pool.labels[name][index : index + 16]).long()
-                right = tower.heads[name](x).argmax(-1) == target
+                target, likely = labels(pool.labels[name][index : index + 16]).long(), tower.heads[name](x).argmax(-1)
+                if name == "centre":
+                    found[name].append((likely == (target > WHOLE // 2)).flatten())
+                    continue
                 nothing = NONE.get(name, CLASSES[name] - 1)
-                found[name].append(right[(target != nothing) & (target != NOTHING)])
+                found[name].append((likely == target)[(target != nothing) & (target != NOTHING)])
     return {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}

@@ -1,12 +1,15 @@
-"""What training is told of questions: the low-res tokens of things that are counted, the numbers that are compared."""
+"""What training is told of questions: the low-res tokens of things that are counted, the digits that are compared; and
+how often it is asked what is hard."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from export.default_model.learning.packing import BESIDE, Lessons, arranged, pack
-from export.default_model.learning.pool import LOWRES
+from export.default_model.asking.plain import MANY
+from export.default_model.learning.packing import Lessons, arranged, pack
+from export.default_model.learning.pool import BESIDE, LOWRES
 from export.default_model.questions import KINDS, ask, build_tokenizer
 from export.default_model.scenes import CANVAS, Style, make_scene
 
@@ -19,7 +22,7 @@ def scenes():
     return [(scene.things, scene.image.size) for scene in made]
 
 
-def test_a_counted_thing_has_its_token_and_those_its_middle_is_nearly_on(scenes):
+def test_a_counted_thing_has_the_tokens_that_share_its_middle(scenes):
     """Against the distance of each token's square from the middle of the thing."""
     rng, tokenizer, counts, several = np.random.default_rng(1), build_tokenizer(), set(), 0
     row, column = np.divmod(np.arange(LOWRES * LOWRES), LOWRES)
@@ -32,7 +35,7 @@ def test_a_counted_thing_has_its_token_and_those_its_middle_is_nearly_on(scenes)
             for index, tokens in zip(question.about, near, strict=False):
                 x, y = things[index].centre
                 far = [np.abs(at * SIDE + SIDE / 2 - where) - SIDE / 2 for at, where in ((column, x), (row, y))]
-                assert tokens == set(np.flatnonzero(np.maximum(*far) <= BESIDE).tolist())
+                assert tokens == set(np.flatnonzero(np.maximum(*far) < BESIDE).tolist())
                 several += len(tokens) > 1
             counts.add(int(packed["count"]))
     assert {0, 1, 2, 5, 8} <= counts and several > 50
@@ -50,21 +53,53 @@ def test_close_numbers_are_compared_where_there_are_some(scenes):
         two = [thing.number for thing in things if len(thing.number) == 2]
         pairs = [(a, b) for a in two for b in two if a[0] == b[0] and a != b]
         for _ in range(3):
-            numbers = ask(rng, things, size, "compare", close=True).answer.split(",")[0].split(" and ")
+            numbers = ask(rng, things, size, "compare", hard=True).answer.split(",")[0].split(" and ")
             found += bool(pairs)
             assert not pairs or tuple(numbers) in pairs
     assert found > 20
 
 
-def test_lessons_compare_close_numbers_more_often_than_scenes_have_them(scenes):
-    tokenizer, kind = build_tokenizer(), KINDS.index("compare")
+def test_many_things_are_counted_where_there_are_many(scenes):
+    rng, found = np.random.default_rng(4), []
+    for things, size in scenes:
+        looks = [thing.colour for thing in things] + [thing.shape for thing in things] + ["all"] * len(things)
+        most = max(map(looks.count, looks))
+        for _ in range(3):
+            counted = len(ask(rng, things, size, "count", hard=True).about)
+            assert counted >= MANY or most < MANY
+            found += [counted] * (most >= MANY)
+    assert set(found) >= {3, 4, 5, 6, 7, 8}
 
-    def close_share(batches) -> float:
-        answers = [row[row >= 0].tolist() for batch in batches for row in batch.answer[batch.kind == kind]]
-        pairs = [tokenizer.decode(answer).split(",")[0].split(" and ") for answer in answers]
-        return float(np.mean([len(a) == len(b) == 2 and a[0] == b[0] for a, b in pairs]))
+
+def test_the_digits_of_a_comparison_stand_by_tens_and_units(scenes):
+    """Against the answer's own words."""
+    rng, tokenizer, single = np.random.default_rng(6), build_tokenizer(), 0
+    for things, size in scenes:
+        question = ask(rng, things, size, "compare")
+        packed = arranged(question, things, tokenizer)
+        at = packed["digits"]
+        shown = ["" if token < 0 else tokenizer.id_to_token(packed["ids"][token])[-1] for token in at]
+        numbers = question.answer.split(",")[0].split(" and ")
+        assert ["".join(shown[:2]), "".join(shown[2:])] == numbers
+        assert all(shown[1::2]) and (at < packed["where"][packed["compared"]]).all()
+        single += "" in shown
+        assert (arranged(ask(rng, things, size, "two"), things, tokenizer)["digits"] == -1).all()
+    assert 0 < single < len(scenes)
+
+
+def test_lessons_ask_what_is_hard_more_often_than_scenes_have_it(scenes):
+    tokenizer = build_tokenizer()
+
+    def shares(batches) -> tuple[float, float]:
+        """Of comparisons those of close numbers, of counts those of MANY things."""
+        batches = list(batches)
+        compared = [row[row >= 0].tolist() for b in batches for row in b.answer[b.kind == KINDS.index("compare")]]
+        pairs = [tokenizer.decode(answer).split(",")[0].split(" and ") for answer in compared]
+        many = torch.cat([b.count[b.kind == KINDS.index("count")] >= MANY for b in batches])
+        return float(np.mean([len(a) == len(b) == 2 and a[0] == b[0] for a, b in pairs])), float(many.float().mean())
 
     lessons = Lessons(scenes, 12, (8, 9), seed=0)
     rng = np.random.default_rng(3)
-    usual = close_share(pack(rng, scenes, 9, tokenizer) for _ in range(4))
-    assert close_share(lessons[step][1] for step in range(12)) > 1.5 * usual > 0
+    usual = shares(pack(rng, scenes, 9, tokenizer) for _ in range(4))
+    hard = shares(lessons[step][1] for step in range(12))
+    assert hard[0] > 1.5 * usual[0] > 0 and hard[1] > 1.3 * usual[1] > 0
