@@ -55,11 +55,14 @@ class Tally:
     right: dict[str, list[bool]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     pages: list[float] = field(default_factory=list)
     found: list[bool] = field(default_factory=list)
+    decided: list[bool] = field(default_factory=list)  # comparisons: are the last words, who wins, right?
 
     def add(self, question: Question, scene: Scene, answer: Answer) -> None:
         """Count a traced answer."""
         self.right[question.kind].append(answer.text == question.answer)
         self.pages.append(float(answer.stats.pages_read.mean()))
+        if question.kind == "compare":
+            self.decided.append(answer.text.split(", ")[-1] == question.answer.split(", ")[-1])
         if question.kind not in ("one", "two"):
             return
         tokens = build_tokenizer().encode(question.answer, add_special_tokens=False)
@@ -150,7 +153,7 @@ def reference_agrees(engine: Engine, model: Path, asked: Asked) -> tuple[int, in
 
 
 def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[list[str]], str]:
-    """The table, heading first, and the sentence about agreement with the reference."""
+    """The table, heading first, and the sentences about comparisons and about agreement with the reference."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = build(BuildOptions(model, folder / "default")).path
@@ -162,7 +165,7 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
         half = asked[: max(1, count // 2)]
         rows = {"low-res only: a model trained without hi-res": measure_with(baseline, folder / "b", half, 0)}
         rows["low-res only: this model, hi-res off"] = measure(engine, half, 0, "off")
-        rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
+        shipped = rows["**FlexAttention, as shipped**"] = measure(engine, asked, None, "as shipped")
         for page_budget in PAGE_BUDGETS:
             name = f"page budget {page_budget}"
             rows[name] = measure(engine, half, page_budget, name)
@@ -178,6 +181,9 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
             *reference_agrees(exact, model, few)
         )
         sentence += ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few))
+        if shipped.decided:
+            share = 100 * np.mean(shipped.decided)
+            sentence = f"As shipped, {share:.1f} % of comparisons say rightly who wins. {sentence}"
     return [["", *KINDS, "pages", "recall"], *([name, *tally.row()] for name, tally in rows.items())], sentence
 
 

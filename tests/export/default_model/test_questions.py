@@ -127,7 +127,7 @@ def expected(kind: str, text: str, things, size) -> str:
     more, a, b = re.search("larger|bigger|higher|greater", text), int(first.number), int(second.number)
     assert a != b
     numbers += f", the {'first' if a > b else 'second'} is larger"
-    if " or the " in text or " or in the " in text or " or on the " in text:
+    if re.search(" or (in |on )?the |, which has ", text):
         winner = first if (a > b) == bool(more) else second
         return f"{numbers}, the {winner.colour} {winner.shape}"
     return f"{numbers}, {'yes' if (a > b) == bool(more) else 'no'}"
