@@ -88,27 +88,28 @@ def labels(scene: Scene) -> Labels:
 
 def lowres_token(x: float, y: float) -> int:
     """The low-res token (row * 12 + column) at a place of the padded square."""
-    row, column = (min(max(int(at // SIDE), 0), LOWRES - 1) for at in (y, x))
-    return row * LOWRES + column
+    return _line(y) * LOWRES + _line(x)
 
 
 def lowres_shares(x: float, y: float) -> dict[int, float]:
     """Low-res tokens that have a place of the padded square, and how much of it: all of it, or, nearer than BESIDE to a
     border, what falls to each token as the place goes over it. The first is the one it is on; they add up to 1."""
-    shares = {lowres_token(x, y): 0.0}
-    for column, of_x in _across(x):
-        for row, of_y in _across(y):
-            shares[row * LOWRES + column] = of_x * of_y
-    return shares
+    return {row * LOWRES + column: of_y * of_x for row, of_y in _across(y) for column, of_x in _across(x)}
+
+
+def _line(at: float) -> int:
+    """Row, or column, that a place on that axis is in."""
+    return min(max(int(at // SIDE), 0), LOWRES - 1)
 
 
 def _across(at: float) -> list[tuple[int, float]]:
-    """Rows, or columns, that have a place on that axis, and their shares."""
-    border = round(at / SIDE)
-    over = (at - border * SIDE) / (2 * BESIDE) + 0.5  # what the one behind the border has
-    if not 0 < over < 1 or not 0 < border < LOWRES:
-        return [(min(max(int(at // SIDE), 0), LOWRES - 1), 1.0)]
-    return [(border - 1, 1 - over), (border, over)]
+    """Rows, or columns, that have a place on that axis, the one it is in first, and their shares."""
+    line, border = _line(at), round(at / SIDE)
+    away = abs(at - border * SIDE)
+    if away >= BESIDE or border in (0, LOWRES):
+        return [(line, 1.0)]
+    share = 0.5 + away / (2 * BESIDE)
+    return [(line, share), (border if line < border else border - 1, 1 - share)]
 
 
 def _owner(things: tuple[Thing, ...], side: int, detail: int) -> np.ndarray:

@@ -171,20 +171,21 @@ def _loss(tower: Tower, x: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), device=x.device)
     for name, label in wanted.items():
         logits = tower.heads[name](x).float().flatten(0, 1)
-        share = WEIGHTS.get(name, 1.0)
-        if name == "centre":  # the label is a share
-            there = label.flatten().float() / WHOLE
-            total = total + share * F.cross_entropy(logits, torch.stack((1 - there, there), -1), label_smoothing=0.02)
-            continue
-        target = label.long().flatten()
-        target = torch.where(target == NOTHING, -100, target)
-        if name in ("digit", "place"):  # most patches hold none
-            weight = torch.where(target == NONE.get(name, CLASSES[name] - 1), 0.3, 1.0) * (target >= 0)
-            each = F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=0.02)
-            total = total + share * (each * weight).sum() / weight.sum().clamp(min=1)
-        else:
-            total = total + share * F.cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.02)
+        total = total + WEIGHTS.get(name, 1.0) * _loss_of(name, logits, label.flatten())
     return total
+
+
+def _loss_of(name: str, logits: Tensor, label: Tensor) -> Tensor:
+    if name == "centre":  # the label is a share
+        there = label.float() / WHOLE
+        return F.cross_entropy(logits, torch.stack((1 - there, there), -1), label_smoothing=0.02)
+    target = label.long()
+    target = torch.where(target == NOTHING, -100, target)
+    if name not in ("digit", "place"):
+        return F.cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.02)
+    weight = torch.where(target == NONE.get(name, CLASSES[name] - 1), 0.3, 1.0) * (target >= 0)  # most patches: none
+    each = F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=0.02)
+    return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
 def directions(tower: Tower) -> Tensor:
@@ -208,9 +209,9 @@ def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
             x = tower.norm(tower.features(normalised(tiles).to(kind)))
             for name in names:
                 target, likely = labels(pool.labels[name][index : index + 16]).long(), tower.heads[name](x).argmax(-1)
-                if name == "centre":
-                    found[name].append((likely == (target > WHOLE // 2)).flatten())
-                    continue
-                nothing = NONE.get(name, CLASSES[name] - 1)
-                found[name].append((likely == target)[(target != nothing) & (target != NOTHING)])
+                if name == "centre":  # a share; all patches count
+                    target, counts = (target > WHOLE // 2).long(), torch.ones_like(target, dtype=torch.bool)
+                else:
+                    counts = (target != NONE.get(name, CLASSES[name] - 1)) & (target != NOTHING)
+                found[name].append((likely == target)[counts])
     return {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}

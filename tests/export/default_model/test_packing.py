@@ -9,11 +9,9 @@ import torch
 
 from export.default_model.asking.plain import MANY
 from export.default_model.learning.packing import Lessons, arranged, pack
-from export.default_model.learning.pool import BESIDE, LOWRES
+from export.default_model.learning.pool import BESIDE, LOWRES, SIDE
 from export.default_model.questions import KINDS, ask, build_tokenizer
-from export.default_model.scenes import CANVAS, Style, make_scene
-
-SIDE = CANVAS / LOWRES  # pixels of a low-res token
+from export.default_model.scenes import Style, make_scene
 
 
 @pytest.fixture(scope="module")
