@@ -56,6 +56,7 @@ class Tally:
     pages: list[float] = field(default_factory=list)
     found: list[bool] = field(default_factory=list)
     decided: list[bool] = field(default_factory=list)  # comparisons: are the last words, who wins, right?
+    single: dict[bool, list[bool]] = field(default_factory=lambda: {True: [], False: []})  # one number: a tile cuts it?
 
     def add(self, question: Question, scene: Scene, answer: Answer) -> None:
         """Count a traced answer."""
@@ -63,6 +64,8 @@ class Tally:
         self.pages.append(float(answer.stats.pages_read.mean()))
         if question.kind == "compare":
             self.decided.append(answer.text.split(", ")[-1] == question.answer.split(", ")[-1])
+        if question.kind == "one":
+            self.single[scene.things[question.about[0]].cut].append(answer.text == question.answer)
         if question.kind not in ("one", "two"):
             return
         tokens = build_tokenizer().encode(question.answer, add_special_tokens=False)
@@ -79,6 +82,16 @@ class Tally:
         shares = [f"{100 * np.mean(self.right[kind]):.1f}" if self.right[kind] else "-" for kind in KINDS]
         recall = f"{100 * np.mean(self.found):.1f}" if self.found else "-"
         return [*shares, f"{np.mean(self.pages):.1f}", recall]
+
+    def sentences(self) -> list[str]:
+        """What else is worth knowing, of the kinds that were asked."""
+        said = []
+        if all(self.single.values()):
+            cut, whole = (100 * np.mean(self.single[key]) for key in (True, False))
+            said.append(f"Of single numbers that a tile's border cuts {cut:.1f} % are right, of others {whole:.1f} %.")
+        if self.decided:
+            said.append(f"Of comparisons {100 * np.mean(self.decided):.1f} % say rightly who wins.")
+        return said
 
 
 def scenes_with_questions(count: int, seed: int, style: Style | None = None, wording: str = "train") -> Asked:
@@ -153,7 +166,7 @@ def reference_agrees(engine: Engine, model: Path, asked: Asked) -> tuple[int, in
 
 
 def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[list[str]], str]:
-    """The table, heading first, and the sentences about comparisons and about agreement with the reference."""
+    """The table, heading first, and sentences: `Tally.sentences`, agreement with the reference."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = build(BuildOptions(model, folder / "default")).path
@@ -177,14 +190,11 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
             rows[f"probe: {probe}"] = measure(engine, fresh, None, probe)
         exact = Engine(build(BuildOptions(model, folder / "fp32", precision="fp32")).path)
         few = [(scene, [q for q in questions if not q.history]) for scene, questions in asked[: max(1, count // 5)]]
-        sentence = "Engine and PyTorch reference (float32) give the same tokens for {} of {} answers".format(
-            *reference_agrees(exact, model, few)
-        )
-        sentence += ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few))
-        if shipped.decided:
-            share = 100 * np.mean(shipped.decided)
-            sentence = f"As shipped, {share:.1f} % of comparisons say rightly who wins. {sentence}"
-    return [["", *KINDS, "pages", "recall"], *([name, *tally.row()] for name, tally in rows.items())], sentence
+        said = shipped.sentences()
+        agree = "Engine and PyTorch reference (float32) give the same tokens for {} of {} answers"
+        agree = agree.format(*reference_agrees(exact, model, few))
+        said.append(agree + ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few)))
+    return [["", *KINDS, "pages", "recall"], *([name, *tally.row()] for name, tally in rows.items())], " ".join(said)
 
 
 def measure_with(model: Path, folder: Path, asked: Asked, page_budget: int | None) -> Tally:

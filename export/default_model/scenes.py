@@ -63,6 +63,13 @@ class Thing:
         """As questions call it: "red square"."""
         return f"{self.colour} {self.shape}"
 
+    @property
+    def cut(self) -> bool:
+        """Whether the border of a tile runs through one of its digits: each tile sees a part of it."""
+        half = digits.WIDTH / 2 * self.height, 0.5 * self.height
+        ends = (((at - by), (at + by)) for place in self.digits for at, by in zip(place, half, strict=True))
+        return any(int(begin) // TILE != int(end) // TILE for begin, end in ends)
+
     def parts(self, digit: int) -> tuple[int, ...]:
         """Hi-res patches (36 * row + column) at which a digit can be read, the best one first: where its middle is; if
         the border of a tile cuts it, the nearest patch of each other tile that holds enough of it; and where its middle

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,13 +35,14 @@ class Schedule:
 
     vision_scenes: int = 4000
     vision_steps: int = 15000
-    decoder_scenes: int = 8000
-    decoder_steps: int = 7500
+    decoder_scenes: int = 16000
+    decoder_steps: int = 10000
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0
 
 
+AT_ONCE = 4000  # scenes drawn at once
 SMOKE = Schedule(16, 6, 16, 6, 2, 8)
 
 
@@ -90,6 +92,22 @@ def trained_tower(
     return tower, log
 
 
+def _decoder_scenes(tower: Tower, schedule: Schedule, device: str) -> tuple[Features, Whitening]:
+    """What the decoder sees of its scenes; drawn in parts, since pixels take more memory than what is kept of them."""
+    whitening: Whitening | None = None
+
+    def parts() -> Iterator[Features]:
+        nonlocal whitening
+        for first in range(0, schedule.decoder_scenes, AT_ONCE):
+            count = min(AT_ONCE, schedule.decoder_scenes - first)
+            part, whitening = features(tower, Pool(count, schedule.seed + 2, first=first).to(device), whitening)
+            yield part
+
+    seen = Features.gathered(parts(), schedule.decoder_scenes)
+    assert whitening is not None
+    return seen, whitening
+
+
 def _machine(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
 
@@ -104,9 +122,7 @@ def run(schedule: Schedule, out: Path, baseline: Path, device: str = "cpu", kept
     tower, found = trained_tower(schedule, validation, device, kept)
     log |= found
     begun = time.perf_counter()
-    pool = Pool(schedule.decoder_scenes, schedule.seed + 2).to(device)
-    seen, whitening = features(tower, pool, None)
-    del pool
+    seen, whitening = _decoder_scenes(tower, schedule, device)
     held_out, _ = features(tower, validation, whitening)
     logger.info("scenes of the decoder %.0f s", time.perf_counter() - begun)
     for folder, reads, steps in ((out, True, schedule.decoder_steps), (baseline, False, schedule.lowres_only_steps)):

@@ -31,10 +31,11 @@ class PlainAsker:
         self.rng, self.things, self.size, self.wording = rng, things, size, wording
         self.held_out = wording == "held out"
         self.plain = False  # within conversations answers are short, and nobody asks for that
-        self.hard = False  # compare close numbers, count many things, if there are any
+        self.hard = False  # compare close numbers, count many things, read cut digits, if there are any
 
     def one(self) -> Question:
-        names = [self._name_of(self._any())]
+        cut = self._cut()
+        names = [self._name_of(pick(self.rng, cut) if cut else self._any())]
         return self._number(self._write("one", names, style := self._style()), style)
 
     def _number(self, question: Question, style: str = "") -> Question:
@@ -47,7 +48,10 @@ class PlainAsker:
     def two(self) -> Question | None:
         if len(self.things) < 2:
             return None
-        first, second = self.rng.permutation(len(self.things))[:2].tolist()
+        order, cut = self.rng.permutation(len(self.things)).tolist(), self._cut()
+        if cut and not {*order[:2]} & {*cut}:
+            order[int(self.rng.integers(2))] = pick(self.rng, cut)
+        first, second = order[:2]
         question = self._write("two", [self._name_of(first), self._name_of(second)])
         return self._numbers(question, first, second)
 
@@ -185,6 +189,10 @@ class PlainAsker:
         thing = self.things[self._any()] if rng.random() < 0.7 else None
         colour, shape = (thing.colour, thing.shape) if thing else (pick(rng, tuple(COLOURS)), pick(rng, SHAPES))
         return (colour, None) if choice < 0.5 else (None, shape) if choice < 0.9 else (colour, shape)
+
+    def _cut(self) -> list[int]:
+        """Where it shall be hard things whose digits are cut by the border of a tile."""
+        return [index for index, thing in enumerate(self.things) if self.hard and thing.cut]
 
     def _any(self) -> int:
         return int(self.rng.integers(len(self.things)))

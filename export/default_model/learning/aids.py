@@ -164,8 +164,8 @@ class Losses:
         parts = self.parts_of.clamp(min=0)
         seen = visible.gather(-1, page_of[parts]) & (self.parts_of >= 0)  # [S, V, PARTS]
         mass = weights.gather(-1, parts[:, None].expand(-1, weights.shape[1], -1, -1)).mean(1)
-        mass = (mass * seen).sum(-1)
-        self.parts["read"].append(_mean(-(mass + 1e-4).log(), seen.any(-1)))
+        each = _mean(-(mass + 1e-4).log(), seen, -1)  # all alike: what two tiles saw of a digit tells more together
+        self.parts["read"].append(_mean(each, seen.any(-1)))
 
     def map(self, map: Tensor) -> None:
         """Maps of a selecting layer [S, V, 144]."""

@@ -30,7 +30,8 @@ LENGTH = 72  # tokens of a conversation and its last answer, at most
 TALK, TALKING = 0.2, 0.3  # share of steps with conversations, and of conversations in them; the others are short
 READS = 15  # answer tokens, the end token included
 PARTS, GOALS, MENTIONS, NEAR, DIGITS = 4, 9, 2, 4, 4
-HARD = 0.4  # share of counts and comparisons that are hard, in scenes that allow it, beside those that happen to be
+HARD = 0.4  # share of HARDER that are hard, in scenes that allow it, beside those that happen to be
+HARDER = "one", "two", "count", "compare"
 BOS, EOS = 1, 2
 Described = tuple[tuple[Thing, ...], tuple[int, int]]  # things of a scene, and its size: width, height
 
@@ -138,7 +139,7 @@ def pack(
     hard: float = 0.0,
 ) -> Batch:
     """`count` random conversations about each scene; `talking`: the share of those with history, None = as SHARES;
-    `hard`: the share of counts and comparisons that are hard (`ask`) if the scene allows it."""
+    `hard`: the share of HARDER kinds that are hard (`ask`) if the scene allows it."""
     rows = []
     for things, size in scenes:
         own: list[dict[str, np.ndarray]] = []
@@ -148,7 +149,7 @@ def pack(
                 follow = rng.random() < talking
                 while (kind == "follow-up") != follow:
                     kind = "follow-up" if follow else draw_kind(rng)
-            difficult = kind in ("count", "compare") and rng.random() < hard
+            difficult = kind in HARDER and rng.random() < hard
             question = ask(rng, things, size, kind, wording=wording, hard=difficult)
             row = None if question is None else arranged(question, things, tokenizer)
             if row is not None:

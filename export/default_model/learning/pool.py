@@ -136,10 +136,11 @@ def _one(job: tuple[int, str, bool]) -> tuple[Scene, np.ndarray, Labels]:
 class Pool:
     """Many scenes in memory. `things`: list of tuples; `pixels` uint8 [N, 504, 504, 3]; `labels`: uint8 tensors.
 
-    `vary`: styles as training sees them, else as evaluations do."""
+    `vary`: styles as training sees them, else as evaluations do. `first`: the number of the first scene; scenes of a
+    seed are the same in one pool as in several that go on where another ends."""
 
-    def __init__(self, count: int, seed: int, split: str = "train", *, vary: bool = True) -> None:
-        jobs = [(seed * 1_000_000 + index, split, vary) for index in range(count)]
+    def __init__(self, count: int, seed: int, split: str = "train", *, vary: bool = True, first: int = 0) -> None:
+        jobs = [(seed * 1_000_000 + first + index, split, vary) for index in range(count)]
         self.pixels = torch.empty(count, CANVAS, CANVAS, 3, dtype=torch.uint8)
         self.things: list[tuple[Thing, ...]] = []
         self.sizes: list[tuple[int, int]] = []  # width, height before padding

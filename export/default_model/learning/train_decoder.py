@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,21 @@ class Features:
     def of(self, index: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """low, high, margins of some scenes."""
         return self.low[index].to(dtype), self.high[index].to(dtype), self.margins[index]
+
+    @classmethod
+    def gathered(cls, parts: Iterable[Features], count: int) -> Features:
+        """The `count` scenes of all `parts`, in order; of one only when the one before is copied, since together they
+        take gigabytes."""
+        arrays: list[Tensor] = []
+        scenes: list[Described] = []
+        for part in parts:
+            own = part.low, part.high, part.margins
+            arrays = arrays or [array.new_empty(count, *array.shape[1:]) for array in own]
+            for whole, array in zip(arrays, own, strict=True):
+                whole[len(scenes) : len(scenes) + len(array)] = array
+            scenes += part.scenes
+        low, high, margins = arrays
+        return cls(low, high, margins, scenes)
 
 
 def train(

@@ -69,6 +69,19 @@ def test_many_things_are_counted_where_there_are_many(scenes):
     assert set(found) >= {3, 4, 5, 6, 7, 8}
 
 
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_a_number_that_tiles_cut_is_read_where_there_is_one(scenes, kind):
+    rng, found, second = np.random.default_rng(7), 0, set()
+    for things, size in scenes:
+        cut = {index for index, thing in enumerate(things) if thing.cut}
+        for _ in range(3):
+            read = list(dict.fromkeys(thing for _, thing, _ in ask(rng, things, size, kind, hard=True).reads))
+            assert len(read) == {"one": 1, "two": 2}[kind] and (cut & {*read} or not cut)
+            found += bool(cut)
+            second.add(read[-1] in cut)
+    assert found > 20 and len(second) == 2
+
+
 def test_the_digits_of_a_comparison_stand_by_tens_and_units(scenes):
     """Against the answer's own words."""
     rng, tokenizer, single = np.random.default_rng(6), build_tokenizer(), 0
@@ -88,16 +101,21 @@ def test_the_digits_of_a_comparison_stand_by_tens_and_units(scenes):
 def test_lessons_ask_what_is_hard_more_often_than_scenes_have_it(scenes):
     tokenizer = build_tokenizer()
 
-    def shares(batches) -> tuple[float, float]:
-        """Of comparisons those of close numbers, of counts those of MANY things."""
+    def shares(batches) -> tuple[float, float, float]:
+        """Of comparisons those of close numbers, of counts those of MANY things, of single numbers those with a digit
+        that can be read in two tiles."""
         batches = list(batches)
         compared = [row[row >= 0].tolist() for b in batches for row in b.answer[b.kind == KINDS.index("compare")]]
         pairs = [tokenizer.decode(answer).split(",")[0].split(" and ") for answer in compared]
         many = torch.cat([b.count[b.kind == KINDS.index("count")] >= MANY for b in batches])
-        return float(np.mean([len(a) == len(b) == 2 and a[0] == b[0] for a, b in pairs])), float(many.float().mean())
+        read = [parts for b in batches for parts in b.parts[b.kind == KINDS.index("one")]]  # each [reads, parts]
+        tiles = [torch.where(parts >= 0, parts // 36 // 12 * 3 + parts % 36 // 12, -1) for parts in read]
+        several = [bool(((tile != tile[:, :1]) & (tile >= 0)).any()) for tile in tiles]
+        close = [len(a) == len(b) == 2 and a[0] == b[0] for a, b in pairs]
+        return float(np.mean(close)), float(many.float().mean()), float(np.mean(several))
 
     lessons = Lessons(scenes, 12, (8, 9), seed=0)
     rng = np.random.default_rng(3)
     usual = shares(pack(rng, scenes, 9, tokenizer) for _ in range(4))
     hard = shares(lessons[step][1] for step in range(12))
-    assert hard[0] > 1.5 * usual[0] > 0 and hard[1] > 1.3 * usual[1] > 0
+    assert hard[0] > 1.5 * usual[0] > 0 and hard[1] > 1.3 * usual[1] > 0 and hard[2] > 1.3 * usual[2] > 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from export.default_model.learning.pool import BESIDE, LOWRES, SIDE, WHOLE, labels, lowres_shares, lowres_token
+from export.default_model.learning.pool import BESIDE, LOWRES, SIDE, WHOLE, Pool, labels, lowres_shares, lowres_token
 from export.default_model.scenes import CANVAS, Style, make_scene
 
 
@@ -48,3 +49,10 @@ def test_the_tower_is_told_of_every_middle_once():
         assert found.dtype == np.uint8 and found.shape == (LOWRES, LOWRES)
         assert np.abs(found.ravel() / WHOLE - expected).max() <= 0.5 / WHOLE + 1e-9
         assert found.sum() / WHOLE == pytest.approx(len(scene.things), abs=0.1)
+
+
+def test_a_pool_in_parts_is_one_pool():
+    whole, rest = Pool(3, 5), Pool(1, 5, first=2)
+    assert torch.equal(whole.pixels[2:], rest.pixels) and whole.things[2:] == rest.things
+    assert whole.sizes[2:] == rest.sizes
+    assert all(torch.equal(label[2:], rest.labels[name]) for name, label in whole.labels.items())

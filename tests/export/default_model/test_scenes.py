@@ -151,6 +151,23 @@ def test_digits_are_where_they_are_said_to_be(style):
                 assert spread[best] > (10 if style == "photographed" else 14), (seed, thing)  # cameras blur
 
 
+def test_a_cut_thing_has_a_digit_in_two_tiles():
+    """Against the tiles of points all over each digit."""
+    across, cut, several = np.linspace(-1, 1, 81), 0, 0
+    for seed in range(20):
+        for thing in scene_of("usual", seed).things:
+            tiles = []
+            for x, y in thing.digits:
+                columns = (x + across * digits.WIDTH / 2 * thing.height) // TILE
+                rows = (y + across * thing.height / 2) // TILE
+                tiles.append((len({*columns}), len({*rows})))
+            assert thing.cut == any(found != (1, 1) for found in tiles)
+            read_in = [{(part // 36 // 12, part % 36 // 12) for part in thing.parts(i)} for i in range(len(tiles))]
+            assert thing.cut or all(len(found) == 1 for found in read_in)
+            cut, several = cut + thing.cut, several + any(len(found) > 1 for found in read_in)
+    assert 8 < several < cut < 60
+
+
 def test_a_scene_is_its_seeds_and_its_splits():
     one, again = (make_scene(np.random.default_rng(5), "test") for _ in range(2))
     other = make_scene(np.random.default_rng(5), "train")

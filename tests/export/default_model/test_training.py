@@ -15,6 +15,7 @@ from engines.bundle.pages import margins
 from export.build import BuildOptions, build
 from export.checkpoint.config import read_config
 from export.checkpoint.folder import Checkpoint
+from export.default_model import train
 from export.default_model.learning.packing import pack, prefix_ids
 from export.default_model.learning.pool import lowres, margins_of, normalised, padded
 from export.default_model.learning.student import Student
@@ -90,10 +91,11 @@ def moved(found: dict[str, torch.Tensor], begin: dict[str, torch.Tensor]) -> dic
     return {name: float((found[name].float() - begin[name].float()).abs().max()) for name in found}
 
 
-def test_smoke_run(tmp_path):
+def test_smoke_run(tmp_path, monkeypatch):
     """Every stage trains what it should and nothing else, says what it found, and writes what the runtime answers
     with."""
     model, baseline = tmp_path / "model", tmp_path / "baseline"
+    monkeypatch.setattr(train, "AT_ONCE", SMOKE.decoder_scenes // 2 + 1)  # scenes in two parts
     run(SMOKE, model, baseline)
 
     log = json.loads((model / "training.json").read_text())
