@@ -31,7 +31,7 @@ TALK, TALKING = 0.2, 0.3  # share of steps with conversations, and of conversati
 READS = 15  # answer tokens, the end token included
 PARTS, GOALS, MENTIONS, NEAR, DIGITS = 4, 9, 2, 4, 4
 HARD = 0.4  # share of HARDER that are hard, in scenes that allow it, beside those that happen to be
-HARDER = "one", "two", "count", "compare"
+HARDER = "one", "two", "count", "compare"  # kinds of which some are hard
 BOS, EOS = 1, 2
 Described = tuple[tuple[Thing, ...], tuple[int, int]]  # things of a scene, and its size: width, height
 

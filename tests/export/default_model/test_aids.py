@@ -1,0 +1,43 @@
+"""What the aid of reading asks of attention to pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from export.default_model.learning.aids import Losses, probes
+from export.default_model.learning.packing import Reads, pack
+from export.default_model.model import GEOMETRY as G
+from export.default_model.questions import build_tokenizer
+from export.default_model.scenes import make_scene
+
+
+def test_reading_is_drawn_to_all_patches_of_a_digit_alike():
+    """All of them beat the best one alone, and the one in view where its page is the only one; more beats less."""
+    scenes = [make_scene(np.random.default_rng(seed)) for seed in range(6)]
+    batch = pack(np.random.default_rng(0), [(s.things, s.image.size) for s in scenes], 9, build_tokenizer(), hard=1.0)
+    reads = Reads.of(batch)
+    parts = reads.of_entries(batch.parts)  # [S, V, PARTS]
+    several = int(((parts >= 0).sum(-1) > 1).sum())
+    assert several > 20
+    row = torch.arange(G.hires_side) * G.cells // G.hires_side
+    page_of = (row[:, None] * G.cells + row).flatten()
+
+    def loss(share: torch.Tensor, visible: torch.Tensor) -> float:
+        """`share`: of each part, in all heads."""
+        weights = torch.zeros(*parts.shape[:2], G.hires_side**2).scatter_add(-1, parts.clamp(min=0), share)
+        losses = Losses(probes(G.hidden), batch, reads)
+        losses.reading(weights[:, None].expand(-1, G.heads, -1, -1), visible, page_of)
+        return float(losses.means()["read"])
+
+    there = (parts >= 0).float()
+    alike = there / there.sum(-1, keepdim=True).clamp(min=1)
+    best = there * (torch.arange(parts.shape[-1]) == 0)
+    everything = torch.ones(*parts.shape[:2], G.pages, dtype=torch.bool)
+    assert loss(alike, everything) < loss(0.8 * alike, everything) < loss(best, everything)
+    assert loss(alike, everything) < loss(0.7 * alike + 0.3 * best, everything)
+    only = torch.zeros_like(everything).scatter(-1, page_of[parts[..., :1].clamp(min=0)], True)
+    other_page = (page_of[parts.clamp(min=0)] != page_of[parts[..., :1].clamp(min=0)]) & (parts >= 0)
+    seen = there * ~other_page
+    alike_seen = seen / seen.sum(-1, keepdim=True).clamp(min=1)
+    assert other_page.any() and loss(alike_seen, only) < loss(alike, only)
