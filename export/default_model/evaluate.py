@@ -190,7 +190,7 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
             rows[f"probe: {probe}"] = measure(engine, fresh, None, probe)
         exact = Engine(build(BuildOptions(model, folder / "fp32", precision="fp32")).path)
         few = [(scene, [q for q in questions if not q.history]) for scene, questions in asked[: max(1, count // 5)]]
-        said = shipped.sentences()
+        said = [f"As shipped: {sentence}" for sentence in shipped.sentences()]
         agree = "Engine and PyTorch reference (float32) give the same tokens for {} of {} answers"
         agree = agree.format(*reference_agrees(exact, model, few))
         said.append(agree + ", the float16 engine for {} of {}.".format(*reference_agrees(engine, model, few)))

@@ -66,20 +66,19 @@ class Thing:
     @property
     def cut(self) -> bool:
         """Whether the border of a tile runs through one of its digits: each tile sees a part of it."""
-        half = digits.WIDTH / 2 * self.height, 0.5 * self.height
-        ends = (((at - by), (at + by)) for place in self.digits for at, by in zip(place, half, strict=True))
+        ends = ((at - half, at + half) for place in self.digits for at, half in zip(place, self._half, strict=True))
         return any(int(begin) // TILE != int(end) // TILE for begin, end in ends)
 
     def parts(self, digit: int) -> tuple[int, ...]:
         """Hi-res patches (36 * row + column) at which a digit can be read, the best one first: where its middle is; if
         the border of a tile cuts it, the nearest patch of each other tile that holds enough of it; and where its middle
         almost is, unless another digit of the number is there, too."""
-        x, y = self.digits[digit]
+        (x, y), (half_x, half_y) = self.digits[digit], self._half
         found = []
         for row in range(CANVAS // TILE):
             for column in range(CANVAS // TILE):
                 share = 1.0
-                for at, half, tile in ((x, digits.WIDTH / 2 * self.height, column), (y, 0.5 * self.height, row)):
+                for at, half, tile in ((x, half_x, column), (y, half_y, row)):
                     inside = min(at + half, (tile + 1) * TILE) - max(at - half, tile * TILE)
                     share *= max(0.0, inside / (2 * half))
                 if share >= ENOUGH:
@@ -91,6 +90,11 @@ class Thing:
         }
         almost = [patch for patch in _almost(x, y) if patch not in others]
         return tuple(dict.fromkeys([*(patch for _, patch in sorted(found)), *almost]))
+
+    @property
+    def _half(self) -> tuple[float, float]:
+        """Pixels from the middle of a digit to its ends: across, down."""
+        return digits.WIDTH / 2 * self.height, 0.5 * self.height
 
 
 def _patch(x: float, y: float) -> int:

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -94,18 +94,14 @@ def trained_tower(
 
 def _decoder_scenes(tower: Tower, schedule: Schedule, device: str) -> tuple[Features, Whitening]:
     """What the decoder sees of its scenes; drawn in parts, since pixels take more memory than what is kept of them."""
-    whitening: Whitening | None = None
+    count = schedule.decoder_scenes
 
-    def parts() -> Iterator[Features]:
-        nonlocal whitening
-        for first in range(0, schedule.decoder_scenes, AT_ONCE):
-            count = min(AT_ONCE, schedule.decoder_scenes - first)
-            part, whitening = features(tower, Pool(count, schedule.seed + 2, first=first).to(device), whitening)
-            yield part
+    def pool(first: int) -> Pool:
+        return Pool(min(AT_ONCE, count - first), schedule.seed + 2, first=first).to(device)
 
-    seen = Features.gathered(parts(), schedule.decoder_scenes)
-    assert whitening is not None
-    return seen, whitening
+    begin, whitening = features(tower, pool(0), None)
+    rest = (features(tower, pool(first), whitening)[0] for first in range(AT_ONCE, count, AT_ONCE))
+    return Features.gathered(chain([begin], rest), count), whitening
 
 
 def _machine(device: str) -> str:

@@ -43,7 +43,7 @@ class Features:
 
     @classmethod
     def gathered(cls, parts: Iterable[Features], count: int) -> Features:
-        """The `count` scenes of all `parts`, in order; of one only when the one before is copied, since together they
+        """The `count` scenes of all `parts`, in order. Each is asked for when the one before is copied: together they
         take gigabytes."""
         arrays: list[Tensor] = []
         scenes: list[Described] = []
