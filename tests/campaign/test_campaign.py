@@ -72,13 +72,13 @@ def test_an_engine_that_is_used_for_long(default_bundle):
     for figures in (soak.requests(bundle, 80), soak.opens(bundle, 10)):
         assert figures.wrong == 0 and figures.descriptors <= 0 and figures.threads <= 0, figures
         assert figures.rss < 8e6, figures
-    # With threads the memory moves by 50 MB either way; what leaks is more each time: an image is 3 MB.
+    # With threads the memory moves by 50 MB either way; an image that is kept, of 3 MB, is 60 MB more each time.
     levels = []
     for _ in range(5):
         figures = soak.threads(bundle, 5)
         assert figures.wrong == 0 and figures.descriptors <= 0 and figures.threads <= 0, figures
         levels.append(soak.Use.now().rss)
-    assert min(levels[-2:]) < max(levels[:3]) + 8e6, levels
+    assert min(levels[-2:]) < min(levels[:2]) + 60e6, levels
 
 
 def test_a_server_that_is_attacked(made):
