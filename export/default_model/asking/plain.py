@@ -31,7 +31,7 @@ class PlainAsker:
         self.rng, self.things, self.size, self.wording = rng, things, size, wording
         self.held_out = wording == "held out"
         self.plain = False  # within conversations answers are short, and nobody asks for that
-        self.hard = False  # compare close numbers, count many things, read cut digits, if there are any
+        self.hard = False  # compare close numbers, count many things, read or compare cut digits, if there are any
 
     def one(self) -> Question:
         cut = self._cut()
@@ -157,8 +157,10 @@ class PlainAsker:
         pairs = [pair for pair in permutations(range(len(values)), 2) if values[pair[0]] != values[pair[1]]]
         if not pairs:
             return None
-        close = [(a, b) for a, b in pairs if self.hard and values[a] // 10 == values[b] // 10 > 0]
-        first, second = pick(self.rng, close or pairs)
+        close = [(a, b) for a, b in pairs if values[a] // 10 == values[b] // 10 > 0]
+        cut = [(a, b) for a, b in pairs if self.things[a].cut or self.things[b].cut]
+        hard = [some for some in (close, cut) if some and self.hard]
+        first, second = pick(self.rng, pick(self.rng, hard) if hard else pairs)
         relation = pick(self.rng, ("larger", "smaller"))
         holds = (values[first] > values[second]) == (relation == "larger")
         which = self.rng.random() < 0.3

@@ -19,7 +19,8 @@ from export.default_model.model import GEOMETRY
 from export.default_model.scenes import COLOURS, SHAPES
 
 G = GEOMETRY
-# `map`: selecting layers look at what the token is about; `read`: page attention at all patches of the digit alike;
+# `map`: selecting layers look at what the token is about; `selects`: so that no page is left out that has a part of the
+# digit; `read`: page attention at all patches of the digit alike;
 # `words`, `joined`: a head of layer 1 at the words that name it, or say what is compared, `found`: a head at the
 # thing where its name ends; `asked`, `placed`, `seated`, `apart`, `tally`: colour and shape asked for, a named
 # thing's place, an image token's place, on which side the second thing lies, how many there are; `counter`: two
@@ -28,11 +29,12 @@ G = GEOMETRY
 # or numbers is so, `relation`, `more`: what is asked, and which thing has more of it, which say nothing alone;
 # `picked`: a head at the name of the thing that wins a comparison; `spread`: maps stay narrow.
 WEIGHTS = {
-    "map": 0.15, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
+    "map": 0.15, "selects": 0.6, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
     "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.3, "holds": 0.15, "relation": 0.1,
     "more": 0.15, "picked": 0.1, "larger": 0.15, "aligned": 0.1, "spread": 0.3,
 }  # fmt: skip
-LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("read", "spread"))
+LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("selects", "read", "spread"))
+THRESHOLDS = 56, 150  # of the selection, of 255: training draws one from the first to before the second
 WORDS, SEATED, ASKED, FOUND, COUNTER, ALIGNED = 1, 1, G.start_layer, (2, 3), 3, 3  # layers
 PLACED, TALLY, APART, RELATION, LARGER, PICKED = 4, 5, 5, 5, 5, 6
 HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to find then
@@ -166,6 +168,15 @@ class Losses:
         mass = weights.gather(-1, parts[:, None].expand(-1, weights.shape[1], -1, -1)).mean(1)
         each = _mean(-(mass + 1e-4).log(), seen, -1)  # all alike: what two tiles saw of a digit tells more together
         self.parts["read"].append(_mean(each, seen.any(-1)))
+
+    def selection(self, scores: Tensor, page_of: Tensor) -> None:
+        """Scores of the pages in a selecting layer [S, V, 81]."""
+        there = self.parts_of >= 0
+        reached = scores.gather(-1, page_of[self.parts_of.clamp(min=0)]) + 1e-3
+        # Nothing beyond the largest threshold: what lies there costs no page more. The page that is furthest from it
+        # counts alone: attention that is unsure between two places has no reason of its own to select both.
+        missing = (math.log(THRESHOLDS[1] / 255) - reached.log()).clamp(min=0) * there
+        self.parts["selects"].append(_mean(missing.amax(-1), there[..., 0]))
 
     def map(self, map: Tensor) -> None:
         """Maps of a selecting layer [S, V, 144]."""

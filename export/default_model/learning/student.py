@@ -152,7 +152,10 @@ def run(
         if G.start_layer <= index < G.layers - 1:
             map = scores.softmax(-1)[..., begin : begin + G.image_tokens].sum(-2)  # [S, V, 144]
             losses.map(map)
-            visible, count = _visible(map.detach(), sides, reads.of_entries(batch.parts), modes, threshold, page_of)
+            page_scores, flat = _page_scores(map, sides)
+            losses.selection(page_scores, page_of)
+            chosen = (page_scores * 255 > threshold) & ~flat
+            visible, count = _visible(chosen, reads.of_entries(batch.parts), modes, page_of)
             counts.append((count * counted).sum() / counted.sum())
     at = batch.where[..., None].expand(-1, -1, -1, G.hidden)
     logits = decoder.lm_head(decoder.model.norm(y.gather(2, at))).float()
@@ -197,15 +200,16 @@ def _read_pages(
     return merged.transpose(1, 2), weights
 
 
-def _visible(
-    map: Tensor, sides: Tensor, parts: Tensor, modes: Tensor, threshold: Tensor | int, page_of: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the next layer's reading positions see: bool [S, V, pages], and how many pages their maps select: map
-    [S, V, 144]. parts [S, V, PARTS]: where what is to be read stands; modes [S, V]."""
-    each = map.shape[1]
-    flat = map.reshape(-1, G.grid, G.grid).float()
-    score, nothing = scores_of_cells(flat, sides[:, None].expand(-1, each, -1).flatten(0, 1), G.grid, G.cells)
-    chosen = ((score * 255 > threshold) & ~nothing).unflatten(0, map.shape[:2])
+def _page_scores(map: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the pages [S, V, 81] by maps [S, V, 144], and whether a map is flat [S, V, 1]."""
+    margins = sides[:, None].expand(-1, map.shape[1], -1).flatten(0, 1)
+    scores, flat = scores_of_cells(map.reshape(-1, G.grid, G.grid).float(), margins, G.grid, G.cells)
+    return scores.unflatten(0, map.shape[:2]), flat.unflatten(0, map.shape[:2])
+
+
+def _visible(chosen: Tensor, parts: Tensor, modes: Tensor, page_of: Tensor) -> tuple[Tensor, Tensor]:
+    """What the next layer's reading positions see: bool [S, V, 81], and how many pages their maps select: chosen
+    [S, V, 81]. parts [S, V, PARTS]: where what is to be read stands; modes [S, V]."""
     right = torch.zeros_like(chosen).scatter(-1, page_of[parts.clamp(min=0)], torch.ones_like(parts, dtype=torch.bool))
     right = right & (parts[..., :1] >= 0)
     mode = modes[..., None]

@@ -96,7 +96,7 @@ def _steps(
         batch = packed.to(device)
         modes = torch.from_numpy(rng.choice(len(MODES), size=batch.where.shape, p=shares)).to(device)
         gap = int(rng.integers(0, 200)) if rng.random() < GAP else 0
-        threshold = int(rng.integers(56, 150))
+        threshold = int(rng.integers(*aids.THRESHOLDS))
         inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
         answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)

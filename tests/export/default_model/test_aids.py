@@ -1,27 +1,33 @@
-"""What the aid of reading asks of attention to pages."""
+"""What aids ask of attention to pages, and of the maps that select them."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from export.default_model.learning.aids import Losses, probes
-from export.default_model.learning.packing import Reads, pack
+from export.default_model.learning.aids import THRESHOLDS, Losses, probes
+from export.default_model.learning.packing import Batch, Reads, pack
 from export.default_model.model import GEOMETRY as G
 from export.default_model.questions import build_tokenizer
 from export.default_model.scenes import make_scene
 
+ROW = torch.arange(G.hires_side) * G.cells // G.hires_side
+page_of = (ROW[:, None] * G.cells + ROW).flatten()  # of every hi-res patch
 
-def test_reading_is_drawn_to_all_patches_of_a_digit_alike():
-    """All of them beat the best one alone, and the one in view where its page is the only one; more beats less."""
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
     scenes = [make_scene(np.random.default_rng(seed)) for seed in range(6)]
-    batch = pack(np.random.default_rng(0), [(s.things, s.image.size) for s in scenes], 9, build_tokenizer(), hard=1.0)
+    return pack(np.random.default_rng(0), [(s.things, s.image.size) for s in scenes], 9, build_tokenizer(), hard=1.0)
+
+
+def test_reading_is_drawn_to_all_patches_of_a_digit_alike(batch):
+    """All of them beat the best one alone, and the one in view where its page is the only one; more beats less."""
     reads = Reads.of(batch)
     parts = reads.of_entries(batch.parts)  # [S, V, PARTS]
     several = int(((parts >= 0).sum(-1) > 1).sum())
     assert several > 20
-    row = torch.arange(G.hires_side) * G.cells // G.hires_side
-    page_of = (row[:, None] * G.cells + row).flatten()
 
     def loss(share: torch.Tensor, visible: torch.Tensor) -> float:
         """`share`: of each part, in all heads."""
@@ -41,3 +47,26 @@ def test_reading_is_drawn_to_all_patches_of_a_digit_alike():
     seen = there * ~other_page
     alike_seen = seen / seen.sum(-1, keepdim=True).clamp(min=1)
     assert other_page.any() and loss(alike_seen, only) < loss(alike, only)
+
+
+def test_every_page_of_a_digit_is_to_pass_any_threshold(batch):
+    """Nothing is asked beyond the largest one, and the page that is furthest from it counts."""
+    reads = Reads.of(batch)
+    parts = reads.of_entries(batch.parts)
+    pages = page_of[parts.clamp(min=0)]
+    assert ((pages != pages[..., :1]) & (parts >= 0)).sum() > 10, "digits on several pages"
+
+    def loss(share: torch.Tensor) -> float:
+        """`share` [PARTS]: scores of the pages of each part, of the largest threshold; of two parts of a page the
+        larger one."""
+        each = (share * THRESHOLDS[1] / 255).expand(parts.shape) * (parts >= 0)
+        scores = torch.zeros(*parts.shape[:2], G.pages).scatter_reduce(-1, pages, each, "amax")
+        losses = Losses(probes(G.hidden), batch, reads)
+        losses.selection(scores, page_of)
+        return float(losses.means()["selects"])
+
+    one = torch.ones(parts.shape[-1])
+    first = (torch.arange(parts.shape[-1]) == 0).float()
+    assert loss(one) == loss(1.5 * one) == 0
+    assert 0 < loss(first + 0.9 * (1 - first)) < loss(first + 0.5 * (1 - first)) < loss(first) < loss(0 * one)
+    assert loss(0.5 * one) > loss(first + 0.5 * (1 - first)), "digits on one page count, too"
