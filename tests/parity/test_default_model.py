@@ -27,8 +27,9 @@ from tests.paths import ROOT
 MODEL, EXAMPLES = ROOT / "checkpoints" / "default", ROOT / "examples"
 ROWS = json.loads((EXAMPLES / "examples.json").read_text())
 # Between float32 implementations. Logits of a trained model are ten times those of the random ones. Its hidden states
-# reach 1,500 where others of the same step stay below 20: how far they may be off is a share of a layer's largest.
-FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 5e-6, 2e-3
+# reach 2,500 where others of the same step stay below 20: how far they may be off is a share of a layer's largest. That
+# is three times what the reference is from itself in float64 (3.4e-6, at garden.png; the graph: 1.4e-6).
+FEATURES, MAP, HIDDEN, LOGITS = 1e-4, 1e-5, 1e-5, 2e-3
 TOKENS = 16  # an answer has fewer
 MISSED = {  # what it gets wrong in float16; goals it misses: export/default_model/README.md
     "beach.png: how many pink shapes do you see? answer in a sentence.",
