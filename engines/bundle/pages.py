@@ -18,10 +18,16 @@ def cell_of_row(geometry: Geometry) -> np.ndarray:
     return rows.clip(max=cells - 1)
 
 
-def page_tokens(geometry: Geometry) -> list[np.ndarray]:
-    """Row-major hi-res token indices of each page, in page order (row-major over the cells)."""
+def page_of_token(geometry: Geometry) -> np.ndarray:
+    """The page of each row-major hi-res token, pages counted row-major over the cells: int64 [hires_side ** 2]."""
     cell = cell_of_row(geometry)
-    page = (cell[:, None] * geometry.cells + cell[None, :]).ravel()
+    page: np.ndarray = (cell[:, None] * geometry.cells + cell[None, :]).ravel()
+    return page
+
+
+def page_tokens(geometry: Geometry) -> list[np.ndarray]:
+    """Row-major hi-res token indices of each page, in page order."""
+    page = page_of_token(geometry)
     return [np.flatnonzero(page == index) for index in range(geometry.pages)]
 
 

@@ -182,7 +182,7 @@ def evaluate(model: Path, baseline: Path, count: int, seed: int) -> tuple[list[l
         for page_budget in PAGE_BUDGETS:
             name = f"page budget {page_budget}"
             rows[name] = measure(engine, half, page_budget, name)
-        # Compared with the row as shipped, of which it differs by a few answers: of all scenes, as that one.
+        # Compared with the row as shipped, from which it differs by a few answers: of all scenes, as that one.
         rows["all 81 pages"] = measure_with(everything, folder / "e", asked, None)
         fresh = scenes_with_questions(max(1, count // 2), seed + 1, wording="held out")
         rows["wordings that training never showed"] = measure(engine, fresh, None, "wordings")

@@ -41,8 +41,7 @@ def ask(
     `size`: width and height of the picture, in pixels, which stands in the middle of the padded square. `wording`:
     "train", or "held out" for wordings and unknown words that training never sees. `hard`: count at least MANY things,
     compare numbers that differ in the second digit alone or of which the border of a tile cuts one, read one that it
-    cuts, if there are any.
-    ValueError for another kind or wording.
+    cuts, if there are any. ValueError for another kind or wording.
     """
     if kind not in KINDS or wording not in ("train", "held out"):
         raise ValueError(

@@ -157,8 +157,9 @@ class PlainAsker:
         pairs = [pair for pair in permutations(range(len(values)), 2) if values[pair[0]] != values[pair[1]]]
         if not pairs:
             return None
-        cut, close = self._cut(), [(a, b) for a, b in pairs if self.hard and values[a] // 10 == values[b] // 10 > 0]
-        hard = [some for some in (close, [(a, b) for a, b in pairs if a in cut or b in cut]) if some]
+        cut = self._cut()
+        close = [(a, b) for a, b in pairs if self.hard and values[a] // 10 == values[b] // 10 > 0]
+        hard = [some for some in (close, [pair for pair in pairs if {*pair} & {*cut}]) if some]
         first, second = pick(self.rng, pick(self.rng, hard) if hard else pairs)
         relation = pick(self.rng, ("larger", "smaller"))
         holds = (values[first] > values[second]) == (relation == "larger")

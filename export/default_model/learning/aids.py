@@ -20,14 +20,14 @@ from export.default_model.scenes import COLOURS, SHAPES
 
 G = GEOMETRY
 # `map`: selecting layers look at what the token is about; `selects`: so that no page is left out that has a part of the
-# digit; `read`: page attention at all patches of the digit alike;
-# `words`, `joined`: a head of layer 1 at the words that name it, or say what is compared, `found`: a head at the
-# thing where its name ends; `asked`, `placed`, `seated`, `apart`, `tally`: colour and shape asked for, a named
-# thing's place, an image token's place, on which side the second thing lies, how many there are; `counter`: two
-# heads' weights on what is counted say how many there are, `even`: each thing has the same; `larger`: whether the
-# first number is the larger one, `aligned`: heads at tens and units of both; `holds`: whether what is asked of sides
-# or numbers is so, `relation`, `more`: what is asked, and which thing has more of it, which say nothing alone;
-# `picked`: a head at the name of the thing that wins a comparison; `spread`: maps stay narrow.
+# digit; `read`: page attention at all patches of the digit alike; `words`, `joined`: a head of layer 1 at the words
+# that name it, or say what is compared, `found`: a head at the thing where its name ends; `asked`, `placed`, `seated`,
+# `apart`, `tally`: colour and shape asked for, a named thing's place, an image token's place, on which side the second
+# thing lies, how many there are; `counter`: two heads' weights on what is counted say how many there are, `even`: each
+# thing has the same; `larger`: whether the first number is the larger one, `aligned`: heads at tens and units of both;
+# `holds`: whether what is asked of sides or numbers is so, `relation`, `more`: what is asked, and which thing has more
+# of it, which say nothing alone; `picked`: a head at the name of the thing that wins a comparison; `spread`: maps stay
+# narrow.
 WEIGHTS = {
     "map": 0.15, "selects": 0.6, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
     "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.3, "holds": 0.15, "relation": 0.1,

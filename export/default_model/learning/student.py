@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engines.bundle.pages import page_of_token
 from export.default_model.learning import aids
 from export.default_model.learning.packing import Batch, Reads
 from export.default_model.model import GEOMETRY
@@ -103,13 +104,13 @@ def run(
     after = decoder.cos[said_at], decoder.sin[said_at]
     features = student.projector(high)
     hires_turn = tuple(table[:, None] for table in pages.hires_rotary(torch.full((1,), begin, device=device)))
-    row = torch.arange(G.hires_side, device=device) * G.cells // G.hires_side
-    page_of = (row[:, None] * G.cells + row).flatten()  # [1296]
+    page_of = torch.from_numpy(page_of_token(G)).to(device)
     later = torch.ones(span, span, dtype=torch.bool, device=device).triu(1)  # keys that a row does not see
     later_said = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     reads = Reads.of(batch)
     modes = reads.of_entries(modes)
     counted = reads.there & (modes == MODES.index("own"))
+    right = _right_pages(reads.of_entries(batch.parts), page_of)
     losses = aids.Losses(student.probes, batch, reads)
     counts: list[Tensor] = []
     visible: Tensor | None = None  # [S, V, 81] pages each reading position sees
@@ -155,8 +156,8 @@ def run(
             page_scores, flat = _page_scores(map, sides)
             losses.selection(page_scores, page_of)
             chosen = (page_scores * 255 > threshold) & ~flat
-            visible, count = _visible(chosen, reads.of_entries(batch.parts), modes, page_of)
-            counts.append((count * counted).sum() / counted.sum())
+            visible = _visible(chosen, right, modes)
+            counts.append((chosen.sum(-1) * counted).sum() / counted.sum())
     at = batch.where[..., None].expand(-1, -1, -1, G.hidden)
     logits = decoder.lm_head(decoder.model.norm(y.gather(2, at))).float()
     return logits, losses.means(), torch.stack(counts).mean()
@@ -207,11 +208,15 @@ def _page_scores(map: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
     return scores.unflatten(0, map.shape[:2]), flat.unflatten(0, map.shape[:2])
 
 
-def _visible(chosen: Tensor, parts: Tensor, modes: Tensor, page_of: Tensor) -> tuple[Tensor, Tensor]:
-    """What the next layer's reading positions see: bool [S, V, 81], and how many pages their maps select: chosen
-    [S, V, 81]. parts [S, V, PARTS]: where what is to be read stands; modes [S, V]."""
-    right = torch.zeros_like(chosen).scatter(-1, page_of[parts.clamp(min=0)], torch.ones_like(parts, dtype=torch.bool))
-    right = right & (parts[..., :1] >= 0)
+def _right_pages(parts: Tensor, page_of: Tensor) -> Tensor:
+    """Pages where what is to be read stands: parts [S, V, PARTS] -> bool [S, V, 81]."""
+    none = torch.zeros(*parts.shape[:2], G.pages, dtype=torch.bool, device=parts.device)
+    right = none.scatter(-1, page_of[parts.clamp(min=0)], torch.ones_like(parts, dtype=torch.bool))
+    return right & (parts[..., :1] >= 0)
+
+
+def _visible(chosen: Tensor, right: Tensor, modes: Tensor) -> Tensor:
+    """What the next layer's reading positions see, of the pages that their maps chose and the right ones: all bool
+    [S, V, 81]; modes [S, V]."""
     mode = modes[..., None]
-    visible = (chosen & (mode == 1)) | (mode == 2) | ((chosen | right) & (mode == 3))
-    return visible, chosen.sum(-1)
+    return (chosen & (mode == 1)) | (mode == 2) | ((chosen | right) & (mode == 3))

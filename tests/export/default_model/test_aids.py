@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from engines.bundle.pages import page_of_token
 from export.default_model.learning.aids import THRESHOLDS, Losses, probes
 from export.default_model.learning.packing import Batch, Reads, pack
 from export.default_model.model import GEOMETRY as G
 from export.default_model.questions import build_tokenizer
 from export.default_model.scenes import make_scene
 
-ROW = torch.arange(G.hires_side) * G.cells // G.hires_side
-page_of = (ROW[:, None] * G.cells + ROW).flatten()  # of every hi-res patch
+page_of = torch.from_numpy(page_of_token(G))
 
 
 @pytest.fixture(scope="module")
