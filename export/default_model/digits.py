@@ -21,6 +21,7 @@ PLATE_WINDOW = 52  # pixels, side of the square a plate is drawn in
 HEIGHT = 16.0  # pixels, of a digit of size 1
 WIDTH = 0.72  # of a digit at most, in heights
 PEN = 0.11  # width of a stroke, in heights
+BOLD = -0.3, 0.8  # logarithms: how much thinner and thicker strokes of plain ink may be
 HALO = 1.4  # pixels, standard deviation of the blur that balances the ink
 ZOOM = 3  # hi-res pixels per low-res pixel
 HIDE = 0.9  # share that is taken out of what the low-res view would see
@@ -55,13 +56,14 @@ class Pens:
 
 
 def draw(
-    fields: Tensor, centre: Tensor, height: Tensor, angle: Tensor, hide: Tensor, generator: torch.Generator, hand: Hand
-) -> Tensor:
+    fields: Tensor, centre: Tensor, height: Tensor, angle: Tensor, hide: Tensor, generator: torch.Generator, hand: Hand,
+    bold: Tensor,
+) -> Tensor:  # fmt: skip
     """Digits as windows [N, 38, 38] float32: negative ink, positive halo, at most 1 away from 0.
 
     fields [N, 48, 48]: forms; centre [N, 2]: y, x of their middles in pixels of the padded square, on which the low-res
     grid lies; the window begins at `corner(centre, WINDOW)`. height [N] in pixels; angle [N] in radians. hide [N]: the
-    share of HALO and of HIDE that applies, 1 as in our scenes, 0 for plain ink.
+    share of HALO and of HIDE that applies, 1 as in our scenes, 0 for plain ink. bold [N]: the width of strokes, in PEN.
     """
     count, device = len(fields), fields.device
 
@@ -81,7 +83,7 @@ def draw(
         moved = F.grid_sample(noise, 1.4 * grid, mode="bicubic", padding_mode="border", align_corners=True)
         grid = grid + 0.07 * hand.bend * moved.movedim(1, -1)
     away = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
-    pen = PEN * torch.exp(hand.warp * uniform(-0.4, 0.4))
+    pen = PEN * bold * torch.exp(hand.warp * uniform(-0.4, 0.4))
     scale = height[:, None, None]
     ink = torch.sigmoid((pen[:, None, None] / 2 - away) * scale / 0.3)
     hide = hide[:, None, None]

@@ -44,6 +44,7 @@ PROBES = {
     "JPEG, quality 60": Style(quality=60),
     "a photographed screen": Style(photo=True),
     "plain ink": Style(plain=True),
+    "gradients, shadows, paper": Style(plain=True, drawn=True),
 }
 Asked = list[tuple[Scene, list[Question]]]
 

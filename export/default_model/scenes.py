@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from export.default_model import digits
+from export.default_model import digits, painting
 from export.default_model.digits import PLATE_WINDOW, WINDOW, Hand, Pens
 
 CANVAS = 504  # pixels of the long side, as the hi-res view of the model
@@ -26,6 +26,7 @@ INK = 104  # how far ink darkens and its halo brightens the plate, at most
 SINGLE = 0.3  # share of numbers with one digit; the others have two
 TILT = math.radians(15)  # numbers are turned by at most this
 SIZES = 0.8, 1.3  # of digits, times digits.HEIGHT
+SMALLEST = 0.7  # the same where other programs draw
 ENOUGH = 0.3  # share of a digit that a tile must hold to read it
 ALIKE = 0.5  # Style.alike in training: large numbers of things are what counting gets wrong
 BORDER = 1.5  # pixels: within these of the border of two patches a digit's middle counts as on both
@@ -40,6 +41,7 @@ class Style:
     background: str = "light"  # "light", "dark", "coloured"
     plain: bool = False  # numbers in plain ink, dark or bright, with or without a plate: nothing is hidden from low-res
     photo: bool = False  # as a photographed screen: perspective, blur, more noise
+    drawn: bool = False  # as other programs draw: outlines turned, stretched, rounded; gradients, shadows, paper
     quality: int | None = None  # of JPEG; None: not compressed
     alike: float = 0.35  # share of scenes with many things of one colour or shape
     hand: Hand = field(default_factory=Hand)
@@ -131,6 +133,7 @@ def varied(rng: np.random.Generator) -> Style:
         plain=bool(rng.random() < 0.35),
         photo=bool(rng.random() < 0.25),
         quality=int(rng.integers(45, 96)) if rng.random() < 0.35 else None,
+        drawn=bool(rng.random() < 0.5),
     )
 
 
@@ -140,7 +143,7 @@ def make_scene(rng: np.random.Generator, split: str = "train", style: Style | No
     aspect = style.aspect or math.exp(rng.uniform(math.log(0.6), math.log(1.6)))
     width, height = (CANVAS, round(CANVAS / aspect)) if aspect >= 1 else (round(CANVAS * aspect), CANVAS)
     edge = np.array([(CANVAS - width) // 2, (CANVAS - height) // 2], float)  # where padding puts the image: x, y
-    things = _place(rng, width, height, style.alike)
+    things = _place(rng, width, height, style)
     pixels = _paint(rng, things, width, height, style)
     things = _write_numbers(rng, pixels, things, split, edge, style)
     pixels += np.float32(rng.uniform(2, 6)) * rng.standard_normal(pixels.shape, np.float32)
@@ -163,14 +166,14 @@ def _moved(thing: Thing, move: Callable[[np.ndarray], np.ndarray]) -> Thing:
     return replace(thing, centre=each([thing.centre])[0], corners=each(thing.corners), digits=each(thing.digits))
 
 
-def _place(rng: np.random.Generator, width: int, height: int, alike_share: float) -> list[Thing]:
+def _place(rng: np.random.Generator, width: int, height: int, style: Style) -> list[Thing]:
     """Things without their digits' places; all in pixels of the image."""
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     wanted = int(rng.integers(2, 10))
     largest = 56 if wanted < 6 else 48 if wanted < 8 else 44
     things: list[Thing] = []
     order = [pairs[index] for index in rng.permutation(len(pairs))]
-    if rng.random() < alike_share:  # of one colour or shape many: what is counted goes up to eight
+    if rng.random() < style.alike:  # of one colour or shape many: what is counted goes up to eight
         axis, common = int(rng.integers(2)), order[0]
         alike = [pair for pair in order if pair[axis] == common[axis]]
         others = [pair for pair in order if pair[axis] != common[axis]]
@@ -184,10 +187,22 @@ def _place(rng: np.random.Generator, width: int, height: int, alike_share: float
         x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
         if all(math.dist((x, y), other.centre) > radius + other.radius + 4 for other in things):
             colour, shape = order[len(things)]
-            size = digits.HEIGHT * float(rng.uniform(*SIZES))
+            size = digits.HEIGHT * float(rng.uniform(SMALLEST if style.drawn else SIZES[0], SIZES[1]))
             corners = tuple(outline(shape, x, y, radius))
+            if style.drawn:
+                corners = _reshaped(rng, corners, (x, y))
             things.append(Thing(colour, shape, text, (float(x), float(y)), radius, corners, (), size))
     return things
+
+
+def _reshaped(
+    rng: np.random.Generator, corners: Sequence[tuple[float, float]], centre: tuple[float, float]
+) -> tuple[tuple[float, float], ...]:
+    """An outline turned a little around its centre, and stretched."""
+    turn = rng.uniform(-TILT, TILT)
+    matrix = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
+    points = (np.array(corners) - centre) * rng.uniform(0.82, 1.05, 2) @ matrix + centre
+    return tuple((float(x), float(y)) for x, y in points)
 
 
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -237,6 +252,8 @@ def _paint(rng: np.random.Generator, things: list[Thing], width: int, height: in
     scale = 2  # drawn twice as large, then reduced: smooth edges
     small = Image.fromarray(np.clip(light, 0, 255).astype(np.uint8))
     image = small.resize((scale * width, scale * height), Image.Resampling.BILINEAR)
+    if style.drawn:
+        painting.rule(rng, image)
     pen = ImageDraw.Draw(image)
     for _ in range(round(style.clutter * rng.integers(3, 10))):
         ends = [(scale * rng.uniform(0, width), scale * rng.uniform(0, height)) for _ in range(3)]
@@ -247,6 +264,9 @@ def _paint(rng: np.random.Generator, things: list[Thing], width: int, height: in
     for thing in things:
         fill = np.clip(np.array(COLOURS[thing.colour]) * rng.uniform(0.88, 1.06) + rng.uniform(-8, 8, 3), 0, 255)
         corners = [(scale * a, scale * b) for a, b in thing.corners]
+        if style.drawn:
+            painting.fill(rng, image, corners, fill)
+            continue
         pen.polygon(corners, tuple(fill.astype(int).tolist()))
         if rng.random() < 0.85:
             edge = fill * (0.6 if style.background != "dark" or rng.random() < 0.5 else 1.25)
@@ -261,7 +281,8 @@ def _write_numbers(
     """Write on `pixels`, in place; the things with the places of their digits."""
     pens, generator = Pens.of(split), torch.Generator().manual_seed(int(rng.integers(2**62)))
     angle = torch.from_numpy(rng.uniform(-TILT, TILT, len(things)).astype(np.float32))
-    middle = np.array([thing.centre for thing in things]) + rng.uniform(-3, 3, (len(things), 2))
+    loose = 7 if style.drawn else 3  # pixels: numbers do not stand where their things' middles are
+    middle = np.array([thing.centre for thing in things]) + rng.uniform(-loose, loose, (len(things), 2))
     placed = []
     for thing, at, turn in zip(things, middle, angle.tolist(), strict=True):
         along = [
@@ -279,6 +300,7 @@ def _write_numbers(
         plate[:] = rng.uniform(30, 90) if bright else rng.uniform(180, 255)
         ink[:] = rng.uniform(110, 170) * (-1 if bright else 1)
         shown[:] = float(rng.random() < 0.6)
+    bold = math.exp(rng.uniform(*digits.BOLD)) if style.plain and style.drawn else 1.0
     alpha = digits.plates(where, count, height, angle).numpy() * shown[:, None, None]
     for at, mask, colour in zip(digits.corner(where, PLATE_WINDOW).int().tolist(), alpha, plate, strict=True):
         _blend(pixels, at, mask, edge, colour)
@@ -287,8 +309,9 @@ def _write_numbers(
     hide = torch.full((len(text),), 0.0 if style.plain else 1.0)
     fields = pens.distance[pens.choose(text, generator)]
     shade = digits.draw(
-        fields, centres, height.repeat_interleave(count), angle.repeat_interleave(count), hide, generator, style.hand
-    ).numpy()
+        fields, centres, height.repeat_interleave(count), angle.repeat_interleave(count), hide, generator, style.hand,
+        torch.full((len(text),), bold),
+    ).numpy()  # fmt: skip
     strength = np.repeat(ink, count.numpy())
     for at, mask, dark in zip(digits.corner(centres, WINDOW).int().tolist(), shade, strength, strict=True):
         _blend(pixels, at, dark * mask, edge, None)

@@ -13,7 +13,7 @@ from export.default_model.scenes import BORDER, ENOUGH, INK, PATCH, PLATE, TILE,
 
 LATTICE = 31, 46  # pixels, height and width of the cells that numbers stand in: they do not touch
 EDGE = PLATE_WINDOW  # pixels around a tile on which numbers begin, that its border cuts
-SIZES = 0.7, 1.3  # of digits, times digits.HEIGHT: smaller ones than scenes have, which other people draw
+SIZES = 0.65, 1.3  # of digits, times digits.HEIGHT: smaller ones than scenes have, which other people draw
 HAND = Hand(warp=0.5, bend=0.5)
 PLAIN, BARE = 0.3, 0.35  # shares of numbers in plain ink, and of those without a plate
 
@@ -77,7 +77,8 @@ def write_numbers(tiles: Tensor, digit: Tensor, place: Tensor, generator: torch.
     pens = Pens.of("train", str(device))
     chosen = torch.randint(0, len(pens.digit), (len(number),), generator=generator, device=device)
     hidden = torch.where(plain, 0.0, uniform(many, low=0.7, high=1.05))[number]
-    windows = digits.draw(pens.distance[chosen], middle, height[number], turn, hidden, generator, HAND)
+    bold = torch.where(plain, uniform(many, low=digits.BOLD[0], high=digits.BOLD[1]), 0.0).exp()[number]
+    windows = digits.draw(pens.distance[chosen], middle, height[number], turn, hidden, generator, HAND, bold)
     add(shade, tile[number], digits.corner(middle, WINDOW), windows * ink[number][:, None, None])
     cut = slice(EDGE, EDGE + TILE)
     opaque, grey, shade = (plane[:, cut, cut, None] for plane in (opaque.clamp(0, 1), grey, shade))

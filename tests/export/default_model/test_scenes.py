@@ -21,6 +21,7 @@ from export.default_model.scenes import (
     PATCH,
     SHAPES,
     SIZES,
+    SMALLEST,
     TILE,
     Scene,
     Style,
@@ -35,6 +36,7 @@ STYLES = {
     "coloured, plain ink": Style(background="coloured", plain=True),
     "photographed": Style(photo=True),
     "compressed": Style(quality=60),
+    "drawn": Style(plain=True, drawn=True),
 }
 SEEDS = range(3)
 
@@ -77,7 +79,7 @@ def test_the_lowres_view_sees_little_of_a_digit(monkeypatch):
         monkeypatch.setattr(digits, "HIDE", part)
         windows = digits.draw(
             pens.distance[:count], centre, height, angle, torch.full((count,), hide),
-            torch.Generator().manual_seed(1), Hand(),
+            torch.Generator().manual_seed(1), Hand(), torch.ones(count),
         )  # fmt: skip
         canvas = torch.zeros(count, CANVAS, CANVAS, 1)
         for index, (row, column) in enumerate(begin):
@@ -88,6 +90,19 @@ def test_the_lowres_view_sees_little_of_a_digit(monkeypatch):
     ink, halo = left(0.0, 0.0), left(0.0)
     assert left(1.0) < 0.01 * ink  # all that the reduction sees is taken out
     assert left(hidden) < 0.2 * halo < 0.2 * ink
+
+
+def test_bold_strokes_have_more_ink():
+    def ink(bold: float) -> float:
+        some, centre = torch.full((20,), 1.0), torch.full((20, 2), 250.0)
+        windows = digits.draw(
+            Pens.of("train").distance[:20], centre, 16 * some, 0 * some, 0 * some, torch.Generator().manual_seed(2),
+            Hand(), bold * some,
+        )  # fmt: skip
+        return float(-windows.sum())
+
+    thin, usual, thick = (ink(math.exp(power)) for power in (digits.BOLD[0], 0.0, digits.BOLD[1]))
+    assert thin < 0.9 * usual and thick > 1.6 * usual
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -104,7 +119,8 @@ def test_scenes_are_as_described(style):
             assert thing.colour in COLOURS and thing.shape in SHAPES
             assert thing.number.isdigit() and str(int(thing.number)) == thing.number
             assert len(thing.digits) == len(thing.number) <= 2
-            assert SIZES[0] <= thing.height / digits.HEIGHT <= SIZES[1]
+            smallest = SMALLEST if STYLES[style].drawn else SIZES[0]
+            assert smallest <= thing.height / digits.HEIGHT <= SIZES[1]
             for place in (thing.centre, *thing.digits):
                 assert all(a <= at <= a + side for at, a, side in zip(place, low, (width, height), strict=True))
             assert all(math.dist(place, thing.centre) < thing.radius for place in thing.digits)
@@ -128,7 +144,7 @@ def test_things_have_their_colour_where_they_are_said_to_be(style):
     assert len(wrong) <= 0.1 * count, wrong  # shades vary, and cameras change them
 
 
-@pytest.mark.parametrize("style", ["usual", "coloured, plain ink", "photographed"])
+@pytest.mark.parametrize("style", ["usual", "coloured, plain ink", "photographed", "drawn"])
 def test_digits_are_where_they_are_said_to_be(style):
     """The patches of `parts` differ from pixel to pixel; the middles of things beside their plates do not."""
     for seed in SEEDS:
@@ -189,7 +205,7 @@ def test_a_photograph_moves_places_with_the_picture():
 def test_training_sees_more_ways_to_draw_than_evaluation():
     styles = [varied(np.random.default_rng(seed)) for seed in range(200)]
     assert {style.background for style in styles} == {"light", "dark", "coloured"}
-    for name in ("plain", "photo", "quality", "aspect"):
+    for name in ("plain", "photo", "quality", "aspect", "drawn"):
         share = np.mean([bool(getattr(style, name)) for style in styles])
         assert 0.1 < share < 0.7, (name, share)
 
