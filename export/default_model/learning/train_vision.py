@@ -27,6 +27,7 @@ CLASSES = {
 }  # fmt: skip
 NONE = {"place": 0}  # the class that stands for nothing, where it is not the last
 WEIGHTS = {"digit": 2.0, "place": 2.0, "centre": 3.0}  # of the heads' losses; 1 where there is none here
+MIDDLES = 5.0  # weight of what neighbouring patches see of middles together
 SHEETS, SCENES = 20, 4  # tiles of each kind in a step
 AGAIN, KEPT = 0.5, 200  # share of steps that show sheets again, and of how many earlier ones: writing takes a third
 LEARNING_RATE, DECAY = 1e-2, 0.05
@@ -118,7 +119,8 @@ def train(
         x = tower.norm(features)
         loss = (
             SIZE * features.float().pow(2).mean() + _loss(tower, x[:SHEETS], wanted) + _loss(tower, x[SHEETS:], asked)
-        )
+            + MIDDLES * _together(tower, x[SHEETS:], asked["centre"]).pow(2).mean()
+        )  # fmt: skip
         trainer.update(loss)
         if (step + 1) % log == 0 or step + 1 == steps:
             found = evaluate(tower, validation)
@@ -188,6 +190,13 @@ def _loss_of(name: str, logits: Tensor, label: Tensor) -> Tensor:
     return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
+def _together(tower: Tower, x: Tensor, label: Tensor) -> Tensor:
+    """How much more of middles any 2 x 2 low-res patches see than there is: [N, 144, width], labels [N, 144] ->
+    [N, 11, 11]. A middle where patches meet is shared by them, and each being a little wrong must not add up."""
+    there = tower.heads["centre"](x).float().softmax(-1)[..., 1] - label.float() / WHOLE
+    return 4 * F.avg_pool2d(there.unflatten(1, (LOWRES, LOWRES)), 2, 1)
+
+
 def directions(tower: Tower) -> Tensor:
     """[classes of all heads, width]: what each head looks for in a feature, roughly (its norm taken as linear, its bias
     left out)."""
@@ -197,9 +206,11 @@ def directions(tower: Tower) -> Tensor:
 
 @torch.no_grad()
 def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
-    """Share of right labels: digits where digits are, colour and shape where shapes are, middles of things overall."""
+    """Share of right labels: digits where digits are, colour and shape where shapes are, middles of things overall; and
+    `off`: what 2 x 2 patches that have a whole middle miss of it, or see too much, root mean square."""
     kind = tower.norm.weight.dtype
     found: dict[str, list[Tensor]] = {name: [] for name in CLASSES}
+    off: list[Tensor] = []
     for index in range(0, len(pool), 16):
         pixels = pool.pixels[index : index + 16]
         for tiles, names, labels in (
@@ -210,8 +221,12 @@ def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
             for name in names:
                 target, likely = labels(pool.labels[name][index : index + 16]).long(), tower.heads[name](x).argmax(-1)
                 if name == "centre":  # a share; all patches count
+                    share = labels(pool.labels[name][index : index + 16])
+                    held = 4 * F.avg_pool2d(share.float().unflatten(1, (LOWRES, LOWRES)), 2, 1) / WHOLE
+                    off.append(_together(tower, x, share)[held > 0.99])
                     target, counts = (target > WHOLE // 2).long(), torch.ones_like(target, dtype=torch.bool)
                 else:
                     counts = (target != NONE.get(name, CLASSES[name] - 1)) & (target != NOTHING)
                 found[name].append((likely == target)[counts])
-    return {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}
+    shares = {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}
+    return shares | {"off": float(torch.cat(off).pow(2).mean().sqrt())}
