@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,14 @@ class Bfloat16:
             )
             for optimizer in self.optimizers
         ]
+
+    @torch.no_grad()
+    def compute_with(self, changed: Callable[[Tensor], Tensor], names: Container[str]) -> None:
+        """Let the next step compute with `changed(weight)` in place of these weights; what it learns changes the
+        weights themselves (straight-through estimate)."""
+        for (name, parameter), master in zip(self.module.named_parameters(), self.masters, strict=True):
+            if name in names:
+                parameter.copy_(changed(master))
 
     def update(self, loss: Tensor) -> None:
         """One step down."""

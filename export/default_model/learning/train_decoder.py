@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.bundle.precision import INT4, Scheme
+from engines.bundle.tensors import is_quantised
 from export.default_model.learning import aids
 from export.default_model.learning.bfloat16 import Bfloat16
 from export.default_model.learning.packing import Described, Lessons, pack, prefix_ids
 from export.default_model.learning.student import MODES, Student, Whitening, run
 from export.default_model.model import GEOMETRY
 from export.default_model.questions import KINDS, build_tokenizer
+from export.weights.rounding import quantise
 
 logger = logging.getLogger(__name__)
 G = GEOMETRY
@@ -26,6 +29,8 @@ LEARNING_RATE, DECAY = 4e-3, 0.02
 SHARES = {"none": 0.05, "own": 0.40, "all": 0.45, "helped": 0.10}  # how often an answer token sees which pages
 GAP = 0.4  # share of steps in which the conversation stands further from the image, as if more had been said
 FADE = 0.5  # the part of the steps after which aids count half
+ROUNDED = 0.5  # share of the steps after that which compute with weights as int4 stores them
+CODED = Scheme(INT4, 32)
 
 
 @dataclass(frozen=True)
@@ -91,21 +96,31 @@ def _steps(
     prefix = torch.tensor(prefix_ids(build_tokenizer()), device=device)
     shares = [SHARES[mode] for mode in MODES] if reads else [1, 0, 0, 0]
     wanted = tuple(aids.WEIGHTS) if reads else aids.LOWRES_AIDS
+    coded = {name for name, _ in student.named_parameters() if is_quantised(name.partition(".")[2], G)}
     recent = []
     for number, (chosen, packed) in enumerate(lessons.ahead(workers)):
         batch = packed.to(device)
         modes = torch.from_numpy(rng.choice(len(MODES), size=batch.where.shape, p=shares)).to(device)
         gap = int(rng.integers(0, 200)) if rng.random() < GAP else 0
         threshold = int(rng.integers(*aids.THRESHOLDS))
+        settled = number >= FADE * lessons.steps
+        if settled and rng.random() < ROUNDED:
+            trainer.compute_with(as_stored, coded)
         inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
         answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)
-        share = 1.0 if number < FADE * lessons.steps else 0.5
+        share = 0.5 if settled else 1.0
         trainer.update(answer + share * sum(aids.WEIGHTS[name] * losses[name] for name in wanted))
         recent.append(torch.stack([answer.detach(), *(loss.detach() for loss in losses.values()), pages.detach()]))
         if (number + 1) % log == 0 or number + 1 == lessons.steps:
             yield number + 1, dict(zip(("answer", *losses, "pages"), torch.stack(recent).mean(0).tolist(), strict=True))
             recent = []
+
+
+def as_stored(weight: Tensor) -> Tensor:
+    """[N, K] -> the float32 values that the codes of an int4 bundle stand for."""
+    codes, scales = quantise(weight, CODED)
+    return (codes.float().unflatten(1, (-1, CODED.block)) * scales.float()[..., None]).flatten(1)
 
 
 @torch.no_grad()
