@@ -51,6 +51,8 @@ TRAIN = {
         "(in|on) the {} and (in|on) the {}, (what|which) numbers are there?",
         "of the {} and the {}, what are the numbers?",
         "(please |)(tell me|say) (what|which) numbers the {} and the {} (have|show).",
+        "please, (what|which) numbers (do|can) you (see|find) (in|on) the {} and the {}?",
+        "(can|could) you (say|see) (what|which) numbers the {} and the {} (have|show)?",
     ),
     "yes/no": (
         f"is there {{}}{_HERE}?",
@@ -78,6 +80,9 @@ TRAIN = {
         "(the |){}: how many?",
         "how many {}?",
         "(tell me|give me|say) the (number|count) of {}(|, please).",
+        "how many {} can i (see|find|count)(| here)?",
+        "(in|on) (the|this) (picture|image), how many {} (are there|do you see|can you find)?",
+        "how many of the {} (do|can) you (see|find)?",
     ),
     "colour": (
         "(what|which) (colour|color) is the {}?",
@@ -155,6 +160,9 @@ TRAIN = {
         "(tell me|say) where the number is {r}, (in|on) the {} or (in|on) the {}.",
         "(in|on) the {} or (in|on) the {}: where is the number {r}?",
         "of the {} and the {}, which has the {r} number?",
+        "(in|on) the {} or (in|on) the {}, (what|which) number is {r}?",
+        "the {} or the {}, (what|which) has the {r} number?",
+        "the number (in|on) the {} or (in|on) the {}: which (|one )is {r}?",
     ),
     "follow-up": (
         "and {}?",
