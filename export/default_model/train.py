@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 class Schedule:
     """Scenes and steps of each stage, and the seed of everything."""
 
-    vision_scenes: int = 4000
-    vision_steps: int = 15000
+    vision_scenes: int = 5000
+    vision_steps: int = 14000
     decoder_scenes: int = 16000
-    decoder_steps: int = 10000
+    decoder_steps: int = 9000
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0
