@@ -19,7 +19,7 @@ def rule(rng: np.random.Generator, image: Image.Image) -> None:
         return
     pen, (width, height) = ImageDraw.Draw(image), image.size
     ground = np.array(image.getpixel((width // 2, height // 2)))
-    colour = tuple(np.clip(ground + rng.choice((-1, 1)) * rng.uniform(6, 30), 0, 255).astype(int).tolist())
+    colour = _colour(ground + rng.choice((-1, 1)) * rng.uniform(6, 30))
     kind, apart = int(rng.integers(4)), int(rng.integers(24, 120))
     thick = apart // 2 if kind == 2 else int(rng.integers(1, 4))
     if kind == 3:
@@ -28,11 +28,11 @@ def rule(rng: np.random.Generator, image: Image.Image) -> None:
             for y in range(apart // 2, height, apart):
                 pen.ellipse((x - size, y - size, x + size, y + size), colour)
         return
-    upright, both = rng.random() < 0.5, kind == 1
+    upright, grid = rng.random() < 0.5, kind == 1
     for at in range(apart // 2, max(width, height), apart):
-        if upright or both:
+        if upright or grid:
             pen.line((at, 0, at, height), colour, thick)
-        if not upright or both:
+        if not upright or grid:
             pen.line((0, at, width, at), colour, thick)
 
 

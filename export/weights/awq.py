@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engines.bundle.precision import Scheme
-from export.weights.rounding import RATIOS, quantise, ratios_of
+from export.weights.rounding import RATIOS, quantise, ratios_of, values_of
 
 PIECE = 1 << 22  # values of a weight tried at once
 QUIET = 1 / 64  # of the mean magnitude: a channel is taken to be no quieter, it may be louder in other pictures
@@ -82,8 +82,7 @@ def output_errors(
 
 def rounded(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> Tensor:
     """[n, K] float32 as it comes back from its integers."""
-    integers, steps = quantise(values, scheme, ratios)
-    return (integers.unflatten(1, (-1, scheme.block)) * steps.float()[..., None]).flatten(1)
+    return values_of(*quantise(values, scheme, ratios), scheme)
 
 
 def best_clips(weight: Tensor, inputs: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:

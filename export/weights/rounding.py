@@ -53,6 +53,12 @@ def quantise(values: Tensor, scheme: Scheme, ratios: Tensor | None = None) -> tu
     return codes.flatten(1), scales
 
 
+def values_of(codes: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """[n, K] float32 that codes and scales as `quantise` gives them stand for."""
+    blocks = _floats(codes, scheme).unflatten(1, (-1, scheme.span(codes.shape[1])))
+    return (blocks * scales.float()[..., None]).flatten(1)
+
+
 def _exact_scales(blocks: Tensor, scheme: Scheme) -> Tensor:
     """[n, K / block] float32 for blocks [n, K / block, block]: the smallest with which nothing is clipped."""
     low, high = scheme.limits
@@ -90,9 +96,7 @@ def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 def dequantise(data: bytes, scales: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
     """Packed codes and their scales -> the weight `shape` [N, K] they stand for, float32."""
-    codes = _floats(_codes(data, scheme, shape), scheme)
-    blocks = codes.unflatten(1, (-1, scheme.span(shape[1])))
-    return (blocks * _scales(scales, shape[0])[..., None]).flatten(1)
+    return values_of(_codes(data, scheme, shape), _scales(scales, shape[0]), scheme)
 
 
 def _codes(data: bytes, scheme: Scheme, shape: tuple[int, int]) -> Tensor:

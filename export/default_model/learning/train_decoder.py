@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from export.default_model.learning.packing import Described, Lessons, pack, pref
 from export.default_model.learning.student import MODES, Student, Whitening, run
 from export.default_model.model import GEOMETRY
 from export.default_model.questions import KINDS, build_tokenizer
-from export.weights.rounding import quantise
+from export.weights.awq import rounded
 
 logger = logging.getLogger(__name__)
 G = GEOMETRY
@@ -30,7 +31,7 @@ SHARES = {"none": 0.05, "own": 0.40, "all": 0.45, "helped": 0.10}  # how often a
 GAP = 0.4  # share of steps in which the conversation stands further from the image, as if more had been said
 FADE = 0.5  # the part of the steps after which aids count half
 ROUNDED = 0.5  # share of the steps after that which compute with weights as int4 stores them
-CODED = Scheme(INT4, 32)
+CODED = Scheme(INT4, 32)  # the largest blocks that divide the model's weights
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _steps(
         threshold = int(rng.integers(*aids.THRESHOLDS))
         settled = number >= FADE * lessons.steps
         if settled and rng.random() < ROUNDED:
-            trainer.compute_with(as_stored, coded)
+            trainer.compute_with(partial(rounded, scheme=CODED), coded)
         inputs = features.of(torch.tensor(chosen, device=device), torch.bfloat16)
         logits, losses, pages = run(student, *inputs, batch, prefix, modes, threshold, gap)
         answer = F.cross_entropy(logits.flatten(0, 2), batch.answer.flatten(), ignore_index=-100, label_smoothing=0.01)
@@ -115,12 +116,6 @@ def _steps(
         if (number + 1) % log == 0 or number + 1 == lessons.steps:
             yield number + 1, dict(zip(("answer", *losses, "pages"), torch.stack(recent).mean(0).tolist(), strict=True))
             recent = []
-
-
-def as_stored(weight: Tensor) -> Tensor:
-    """[N, K] -> the float32 values that the codes of an int4 bundle stand for."""
-    codes, scales = quantise(weight, CODED)
-    return (codes.float().unflatten(1, (-1, CODED.block)) * scales.float()[..., None]).flatten(1)
 
 
 @torch.no_grad()

@@ -194,7 +194,12 @@ def _together(tower: Tower, x: Tensor, label: Tensor) -> Tensor:
     """How much more of middles any 2 x 2 low-res patches see than there is: [N, 144, width], labels [N, 144] ->
     [N, 11, 11]. A middle where patches meet is shared by them, and each being a little wrong must not add up."""
     there = tower.heads["centre"](x).float().softmax(-1)[..., 1] - label.float() / WHOLE
-    return 4 * F.avg_pool2d(there.unflatten(1, (LOWRES, LOWRES)), 2, 1)
+    return _in_windows(there)
+
+
+def _in_windows(shares: Tensor) -> Tensor:
+    """What any 2 x 2 low-res patches have together: float [N, 144] -> [N, 11, 11]."""
+    return 4 * F.avg_pool2d(shares.unflatten(1, (LOWRES, LOWRES)), 2, 1)
 
 
 def directions(tower: Tower) -> Tensor:
@@ -221,9 +226,7 @@ def evaluate(tower: Tower, pool: Pool) -> dict[str, float]:
             for name in names:
                 target, likely = labels(pool.labels[name][index : index + 16]).long(), tower.heads[name](x).argmax(-1)
                 if name == "centre":  # a share; all patches count
-                    share = labels(pool.labels[name][index : index + 16])
-                    held = 4 * F.avg_pool2d(share.float().unflatten(1, (LOWRES, LOWRES)), 2, 1) / WHOLE
-                    off.append(_together(tower, x, share)[held > 0.99])
+                    off.append(_together(tower, x, target)[_in_windows(target / WHOLE) > 0.99])
                     target, counts = (target > WHOLE // 2).long(), torch.ones_like(target, dtype=torch.bool)
                 else:
                     counts = (target != NONE.get(name, CLASSES[name] - 1)) & (target != NOTHING)

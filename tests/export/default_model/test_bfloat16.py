@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from export.default_model.learning.bfloat16 import Bfloat16
-from export.default_model.learning.train_decoder import CODED, as_stored
+from export.default_model.learning.train_decoder import CODED
+from export.weights.awq import rounded
 
 
 def test_a_step_with_changed_weights_changes_the_weights_themselves():
@@ -30,7 +31,7 @@ def test_weights_are_as_int4_stores_them():
     """At most sixteen values in each block, evenly spaced, none further from the weight than half of that."""
     torch.manual_seed(0)
     weight = torch.randn(6, 96)
-    stored = as_stored(weight)
+    stored = rounded(weight, CODED)
     blocks = stored.view(6, 3, CODED.block)
     assert (stored != weight).any()
     for row, block in ((row, block) for row in range(6) for block in range(3)):
