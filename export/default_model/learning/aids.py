@@ -30,7 +30,7 @@ G = GEOMETRY
 # narrow.
 WEIGHTS = {
     "map": 0.15, "selects": 0.6, "read": 0.25, "words": 0.1, "joined": 0.05, "found": 0.1, "asked": 0.2, "placed": 0.25,
-    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.3, "holds": 0.15, "relation": 0.1,
+    "seated": 0.15, "apart": 0.15, "tally": 0.15, "counter": 0.15, "even": 0.4, "holds": 0.15, "relation": 0.1,
     "more": 0.15, "picked": 0.1, "larger": 0.15, "aligned": 0.1, "spread": 0.3,
 }  # fmt: skip
 LOWRES_AIDS = tuple(name for name in WEIGHTS if name not in ("selects", "read", "spread"))
@@ -41,7 +41,9 @@ HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to
 FINDER = 3  # the head of FOUND
 # Heads of COUNTER, and for how many things, m, the first token of all counts there: of n things each has 1 / (n + m).
 COUNTING = {1: 8, 2: 3}
-EXACT = 0.15  # of logarithms that should be equal: above it only which is larger counts, not how much
+# Of logarithms that should be equal: above it only which is larger counts, not how much. Of totals it is so much of a
+# thing: half a thing too much is miscounted, whatever there are.
+EXACT, EXACT_TOTAL = 0.15, 0.3
 
 
 def probes(width: int) -> nn.ModuleDict:
@@ -157,8 +159,9 @@ class Losses:
                 # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
                 share = rest - math.log(rest_counts)
                 total = (row[..., begin:span].sum(-1) + 1e-5).log() - share - many.clamp(min=1).log()
+                close = EXACT_TOTAL / many.clamp(min=1)
                 self.parts["even"].append(
-                    _mean(_off(each - share[..., None]), there) + 2 * _mean(_off(total), many > 0)
+                    _mean(_off(each - share[..., None], EXACT), there) + 2 * _mean(_off(total, close), many > 0)
                 )
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
@@ -197,9 +200,10 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return each / (label >= 0).sum().clamp(min=1)
 
 
-def _off(difference: Tensor) -> Tensor:
-    """Of logarithms of weights that should be equal."""
-    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none", beta=EXACT)
+def _off(difference: Tensor, exact: Tensor | float) -> Tensor:
+    """Of logarithms of weights that should be equal: their squares, above `exact` (broadcast) no more than linear."""
+    size = difference.abs()
+    return torch.where(size < exact, size.square() / (2 * exact), size - exact / 2)
 
 
 def _mean(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from engines.bundle.pages import page_of_token
-from export.default_model.learning.aids import THRESHOLDS, Losses, probes
+from export.default_model.learning.aids import COUNTER, COUNTING, THRESHOLDS, Losses, probes
 from export.default_model.learning.packing import Batch, Reads, pack
 from export.default_model.model import GEOMETRY as G
 from export.default_model.questions import build_tokenizer
@@ -70,3 +72,40 @@ def test_every_page_of_a_digit_is_to_pass_any_threshold(batch):
     assert loss(one) == loss(1.5 * one) == 0
     assert 0 < loss(first + 0.9 * (1 - first)) < loss(first + 0.5 * (1 - first)) < loss(first) < loss(0 * one)
     assert loss(0.5 * one) > loss(first + 0.5 * (1 - first)), "digits on one page count, too"
+
+
+def test_what_is_counted_besides_costs_as_much_of_a_thing_however_many_there_are(batch):
+    """Each thing has its share; then something that is no thing has a part of one, and the answer is off by it."""
+    reads = Reads.of(batch)
+    counts = [int(n) for n in batch.count.flatten() if n > 0]
+    assert max(counts) >= 4 > min(counts)
+    begin, span = 3, 3 + G.image_tokens
+    middles = [set(row[row >= 0].tolist()) for row in batch.near.flatten(2).flatten(0, 1)]
+
+    def loss(besides: float) -> float:
+        """`besides`: of a thing, on an image token that has no middle."""
+
+        def rows(positions: torch.Tensor) -> torch.Tensor:
+            weights = torch.zeros(*positions.shape[:2], G.heads, positions.shape[2], span + batch.ids.shape[2])
+            for index, count in enumerate(batch.count.flatten().tolist()):
+                row = weights.flatten(0, 1)[index]
+                empty = next(token for token in range(G.image_tokens) if token not in middles[index])
+                for head, rest in COUNTING.items():
+                    row[head, :, 0] = rest
+                    for thing in batch.near.flatten(0, 1)[index][: max(count, 0)]:
+                        row[head, :, begin + thing[thing >= 0]] += 1 / (thing >= 0).sum()
+                    row[head, :, begin + empty] = besides
+                    row[head] /= row[head].sum(-1, keepdim=True)
+            return weights
+
+        losses = Losses(probes(G.hidden), batch, reads)
+        losses.attention(COUNTER, rows, span, begin)
+        return float(losses.means()["even"])
+
+    def expected(besides: float, exact: float = 0.3) -> float:
+        off = [(math.log(1 + besides / n), exact / n) for n in counts]
+        return 2 * float(np.mean([d * d / (2 * e) if d < e else d - e / 2 for d, e in off]))
+
+    assert loss(0.0) < 1e-4
+    for besides in (0.2, 0.5, 2.0):
+        assert abs(loss(besides) - expected(besides)) < 1e-3 * expected(besides) + 1e-4
