@@ -67,6 +67,8 @@ TRAIN = {
         "is it true that there is {}(| here)?",
         "(please |)(tell me|say) (if|whether) you (see|find) {}.",
         "(have you|do you have) {}(| here| in the picture)?",
+        "does it (have|contain|hold) {}(| here)?",
+        "(in|on) (the|this) (picture|image), is there {}?",
     ),
     "count": (
         f"how many {{}} are there{_HERE}?",
