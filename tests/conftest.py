@@ -74,10 +74,11 @@ def random_model(shared):
 
 @pytest.fixture(scope="session")
 def default_bundle(shared):
-    """default_bundle(precision) -> a bundle of the default model."""
+    """default_bundle(precision) -> a bundle of the default model; int8, int4: in the largest blocks that divide it."""
 
     def get(precision: str) -> Path:
-        options = BuildOptions(out=shared / f"default-{precision}", precision=precision)
+        block = 32 if precision.startswith("int") else None
+        options = BuildOptions(out=shared / f"default-{precision}", precision=precision, block_size=block)
         return once(options.out, lambda _: build(options))
 
     return get
