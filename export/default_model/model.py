@@ -21,7 +21,7 @@ VOCABULARY = build_tokenizer().get_vocab_size()
 GEOMETRY = Geometry(
     hidden=128, intermediate=352, layers=8, heads=4, kv_heads=4, head_dim=32, vocab=VOCABULARY, rms_eps=1e-5,
     rope_theta=10000.0, attention_bias=False, tied_embeddings=False, projector_depth=2, context=512, lowres=168,
-    zoom=3, cells=9, start_layer=2, threshold=96, image_mean=CLIP_MEAN, image_std=CLIP_STD,
+    zoom=3, cells=9, start_layer=2, threshold=64, image_mean=CLIP_MEAN, image_std=CLIP_STD,
     vision=Vision(hidden=128, intermediate=512, layers=4, heads=4, patch=14, eps=1e-5, activation="quick_gelu"),
 )  # fmt: skip
 

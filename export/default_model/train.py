@@ -36,7 +36,7 @@ class Schedule:
     vision_scenes: int = 5000
     vision_steps: int = 14000
     decoder_scenes: int = 16000
-    decoder_steps: int = 9000
+    decoder_steps: int = 9500
     lowres_only_steps: int = 500  # the baseline that never sees a page; it stops improving long before
     validation_scenes: int = 160
     seed: int = 0

@@ -37,7 +37,7 @@ VARIANTS = {
     "head-64": {"head_dim": 64},
     "head-96": {"head_dim": 96},  # padded to 128
     "grouped": {"kv_heads": 8},
-    "default-model": {"heads": 4, "kv_heads": 4, "head_dim": 32, "grid": 12, "page_size": 16, "threshold": 96},
+    "default-model": {"heads": 4, "kv_heads": 4, "head_dim": 32, "grid": 12, "page_size": 16, "threshold": 64},
     "small-heads": {"heads": 4, "kv_heads": 4, "head_dim": 16, "grid": 6, "cells": 3, "page_size": 4},
     "int8-pages": {"int8_pages": 1},
     "int8-cache": {"int8_cache": 1},
