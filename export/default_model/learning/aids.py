@@ -41,8 +41,8 @@ HOLDS, SETTLED = 6, 4  # SETTLED: of comparisons, which may still have a name to
 FINDER = 3  # the head of FOUND
 # Heads of COUNTER, and for how many things, m, the first token of all counts there: of n things each has 1 / (n + m).
 COUNTING = {1: 8, 2: 3}
-# Of logarithms that should be equal: above it only which is larger counts, not how much. Of totals it is so much of a
-# thing: half a thing too much is miscounted, whatever there are.
+# How far logarithms that should be equal may be apart before only which is larger counts, not how much; for totals so
+# many things: half a thing too much is miscounted, however many there are.
 EXACT, EXACT_TOTAL = 0.15, 0.3
 
 
