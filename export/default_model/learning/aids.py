@@ -148,6 +148,7 @@ class Losses:
             weights = rows(batch.where.gather(2, index))[:, :, :, 0]  # [S, Q, H, keys]
             asked, there = batch.count >= 0, batch.near[..., 0] >= 0
             many = there.sum(-1)
+            some = many.clamp(min=1)
             for head, rest_counts in COUNTING.items():
                 row = weights[:, :, head]
                 # A middle on the border of tokens is on either: what they have together is what the thing has.
@@ -158,10 +159,10 @@ class Losses:
                 self.parts["counter"].append(_mean(-found, asked))
                 # Cross entropy hardly minds a thing that weighs half as much again as others; who counts to nine must.
                 share = rest - math.log(rest_counts)
-                total = (row[..., begin:span].sum(-1) + 1e-5).log() - share - many.clamp(min=1).log()
-                close = EXACT_TOTAL / many.clamp(min=1)
+                total = (row[..., begin:span].sum(-1) + 1e-5).log() - share - some.log()
                 self.parts["even"].append(
-                    _mean(_off(each - share[..., None], EXACT), there) + 2 * _mean(_off(total, close), many > 0)
+                    _mean(_off(each - share[..., None], EXACT), there)
+                    + 2 * _mean(_off(total, EXACT_TOTAL / some), many > 0)
                 )
 
     def reading(self, weights: Tensor, visible: Tensor, page_of: Tensor) -> None:
@@ -202,8 +203,8 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 def _off(difference: Tensor, exact: Tensor | float) -> Tensor:
     """Of logarithms of weights that should be equal: their squares, above `exact` (broadcast) no more than linear."""
-    size = difference.abs()
-    return torch.where(size < exact, size.square() / (2 * exact), size - exact / 2)
+    # `beta` of PyTorch's is one number for all.
+    return exact * F.smooth_l1_loss(difference / exact, torch.zeros_like(difference), reduction="none")
 
 
 def _mean(values: Tensor, where: Tensor, dim: int | None = None) -> Tensor:
