@@ -19,7 +19,7 @@ def rule(rng: np.random.Generator, image: Image.Image) -> None:
         return
     pen, (width, height) = ImageDraw.Draw(image), image.size
     ground = np.array(image.getpixel((width // 2, height // 2)))
-    colour = _colour(ground + rng.choice((-1, 1)) * rng.uniform(6, 30))
+    colour = colour_of(ground + rng.choice((-1, 1)) * rng.uniform(6, 30))
     kind, apart = int(rng.integers(4)), int(rng.integers(24, 120))
     thick = apart // 2 if kind == 2 else int(rng.integers(1, 4))
     if kind == 3:
@@ -54,7 +54,7 @@ def fill(rng: np.random.Generator, image: Image.Image, corners: Points, colour: 
         image.paste((0, 0, 0), at, shadow.point(lambda value: int(value * strength)))
     if border:
         edge = BORDERS[int(rng.integers(len(BORDERS)))]
-        image.paste(_colour(colour * 0.6) if edge is None else edge, (left, top), outer)
+        image.paste(colour_of(colour * 0.6) if edge is None else edge, (left, top), outer)
     first, last = colour * rng.uniform(0.94, 1.06), colour * rng.uniform(0.78, 1.06)
     if rng.random() < 0.5:
         last = last + rng.uniform(0, 0.22) * (255 - last)
@@ -73,5 +73,6 @@ def _mask(size: tuple[int, int], corners: Points, around: int) -> Image.Image:
     return mask
 
 
-def _colour(values: np.ndarray) -> tuple[int, ...]:
+def colour_of(values: np.ndarray) -> tuple[int, ...]:
+    """[3], of any size -> red, green, blue, 0..255, as pens take it."""
     return tuple(np.clip(values, 0, 255).astype(int).tolist())

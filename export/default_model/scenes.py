@@ -267,11 +267,10 @@ def _paint(rng: np.random.Generator, things: list[Thing], width: int, height: in
         if style.drawn:
             painting.fill(rng, image, corners, fill)
             continue
-        pen.polygon(corners, tuple(fill.astype(int).tolist()))
+        pen.polygon(corners, painting.colour_of(fill))
         if rng.random() < 0.85:
             edge = fill * (0.6 if style.background != "dark" or rng.random() < 0.5 else 1.25)
-            colour = tuple(np.clip(edge, 0, 255).astype(int).tolist())
-            pen.line([*corners, corners[0], corners[1]], colour, 4, joint="curve")
+            pen.line([*corners, corners[0], corners[1]], painting.colour_of(edge), 4, joint="curve")
     return np.asarray(image.reduce(scale), np.float32).copy()
 
 
